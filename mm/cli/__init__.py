@@ -1,2 +1,105 @@
+"""The `mm` command: a table of commands, each loaded only when it runs.
+
+Adding a command is one file and one line in `COMMANDS`:
+
+1. `mm/cli/NAME.py` exposes `app`, a `typer.Typer` with one command (or several, for a group such as `mm eval`):
+
+       app = typer.Typer(add_completion=False)
+
+       @app.command(epilog='Example: mm generate "two red cats on grass" -n 4 -o out/')
+       def generate(prompt: Annotated[str, typer.Argument(help="What to draw.")], ...) -> None:
+           \"\"\"Draws pictures from a prompt.\"\"\"
+           import torch  # whatever is heavy (torch, diffusers, transformers, gradio) inside, so that --help is quick
+
+   A group of which only one command exists so far needs an `@app.callback()`, or typer leaves its name out.
+   A file holds options, one call into the library, and printing: no logic that a script could want.
+2. In `COMMANDS`: name -> (module, help of one line). `mm --help` shows that line and imports no command.
+
+What a command owes its caller:
+- Results go to stdout or to files, progress and warnings to stderr. It returns None when all of it was done; otherwise
+  it raises. `mm.errors.UserError` and OSError become one line on stderr and exit code 1, wrong options one line and 2.
+  A code with a meaning of its own (batch: some rows failed) is `raise typer.Exit(2)`.
+- Any other exception is a bug, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import mm
+from mm.errors import UserError
+
+COMMANDS = {
+    "generate": ("mm.cli.generate", "Draw pictures from a prompt."),
+    "eval": ("mm.cli.evaluate", "Measure a model: reconstruct, compose."),
+    "train": ("mm.cli.train", "Train a published model, or resume its training."),
+    "ui": ("mm.cli.ui", "Open the web app."),
+    "batch": ("mm.cli.batch", "Run a file of jobs; what is done already is skipped."),
+    "doctor": ("mm.cli.doctor", "Tell what this machine offers, what is slow, and why."),
+}
+
+
+class _Lazy(TyperCommand):
+    """Stands in the list of commands; parsing its arguments loads the real one."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        module = importlib.import_module(COMMANDS[self.name or ""][0])
+        return typer.main.get_command(module.app).make_context(info_name, args, parent=parent, **extra)
+
+
+class _Commands(TyperGroup):
+    """The table as a group, and the one place where errors become a line on stderr."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: _Lazy(name=name, help=line) for name, (_, line) in COMMANDS.items()}
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.TyperException as error:
+            text = error.format_message()  # empty where no arguments were given and the help is printed already
+            at = getattr(getattr(error, "ctx", None), "command_path", "mm")
+            code = _fail(text and f"{text.rstrip('.')}; see {at} --help", error.exit_code)
+        except typer.Abort:
+            code = _fail("stopped", 130)
+        except UserError as error:
+            code = _fail(str(error), 1)
+        except OSError as error:
+            named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            code = _fail(named, 1)
+        sys.exit(code)
+
+
+def _fail(text: str, code: int) -> int:
+    if text:
+        print("mm: " + " ".join(text.split()), file=sys.stderr)
+    return code
+
+
+app = typer.Typer(name="mm", cls=_Commands, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mm {mm.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: mm generate 'two red cats on grass, watercolor style' -n 4 --seed 7 -o out/")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Draws from text, and measures, trains and serves the models that do."""
+
+
 def main() -> None:
-    print("mm")
+    """The console script."""
+    app(prog_name="mm")

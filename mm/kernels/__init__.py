@@ -1,14 +1,10 @@
-"""The ops that the linear layers are made of.
+"""The ops that linear layers are made of, one module per backend; `mm doctor` lists those it finds.
 
-The code lives in the root folder `kernels/`, which holds no __init__.py. In a checkout this package extends its path to that
-folder; in a wheel the files lie beside this one.
+The code lies in the root folder `kernels/`, or beside this file in an installed wheel.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from mm._lazy import adopt
 
-_root = Path(__file__).resolve().parents[2]
-# Without the check, an installed wheel would adopt a folder of that name in site-packages (Hugging Face's `tokenizers`).
-if (_root / "pyproject.toml").is_file() and str(_root / "kernels") not in __path__:
-    __path__.append(str(_root / "kernels"))
+adopt(__path__, "kernels")

@@ -1,14 +1,18 @@
 """diffusers-style pipelines.
 
-The code lives in the root folder `pipelines/`, which holds no __init__.py. In a checkout this package extends its path to that
-folder; in a wheel the files lie beside this one.
+The code lies in the root folder `pipelines/`, or beside this file in an installed wheel.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-_root = Path(__file__).resolve().parents[2]
-# Without the check, an installed wheel would adopt a folder of that name in site-packages (Hugging Face's `tokenizers`).
-if (_root / "pyproject.toml").is_file() and str(_root / "pipelines") not in __path__:
-    __path__.append(str(_root / "pipelines"))
+from mm._lazy import adopt, loader
+
+adopt(__path__, "pipelines")
+
+if TYPE_CHECKING:
+    from mm.pipelines.text_to_image import TextToImagePipeline
+
+__all__ = ["TextToImagePipeline"]
+__getattr__ = loader("mm.pipelines", {"TextToImagePipeline": "text_to_image"})

@@ -1,14 +1,20 @@
 """Vision tokenizers behind one protocol: pictures to latents or codes, and back.
 
-The code lives in the root folder `tokenizers/`, which holds no __init__.py. In a checkout this package extends its path to that
-folder; in a wheel the files lie beside this one.
+The code lies in the root folder `tokenizers/`, or beside this file in an installed wheel.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-_root = Path(__file__).resolve().parents[2]
-# Without the check, an installed wheel would adopt a folder of that name in site-packages (Hugging Face's `tokenizers`).
-if (_root / "pyproject.toml").is_file() and str(_root / "tokenizers") not in __path__:
-    __path__.append(str(_root / "tokenizers"))
+from mm._lazy import adopt, loader
+
+adopt(__path__, "tokenizers")
+
+if TYPE_CHECKING:
+    from mm.tokenizers.autoencoder import Autoencoder
+    from mm.tokenizers.bridge import Bridge
+    from mm.tokenizers.protocol import VisionTokenizer
+
+__all__ = ["VisionTokenizer", "Autoencoder", "Bridge"]
+__getattr__ = loader("mm.tokenizers", {"VisionTokenizer": "protocol", "Autoencoder": "autoencoder", "Bridge": "bridge"})

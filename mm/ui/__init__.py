@@ -1,14 +1,10 @@
 """The Gradio app.
 
-The code lives in the root folder `ui/`, which holds no __init__.py. In a checkout this package extends its path to that
-folder; in a wheel the files lie beside this one.
+The code lies in the root folder `ui/`, or beside this file in an installed wheel.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from mm._lazy import adopt
 
-_root = Path(__file__).resolve().parents[2]
-# Without the check, an installed wheel would adopt a folder of that name in site-packages (Hugging Face's `tokenizers`).
-if (_root / "pyproject.toml").is_file() and str(_root / "ui") not in __path__:
-    __path__.append(str(_root / "ui"))
+adopt(__path__, "ui")

@@ -1,0 +1,7 @@
+"""`python -m mm` is `mm`."""
+
+from __future__ import annotations
+
+from mm.cli import main
+
+main()
