@@ -6,7 +6,7 @@ It does not know which names there are, and imports nothing but the module that 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +17,7 @@ def checkout() -> Path | None:
     return _ROOT if (_ROOT / "pyproject.toml").is_file() else None
 
 
-def adopt(path: list[str], folder: str) -> None:
+def adopt(path: MutableSequence[str], folder: str) -> None:
     """In a checkout, extends a package's `__path__` to the root folder that holds its code; a wheel has it inside.
 
     Without the check for a checkout, an installed wheel would adopt a folder of that name in site-packages, where

@@ -41,7 +41,7 @@ def resolve_model(name_or_folder: str | Path) -> Path | str:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return _checked(folder)
-    if folder.exists():
+    if name and folder.exists():
         raise UserError(f"{name!r} is a file; a model is a folder with {_INDEX} in it")
     if _HUB_NAME.fullmatch(name):
         return name
