@@ -29,9 +29,7 @@ def test_heavy_neighbours_import_from_the_root(python):
     assert "site-packages" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "code", ["import torchvision.ops", "import mm, torchvision.ops"]
-)
+@pytest.mark.parametrize("code", ["import torchvision.ops", "import mm, torchvision.ops"])
 def test_torchvision_imports_in_any_order(python, code):
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -29,6 +29,15 @@ def test_weights_lie_in_the_checkout():
     assert mm.paths.weights_dir() == Path(mm.__file__).resolve().parents[1] / "weights"
 
 
+def test_weights_stay_small_and_safe():
+    """They travel in every clone and wheel; a pickle can run code."""
+    found = [path for path in mm.paths.weights_dir().rglob("*") if path.is_file()]
+    sizes = {path.name: path.stat().st_size / 2**20 for path in found}
+    assert sum(path.stat().st_size for path in found) <= 44 * 2**20, sizes
+    assert all(size <= 16 for size in sizes.values()), sizes
+    assert not [path for path in found if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz"}]
+
+
 def test_an_embedded_name_a_folder_and_a_hub_name(weights):
     assert resolve_model("mm-tiny") == weights
     assert resolve_model("weights/mm-tiny") == Path("weights/mm-tiny")
