@@ -1,0 +1,254 @@
+"""The trunk: one transformer over text and picture tokens, with separate weights and shared attention.
+
+Design choices
+- Two streams a layer. Text is causal, has no timestep and never sees a noisy picture, so a prompt's keys and values are
+  computed once (`encode_text` -> `PromptCache`) and reused at every step and for every picture of that prompt.
+- Pictures read text through maps of their own (`to_k_pic`, `to_v_pic`): the edit sites of erasure and customization,
+  apart from the maps through which text reads text.
+- Within a picture attention is bidirectional. The timestep is per picture token (adaLN-single as in PixArt, arXiv
+  2310.00426: one projection for all layers plus a table per layer), so clean and noisy tokens can stand side by side.
+- A mode token, put before the picture's tokens, tells drawing by flow from drawing in codes. In codes mode a masked
+  token is a learned vector at sigma 1, a known one its dequantized latent at sigma 0.
+- The output is DDT's condition (Wang et al. 2025, arXiv 2504.05741): features for the velocity decoder or code head.
+
+This module does not know words, files, samplers or how features become pictures.
+Legend: B batch, T text tokens, L picture tokens, P = L + 1 with the mode token, D width, H heads, E = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from mm.models import layers
+
+Mode = Literal["flow", "codes"]
+MODES: tuple[Mode, ...] = ("flow", "codes")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCache:
+    """What pictures read of a prompt: per layer keys and values (B, T, H, E), and which of the T tokens are real."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    mask_BT: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.mask_BT.shape[0]
+
+    def repeat(self, n: int) -> PromptCache:
+        """Every prompt `n` times in a row."""
+        return self._map(lambda x: x.repeat_interleave(n, 0))
+
+    def select(self, index: torch.Tensor | slice) -> PromptCache:
+        """The prompts at `index`."""
+        return self._map(lambda x: x[index])
+
+    def pad(self, length: int) -> PromptCache:
+        """Masked tokens appended up to `length`."""
+        extra = length - self.mask_BT.shape[1]
+        grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
+        return grown if extra else self
+
+    def _map(self, change: object) -> PromptCache:
+        assert callable(change)
+        return PromptCache(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask_BT))
+
+    @staticmethod
+    def cat(caches: Sequence[PromptCache]) -> PromptCache:
+        """Several caches as one batch, padded to the longest."""
+        longest = max(c.mask_BT.shape[1] for c in caches)
+        padded = [c.pad(longest) for c in caches]
+        return PromptCache(
+            tuple(map(torch.cat, zip(*(c.keys for c in padded), strict=True))),
+            tuple(map(torch.cat, zip(*(c.values for c in padded), strict=True))),
+            torch.cat([c.mask_BT for c in padded]),
+        )
+
+
+class TextLayer(nn.Module):
+    """A causal text layer that also offers keys and values for pictures."""
+
+    def __init__(self, width: int, heads: int, ratio: int) -> None:
+        super().__init__()
+        self.norm_1 = layers.Norm(width)
+        self.attn = layers.SelfProjections(width, heads)
+        self.norm_2 = layers.Norm(width)
+        self.ff = layers.FeedForward(width, ratio)
+        self.to_k_pic = nn.Linear(width, width, bias=False)
+        self.to_v_pic = nn.Linear(width, width, bias=False)
+        self.norm_k_pic = layers.Norm(width // heads)
+
+    def for_pictures(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, T, H, E) that pictures attend to at this layer."""
+        normed = self.norm_1(x_BTD)
+        k, v = (f(normed).unflatten(-1, (self.attn.heads, -1)) for f in (self.to_k_pic, self.to_v_pic))
+        return self.norm_k_pic(k), v
+
+    def forward(self, x_BTD: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.attn(self.norm_1(x_BTD))
+        seen = layers.attend(layers.rotate(q, angles), layers.rotate(k, angles), v, mask)
+        x_BTD = x_BTD + self.attn.to_out(seen)
+        return x_BTD + self.ff(self.norm_2(x_BTD))
+
+
+class PictureLayer(nn.Module):
+    """A bidirectional picture layer with adaLN, attending to its own tokens and to the prompt's cache."""
+
+    def __init__(self, width: int, heads: int, ratio: int) -> None:
+        super().__init__()
+        self.norm_1 = layers.Norm(width)
+        self.attn = layers.SelfProjections(width, heads)
+        self.norm_2 = layers.Norm(width)
+        self.ff = layers.FeedForward(width, ratio)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+
+    def forward(
+        self,
+        x_BPD: torch.Tensor,
+        shared_6: torch.Tensor,
+        angles: torch.Tensor,
+        text_k: torch.Tensor,
+        text_v: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        mod = shared_6 + self.modulation.to(shared_6.dtype)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mod.unbind(-2)
+        q, k, v = self.attn(layers.modulate(self.norm_1(x_BPD), shift_a, scale_a))
+        q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+        # Text keys are not rotated: every picture token reads them as if from the origin, so that where it stands
+        # in the picture can decide which words it looks at.
+        seen = layers.attend(q, torch.cat([text_k, k], 1), torch.cat([text_v, v], 1), mask)
+        x_BPD = torch.addcmul(x_BPD, gate_a, self.attn.to_out(seen))
+        return torch.addcmul(x_BPD, gate_f, self.ff(layers.modulate(self.norm_2(x_BPD), shift_f, scale_f)))
+
+
+class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Text and latents in, one feature vector per picture token out."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TextLayer", "PictureLayer"]  # noqa: RUF012
+    _repeated_blocks = ["TextLayer", "PictureLayer"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int = 1024,
+        width: int = 256,
+        depth: int = 8,
+        heads: int = 4,
+        text_ratio: int = 2,
+        picture_ratio: int = 4,
+        latent_channels: int = 16,
+        latent_size: int = 8,
+        max_text: int = 128,
+    ) -> None:
+        super().__init__()
+        if width % heads or (width // heads) % 4:
+            raise ValueError(f"width {width} must be a multiple of 4 * heads (heads = {heads})")
+        self.words = nn.Embedding(vocabulary_size, width)
+        self.text_layers = nn.ModuleList(TextLayer(width, heads, text_ratio) for _ in range(depth))
+        self.latent_in = nn.Linear(latent_channels, width)
+        self.place = nn.Parameter(torch.zeros(latent_size * latent_size, width))
+        self.mode_tokens = nn.Embedding(len(MODES), width)
+        self.masked = nn.Parameter(torch.zeros(width))
+        self.sigma_embedding = layers.SigmaEmbedding(width)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.picture_layers = nn.ModuleList(PictureLayer(width, heads, picture_ratio) for _ in range(depth))
+        self.norm_out = layers.Norm(width)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        layers.init_linears(self)
+        nn.init.normal_(self.place, std=0.02)
+        nn.init.normal_(self.masked, std=0.02)
+        layers.zero(self.modulation)
+        for layer in (*self.text_layers, *self.picture_layers):
+            layers.zero(layer.attn.to_out, layer.ff.down)
+        for layer in self.picture_layers:
+            # Gates start at one: with the zeroed projections the block is the identity and still learns at once.
+            layer.modulation.data[2].fill_(1.0)
+            layer.modulation.data[5].fill_(1.0)
+
+    def encode_text(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> PromptCache:
+        """A prompt's keys and values for pictures. `ids` int64 (B, T); `mask` bool, True = a real token (default all).
+
+        Raises ValueError when the prompt is longer than `max_text` tokens.
+        """
+        length = ids_BT.shape[1]
+        if length > self.config.max_text:
+            raise ValueError(f"a prompt of {length} tokens is longer than the model's {self.config.max_text}")
+        mask_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        x_BTD = self.words(ids_BT)
+        angles = layers.rotary_angles(
+            torch.arange(length, device=ids_BT.device), self.config.width // self.config.heads, 10000.0
+        )
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
+        mask = causal & mask_BT[:, None, None, :]
+        mask = mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding looks at itself: never empty
+        keys, values = [], []
+        for layer in self.text_layers:
+            k, v = layer.for_pictures(x_BTD)
+            keys.append(k)
+            values.append(v)
+            x_BTD = self._run(layer, x_BTD, angles, mask)
+        return PromptCache(tuple(keys), tuple(values), mask_BT)
+
+    def _picture_tokens(
+        self, latents_BCHW: torch.Tensor, sigma: torch.Tensor, mode: Mode, masked_BL: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, P, D) with the mode token first, and their noise levels (B, P) or (B, 1)."""
+        x_BLD = self.latent_in(latents_BCHW.flatten(2).transpose(1, 2))
+        if masked_BL is not None:
+            x_BLD = torch.where(masked_BL[..., None], self.masked.to(x_BLD.dtype), x_BLD)
+        x_BLD = x_BLD + self.place.to(x_BLD.dtype)
+        index = torch.full((len(x_BLD), 1), MODES.index(mode), device=x_BLD.device)
+        x_BPD = torch.cat([self.mode_tokens(index).to(x_BLD.dtype), x_BLD], 1)
+        if sigma.ndim == 1:
+            return x_BPD, sigma[:, None]
+        return x_BPD, torch.cat([sigma.mean(1, keepdim=True), sigma], 1)
+
+    def forward(
+        self,
+        latents_BCHW: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt: PromptCache,
+        mode: Mode = "flow",
+        masked_BL: torch.Tensor | None = None,
+        hidden_layer: int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, L, D) of picture tokens.
+
+        `latents` (B, C, 8, 8) of unit deviation; `sigma` (B,) or (B, L) in [0, 1], 1 = noise, 0 = clean; `masked` True
+        where a token is not known yet (codes mode). With `hidden_layer` = i, also the tokens after picture layer i.
+        """
+        if len(prompt) != len(latents_BCHW):
+            raise ValueError(f"{len(latents_BCHW)} pictures but {len(prompt)} prompts in the cache; repeat the cache")
+        x_BPD, sigma = self._picture_tokens(latents_BCHW, sigma, mode, masked_BL)
+        shared = self.modulation(F.silu(self.sigma_embedding(sigma))).unflatten(-1, (6, -1))
+        angles = layers.picture_angles(*latents_BCHW.shape[2:], self.config.width // self.config.heads, x_BPD.device)
+        angles = F.pad(angles, (0, 0, 1, 0))  # the mode token stands at the origin
+        mask = F.pad(prompt.mask_BT, (0, x_BPD.shape[1]), value=True)[:, None, None, :]
+        hidden = x_BPD
+        for i, layer in enumerate(self.picture_layers):
+            x_BPD = self._run(layer, x_BPD, shared, angles, prompt.keys[i], prompt.values[i], mask)
+            if i == hidden_layer:
+                hidden = x_BPD
+        features_BLD = self.norm_out(x_BPD)[:, 1:]
+        return features_BLD if hidden_layer is None else (features_BLD, hidden[:, 1:])
+
+    def _run(self, layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(layer, *args)
+        return layer(*args)
