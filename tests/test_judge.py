@@ -48,7 +48,7 @@ def perfect(scenes: list[Scene]) -> Raw:
         for s in scene.sprites:
             for row in range(GRID):
                 for column in range(GRID):
-                    dx, dy = s.x / STRIDE - column, s.y / STRIDE - row
+                    dx, dy = s.x / STRIDE - column - 0.5, s.y / STRIDE - row - 0.5
                     height = float(bump(torch.tensor(dx * dx + dy * dy)))
                     if height < 0.05:
                         continue
@@ -88,9 +88,9 @@ def test_perfect_outputs_decode_to_the_scene():
 
 
 def test_a_centre_on_a_cell_corner_is_found_once_with_full_confidence():
-    scene = Scene(sprites=(Sprite(object="cat", x=68, y=44, size=44),))
+    scene = Scene(sprites=(Sprite(object="cat", x=64, y=48, size=44),))
     (found,) = decode(perfect([scene]), 0.5)[0].objects
-    assert (found.x, found.y) == pytest.approx((68, 44))
+    assert (found.x, found.y) == pytest.approx((64, 48))
     assert found.confidence > 0.99
 
 

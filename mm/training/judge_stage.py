@@ -76,7 +76,7 @@ def losses(raw: Raw, batch: Batch, answers_OTK: torch.Tensor) -> dict[str, torch
     """Every part of the loss, each already weighted; only readability learns from unreadable pictures."""
     good = batch.readable_B
     sprites_BS5, style_B = batch.sprites_BS5[good], batch.style_B[good]
-    at = torch.arange(GRID)
+    at = torch.arange(GRID) + 0.5
     present_BS = sprites_BS5[..., 0] >= 0
     dx_BSG = sprites_BS5[..., 2, None] / STRIDE - at
     dy_BSG = sprites_BS5[..., 3, None] / STRIDE - at

@@ -2,10 +2,10 @@
 
 Design choices
 - It measures and does nothing else: no model is trained against it, and it shares no weights with any.
-- Centres on a grid of cells, 8 pixels apart and centred where the world's own grid puts sprites (CenterNet, arXiv
-  1904.07850). A cell's target falls smoothly with the distance to the sprite's centre; as the cell also predicts its
-  offset, the height it should have is known. Confidence is the part of that height it reached, times the probability
-  of the object; what stays below `threshold` does not count.
+- Centres on a grid of 8-pixel cells (CenterNet, arXiv 1904.07850). A cell's target falls smoothly with the distance to
+  the sprite's centre; as the cell also predicts its offset, the height it should have is known, wherever in the cell
+  (or on its border) the centre lies. Confidence is the part of that height it reached, times the probability of the
+  object; what stays below `threshold` does not count.
 - Colours are separate yes/no answers, since a tint equal to the natural colour counts as both (`counts_as`).
 - Batch norm with fixed statistics when reading: a picture's reading does not depend on its batch.
 - A reading is decided in float32. Weights are stored with 16 bits, and the vocabulary is stored beside them.
@@ -28,7 +28,7 @@ from torch import nn
 
 from mm.world import vocabulary as v
 
-STRIDE = 8  # cell i's centre is pixel 8 i
+STRIDE = 8
 GRID = v.SIZE // STRIDE
 SPREAD = 0.7  # cells; the deviation of the bump around a centre
 SIZE_UNIT = 64.0  # sizes are predicted in this many pixels
@@ -236,7 +236,7 @@ def decode(raw: Raw, threshold: float) -> list[Reading]:
     sure_BGG = (height_BGG / bump(reach2_BGG)).clamp(max=1)
     odds_BGG, object_BGG = raw.object_BOGG.softmax(1).max(1)
     confidence_BGG = torch.where(peak_BGG, sure_BGG * odds_BGG, 0).cpu()
-    at_G = torch.arange(GRID, device=raw.centre_BGG.device)
+    at_G = torch.arange(GRID, device=raw.centre_BGG.device) + 0.5
     x_BGG = ((at_G + raw.offset_B2GG[:, 0]) * STRIDE).cpu()
     y_BGG = ((at_G[:, None] + raw.offset_B2GG[:, 1]) * STRIDE).cpu()
     size_BGG, object_BGG, colour_BKGG = (t.cpu() for t in (raw.size_BGG * SIZE_UNIT, object_BGG, raw.colour_BKGG))
