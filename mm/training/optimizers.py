@@ -1,0 +1,76 @@
+"""Muon for convolution kernels and matrices, and optimizer state in safetensors.
+
+Design choices
+- A convolution kernel is treated as the matrix (out, in * height * width). The update is orthogonalized by five
+  Newton-Schulz iterations in bf16 and scaled so that its root mean square is Adam's usual 0.2: one learning rate serves
+  both optimizers.
+- Optimizer state goes through `flatten_state` / `restore_state`, so that no checkpoint of ours holds a pickle.
+
+The module does not know any model; a stage decides which parameters Muon gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# Keller Jordan's quintic: its slope at zero is steep, and it maps singular values into about [0.7, 1.2].
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrix_MN: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: every singular value is moved near 1."""
+    a, b, c = _QUINTIC
+    tall = matrix_MN.shape[0] > matrix_MN.shape[1]
+    x = (matrix_MN.mT if tall else matrix_MN).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix_MN.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then orthogonalized; weight decay decoupled as in AdamW."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+
+    def _update(self, param: Tensor, group: dict[str, float]) -> None:
+        buffer = self.state[param].setdefault("momentum", torch.zeros_like(param))
+        buffer.lerp_(param.grad, 1 - group["momentum"])
+        blended = param.grad.lerp(buffer, group["momentum"])
+        update = orthogonalize(blended.flatten(1))
+        update *= 0.2 * max(update.shape) ** 0.5
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(update.view_as(param), alpha=-group["lr"])
+
+
+def flatten_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """Tensors of an optimizer's state under the names prefix.index.key (learning rates belong to the schedule)."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{index}.{key}": torch.as_tensor(value).detach().clone().contiguous()
+        for index, entry in state.items()
+        for key, value in entry.items()
+    }
+
+
+def restore_state(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """The reverse of `flatten_state`, for an optimizer over the same parameters in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        if head == prefix:
+            index, _, key = rest.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
