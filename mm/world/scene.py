@@ -187,11 +187,14 @@ def sample_scene(
     styles: Sequence[str] = v.STYLES,
     backgrounds: Sequence[str] = v.BACKGROUNDS,
     held_out: bool = False,
+    default_weight: int = 3,
 ) -> Scene:
-    """A random scene; with `held_out` False, never one whose composition is kept for reporting."""
+    """A random scene; with `held_out` False, never one whose composition is kept for reporting.
+
+    The default style is drawn `default_weight` times as often as any other: it is what an unnamed style asks for.
+    """
     while True:
-        # The default style is drawn more often: it is what an unnamed style asks for.
-        style = rng.choices(styles, [3 if s == v.DEFAULT_STYLE else 1 for s in styles])[0]
+        style = rng.choices(styles, [default_weight if s == v.DEFAULT_STYLE else 1 for s in styles])[0]
         parts = _sample_groups(rng, objects, style)
         if is_held_out(parts) != held_out:
             continue

@@ -1,0 +1,86 @@
+"""A cache of latents and their scenes, so that the trunk's training neither renders nor encodes.
+
+Design choices
+- Shards of a few thousand scenes: latents in safetensors (fp16), scenes as one JSON line each beside them. A run reads
+  what is there and takes in new shards as they appear, so that rendering and training can overlap.
+- Shard k depends on (seed, k) alone. Captions are not cached: each draw words its scene anew.
+
+This module does not know the trunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from mm.files import write_bytes, write_text
+from mm.tokenizers import Autoencoder
+from mm.world.render import render
+from mm.world.scene import Scene, Sprite, sample_scene
+
+SHARD = 4096
+
+
+def scene_to_json(scene: Scene) -> str:
+    """One line that `scene_from_json` reads back."""
+    sprites = [[s.object, s.colour, s.x, s.y, s.size] for s in scene.sprites]
+    return json.dumps({"sprites": sprites, "background": scene.background, "style": scene.style})
+
+
+def scene_from_json(line: str) -> Scene:
+    """The scene of a line."""
+    data = json.loads(line)
+    fields = [f.name for f in dataclasses.fields(Sprite)]
+    sprites = tuple(Sprite(**dict(zip(fields, row, strict=True))) for row in data["sprites"])
+    return Scene(sprites=sprites, background=data["background"], style=data["style"])
+
+
+@torch.no_grad()
+def write_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, size: int = SHARD) -> None:
+    """Renders and encodes shard `k` into `folder`; does nothing when it is there."""
+    path = folder / f"{k:05d}.safetensors"
+    if path.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"drawing {seed} {k}")
+    scenes = [sample_scene(rng, default_weight=8) for _ in range(size)]
+    parts = []
+    device = str(autoencoder.device)
+    for i in range(0, size, 64):
+        pictures = render(scenes[i : i + 64], device).float() / 127.5 - 1
+        with torch.autocast(autoencoder.device.type, torch.bfloat16):
+            parts.append(autoencoder.encode(pictures).float())
+    write_text(path.with_suffix(".jsonl"), "\n".join(map(scene_to_json, scenes)) + "\n")
+    write_bytes(path, save({"latents": torch.cat(parts).half().cpu()}))
+
+
+class LatentCache:
+    """The shards of a folder in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.latents: list[torch.Tensor] = []
+        self.scenes: list[list[Scene]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in shards that have appeared, in order."""
+        while (path := self.folder / f"{len(self.latents):05d}.safetensors").is_file():
+            self.latents.append(load_file(path)["latents"])
+            self.scenes.append([scene_from_json(line) for line in path.with_suffix(".jsonl").read_text().splitlines()])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.latents))
+
+    def draw(self, n: int, rng: random.Random) -> tuple[torch.Tensor, list[Scene]]:
+        """`n` random latents (n, 16, 8, 8) in fp32 and their scenes."""
+        if not self.latents:
+            raise FileNotFoundError(f"no latents in {self.folder}; write some with write_shard first")
+        spots = [divmod(rng.randrange(len(self)), len(self.latents[0])) for _ in range(n)]
+        latents = torch.stack([self.latents[k][i] for k, i in spots]).float()
+        return latents, [self.scenes[k][i] for k, i in spots]

@@ -1,0 +1,123 @@
+"""Puts a published model's stages together from its YAML: latents, then drawing.
+
+Design choices
+- One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
+  flags in its log.
+- Everything in the making lives in the state folder; `publish` writes averaged weights as a diffusers folder that
+  `TextToImagePipeline.from_pretrained` loads.
+
+This module does not know losses or the loop's inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mm.errors import UserError
+from mm.models.codes import CodeHead
+from mm.models.text import build_text_tokenizer
+from mm.models.trunk import Trunk
+from mm.models.velocity import VelocityDecoder
+from mm.tokenizers import Autoencoder, Bridge
+from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch, words_for
+from mm.training.latents import LatentCache, write_shard
+from mm.training.loop import Loop, LoopConfig
+
+PUBLISHED = ("trunk", "velocity_decoder", "code_head")
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The YAML of a published model's name, or of a path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
+        raise UserError(f"no training config {name!r}; known: {known}, or give a path to a .yaml file")
+    return yaml.safe_load(path.read_text())
+
+
+def write_latents(config: dict[str, Any], state: Path, *, shards: int | None = None) -> None:
+    """Renders and encodes the shards that are missing."""
+    settings = config["latents"]
+    autoencoder = _load(Autoencoder, state / "model" / "autoencoder").to(_device())
+    for k in range(settings["shards"] if shards is None else shards):
+        write_shard(state / "latents", k, autoencoder, seed=settings["seed"])
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(kind: type, folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no trained {kind.__name__}; run its stage first or use --init-from")
+    return kind.from_pretrained(folder).eval()
+
+
+def _fresh_or_published(kind: type, name: str, config: dict[str, Any], init_from: Path | None, **more: Any) -> Any:
+    if init_from is not None and (init_from / name / "config.json").is_file():
+        return _load(kind, init_from / name)
+    return kind(**config["models"][name], **more)
+
+
+def build_drawing(config: dict[str, Any], state: Path, settings: DrawingConfig, init_from: Path | None) -> Drawing:
+    """The drawing stage's module: fresh, or from published weights."""
+    torch.manual_seed(0)
+    bridge = _load(Bridge, state / "model" / "bridge")
+    return Drawing(
+        _fresh_or_published(Trunk, "trunk", config, init_from),
+        _fresh_or_published(VelocityDecoder, "velocity_decoder", config, init_from),
+        _fresh_or_published(CodeHead, "code_head", config, init_from, order=list(bridge.config.order)),
+        bridge,
+        settings,
+    ).float()
+
+
+def override(settings: Any, flags: dict[str, Any]) -> Any:
+    """A frozen config with the flags that were given (not None) and that it has."""
+    names = {f.name for f in dataclasses.fields(settings)}
+    return dataclasses.replace(settings, **{k: x for k, x in flags.items() if x is not None and k in names})
+
+
+def train_drawing(
+    config: dict[str, Any], state: Path, *, init_from: Path | None = None, publish_to: Path | None = None, **flags: Any
+) -> Loop:
+    """Runs (or goes on with) the drawing stage; averaged weights appear in `publish_to` at every look and at the end."""
+    loop_config = override(LoopConfig(**config["drawing"]["loop"]), flags)
+    settings = override(DrawingConfig(**config["drawing"]["stage"]), flags)
+    cache = LatentCache(state / "latents")
+    tokenizer = build_text_tokenizer()
+    module = build_drawing(config, state, settings, init_from)
+    loop = Loop(module, state / "drawing", loop_config)
+
+    def batches(step: int) -> DrawingBatch:
+        if step % 100 == 0:
+            cache.refresh()
+        rng = random.Random(f"drawing {loop_config.seed} {step} {loop.accelerator.process_index}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        latents, scenes = cache.draw(loop_config.batch_size, rng)
+        words = tokenizer(words_for(scenes, rng, settings), padding=True, return_tensors="pt")
+        batch = make_batch(latents, scenes, words.input_ids, words.attention_mask.bool(), generator, settings)
+        moved = {
+            f.name: x.to(loop.accelerator.device) if (x := getattr(batch, f.name)) is not None else None
+            for f in dataclasses.fields(batch)
+        }
+        return DrawingBatch(**moved)
+
+    folder = publish_to or state / "model"
+    loop.run(batches, lambda now: publish(now.bare, folder))
+    return loop
+
+
+def publish(module: torch.nn.Module, folder: Path) -> None:
+    """Writes the trained parts in bf16, each beside its config, for the pipeline to load."""
+    for name in PUBLISHED:
+        # A copy, since casting there and back would round the fp32 masters.
+        copy.deepcopy(getattr(module, name)).to(torch.bfloat16).save_pretrained(folder / name)
+    build_text_tokenizer().save_pretrained(folder / "text_tokenizer")
