@@ -245,7 +245,7 @@ def test_training_goes_on_where_it_stopped(tmp_path, capsys):
     config = JudgeStageConfig(out=tmp_path, minutes=0.005, batch=8, fresh=8, start=16, ring=32, look=4)
     first = JudgeTrainer(config)
     first.run()
-    second = JudgeTrainer(replace(config, minutes=0.02))
+    second = JudgeTrainer(replace(config, minutes=first.elapsed / 60 + 0.001))
     assert second.step == first.step > 0
     assert second.elapsed == first.elapsed
     for a, b in zip(first.judge.state_dict().values(), second.judge.state_dict().values(), strict=True):
