@@ -22,7 +22,7 @@ from torch import nn
 
 
 class Norm(nn.Module):
-    """LayerNorm without bias. Not RMSNorm: torch has a fused CPU kernel for this one, 4x faster forward and backward."""
+    """LayerNorm without bias. Not RMSNorm: torch has a fused CPU kernel for this one, 4x faster both ways."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

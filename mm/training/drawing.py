@@ -111,7 +111,12 @@ class Drawing(nn.Module):
     """The trained parts together, with their losses."""
 
     def __init__(
-        self, trunk: Trunk, velocity_decoder: VelocityDecoder, code_head: CodeHead, bridge: Bridge, config: DrawingConfig
+        self,
+        trunk: Trunk,
+        velocity_decoder: VelocityDecoder,
+        code_head: CodeHead,
+        bridge: Bridge,
+        config: DrawingConfig,
     ) -> None:
         super().__init__()
         self.config = config

@@ -133,7 +133,9 @@ class Loop:
             losses: dict[str, torch.Tensor] = self.module(batch)
         total = torch.stack([loss for name, loss in losses.items() if not name.startswith("_")]).sum()
         if not math.isfinite(float(total.detach())):
-            raise FloatingPointError(f"the loss is {float(total)} at step {self.step}; resume with a lower learning rate")
+            raise FloatingPointError(
+                f"the loss is {float(total)} at step {self.step}; resume with a lower learning rate"
+            )
         self.accelerator.backward(total)
         self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
         for optimizer in self.optimizers:
@@ -183,7 +185,7 @@ class Loop:
 
     def _resume(self) -> None:
         with safe_open(self.state_file, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             counters = file.metadata()
         module = {n.removeprefix("module."): t for n, t in tensors.items() if n.startswith("module.")}
         self.bare.load_state_dict(module, strict=False)

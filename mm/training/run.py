@@ -1,4 +1,4 @@
-"""Puts a published model's stages together from its YAML: latents, then drawing.
+"""Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing.
 
 Design choices
 - One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
+from mm.tokenizers.bridge import BINS
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch, words_for
 from mm.training.latents import LatentCache, write_shard
 from mm.training.loop import Loop, LoopConfig
@@ -88,7 +90,7 @@ def override(settings: Any, flags: dict[str, Any]) -> Any:
 def train_drawing(
     config: dict[str, Any], state: Path, *, init_from: Path | None = None, publish_to: Path | None = None, **flags: Any
 ) -> Loop:
-    """Runs (or goes on with) the drawing stage; averaged weights appear in `publish_to` at every look and at the end."""
+    """Runs (or goes on with) the drawing stage; averaged weights go to `publish_to` at every look and at the end."""
     loop_config = override(LoopConfig(**config["drawing"]["loop"]), flags)
     settings = override(DrawingConfig(**config["drawing"]["stage"]), flags)
     cache = LatentCache(state / "latents")
@@ -121,3 +123,84 @@ def publish(module: torch.nn.Module, folder: Path) -> None:
         # A copy, since casting there and back would round the fp32 masters.
         copy.deepcopy(getattr(module, name)).to(torch.bfloat16).save_pretrained(folder / name)
     build_text_tokenizer().save_pretrained(folder / "text_tokenizer")
+
+
+def train_autoencoder(config: dict[str, Any], state: Path, **flags: Any) -> None:
+    """Runs (or goes on with) the tokenizer stage."""
+    from mm.training import tokenizer_stage as stage
+
+    settings = override(stage.TokenizerStageConfig(out=str(state / "autoencoder"), **config["autoencoder"]), flags)
+    trainer = stage.Trainer(settings)
+    if (trainer.out / "state.safetensors").is_file():
+        trainer.resume()
+    stage.train(trainer)
+    trainer.average.save_pretrained(state / "model" / "autoencoder")
+
+
+def fit_bridge(config: dict[str, Any], state: Path) -> None:
+    """Fits the bridge to latents of fresh scenes; keeps the kind of bins with the smaller error."""
+    from mm.world.render import render
+    from mm.world.scene import sample_scene
+
+    autoencoder = _load(Autoencoder, state / "model" / "autoencoder")
+    rng = random.Random("bridge")
+    scenes = [sample_scene(rng) for _ in range(config["bridge"]["scenes"])]
+    with torch.no_grad():
+        parts = [autoencoder.encode(render(scenes[i : i + 64]).float() / 127.5 - 1) for i in range(0, len(scenes), 64)]
+    latents = torch.cat(parts).float()
+    bridges = [Bridge.fit(latents, bins=bins) for bins in BINS]
+    errors = [float((b.dequantize(b.quantize(latents)) - latents).square().mean()) for b in bridges]
+    print(" ".join(f"{bins}: squared error {e:.6f}" for bins, e in zip(BINS, errors, strict=True)), flush=True)
+    bridges[errors.index(min(errors))].save_pretrained(state / "model" / "bridge")
+
+
+def train_judge(config: dict[str, Any], state: Path, **flags: Any) -> None:
+    """Runs (or goes on with) the judge's stage; reconstructions join when the autoencoder is there."""
+    from mm.training import judge_stage as stage
+
+    settings = stage.JudgeStageConfig(
+        out=state / "judge", autoencoder=state / "model" / "autoencoder", **config["judge"]
+    )
+    stage.JudgeTrainer(override(settings, flags)).run()
+
+
+def run_stages(
+    name: str,
+    *,
+    stages: list[str],
+    state: Path | None = None,
+    init_from: Path | None = None,
+    publish_to: Path | None = None,
+    **flags: Any,
+) -> None:
+    """Runs the named stages in order, each resuming from `state`.
+
+    `init_from` (a diffusers folder) lends its autoencoder and bridge, and its trunk and heads to start from.
+    """
+    config = read_config(name)
+    state = Path(config["state"]) if state is None else state
+    if init_from is not None:
+        _borrow(init_from, state / "model")
+    for stage in stages:
+        if stage == "autoencoder":
+            train_autoencoder(config, state, **flags)
+        elif stage == "bridge":
+            fit_bridge(config, state)
+        elif stage == "judge":
+            train_judge(config, state, **flags)
+        elif stage == "latents":
+            write_latents(config, state)
+        elif stage == "drawing":
+            write_latents(config, state, shards=1)  # enough to begin with, where nobody wrote any
+            train_drawing(config, state, init_from=init_from, publish_to=publish_to, **flags)
+        else:
+            raise UserError(f"unknown stage {stage!r}; known: autoencoder, bridge, judge, latents, drawing")
+
+
+def _borrow(source: Path, target: Path) -> None:
+    """Copies the frozen tokenizer parts of published weights, unless the state has its own."""
+    for part in ("autoencoder", "bridge"):
+        if not (source / part / "config.json").is_file():
+            raise UserError(f"--init-from {source}: no {part}/config.json there; give a folder such as weights/mm-tiny")
+        if not (target / part).exists():
+            shutil.copytree(source / part, target / part)

@@ -24,7 +24,7 @@ from mm.world import vocabulary as v
 
 SIZES: tuple[int, ...] = (28, 36, 44, 52, 60)
 _SIZE_RANGE = {1: (44, 60), 2: (44, 52), 3: (36, 44), 4: (36, 44), 5: (28, 36), 6: (28, 28)}
-# Sampled centres stand on a coarse grid and sizes are few: pictures look no less varied, and a small model has far fewer
+# Sampled centres stand on a coarse grid and sizes are few: pictures look no less varied, and a model has far fewer
 # distinct latents to learn per object (4 offsets within a 16-pixel cell instead of 256).
 GRID = 8
 _MARGIN = 2  # pixels kept free at the picture's border

@@ -1,7 +1,7 @@
 """The closed vocabulary of the procedural world: what can be drawn, named and asked.
 
 Design choices
-- One list per kind, in a fixed order: models and the judge index into these tuples, so the order is part of the file format.
+- One list per kind, in a fixed order: models and the judge index into these tuples, so it is part of the file format.
 - `cartoon` is the default style and natural colour the default tint: both may stay unnamed in a prompt.
 - What a picture cannot show is never said: `shows_colour` and `shows_background` say which styles keep hue and ground.
 - A tint equal to an object's natural colour counts as both (`NATURAL_COLOURS`), by eye on the shipped sprites.
@@ -69,7 +69,7 @@ COLOUR_RGB: dict[str, tuple[float, float, float]] = {
     "pink": (1.00, 0.50, 0.72),
     "brown": (0.46, 0.27, 0.12),
 }
-NATURAL_COLOURS: dict[str, tuple[str, ...]] = {name: () for name in ALL_OBJECTS} | {
+NATURAL_COLOURS: dict[str, tuple[str, ...]] = dict.fromkeys(ALL_OBJECTS, ()) | {
     "cat": ("orange", "yellow"),
     "tiger": ("orange",),
     "fox": ("orange", "red"),

@@ -35,7 +35,8 @@ drew drawn made removed added changed moved turned replaced
 _SPARE_WORDS = """
 big small large tiny huge little photo picture drawing painting illustration icon emoji sticker scene view day sunny
 bright dark light beautiful simple white black gray grey colourful colorful ocean water sea lake river mountain forest
-field garden street city room table floor wall sand ground cloud clouds sun rain wind winter summer spring autumn five six
+field garden street city room table floor wall sand ground cloud clouds sun rain wind winter summer spring autumn
+five six
 seven eight nine ten several some few group row line corner edge between around near behind front inside
 """
 _MARKS = ", . ? ! ' : ; - ( )"

@@ -1,0 +1,52 @@
+"""`mm train`: the stages of a published model, one after the other or one by one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+class Stage(StrEnum):
+    """The stages in their order."""
+
+    autoencoder = "autoencoder"
+    bridge = "bridge"
+    judge = "judge"
+    latents = "latents"
+    drawing = "drawing"
+
+
+@app.command(epilog="Example: mm train mm-tiny --stage drawing --init-from weights/mm-tiny --minutes 60")
+def train(
+    model: Annotated[str, typer.Argument(help="A published model's name, or a YAML file.")] = "mm-tiny",
+    stage: Annotated[Stage | None, typer.Option(help="One stage alone; all of them by default.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of training, earlier runs of it counted in.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder of everything in the making (default: the YAML's).")
+    ] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Published weights to start from.")] = None,
+    publish: Annotated[Path | None, typer.Option(help="Where averaged weights go (default: STATE/model).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step and device.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's rate.")] = None,
+    codes_share: Annotated[float | None, typer.Option(help="Share of the drawing steps in codes mode.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of scenes, wording and noise.")] = None,
+) -> None:
+    """Trains a published model, or goes on where a stopped run left off."""
+    from mm.training.run import run_stages
+
+    flags = {"minutes": minutes, "batch_size": batch_size, "learning_rate": learning_rate}
+    run_stages(
+        model,
+        stages=[s.value for s in ([stage] if stage else Stage)],
+        state=state,
+        init_from=init_from,
+        publish_to=publish,
+        **flags,
+        codes_share=codes_share,
+        seed=seed,
+    )
