@@ -1,6 +1,6 @@
 """Draws docs/pictures/world.png: true renders of the world, one row a style.
 
-    python examples/world_sheet.py docs/pictures/world.png
+python examples/world_sheet.py docs/pictures/world.png
 """
 
 from __future__ import annotations
