@@ -20,20 +20,23 @@ from torch import Tensor
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix_MN: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: every singular value is moved near 1."""
+def orthogonalize(matrices_BMN: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: every singular value is moved near 1."""
     a, b, c = _QUINTIC
-    tall = matrix_MN.shape[0] > matrix_MN.shape[1]
-    x = (matrix_MN.mT if tall else matrix_MN).bfloat16()
-    x = x / (x.norm() + 1e-7)
+    tall = matrices_BMN.shape[-2] > matrices_BMN.shape[-1]
+    x = (matrices_BMN.mT if tall else matrices_BMN).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix_MN.dtype)
+    return (x.mT if tall else x).to(matrices_BMN.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then orthogonalized; weight decay decoupled as in AdamW."""
+    """Momentum, then orthogonalized; weight decay decoupled as in AdamW.
+
+    Matrices of one shape are orthogonalized together: on two CPU cores a hundred small products cost more than their sum.
+    """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -41,18 +44,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group)
+                    shapes.setdefault(tuple(param.flatten(1).shape), []).append(param)
+            for params in shapes.values():
+                self._update(params, group)
 
-    def _update(self, param: Tensor, group: dict[str, float]) -> None:
-        buffer = self.state[param].setdefault("momentum", torch.zeros_like(param))
-        buffer.lerp_(param.grad, 1 - group["momentum"])
-        blended = param.grad.lerp(buffer, group["momentum"])
-        update = orthogonalize(blended.flatten(1))
-        update *= 0.2 * max(update.shape) ** 0.5
-        param.mul_(1 - group["lr"] * group["weight_decay"])
-        param.add_(update.view_as(param), alpha=-group["lr"])
+    def _update(self, params: list[Tensor], group: dict[str, float]) -> None:
+        blended = []
+        for param in params:
+            assert param.grad is not None
+            buffer = self.state[param].setdefault("momentum", torch.zeros_like(param))
+            buffer.lerp_(param.grad, 1 - group["momentum"])
+            blended.append(param.grad.lerp(buffer, group["momentum"]).flatten(1))
+        updates_BMN = orthogonalize(torch.stack(blended))
+        updates_BMN *= 0.2 * max(updates_BMN.shape[-2:]) ** 0.5
+        for param, update in zip(params, updates_BMN, strict=True):
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+            param.add_(update.view_as(param), alpha=-group["lr"])
 
 
 def flatten_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
@@ -73,4 +83,10 @@ def restore_state(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[s
         if head == prefix:
             index, _, key = rest.partition(".")
             state.setdefault(int(index), {})[key] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entry in state.items():
+        for key, tensor in entry.items():
+            if tensor.shape == parameters[index].shape:
+                # fused kernels pair elements by memory position: the state must have its parameter's strides
+                entry[key] = torch.empty_like(parameters[index]).detach().copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
