@@ -170,12 +170,21 @@ def place(rng: random.Random, parts: Sequence[Group], style: str, *, tries: int 
     return tuple(placed)
 
 
-def _free_spot(rng: random.Random, placed: Sequence[Sprite], size: int, tries: int) -> tuple[int, int] | None:
+def stops(size: int) -> range:
+    """Grid coordinates at which a centred sprite of `size` stays inside the picture."""
     half = size // 2 + _MARGIN
-    stops = range(-(-half // GRID) * GRID, v.SIZE - half + 1, GRID)
+    return range(-(-half // GRID) * GRID, v.SIZE - half + 1, GRID)
+
+
+def is_free(placed: Sequence[Sprite], x: int, y: int, size: int) -> bool:
+    """Whether a sprite of `size` centred at (x, y) would overlap none of `placed`."""
+    return all(max(abs(x - s.x), abs(y - s.y)) >= (size + s.size) // 2 for s in placed)
+
+
+def _free_spot(rng: random.Random, placed: Sequence[Sprite], size: int, tries: int) -> tuple[int, int] | None:
     for _ in range(tries):
-        x, y = rng.choice(stops), rng.choice(stops)
-        if all(max(abs(x - s.x), abs(y - s.y)) >= (size + s.size) // 2 for s in placed):
+        x, y = rng.choice(stops(size)), rng.choice(stops(size))
+        if is_free(placed, x, y, size):
             return x, y
     return None
 
