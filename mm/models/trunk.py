@@ -56,6 +56,8 @@ class PromptCache:
     def pad(self, length: int) -> PromptCache:
         """Masked tokens appended up to `length`."""
         extra = length - self.mask_BT.shape[1]
+        if extra < 0:
+            raise ValueError(f"a cache of {self.mask_BT.shape[1]} tokens cannot be padded to {length}")
         grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
         return grown if extra else self
 
@@ -235,6 +237,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         if len(prompt) != len(latents_BCHW):
             raise ValueError(f"{len(latents_BCHW)} pictures but {len(prompt)} prompts in the cache; repeat the cache")
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         x_BPD, sigma = self._picture_tokens(latents_BCHW, sigma, mode, masked_BL)
         shared = self.modulation(F.silu(self.sigma_embedding(sigma))).unflatten(-1, (6, -1))
         angles = layers.picture_angles(*latents_BCHW.shape[2:], self.config.width // self.config.heads, x_BPD.device)
