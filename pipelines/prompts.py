@@ -1,0 +1,57 @@
+"""From prompts to what the trunk reads: checks, warnings and caches.
+
+Design choices
+- Unknown words are named in a warning, each once a call, with the nearest known ones: the model sees `<unk>` there, and
+  silence would look like a picture that ignored the prompt.
+- Prompts are padded to one fixed length. A mask hides the padding, and the arithmetic of a prompt is the same whatever
+  else is in its batch.
+
+This module does not know pictures or sampling.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mm.errors import UserError
+from mm.models.text import nearest_words, unknown_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_STEP = 32  # prompts are padded to a multiple of this many tokens
+
+
+def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises UserError for empty and overlong prompts; warns of unknown words."""
+    known = set(tokenizer.get_vocab())
+    warned: set[str] = set()
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt is a text, got {type(prompt).__name__} {prompt!r}")
+        if not prompt.strip():
+            raise UserError("the prompt is empty; say what to draw, for example 'two red cats on grass'")
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokenizer.model_max_length:
+            raise UserError(
+                f"the prompt has {length} tokens and the model reads {tokenizer.model_max_length}; shorten it: "
+                f"{prompt[:60]!r}..."
+            )
+        for word in unknown_words(prompt, known):
+            if word not in warned:
+                warned.add(word)
+                near = ", ".join(nearest_words(word))
+                hint = f"; nearest known: {near}" if near else ""
+                warnings.warn(f"the model does not know the word {word!r} and ignores it{hint}", stacklevel=4)
+
+
+def tokenize(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers and mask (B, T), T a multiple of 32."""
+    words = tokenizer(list(prompts), padding=True, pad_to_multiple_of=_STEP, return_tensors="pt")
+    return words.input_ids.to(device), words.attention_mask.bool().to(device)

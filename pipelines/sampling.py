@@ -1,0 +1,69 @@
+"""Noise that belongs to a picture, and masked drawing in codes.
+
+Design choices
+- Rule 1, the same seed gives the same picture: all randomness of a picture comes from a generator of its own on the
+  CPU, in float32, whatever its batch. Picture k of a call with one generator has that generator's seed + k.
+- Codes are drawn as in MAR (Li et al. 2024, arXiv 2406.11838): positions in a random order, more of them a step as the
+  picture fills, floor(L cos(pi/2 (s+1)/S)) still masked after step s. Gumbel noise is drawn for a whole picture at once,
+  so that which step a token falls into changes nothing.
+
+This module does not know prompts or pipelines.
+Legend: B pictures, C = K = 16 channels, L = 64 tokens, V = 64 levels, D features, N tokens drawn at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mm.errors import UserError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def picture_generators(generator: Generators, count: int) -> list[torch.Generator]:
+    """One CPU generator a picture. One generator with seed s gives s, s + 1, ...; a list gives each picture its own."""
+    if isinstance(generator, torch.Generator):
+        first = generator.initial_seed()
+        return [torch.Generator().manual_seed(first + k) for k in range(count)]
+    if generator is None:
+        first = int(torch.randint(2**31, (), dtype=torch.int64))
+        return [torch.Generator().manual_seed(first + k) for k in range(count)]
+    if len(generator) != count:
+        raise UserError(f"{len(generator)} generators for {count} pictures; give one for each, or a single one")
+    return [torch.Generator().manual_seed(g.initial_seed()) for g in generator]
+
+
+def picture_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise (B, *shape), each row from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def gumbel_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
+    """Gumbel noise (B, *shape): argmax(logits + noise) is a sample of softmax(logits)."""
+    uniform = torch.stack([torch.rand(shape, generator=g) for g in generators]).clamp(1e-9, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform))
+
+
+def masked_steps(tokens: int, steps: int) -> list[int]:
+    """How many tokens are still masked after each of `steps` steps; the last is 0, and each step draws at least one."""
+    left = [math.floor(tokens * math.cos(math.pi / 2 * (s + 1) / steps)) for s in range(steps)]
+    left[-1] = 0
+    before = [tokens, *left[:-1]]
+    return [max(0, min(now, old - 1)) for now, old in zip(left, before, strict=True)]
+
+
+def code_steps(
+    generators: Sequence[torch.Generator], tokens: int, steps: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """For each step: tokens still masked (B, L), the positions to draw now (B, N), and the share that is known."""
+    order_BL = torch.stack([torch.randperm(tokens, generator=g) for g in generators])
+    known = 0
+    for left in masked_steps(tokens, steps):
+        if known == tokens:
+            return
+        masked_BL = torch.ones(order_BL.shape, dtype=torch.bool).scatter(1, order_BL[:, :known], False)
+        yield masked_BL, order_BL[:, known : tokens - left], known / tokens
+        known = tokens - left

@@ -1,0 +1,301 @@
+"""`TextToImagePipeline`: from a prompt to pictures, by flow matching or in codes.
+
+Design choices
+- diffusers' own order: check_inputs, encode_prompt, prepare_latents, denoise, decode, with its argument names, outputs
+  and callbacks, so that scripts written for other pipelines run.
+- A prompt is read once a call. Its keys and values (`PromptCache`) serve every step, picture and guidance branch.
+- Guidance is classifier-free: in flow mode on the velocity, in codes mode on the trunk's features, there growing linearly
+  with the share of tokens already drawn (TokenBridge, arXiv 2503.16430).
+- Everything between steps is float32 on the model's device; noise comes from one CPU generator per picture (rule 1).
+
+This module does not know files beyond diffusers' folders, metadata or the command line.
+Legend: B pictures (prompts times pictures per prompt), C = 16 channels, H = W = 8 latents, L = 64 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for the name in our modules
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers import PreTrainedTokenizerFast
+
+from mm.errors import UserError
+from mm.models.codes import CodeHead
+from mm.models.trunk import PromptCache, Trunk
+from mm.models.velocity import VelocityDecoder
+from mm.paths import resolve_model
+from mm.pipelines.lora import TrunkLoraMixin
+from mm.pipelines.prompts import check_prompts, tokenize
+from mm.pipelines.sampling import Generators, code_steps, gumbel_noise, picture_generators, picture_noise
+from mm.tokenizers import Autoencoder, Bridge
+
+MODES = ("flow", "codes")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
+
+
+class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
+    """Draws pictures from prompts. See `__call__`."""
+
+    model_cpu_offload_seq = "trunk->velocity_decoder->code_head->autoencoder"
+    _optional_components = ["code_head", "bridge"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _lora_loadable_modules = ["trunk"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_tokenizer: PreTrainedTokenizerFast,
+        trunk: Trunk,
+        velocity_decoder: VelocityDecoder,
+        autoencoder: Autoencoder,
+        scheduler: SchedulerMixin,
+        code_head: CodeHead | None = None,
+        bridge: Bridge | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            text_tokenizer=text_tokenizer,
+            trunk=trunk,
+            velocity_decoder=velocity_decoder,
+            autoencoder=autoencoder,
+            scheduler=scheduler,
+            code_head=code_head,
+            bridge=bridge,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.scale_factor)
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TextToImagePipeline:
+        """An embedded model by name ("mm-tiny"), a diffusers folder, or a hub name."""
+        where = resolve_model(pretrained_model_name_or_path)
+        try:
+            return super().from_pretrained(where, **kwargs)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            if isinstance(where, Path):
+                raise UserError(f"the weights in {where} are broken: {' '.join(str(error).split())[:300]}") from error
+            raise
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        prompt: Sequence[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        pictures: int,
+        mode: str,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises UserError for what cannot be drawn, with the value."""
+        side = self.autoencoder.config.sample_size
+        if (height, width) != (side, side):
+            raise UserError(f"this model draws {side} x {side} pictures, not {width} x {height}; leave the size out")
+        if steps < 1:
+            raise UserError(f"num_inference_steps is {steps}; give 1 or more")
+        if pictures < 1:
+            raise UserError(f"num_images_per_prompt is {pictures}; give 1 or more")
+        if mode not in MODES:
+            raise UserError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+        if mode == "codes" and (self.code_head is None or self.bridge is None):
+            raise UserError("this model has no code_head and bridge, so mode='codes' is not to be had; use mode='flow'")
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise UserError(f"callbacks may ask for {self._callback_tensor_inputs}, not {unknown}")
+        check_prompts(prompt, self.text_tokenizer)
+
+    def encode_prompt(
+        self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, negative_prompt: str | None = None
+    ) -> tuple[PromptCache, PromptCache]:
+        """The prompts' cache, each repeated, and the unconditional one (the empty or the negative prompt)."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        device = self._execution_device
+        ids, mask = tokenize(prompts, self.text_tokenizer, device)
+        empty_ids, empty_mask = tokenize([negative_prompt or ""], self.text_tokenizer, device)
+        caches = self.trunk.encode_text(ids, mask), self.trunk.encode_text(empty_ids, empty_mask)
+        count = len(prompts) * num_images_per_prompt
+        return caches[0].repeat(num_images_per_prompt), caches[1].repeat(count)
+
+    def prepare_latents(self, generators: Sequence[torch.Generator], latents: torch.Tensor | None) -> torch.Tensor:
+        """Starting noise (B, C, H, W), float32."""
+        side = self.autoencoder.config.sample_size // self.autoencoder.scale_factor
+        shape = (self.autoencoder.config.latent_channels, side, side)
+        if latents is None:
+            return picture_noise(generators, shape).to(self._execution_device)
+        if latents.shape != (len(generators), *shape):
+            raise UserError(f"latents of shape {tuple(latents.shape)}; this call needs {(len(generators), *shape)}")
+        return latents.to(self._execution_device, torch.float32)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float = 4.0,
+        mode: str = "flow",
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws `num_images_per_prompt` pictures of each prompt.
+
+        `generator`: one generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only the
+        seed counts, not what was drawn from a generator before. `mode`: "flow" or "codes". `guidance_scale` 1 = off.
+        `latents`: flow's starting noise (B, 16, 8, 8). `attention_kwargs={"scale": x}` scales loaded LoRAs.
+        `output_type`: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
+        Raises UserError for what cannot be drawn; warns of unknown words.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        side = self.autoencoder.config.sample_size
+        self.check_inputs(
+            prompts,
+            height=side if height is None else height,
+            width=side if width is None else width,
+            steps=num_inference_steps,
+            pictures=num_images_per_prompt,
+            mode=mode,
+            output_type=output_type,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
+        tell = self._teller(callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        with self.lora_scale(attention_kwargs):
+            caches = self.encode_prompt(prompts, num_images_per_prompt, negative_prompt)
+            if mode == "flow":
+                drawn = self._denoise(self.prepare_latents(generators, latents), caches, num_inference_steps, tell)
+            else:
+                drawn = self._fill_codes(generators, caches, num_inference_steps, tell)
+
+        pictures = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _teller(
+        self, callback: Callback | None, names: Sequence[str]
+    ) -> Callable[[int, Any, torch.Tensor], torch.Tensor]:
+        """What is called after each step: hands the latents to the user's callback and takes them back."""
+
+        def tell(step: int, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
+            if callback is None:
+                return latents
+            offered = {"latents": latents}
+            changed = callback(self, step, timestep, {name: offered[name] for name in names})
+            return (changed or {}).get("latents", latents)
+
+        return tell
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        caches: tuple[PromptCache, PromptCache],
+        steps: int,
+        tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """From noise to latents along the flow, by the scheduler's steps."""
+        guided = self.do_classifier_free_guidance
+        prompt = PromptCache.cat(caches) if guided else caches[0]
+        self.scheduler.set_timesteps(steps, device=latents.device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, timestep in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                doubled = torch.cat([latents, latents]) if guided else latents
+                sigma = (timestep / self.scheduler.config.num_train_timesteps).float().expand(len(doubled))
+                features = self.trunk(doubled.to(self.trunk.dtype), sigma, prompt, "flow")
+                velocity = self.velocity_decoder(doubled.to(self.velocity_decoder.dtype), sigma, features).float()
+                if guided:
+                    wanted, free = velocity.chunk(2)
+                    velocity = free + self._guidance_scale * (wanted - free)
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                latents = tell(i, timestep, latents)
+                bar.update()
+        return latents
+
+    def _fill_codes(
+        self,
+        generators: Sequence[torch.Generator],
+        caches: tuple[PromptCache, PromptCache],
+        steps: int,
+        tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """From nothing to latents, some tokens' codes a step."""
+        guided = self.do_classifier_free_guidance
+        prompt = PromptCache.cat(caches) if guided else caches[0]
+        device = self._execution_device
+        side = self.autoencoder.config.sample_size // self.autoencoder.scale_factor
+        channels, levels = self.bridge.config.channels, self.bridge.config.levels
+        plan = list(code_steps(generators, side * side, steps))
+        gumbel_BLKV = gumbel_noise(generators, (side * side, channels, levels)).to(device)
+        codes_BLK = torch.zeros(len(generators), side * side, channels, dtype=torch.int64, device=device)
+        latents = torch.zeros(len(generators), channels, side, side, device=device)
+        self._num_timesteps = len(plan)
+        with self.progress_bar(total=len(plan)) as bar:
+            for i, (masked_BL, now_BN, known) in enumerate(plan):
+                if self._interrupt:
+                    break
+                masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)
+                features_BLD = self._code_features(latents, masked_BL, prompt, guided, known)
+                row = torch.arange(len(now_BN), device=device)[:, None].expand_as(now_BN)
+                drawn = self.code_head.sample(
+                    features_BLD[row, now_BN].flatten(0, 1), gumbel_BLKV[row, now_BN].flatten(0, 1)
+                )
+                codes_BLK[row, now_BN] = drawn.unflatten(0, now_BN.shape)
+                codes_BKHW = codes_BLK.transpose(1, 2).unflatten(-1, (side, side))
+                latents = tell(i, i, self.bridge.dequantize(codes_BKHW).float())
+                bar.update()
+        return latents
+
+    def _code_features(
+        self, latents: torch.Tensor, masked_BL: torch.Tensor, prompt: PromptCache, guided: bool, known: float
+    ) -> torch.Tensor:
+        """The trunk's features with guidance, which grows with the share of known tokens."""
+        twice = 2 if guided else 1
+        latents, masked_BL = latents.repeat(twice, 1, 1, 1), masked_BL.repeat(twice, 1)
+        features = self.trunk(latents.to(self.trunk.dtype), masked_BL.float(), prompt, "codes", masked_BL)
+        if not guided:
+            return features
+        wanted, free = features.chunk(2)
+        return free + (1 + (self._guidance_scale - 1) * known) * (wanted - free)
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Pictures in the wanted type."""
+        pictures = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float()
+        return self.image_processor.postprocess(pictures, output_type=output_type)

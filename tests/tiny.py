@@ -1,0 +1,34 @@
+"""A tiny random pipeline of the real classes, shared by tests."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from mm import TextToImagePipeline
+from mm.models.codes import CodeHead
+from mm.models.text import build_text_tokenizer
+from mm.models.trunk import Trunk
+from mm.models.velocity import VelocityDecoder
+from mm.tokenizers import Autoencoder, Bridge
+
+
+def tiny_pipeline(*, codes: bool = True, seed: int = 0) -> TextToImagePipeline:
+    """Random weights, with the zero-initialized projections filled so that text and time matter."""
+    torch.manual_seed(seed)
+    order = list(range(16))
+    pipe = TextToImagePipeline(
+        text_tokenizer=build_text_tokenizer(),
+        trunk=Trunk(width=32, depth=2, heads=2),
+        velocity_decoder=VelocityDecoder(feature_width=32, width=32, depth=1, heads=2),
+        autoencoder=Autoencoder(encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8), refine_width=4),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        code_head=CodeHead(order=order, feature_width=32, width=32, depth=1, heads=2) if codes else None,
+        bridge=Bridge(order=order) if codes else None,
+    )
+    for part in filter(None, (pipe.trunk, pipe.velocity_decoder, pipe.code_head)):
+        for parameter in part.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
