@@ -1,0 +1,59 @@
+"""Shares with their intervals, and the picture grid that goes with every report.
+
+Design choices
+- Wilson's 95 % interval (Wilson 1927): honest near 0 and 1, where the normal one is not. Pictures of one prompt are
+  counted as independent, so the interval is a little too narrow where a prompt decides more than chance.
+
+This module does not know what is measured.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from mm.files import write_bytes
+
+_Z = 1.959964
+_GREEN, _RED = (40, 160, 70), (205, 50, 45)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of `hits` out of `n`; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = hits / n, _Z**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(verdicts: Sequence[bool]) -> dict[str, Any]:
+    """Score, n and interval of yes/no verdicts."""
+    hits, n = sum(verdicts), len(verdicts)
+    low, high = wilson(hits, n)
+    return {"score": round(hits / n, 4) if n else 0.0, "n": n, "low": round(low, 4), "high": round(high, 4)}
+
+
+def save_grid(
+    path: Path, pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool], columns: int = 8
+) -> None:
+    """uint8 pictures with their prompt below and a green or red frame, as one PNG."""
+    side, line = pictures_BCHW.shape[-1], 26
+    rows = math.ceil(len(labels) / columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8 + line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, label, ok) in enumerate(zip(pictures_BCHW, labels, verdicts, strict=True)):
+        x, y = (i % columns) * (side + 8), (i // columns) * (side + 8 + line)
+        pen.rectangle((x + 1, y + 1, x + side + 6, y + side + 6), outline=_GREEN if ok else _RED, width=3)
+        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (x + 4, y + 4))
+        pen.text((x + 4, y + side + 8), label[:24] + "\n" + label[24:48], fill="black", font_size=10)
+    out = io.BytesIO()
+    sheet.save(out, "PNG", optimize=True)
+    write_bytes(path, out.getvalue())
