@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -113,12 +114,16 @@ class CodeHead(ModelMixin, ConfigMixin):
         nn.init.normal_(self.start, std=0.5)
         self.known.weight.data += smooth_rows(self.channels, self.config.levels, self.known.weight)
         layers.zero(self.modulation_out)
-        for layer in self.layers:
+        for layer in self._stack:
             # As in the velocity decoder: gates open, projections at zero.
             layers.zero(layer.modulation, layer.attn.to_out, layer.ff.down)
             gates = layer.modulation.bias.data.view(6, -1)
             gates[2].fill_(1.0)
             gates[5].fill_(1.0)
+
+    @property
+    def _stack(self) -> list[CodeLayer]:
+        return cast("list[CodeLayer]", self.layers)  # a ModuleList does not tell the type of its modules
 
     def forward(self, features_ND: torch.Tensor, codes_NK: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, V) in fp32 for tokens whose codes are known (training); channel by channel as in `codes`.
@@ -131,7 +136,7 @@ class CodeHead(ModelMixin, ConfigMixin):
         start = self.start.expand(len(rows), 1, -1)
         x_NKW = torch.cat([start, self.known(rows)], 1).to(condition.dtype)
         mask = torch.ones(self.channels, self.channels, dtype=torch.bool, device=x_NKW.device).tril()
-        for layer in self.layers:
+        for layer in self._stack:
             x_NKW = layer(x_NKW, layer.modulate(condition), mask, None)
         logits_KNV = self._logits(x_NKW, condition, slice(None))
         # unbind and stack, since the backward of an index is slow on CPUs.
@@ -157,13 +162,13 @@ class CodeHead(ModelMixin, ConfigMixin):
         self._check_sampling(features_ND, gumbel_NKV, temperature, empty_ND)
         features = features_ND if empty_ND is None else torch.cat([features_ND, empty_ND])
         condition = self._condition(features)
-        mods = [layer.modulate(condition) for layer in self.layers]
+        mods = [layer.modulate(condition) for layer in self._stack]
         shape = (2, len(features), self.channels, self.config.heads, self.config.width // self.config.heads)
-        memories = [condition.new_empty(shape) for _ in self.layers]
+        memories = [condition.new_empty(shape) for _ in self._stack]
         codes_NK = torch.empty(gumbel_NKV.shape[:2], dtype=torch.int64, device=features.device)
         x_N1W = self.start.expand(len(features), 1, -1).to(condition.dtype)
         for place, channel in enumerate(self.config.order):
-            for layer, mod, memory in zip(self.layers, mods, memories, strict=True):
+            for layer, mod, memory in zip(self._stack, mods, memories, strict=True):
                 keys, values = memory[:, :, : place + 1]
                 x_N1W = layer(x_N1W, mod, None, (keys, values))
             logits = self._logits(x_N1W, condition, slice(place, place + 1))[0]
