@@ -3,8 +3,8 @@
 Design choices
 - Files are in peft's / diffusers' layout: keys `trunk.<module>.lora_A.weight` and `lora_B.weight` (the prefix may be
   missing). peft injects them through diffusers' `PeftAdapterMixin`.
-- Before anything is injected every key is matched against the trunk's linears, with shapes. The error names the first that
-  do not fit and says "N of M tensors match".
+- Before anything is injected every key is matched against the trunk's linears, with shapes. The error names the first
+  that do not fit and says "N of M tensors match".
 
 This module does not know how adapters are trained.
 """
@@ -82,7 +82,9 @@ class TrunkLoraMixin:
 
         tensors = read_lora(source)
         check_match(tensors, self.trunk)
-        ranks = {n.removesuffix(".lora_A.weight"): t.shape[0] for n, t in tensors.items() if n.endswith(".lora_A.weight")}
+        ranks = {
+            n.removesuffix(".lora_A.weight"): t.shape[0] for n, t in tensors.items() if n.endswith(".lora_A.weight")
+        }
         if adapter_name in getattr(self.trunk, "peft_config", {}):
             raise UserError(f"an adapter {adapter_name!r} is loaded already; unload it or choose another adapter_name")
         rank = next(iter(ranks.values()))

@@ -4,8 +4,8 @@ Design choices
 - Rule 1, the same seed gives the same picture: all randomness of a picture comes from a generator of its own on the
   CPU, in float32, whatever its batch. Picture k of a call with one generator has that generator's seed + k.
 - Codes are drawn as in MAR (Li et al. 2024, arXiv 2406.11838): positions in a random order, more of them a step as the
-  picture fills, floor(L cos(pi/2 (s+1)/S)) still masked after step s. Gumbel noise is drawn for a whole picture at once,
-  so that which step a token falls into changes nothing.
+  picture fills, floor(L cos(pi/2 (s+1)/S)) still masked after step s. Gumbel noise is drawn for a whole picture at
+  once, so that which step a token falls into changes nothing.
 
 This module does not know prompts or pipelines.
 Legend: B pictures, C = K = 16 channels, L = 64 tokens, V = 64 levels, D features, N tokens drawn at once.

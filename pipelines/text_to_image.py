@@ -4,8 +4,8 @@ Design choices
 - diffusers' own order: check_inputs, encode_prompt, prepare_latents, denoise, decode, with its argument names, outputs
   and callbacks, so that scripts written for other pipelines run.
 - A prompt is read once a call. Its keys and values (`PromptCache`) serve every step, picture and guidance branch.
-- Guidance is classifier-free: in flow mode on the velocity, in codes mode on the trunk's features, there growing linearly
-  with the share of tokens already drawn (TokenBridge, arXiv 2503.16430).
+- Guidance is classifier-free: in flow mode on the velocity, in codes mode on the trunk's features, there growing
+  linearly with the share of tokens already drawn (TokenBridge, arXiv 2503.16430).
 - Everything between steps is float32 on the model's device; noise comes from one CPU generator per picture (rule 1).
 
 This module does not know files beyond diffusers' folders, metadata or the command line.
@@ -173,9 +173,9 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws `num_images_per_prompt` pictures of each prompt.
 
-        `generator`: one generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only the
-        seed counts, not what was drawn from a generator before. `mode`: "flow" or "codes". `guidance_scale` 1 = off.
-        `latents`: flow's starting noise (B, 16, 8, 8). `attention_kwargs={"scale": x}` scales loaded LoRAs.
+        `generator`: one generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only
+        the seed counts, not what was drawn from a generator before. `mode`: "flow" or "codes". `guidance_scale` 1 =
+        off. `latents`: flow's starting noise (B, 16, 8, 8). `attention_kwargs={"scale": x}` scales loaded LoRAs.
         `output_type`: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
         Raises UserError for what cannot be drawn; warns of unknown words.
         """

@@ -5,8 +5,8 @@ Design choices
   beside it. An unreadable picture is a failure, and their share is reported.
 - The judge's own ceiling is measured in the same run: on true renders of the very prompts, and on the tokenizer's
   reconstructions of these renders, which no drawing can be expected to beat.
-- A picture's seed depends on the run's seed, the prompt's id and its index alone, so that neither order, limit nor batch
-  size changes it.
+- A picture's seed depends on the run's seed, the prompt's id and its index alone, so that neither order, limit nor
+  batch size changes it.
 
 This module does not know how pictures are drawn or read.
 """

@@ -2,8 +2,8 @@
 
 Design choices
 - GenEval's six tasks in its proportions (553 prompts, arXiv 2310.11513), in the training grammar's words. Reported
-  compositions are those that training never saw (`scene.is_held_out`): object pairs for two objects, position and colour
-  attribution, object-count and object-colour for counting and colours. Single objects cannot be held out.
+  compositions are those that training never saw (`scene.is_held_out`): object pairs for two objects, position and
+  colour attribution, object-count and object-colour for counting and colours. Single objects cannot be held out.
 - The tuning file uses only compositions that are not held out, so choosing a guidance by it teaches nothing about them.
 - A quarter of the prompts name a style, and a background where that style shows it; most others name neither, as in
   GenEval. Few counts and colours are held out, so those prompts name a background more often, to vary.
@@ -63,9 +63,7 @@ def _compositions(task: str, held_out: bool) -> list[tuple[Group, ...]]:
         return [(Group(object=o),) for o in objects]
     if task == "counting":
         numbers = range(2, v.MAX_COUNT + 1)
-        return [
-            (Group(object=o, count=n),) for o in objects for n in numbers if s.count_is_held_out(o, n) == held_out
-        ]
+        return [(Group(object=o, count=n),) for o in objects for n in numbers if s.count_is_held_out(o, n) == held_out]
     if task == "colours":
         tints = [(o, tint) for o in objects for tint in v.COLOURS if s.colour_is_held_out(o, tint) == held_out]
         return [(Group(object=o, colour=tint),) for o, tint in tints]

@@ -2,8 +2,8 @@
 
 Design choices
 - One object a line: `{"id", "task", "prompt", "groups": [[object, colour or null, count], ...], "relation":
-  [i, "left of", j] or null, "background": name or null, "style": name or null}`. Null demands nothing. The last three may
-  be left out. Our own files have the same shape as those that anyone brings.
+  [i, "left of", j] or null, "background": name or null, "style": name or null}`. Null demands nothing. The last three
+  may be left out. Our own files have the same shape as those that anyone brings.
 - A bad line stops the run before anything is drawn, and the error names file, line and value: a benchmark that skips
   lines measures something else.
 - What a style cannot show (tints in a sketch, the ground in neon) must not be demanded of it, nor more objects than the

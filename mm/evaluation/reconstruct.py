@@ -1,8 +1,8 @@
 """`mm eval reconstruct`: how much of a picture each tokenizer in a folder keeps, and at how many bits.
 
 Design choices
-- Whatever lies in the folder is measured: autoencoders, each with the bridges beside it, and quantized tokenizers. A Gaussian
-  bridge is measured next to every autoencoder, since it needs no weights: so the table shows which bins are better.
+- Whatever lies in the folder is measured: autoencoders, each with the bridges beside it, and quantized tokenizers. A
+  Gaussian bridge is measured next to every autoencoder, since it needs no weights: so the table shows which bins are better.
 - Held-out renders in a seed namespace of their own, the same number in every style; the mean is over styles.
 - Reconstructions are rounded to bytes first: that is what a user can save.
 - PSNR and SSIM per picture (torchmetrics), then averaged; intervals are 95 % of the mean, by the pictures' deviation.
@@ -118,8 +118,8 @@ def evaluate_reconstruct(
 ) -> dict[str, Any]:
     """PSNR, SSIM and bits of every tokenizer in the folder `model`; `limit` is pictures per style.
 
-    `overall` is the mean PSNR of the first tokenizer (the autoencoder that draws); `grid`, where given, is the path of a
-    PNG with originals above each tokenizer's reconstructions, a block per style.
+    `overall` is the mean PSNR of the first tokenizer (the autoencoder that draws); `grid`, where given, is the path of
+    a PNG with originals above each tokenizer's reconstructions, a block per style.
     """
     folder, count = Path(model), limit or PICTURES_PER_STYLE
     if limit is not None and limit < 1:
