@@ -170,12 +170,13 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Any:
         """Draws `num_images_per_prompt` pictures of each prompt.
 
         `generator`: one generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only
         the seed counts, not what was drawn from a generator before. `mode`: "flow" or "codes". `guidance_scale` 1 =
         off. `latents`: flow's starting noise (B, 16, 8, 8). `attention_kwargs={"scale": x}` scales loaded LoRAs.
+        Returns ImagePipelineOutput, or with `return_dict` False a tuple of the pictures alone.
         `output_type`: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
         Raises UserError for what cannot be drawn; warns of unknown words.
         """

@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.act = nn.SiLU()
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.get_parameter("conv2.bias"))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW + self.conv2(self.act(self.conv1(self.act(x_BCHW))))

@@ -9,7 +9,7 @@ Design choices
 - `encode` returns the values that the codes stand for, normalized by the config's mean and deviation like the
   autoencoder's.
 
-The module does not know how it is trained (`mm.training.tokenizer_stage`, which adds `auxiliary_loss`).
+The module does not know how it is trained (`mm.training.tokenizer_stage`).
 
 Legend: B batch, C channels, G codes per cell, H height, W width.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -98,6 +99,16 @@ class QuantizedTokenizer(ModelMixin, ConfigMixin):
     def codes(self, images_BCHW: Tensor) -> Tensor:
         """Codes of pictures, int64 (B, G, H / 16, W / 16)."""
         return self.quantize(self.encoder(images_BCHW.to(self.dtype)))[1]
+
+    def dequantize(self, codes_BGHW: Tensor) -> Tensor:
+        """Latents with unit deviation that codes stand for, ready for `decode`."""
+        if codes_BGHW.ndim != 4 or codes_BGHW.shape[1] != self.groups:
+            raise ValueError(f"codes of shape {tuple(codes_BGHW.shape)}; give (B, {self.groups}, H, W)")
+        codes_BHWG = codes_BGHW.permute(0, 2, 3, 1)
+        quantizer: Any = self.quantizer
+        read = quantizer.indices_to_codes if self.config.kind == "fsq" else quantizer.get_output_from_indices
+        raw_BCHW = read(codes_BHWG)
+        return normalize(raw_BCHW, self.config.latents_mean, self.config.latents_std)
 
     def raw_latents(self, images_BCHW: Tensor) -> Tensor:
         """Values of the codes on the decoder's own scale."""

@@ -2,7 +2,8 @@
 
 Design choices
 - Whatever lies in the folder is measured: autoencoders, each with the bridges beside it, and quantized tokenizers. A
-  Gaussian bridge is measured next to every autoencoder, since it needs no weights: so the table shows which bins are better.
+  Gaussian bridge is measured next to every autoencoder, since it needs no weights: so the table shows which
+  bins are better.
 - Held-out renders in a seed namespace of their own, the same number in every style; the mean is over styles.
 - Reconstructions are rounded to bytes first: that is what a user can save.
 - PSNR and SSIM per picture (torchmetrics), then averaged; intervals are 95 % of the mean, by the pictures' deviation.
@@ -19,6 +20,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ from mm.world.vocabulary import STYLES
 
 PICTURES_PER_STYLE = 256
 _CHUNK = 32
+
+
+def _through(model: Any, bridge: Bridge, images_BCHW: Tensor) -> Tensor:
+    """Pictures by way of their codes."""
+    return model.decode(bridge(model.encode(images_BCHW)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,7 @@ def _autoencoder_lines(path: Path, bridges: list[Path], device: str) -> Iterator
         name = f"{path.name} + bridge ({bridge.config.bins}, {bridge.config.levels} levels)"
         yield Candidate(
             name=name,
-            reconstruct=lambda x, bridge=bridge: model.decode(bridge(model.encode(x))),
+            reconstruct=partial(_through, model, bridge),
             bits=bridge.bits_per_picture(),
         )
 

@@ -17,9 +17,9 @@ Legend: B batch, T text tokens, L picture tokens, P = L + 1 with the mode token,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,7 @@ class PromptCache:
         grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
         return grown if extra else self
 
-    def _map(self, change: object) -> PromptCache:
-        assert callable(change)
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PromptCache:
         return PromptCache(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask_BT))
 
     @staticmethod
@@ -171,14 +170,24 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
         self._init_weights()
 
+    # A ModuleList does not tell the type of its modules.
+    @property
+    def _text_stack(self) -> list[TextLayer]:
+        return cast("list[TextLayer]", self.text_layers)
+
+    @property
+    def _picture_stack(self) -> list[PictureLayer]:
+        return cast("list[PictureLayer]", self.picture_layers)
+
     def _init_weights(self) -> None:
         layers.init_linears(self)
         nn.init.normal_(self.place, std=0.02)
         nn.init.normal_(self.masked, std=0.02)
         layers.zero(self.modulation)
-        for layer in (*self.text_layers, *self.picture_layers):
+        for text_layer in self._text_stack:
+            layers.zero(text_layer.attn.to_out, text_layer.ff.down)
+        for layer in self._picture_stack:
             layers.zero(layer.attn.to_out, layer.ff.down)
-        for layer in self.picture_layers:
             # Gates start at one: with the zeroed projections the block is the identity and still learns at once.
             layer.modulation.data[2].fill_(1.0)
             layer.modulation.data[5].fill_(1.0)
@@ -200,7 +209,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mask = causal & mask_BT[:, None, None, :]
         mask = mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding looks at itself: never empty
         keys, values = [], []
-        for layer in self.text_layers:
+        for layer in self._text_stack:
             k, v = layer.for_pictures(x_BTD)
             keys.append(k)
             values.append(v)
@@ -241,11 +250,12 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         x_BPD, sigma = self._picture_tokens(latents_BCHW, sigma, mode, masked_BL)
         shared = self.modulation(F.silu(self.sigma_embedding(sigma))).unflatten(-1, (6, -1))
-        angles = layers.picture_angles(*latents_BCHW.shape[2:], self.config.width // self.config.heads, x_BPD.device)
+        height, width = latents_BCHW.shape[2:]
+        angles = layers.picture_angles(height, width, self.config.width // self.config.heads, x_BPD.device)
         angles = F.pad(angles, (0, 0, 1, 0))  # the mode token stands at the origin
         mask = F.pad(prompt.mask_BT, (0, x_BPD.shape[1]), value=True)[:, None, None, :]
         hidden = x_BPD
-        for i, layer in enumerate(self.picture_layers):
+        for i, layer in enumerate(self._picture_stack):
             x_BPD = self._run(layer, x_BPD, shared, angles, prompt.keys[i], prompt.values[i], mask)
             if i == hidden_layer:
                 hidden = x_BPD

@@ -12,6 +12,8 @@ Legend: B batch, C latent channels, L = H * W tokens, D width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -66,12 +68,16 @@ class VelocityDecoder(ModelMixin, ConfigMixin):
         self.velocity_out = nn.Linear(width, latent_channels)
         layers.init_linears(self)
         layers.zero(self.modulation_out, self.velocity_out)
-        for layer in self.layers:
+        for layer in self._stack:
             # DDT conditions through adaLN alone, so the gates start open (bias one) and the projections at zero.
             layers.zero(layer.modulation, layer.attn.to_out, layer.ff.down)
             gates = layer.modulation.bias.data.view(6, -1)
             gates[2].fill_(1.0)
             gates[5].fill_(1.0)
+
+    @property
+    def _stack(self) -> list[VelocityLayer]:
+        return cast("list[VelocityLayer]", self.layers)  # a ModuleList does not tell the type of its modules
 
     def forward(self, latents_BCHW: torch.Tensor, sigma_B: torch.Tensor, features_BLD: torch.Tensor) -> torch.Tensor:
         """Velocity (B, C, H, W) at noise level `sigma` (B,) in [0, 1]."""
@@ -79,7 +85,7 @@ class VelocityDecoder(ModelMixin, ConfigMixin):
         x_BLD = self.latent_in(latents_BCHW.flatten(2).transpose(1, 2))
         condition = F.silu(self.feature_in(features_BLD) + self.sigma_embedding(sigma_B)[:, None])
         angles = layers.picture_angles(height, width, self.config.width // self.config.heads, x_BLD.device)
-        for layer in self.layers:
+        for layer in self._stack:
             x_BLD = layer(x_BLD, condition, angles)
         shift, scale = self.modulation_out(condition).chunk(2, -1)
         velocity_BLC = self.velocity_out(layers.modulate(self.norm_out(x_BLD), shift, scale))

@@ -28,7 +28,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import PromptCache, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
-from mm.world.captions import caption
+from mm.world.captions import Detail, caption
 from mm.world.render import cell_labels
 from mm.world.scene import Scene
 from mm.world.vocabulary import ALL_OBJECTS, COLOURS
@@ -70,7 +70,7 @@ def words_for(scenes: Sequence[Scene], rng: random.Random, config: DrawingConfig
     """A caption a scene, in fresh wording; some dropped, some partial."""
     out = []
     for scene in scenes:
-        detail = "partial" if rng.random() < config.partial_captions else "full"
+        detail: Detail = "partial" if rng.random() < config.partial_captions else "full"
         out.append("" if rng.random() < config.caption_dropout else caption(scene, rng, detail=detail))
     return out
 

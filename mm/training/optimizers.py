@@ -35,7 +35,7 @@ def orthogonalize(matrices_BMN: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalized; weight decay decoupled as in AdamW.
 
-    Matrices of one shape are orthogonalized together: on two CPU cores a hundred small products cost more than their sum.
+    Matrices of one shape are orthogonalized together: on two CPU cores many small products cost more than their sum.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -69,8 +69,8 @@ def flatten_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Te
     """Tensors of an optimizer's state under the names prefix.index.key (learning rates belong to the schedule)."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{prefix}.{index}.{key}": torch.as_tensor(value).detach().clone().contiguous()
-        for index, entry in state.items()
+        f"{prefix}.{number}.{key}": torch.as_tensor(value).detach().clone().contiguous()
+        for number, entry in state.items()
         for key, value in entry.items()
     }
 
@@ -81,8 +81,8 @@ def restore_state(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[s
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")
         if head == prefix:
-            index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            number, _, key = rest.partition(".")
+            state.setdefault(int(number), {})[key] = tensor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entry in state.items():
         for key, tensor in entry.items():

@@ -56,13 +56,13 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _load(kind: type, folder: Path) -> Any:
+def _load(kind: Any, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no trained {kind.__name__}; run its stage first or use --init-from")
     return kind.from_pretrained(folder).eval()
 
 
-def _fresh_or_published(kind: type, name: str, config: dict[str, Any], init_from: Path | None, **more: Any) -> Any:
+def _fresh_or_published(kind: Any, name: str, config: dict[str, Any], init_from: Path | None, **more: Any) -> Any:
     if init_from is not None and (init_from / name / "config.json").is_file():
         return _load(kind, init_from / name)
     return kind(**config["models"][name], **more)
@@ -106,7 +106,7 @@ def train_drawing(
         latents, scenes = cache.draw(loop_config.batch_size, rng)
         words = tokenizer(words_for(scenes, rng, settings), padding=True, return_tensors="pt")
         batch = make_batch(latents, scenes, words.input_ids, words.attention_mask.bool(), generator, settings)
-        moved = {
+        moved: dict[str, Any] = {
             f.name: x.to(loop.accelerator.device) if (x := getattr(batch, f.name)) is not None else None
             for f in dataclasses.fields(batch)
         }
@@ -117,7 +117,7 @@ def train_drawing(
     return loop
 
 
-def publish(module: torch.nn.Module, folder: Path) -> None:
+def publish(module: Any, folder: Path) -> None:
     """Writes the trained parts in bf16, each beside its config, for the pipeline to load."""
     for name in PUBLISHED:
         # A copy, since casting there and back would round the fp32 masters.

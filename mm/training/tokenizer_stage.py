@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -73,10 +74,11 @@ class TokenizerStageConfig:
 class Trainer:
     """State of one run: weights, their average, both optimizers, the clock."""
 
-    def __init__(self, config: TokenizerStageConfig, model: nn.Module | None = None) -> None:
+    def __init__(self, config: TokenizerStageConfig, model: Any | None = None) -> None:
         self.config, self.out = config, Path(config.out)
         torch.manual_seed(config.seed)
-        self.model = (model or build(config.kind)).to(memory_format=torch.channels_last)
+        self.model = model or build(config.kind)
+        self.model.to(memory_format=torch.channels_last)
         self.head = SemanticHead(self.model.config.latent_channels)
         self.modules = nn.ModuleDict({"model": self.model, "head": self.head})
         if config.freeze_encoder:
@@ -202,12 +204,24 @@ def _ends(part: nn.Module) -> Iterator[Tensor]:
     yield kernels[-1]
 
 
-def build(kind: str) -> nn.Module:
+def build(kind: str) -> Any:
     if kind == "autoencoder":
         return Autoencoder()
     from mm.tokenizers.quantized import QuantizedTokenizer
 
     return QuantizedTokenizer(kind=kind)
+
+
+def started_from(folder: Path, kind: str) -> Any:
+    """A tokenizer of `kind` with a saved one's weights. A quantized one may start from an autoencoder's convolutions:
+    the quantizer is fresh, and a short run end to end then compares fairly."""
+    source = Autoencoder if json.loads((folder / "config.json").read_text())["_class_name"] == "Autoencoder" else None
+    if source is None or kind == "autoencoder":
+        return type(build(kind)).from_pretrained(folder)
+    model, saved = build(kind), source.from_pretrained(folder)
+    for part in ("encoder", "decoder"):
+        model.get_submodule(part).load_state_dict(saved.get_submodule(part).state_dict())
+    return model
 
 
 @torch.no_grad()
@@ -258,7 +272,7 @@ def train(trainer: Trainer) -> dict[str, float]:
         trainer.elapsed += now - mark
         mark, seen = now, seen + config.batch_size
         if trainer.step % 100 == 0:
-            line = {
+            line: dict[str, float] = {
                 "step": trainer.step,
                 "seconds": round(trainer.elapsed),
                 "pictures": trainer.step * config.batch_size,
@@ -298,7 +312,7 @@ def parse() -> tuple[argparse.Namespace, TokenizerStageConfig]:
 
 def main() -> None:
     args, config = parse()
-    model = type(build(config.kind)).from_pretrained(args.init) if args.init else None
+    model = started_from(Path(args.init), config.kind) if args.init else None
     trainer = Trainer(config, model)
     if args.resume:
         trainer.resume()

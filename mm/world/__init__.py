@@ -1,1 +1,1 @@
-"""The procedural world: scenes, renderer, captions, questions, edits and the judge. Imports torch and nothing above it."""
+"""The procedural world: scenes, renderer, captions, questions, edits and the judge. Imports nothing of mm above it."""
