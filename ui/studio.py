@@ -1,0 +1,123 @@
+"""What the Draw tab does, without any widget: draws picture by picture, keeps files, can be cancelled.
+
+Design choices
+- Pictures are drawn one at a time, so that each appears when it is done and a cancel loses at most the one in the making.
+- A cancel is a flag of the session, looked at after every step: Gradio's own `cancels=` stops only between yields.
+- Files live in a folder of the app's own and are what the page shows and offers: Gradio re-encodes PIL pictures and
+  would drop their settings.
+
+This module does not know Gradio.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mm.errors import UserError
+from mm.metadata import save_png
+
+if TYPE_CHECKING:
+    from mm import TextToImagePipeline
+
+MAX_COUNT = 16
+MAX_STEPS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a user asks for. Seed None is drawn at random."""
+
+    prompt: str
+    seed: int | None = None
+    count: int = 1
+    steps: int = 12
+    mode: str = "flow"
+    guidance: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MAX_COUNT:
+            raise UserError(f"count is {self.count}; give 1 to {MAX_COUNT}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
+
+
+class Session:
+    """One visitor's pictures (newest first) with their settings, and whether they asked to stop."""
+
+    def __init__(self) -> None:
+        self.history: list[tuple[str, dict[str, Any]]] = []
+        self.cancelled = threading.Event()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return Session()  # Gradio copies the initial state for every visitor, and an Event cannot be copied
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where an order stands: step of the picture in the making, pictures done, their files, notes for the user."""
+
+    step: int
+    done: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = None
+
+
+class Studio:
+    """A pipeline with a folder for its pictures."""
+
+    def __init__(self, pipe: TextToImagePipeline, model: str = "mm-tiny", folder: Path | None = None) -> None:
+        self.pipe, self.model = pipe, model
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="mm-ui-"))
+
+    def draw(self, order: Order, session: Session) -> Iterator[Progress]:
+        """Draws an order; yields after every picture. What was done before a cancel stays."""
+        session.cancelled.clear()
+        first = secrets.randbelow(2**31) if order.seed is None else order.seed
+        files: list[str] = []
+        notes: list[str] = []
+        for k in range(order.count):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                picture = self._one(order, first + k, session)
+            notes += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and k == 0]
+            if session.cancelled.is_set():
+                notes.append(f"stopped after {k} of {order.count} pictures")
+                yield Progress(step=0, done=k, files=tuple(files), notes=tuple(notes))
+                return
+            settings = self._settings(order, first + k, picture)
+            path = self.folder / f"{secrets.token_hex(8)}-s{first + k}.png"
+            save_png(path, picture, settings)
+            files.append(str(path))
+            session.history.insert(0, (str(path), settings))
+            yield Progress(step=order.steps, done=k + 1, files=tuple(files), notes=tuple(notes), settings=settings)
+
+    def _one(self, order: Order, seed: int, session: Session) -> Any:
+        def watch(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = session.cancelled.is_set()
+            return {}
+
+        return self.pipe(
+            order.prompt,
+            generator=torch.Generator().manual_seed(seed),
+            num_inference_steps=order.steps,
+            guidance_scale=order.guidance,
+            mode=order.mode,
+            callback_on_step_end=watch,
+        ).images[0]
+
+    def _settings(self, order: Order, seed: int, picture: Any) -> dict[str, Any]:
+        settings = {"prompt": order.prompt, "seed": seed, "steps": order.steps, "mode": order.mode}
+        settings |= {"guidance": order.guidance, "width": picture.width, "height": picture.height}
+        return settings | {"model": self.model}
