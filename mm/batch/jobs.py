@@ -31,14 +31,14 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The body of a "generate" row. None leaves the choice to the model's defaults, or to the run's seed."""
+    """The body of a "generate" row, with the defaults of `mm generate`. Without a seed, from the run's."""
 
     prompt: str
     n: int = 1
     seed: int | None = None
-    steps: int | None = None
+    steps: int = 12
     mode: str = "flow"
-    guidance: float | None = None
+    guidance: float = 4.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -48,14 +48,11 @@ class Generate:
         _whole("n", self.n, 1, MAX_PICTURES)
         if self.seed is not None:
             _whole("seed", self.seed, 0, MAX_SEED - self.n + 1)
-        if self.steps is not None:
-            _whole("steps", self.steps, 1, 1000)
+        _whole("steps", self.steps, 1, 1000)
         if self.mode not in MODES:
             raise UserError(f"mode is {_shown(self.mode)}; take one of {', '.join(MODES)}")
         guidance = self.guidance
-        if guidance is not None and (
-            isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= 100
-        ):
+        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
             raise UserError(f"guidance is {_shown(guidance)}; give a number from 0 to 100")
 
 
