@@ -1,0 +1,123 @@
+"""The C++ backend: 4-bit storage, 8-bit products, branches fused; AVX512-VNNI, AVX2 and portable paths.
+
+Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
+
+Design choices:
+- The extension knows nothing of torch: it gets addresses, sizes and codes of element types. `ops` has checked shapes;
+  here tensors are made contiguous and of a type that it reads.
+- It is built without its own OpenMP library and takes the one that torch has loaded: two pools of threads would fight
+  for the cores. Hence torch is imported first, and `threads` is torch's number.
+- float16 x is read as it is and computed in fp32, as everything else is.
+- 16-bit weights go to torch's own product, which oneDNN tunes; only the branch is added in place.
+
+It does not know why a caller chose bits or groups, and it does not choose between backends (`dispatch`).
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mm.kernels.packing import padded
+
+_native: ModuleType | None
+_absence: str | None = None
+try:
+    from mm.kernels.cpu import _native  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _native = None
+    _absence = f"the C++ extension does not load ({error}); reinstall where there is a C++17 compiler"
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def absence() -> str | None:
+    """Why this backend is not there; None where it is."""
+    return _absence
+
+
+def instruction_set() -> str | None:
+    """The widest path that this CPU runs, capped by MM_KERNELS_ISA; None where the extension is absent."""
+    return None if _native is None else str(_native.choose(os.environ.get("MM_KERNELS_ISA", "")))
+
+
+if _native is not None:
+    instruction_set()
+
+
+def _ready(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, on the CPU, of a type that the extension reads."""
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu":
+        raise ValueError(f"the cpu backend reads tensors on the CPU, not on {tensor.device}")
+    return (tensor if tensor.dtype in _CODES else tensor.float()).contiguous()
+
+
+def _at(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and type code; (0, 0) for none."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype])
+
+
+def quantize_activations(
+    x_MK: Tensor, smooth_K: Tensor | None, down_RK: Tensor | None, bits: int, group: int, unsigned: bool, shift: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert _native is not None
+    x, smooth, down = _ready(x_MK), _ready(smooth_K), _ready(down_RK)
+    assert x is not None
+    rows, columns = x.shape
+    wide, rank = padded(columns), 0 if down is None else down.shape[0]
+    values = torch.empty(rows, wide, dtype=torch.int8)
+    scales = torch.empty(rows, wide // group if group else 1)
+    low = torch.empty(rows, rank)
+    _native.quantize(
+        _at(x), _at(smooth), _at(down), (rows, columns, rank), bits, group, unsigned, shift,
+        (values.data_ptr(), scales.data_ptr(), low.data_ptr()), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, scales, low
+
+
+def lowbit_linear(
+    values_MC: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales_NG: Tensor,
+    bias_N: Tensor | None,
+    low_MR: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    assert _native is not None
+    values, weight, scales = values_MC.contiguous(), weight.contiguous(), scales.float().contiguous()
+    weight_scales, bias, up = _ready(weight_scales_NG), _ready(bias_N), _ready(up_NR)
+    low = None if low_MR is None else low_MR.float().contiguous()
+    branch_scales = None if branch_scales_R is None else branch_scales_R.float().contiguous()
+    (rows, wide), outputs = values.shape, weight.shape[0]
+    y = torch.empty(rows, outputs, dtype=dtype if dtype in _CODES else torch.float32)
+    _native.linear(
+        (values.data_ptr(), scales.data_ptr(), weight.data_ptr()), _at(weight_scales), _at(bias), _at(low), _at(up),
+        _at(branch_scales), _at(y), (rows, outputs, wide, scales.shape[1], 0 if up is None else up.shape[1]),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(dtype)
+
+
+def dense_linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    down_RK: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+) -> Tensor:
+    dtype = x_MK.dtype
+    y_MN = torch.nn.functional.linear(x_MK, weight_NK.to(dtype), None if bias_N is None else bias_N.to(dtype))
+    if down_RK is None or up_NR is None:
+        return y_MN
+    low_MR = x_MK @ down_RK.to(dtype).T
+    low_MR = low_MR if branch_scales_R is None else low_MR * branch_scales_R.to(dtype)
+    return y_MN.addmm_(low_MR, up_NR.to(dtype).T)

@@ -1,0 +1,62 @@
+// What the paths have in common: the arguments of the two kernels, element types, and how work is shared out.
+//
+// Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mm {
+
+constexpr int64_t GROUP = 64;
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// An array with its element type; null where the caller gave none.
+struct Array {
+    const void *data;
+    Type type;
+    explicit operator bool() const { return data != nullptr; }
+    int64_t bytes() const { return type == Type::f32 ? 4 : 2; }
+    Array at(int64_t index) const { return {static_cast<const char *>(data) + index * bytes(), type}; }
+};
+
+struct QuantizeArgs {
+    Array x, smooth, down;  // (M, K), (K), (R, K)
+    int64_t M, K, C, R;
+    int bits;
+    int64_t group;  // 0: one scale per token
+    bool is_unsigned;
+    float shift;
+    int8_t *values;  // (M, C)
+    float *scales;   // (M, 1) or (M, G)
+    float *low;      // (M, R)
+    int threads;
+};
+
+struct LinearArgs {
+    const int8_t *values;   // (M, C)
+    const float *scales;    // (M, scale_columns)
+    const uint8_t *weight;  // (N, C / 2)
+    Array weight_scales, bias, up;  // (N, G), (N), (N, R)
+    const float *low, *branch_scales;  // (M, R), (R) or null
+    Array out;  // (M, N), written
+    int64_t M, N, C, G, R, scale_columns;
+    int threads;
+    bool grouped() const { return scale_columns > 1; }
+};
+
+struct Path {
+    const char *name;
+    bool (*runs_here)();
+    void (*quantize)(const QuantizeArgs &);
+    void (*linear)(const LinearArgs &);
+};
+
+extern const Path portable_path;
+#if defined(__x86_64__)
+extern const Path avx2_path;
+extern const Path avx512_path;
+#endif
+
+}  // namespace mm
