@@ -1,7 +1,7 @@
 """What the Draw tab does, without any widget: draws picture by picture, keeps files, can be cancelled.
 
 Design choices
-- Pictures are drawn one at a time, so that each appears when it is done and a cancel loses at most the one in the making.
+- Pictures are drawn one at a time, so that each appears when done and a cancel loses at most the one in the making.
 - A cancel is a flag of the session, looked at after every step: Gradio's own `cancels=` stops only between yields.
 - Files live in a folder of the app's own and are what the page shows and offers: Gradio re-encodes PIL pictures and
   would drop their settings.

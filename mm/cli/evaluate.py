@@ -70,6 +70,36 @@ def compose(
     Console().print(_compose_table(report))
 
 
+@app.command(epilog="Example: mm eval reconstruct --limit 32 --extra weights/comparisons --json runs/reconstruct.json")
+def reconstruct(
+    model: Model = "mm-tiny",
+    extra: Annotated[Path | None, typer.Option(help="A folder with further tokenizers to compare.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out renders.")] = 0,
+    limit: Limit = None,
+    json: Json = None,
+) -> None:
+    """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mm.evaluation.reconstruct import evaluate_reconstruct
+    from mm.files import write_json
+    from mm.paths import resolve_model
+
+    grid = json.with_suffix(".png") if json else None
+    report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, grid=grid)
+    if json:
+        write_json(json, report)
+    styles = list(next(iter(report["tasks"].values()))["styles"])
+    table = Table(title=f"reconstruct, PSNR in dB, {report['n']} pictures")
+    for name in ("tokenizer", "bits", "SSIM", "mean", *styles):
+        table.add_column(name, justify="left" if name == "tokenizer" else "right")
+    for name, row in report["tasks"].items():
+        cells = (f"{row['bits']:.0f}", f"{row['ssim']:.3f}", f"{row['score']:.2f}")
+        table.add_row(name, *cells, *(f"{row['styles'][style]['score']:.2f}" for style in styles))
+    Console().print(table)
+
+
 def _compose_table(report: dict[str, Any]) -> Any:
     from rich.table import Table
 

@@ -121,9 +121,15 @@ def _summary(values_N: Tensor) -> dict[str, float | int]:
 
 
 def evaluate_reconstruct(
-    model: str | Path, *, seed: int = 0, limit: int | None = None, grid: Path | None = None, device: str = "cpu"
+    model: str | Path,
+    *,
+    extra: str | Path | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    grid: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """PSNR, SSIM and bits of every tokenizer in the folder `model`; `limit` is pictures per style.
+    """PSNR, SSIM and bits of every tokenizer in the folders `model` and `extra`; `limit` is pictures per style.
 
     `overall` is the mean PSNR of the first tokenizer (the autoencoder that draws); `grid`, where given, is the path of
     a PNG with originals above each tokenizer's reconstructions, a block per style.
@@ -136,8 +142,9 @@ def evaluate_reconstruct(
     pictures = {style: held_out_renders(style, count, seed).to(device) for style in STYLES}
     rows = {style: [sample[:8]] for style, sample in pictures.items()}
     tasks: dict[str, dict[str, Any]] = {}
-    for candidate in find_tokenizers(folder, device):
-        tasks[candidate.name] = _line(candidate, pictures, rows)
+    for place in [folder] if extra is None else [folder, Path(extra)]:
+        for candidate in find_tokenizers(place, device):
+            tasks[candidate.name] = _line(candidate, pictures, rows)
     if not tasks:
         raise UserError(f"{folder} holds no tokenizer (no config.json of an autoencoder or a quantized tokenizer)")
     if grid is not None:
