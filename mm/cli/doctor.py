@@ -11,7 +11,6 @@ It does not know how fast a model is: `benchmarks/` measure that.
 from __future__ import annotations
 
 import os
-import pkgutil
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -107,11 +106,10 @@ def _cpu_flags() -> set[str]:
 
 
 def kernels() -> dict[str, bool]:
-    """Which backends of mm.kernels are there."""
-    import mm.kernels
+    """Which backends of mm.kernels are ready on this machine."""
+    from mm.kernels import backends
 
-    found = {module.name for module in pkgutil.iter_modules(mm.kernels.__path__)}
-    return {name: name in found for name in _BACKENDS}
+    return {name: state == "ready" for name, state in backends().items()}
 
 
 def version(package: str) -> str | None:
