@@ -52,6 +52,8 @@ def test_unknown_words_and_bad_orders_are_told(studio: Studio) -> None:
         Order(prompt="a cat", steps=0)
     with pytest.raises(UserError, match="seed is -1"):
         Order(prompt="a cat", seed=-1)
+    with pytest.raises(UserError, match="guidance is nan"):
+        Order(prompt="a cat", guidance=float("nan"))
     with pytest.raises(UserError, match="empty"):
         next(studio.draw(Order(prompt=" "), Session()))
 

@@ -79,7 +79,7 @@ def build(studio: Studio) -> gr.Blocks:
                 told += "".join(f"  \n*{note}*" for note in now.notes)
                 yield list(now.files), told, [path for path, _ in session.history], session
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error  # shown as HTML
 
     def stop(session: Session) -> Session:
         session.cancelled.set()

@@ -50,6 +50,8 @@ class Order:
             raise UserError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
+        if not 0 <= self.guidance <= 100:  # a NaN, which JSON lets through, fails here too
+            raise UserError(f"guidance is {self.guidance}; give 0 to 100")
 
 
 class Session:

@@ -16,11 +16,14 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
 ) -> None:
     """Opens the web app."""
+    import torch
+
     from mm import TextToImagePipeline
     from mm.ui.app import launch
     from mm.ui.studio import Studio
 
     pipe = TextToImagePipeline.from_pretrained(model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     print(f"mm is at http://{host}:{port} (stop with Ctrl+C)")
     launch(Studio(pipe, model), host=host, port=port)
