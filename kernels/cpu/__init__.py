@@ -16,6 +16,7 @@ It does not know why a caller chose bits or groups, and it does not choose betwe
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -26,7 +27,7 @@ from mm.kernels.packing import padded
 _native: ModuleType | None
 _absence: str | None = None
 try:
-    from mm.kernels.cpu import _native  # type: ignore[attr-defined,no-redef]
+    _native = import_module("mm.kernels.cpu._native")
 except ImportError as error:
     _native = None
     _absence = f"the C++ extension does not load ({error}); reinstall where there is a C++17 compiler"

@@ -34,7 +34,6 @@ _FEATURES = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve"),
 )
-_BACKENDS = ("reference", "cpu", "triton")
 
 app = typer.Typer(add_completion=False)
 

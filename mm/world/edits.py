@@ -164,7 +164,7 @@ def _move(scene: Scene, rng: random.Random) -> Change | None:
     ends = [s for s in stops(sprite.size) if (s < 52 if side in ("left", "top") else s > 76)]
     now = getattr(sprite, axis)
     far = [e for e in ends if abs(e - now) >= 32]
-    moves = [dataclasses.replace(sprite, **{axis: end}) for end in far]
+    moves = [dataclasses.replace(sprite, x=end) if axis == "x" else dataclasses.replace(sprite, y=end) for end in far]
     moves = [m for m in moves if is_free(rest, m.x, m.y, m.size)]
     if not moves:
         return None
