@@ -75,6 +75,15 @@ def test_pixels_outside_the_touched_sprites_stay(edits: list[Edit]) -> None:
     assert checked > 50
 
 
+def test_moves_go_the_way_they_are_told() -> None:
+    rng = random.Random(1)
+    for _ in range(800):
+        edit = sample_edit(rng, "move")
+        (old,), (new,) = changed(edit)
+        shift = {"left": old.x - new.x, "right": new.x - old.x, "top": old.y - new.y, "bottom": new.y - old.y}
+        assert shift[edit.instruction.split()[-1]] >= 32, edit
+
+
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="explode"):
         sample_edit(random.Random(0), "explode")

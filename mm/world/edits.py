@@ -163,7 +163,8 @@ def _move(scene: Scene, rng: random.Random) -> Change | None:
     axis = "x" if side in ("left", "right") else "y"
     ends = [s for s in stops(sprite.size) if (s < 52 if side in ("left", "top") else s > 76)]
     now = getattr(sprite, axis)
-    far = [e for e in ends if abs(e - now) >= 32]
+    way = -1 if side in ("left", "top") else 1
+    far = [e for e in ends if (e - now) * way >= 32]  # a sprite that stands there already has nowhere to go
     moves = [dataclasses.replace(sprite, x=end) if axis == "x" else dataclasses.replace(sprite, y=end) for end in far]
     moves = [m for m in moves if is_free(rest, m.x, m.y, m.size)]
     if not moves:
