@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ from typer.testing import CliRunner
 
 import mm.cli
 from mm.batch import read_jobs, run_jobs
-from mm.batch.jobs import BadRow, Row
+from mm.batch.jobs import MODES, BadRow, Generate, Row
 from mm.batch.run import picture_seed
 from mm.errors import UserError
 from mm.metadata import read_settings
+from mm.pipelines import TextToImagePipeline, text_to_image
 
 
 def row(custom_id="a", **body):
@@ -49,6 +53,11 @@ class Counting:
 @pytest.fixture(scope="module")
 def _pipe():
     return Counting()
+
+
+@pytest.fixture(autouse=True)
+def _names_need_no_weights(monkeypatch):
+    monkeypatch.setattr("mm.batch.run.resolve_model", lambda name: Path(name) if Path(name).is_dir() else name)
 
 
 @pytest.fixture
@@ -147,6 +156,49 @@ def test_a_failure_costs_only_itself_and_waits_for_retry(tmp_path, counting):
     assert (report.missing, report.failed, counting.calls) == (2, 2, calls + 1)
 
 
+@pytest.mark.parametrize("asked", [1, 4, 7])
+def test_a_stop_leaves_whole_pictures_and_the_next_run_goes_on(tmp_path, counting, asked):
+    jobs, times = write(tmp_path / "j", *(row(str(k), seed=k) for k in range(5))), iter(range(100))
+    report = run_jobs(jobs, tmp_path / "out", batch_size=2, load=counting.load, stop=lambda: next(times) >= asked)
+    assert report.stopped and report.drawn < 5 and not report.failed
+    kept = {kind: {p.stem for p in (tmp_path / "out").rglob(f"*.{kind}")} for kind in ("png", "json")}
+    assert kept["png"] == kept["json"] and len(kept["png"]) == report.drawn
+    assert not list(tmp_path.rglob(".*"))
+    again = run_jobs(jobs, tmp_path / "out", load=counting.load)
+    assert (again.drawn, again.skipped, again.stopped) == (5 - report.drawn, report.drawn, False)
+
+
+def test_rows_of_equal_settings_share_calls_and_a_limit_takes_the_first(tmp_path, counting):
+    jobs = write(tmp_path / "j", row("a"), row("b", steps=2), row("c"), row("d", steps=2), "{")
+    report = run_jobs(jobs, tmp_path / "out", load=counting.load, limit=4)
+    assert (report.rows, report.drawn, report.failed, counting.calls) == (4, 4, 0, 2)
+
+
+def test_other_weights_under_the_same_name_draw_anew(tmp_path, counting):
+    jobs, model = write(tmp_path / "j", row()), tmp_path / "model"
+    counting.pipe.save_pretrained(model)
+    assert run_jobs(jobs, tmp_path / "out", model=str(model), load=counting.load).drawn == 1
+    assert run_jobs(jobs, tmp_path / "out", model=str(model), load=counting.load).skipped == 1
+    tiny_pipeline(seed=1).save_pretrained(model)
+    assert run_jobs(jobs, tmp_path / "out", model=str(model), load=counting.load).drawn == 1
+
+
+def test_a_mended_file_leaves_no_old_failure_in_the_manifest(tmp_path, counting):
+    jobs = write(tmp_path / "j", *[""] * 1000, "{")
+    run_jobs(jobs, tmp_path / "out", load=counting.load)
+    assert "line 1001" in (tmp_path / "out/00001/manifest.jsonl").read_text()
+    run_jobs(write(jobs, row()), tmp_path / "out", load=counting.load)
+    assert (tmp_path / "out/00001/manifest.jsonl").read_text() == ""
+
+
+def test_defaults_are_the_pipelines():
+    call = inspect.signature(TextToImagePipeline.__call__).parameters
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mode": "mode"}
+    body = Generate(prompt="a cat")
+    assert {name: getattr(body, name) for name in names} == {name: call[full].default for name, full in names.items()}
+    assert MODES == text_to_image.MODES
+
+
 def test_a_dry_run_touches_nothing(tmp_path, counting):
     report = run_jobs(write(tmp_path / "j", row("a", n=5), "{"), tmp_path / "out", dry_run=True, load=counting.load)
     assert (report.missing, report.failed, counting.loads) == (5, 1, 0)
@@ -175,6 +227,7 @@ SEEDS = [3079850682, 441089729]
 def test_exit_codes(tmp_path, monkeypatch):
     pipe = tiny_pipeline()
     monkeypatch.setattr("mm.batch.run._load", lambda model: pipe)
+    before = signal.getsignal(signal.SIGINT)
     good, mixed = write(tmp_path / "good", row()), write(tmp_path / "mixed", row(), "{")
 
     def code(*arguments):
@@ -184,6 +237,7 @@ def test_exit_codes(tmp_path, monkeypatch):
     assert done.exit_code == 0 and "1 drawn" in done.stdout, done.output
     done = code(mixed)
     assert done.exit_code == 2 and "mm: line 2: no JSON" in done.stderr and "1 there, 1 failed" in done.stdout
+    assert signal.getsignal(signal.SIGINT) is before
     assert code(tmp_path / "none").exit_code == 1
     assert code(write(tmp_path / "empty")).exit_code == 1
     assert code(good, "--batch-size", 0).exit_code == 2

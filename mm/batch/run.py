@@ -1,13 +1,15 @@
 """Runs a job file: works out which pictures are missing, draws them in batches, keeps each as soon as it is there.
 
 Design choices:
-- The unit of work is a picture, not a row: pictures of several rows share a batch where steps, mode and guidance agree,
-  and a run that was stopped goes on in the middle of a row.
+- The unit of work is a picture, not a row: pictures of any rows share a batch where steps, mode and guidance agree, and
+  a run that was stopped goes on in the middle of a row.
+- A picture depends on its settings alone. The weights' hash is one of them: other weights of that name draw anew.
 - Seeds belong to pictures: a row's own seed + k, or a hash of (run seed, custom_id, k). So no batch size, order or
   restart changes a picture, and adding rows to a file changes none of the others.
 - A batch that fails is drawn again picture by picture, so one bad prompt costs only itself. Any exception fails its
   picture and nothing else; a full disk stops the run, since every later picture would fail too.
 - What failed stays failed until `retry_failed` asks for it, and counts as failed in every run's result.
+- `stop` is asked at every step and before every file: what was begun is dropped, what is finished is kept whole.
 
 It does not know how pictures are drawn (the pipeline) or kept (the store).
 """
@@ -16,8 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +29,7 @@ from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
 from mm.errors import UserError
 from mm.metadata import png_bytes
+from mm.paths import resolve_model
 
 if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline
@@ -51,6 +56,11 @@ class Report:
     skipped: int = 0
     failed: int = 0
     errors: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+
+class _StoppedError(Exception):
+    """Leaves the pipeline in the middle of a picture."""
 
 
 def run_jobs(
@@ -62,17 +72,20 @@ def run_jobs(
     seed: int = 0,
     retry_failed: bool = False,
     dry_run: bool = False,
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
     load: Callable[[], TextToImagePipeline] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Report:
     """Draws what is missing of a job file in the folder `out`.
 
     `load` gives the pipeline and is called once, only if something is to be drawn (default: `model` from its weights);
-    `model` is part of every picture's settings. A dry run counts, and neither draws nor writes.
+    `model` is part of every picture's settings. A dry run counts, and neither draws nor writes. `limit` takes only the
+    first rows. Once `stop` says True, the run ends with what is finished.
     """
     if not 1 <= batch_size <= 256:
         raise UserError(f"batch size is {batch_size}; give a whole number from 1 to 256")
-    rows = list(read_jobs(jobs))
+    rows = list(islice(read_jobs(jobs), limit))
     if not rows:
         raise UserError(f"{jobs} holds no rows; write one JSON object a line, see docs/batch.md")
     store, report = Store(out), Report(rows=len(rows))
@@ -89,8 +102,10 @@ def run_jobs(
         if missing:
             pipe = load() if load else _load(model)
             for batch in _batches(missing, batch_size):
-                _draw_batch(pipe, batch, store, report)
+                _draw_batch(pipe, batch, store, report, stop)
                 tell()
+    except _StoppedError:
+        report.stopped = True
     finally:
         store.write_manifests(bad)
     return report
@@ -105,13 +120,26 @@ def picture_seed(row: Row, index: int, run_seed: int) -> int:
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
 
 
-def pictures(row: Row, model: str, run_seed: int) -> Iterator[Picture]:
+def model_hash(model: str) -> str | None:
+    """A hash of a model's configs and weights; None for a hub name, whose files may not be here."""
+    folder = resolve_model(model)
+    if not isinstance(folder, Path):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def pictures(row: Row, model: str, weights: str | None, run_seed: int) -> Iterator[Picture]:
     """A row's pictures, each with all settings that it depends on."""
     body = row.body
     for index in range(body.n):
         settings: dict[str, Any] = {
             "task": row.task,
             "model": model,
+            "model_hash": weights,
             "prompt": body.prompt,
             "seed": picture_seed(row, index, run_seed),
             "steps": body.steps,
@@ -131,12 +159,12 @@ def _survey(
     retry_failed: bool,
 ) -> list[Picture]:
     """The pictures to draw; everything else goes into the report."""
-    missing = []
+    missing, weights = [], model_hash(model)
     for row in bad:
         report.failed += 1
         report.errors.append(row.error)
     for row in rows:
-        for picture in pictures(row, model, run_seed):
+        for picture in pictures(row, model, weights, run_seed):
             status, error = store.status(picture)
             if status == "done":
                 report.skipped += 1
@@ -151,22 +179,22 @@ def _survey(
 
 
 def _batches(missing: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    """In order, with pictures that can share a call together."""
-    batch: list[Picture] = []
+    """Pictures that can share a call together, whichever rows they come from."""
+    groups: dict[tuple[Any, ...], list[Picture]] = defaultdict(list)
     for picture in missing:
-        if batch and (len(batch) == size or _call(picture) != _call(batch[0])):
-            yield batch
-            batch = []
-        batch.append(picture)
-    if batch:
-        yield batch
+        groups[_call(picture)].append(picture)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _call(picture: Picture) -> tuple[Any, ...]:
     return tuple(picture.settings[name] for name in ("mode", "steps", "guidance"))
 
 
-def _draw_batch(pipe: TextToImagePipeline, batch: list[Picture], store: Store, report: Report) -> None:
+def _draw_batch(
+    pipe: TextToImagePipeline, batch: list[Picture], store: Store, report: Report, stop: Callable[[], bool]
+) -> None:
     """Draws and keeps pictures that share a call; whatever cannot be drawn is kept as failed."""
     ready: list[tuple[Picture, list[str]]] = []
     for picture in batch:
@@ -177,15 +205,19 @@ def _draw_batch(pipe: TextToImagePipeline, batch: list[Picture], store: Store, r
     if not ready:
         return
     try:
-        drawn = _draw(pipe, [picture for picture, _ in ready])
+        drawn = _draw(pipe, [picture for picture, _ in ready], stop)
+    except _StoppedError:
+        raise
     except Exception as error:  # every kind: one row must not end the run
         if len(ready) > 1:
             for picture, _ in ready:
-                _draw_batch(pipe, [picture], store, report)
+                _draw_batch(pipe, [picture], store, report, stop)
         else:
             _fail(ready[0][0], error, store, report)
         return
     for (picture, notes), image in zip(ready, drawn, strict=True):
+        if stop():
+            raise _StoppedError
         settings = {key: value for key, value in picture.settings.items() if key != "task"}
         settings |= {"width": image.width, "height": image.height}
         store.save(picture, png_bytes(image, settings), notes)
@@ -202,8 +234,13 @@ def _warnings(pipe: TextToImagePipeline, picture: Picture) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def _draw(pipe: TextToImagePipeline, batch: list[Picture]) -> list[Any]:
+def _draw(pipe: TextToImagePipeline, batch: list[Picture], stop: Callable[[], bool]) -> list[Any]:
     import torch
+
+    def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if stop():
+            raise _StoppedError
+        return {}
 
     mode, steps, guidance = _call(batch[0])
     with warnings.catch_warnings():
@@ -214,6 +251,7 @@ def _draw(pipe: TextToImagePipeline, batch: list[Picture]) -> list[Any]:
             guidance_scale=guidance,
             mode=mode,
             generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+            callback_on_step_end=watch,
         ).images
 
 

@@ -100,6 +100,8 @@ class Store:
             record = _read_record(path)
             if record is not None:
                 shards[path.parent].append((record["line"], record["index"], record))
+        for path in self.root.glob(f"[0-9]*/{MANIFEST}"):
+            shards[path.parent]  # written anew also where its bad rows are gone from the job file
         for row in bad:
             record = dict.fromkeys(_RECORD) | {"custom_id": row.custom_id, "line": row.line}
             shards[self._shard(row.line)].append((row.line, 0, record | {"status": "failed", "error": row.error}))
