@@ -103,6 +103,18 @@ def test_save_and_load_give_the_same_picture(pipe: TextToImagePipeline, tmp_path
     assert torch.equal(draw(again, mode=mode), draw(pipe, mode=mode))
 
 
+@pytest.mark.parametrize("mode", ["flow", "codes"])
+def test_bfloat16_loads_and_draws_nearly_the_same(pipe: TextToImagePipeline, tmp_path: Path, mode: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    half = TextToImagePipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.trunk.dtype == half.code_head.dtype == torch.bfloat16
+    picture = draw(half, mode=mode)
+    assert picture.isfinite().all()
+    if mode == "flow":
+        assert (picture - draw(pipe)).abs().mean() < 0.05
+
+
 def test_a_broken_folder_is_named(pipe: TextToImagePipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     next((tmp_path / "trunk").glob("*.safetensors")).write_bytes(b"\x10\x00garbage")

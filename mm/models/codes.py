@@ -35,9 +35,9 @@ Memory = tuple[torch.Tensor, torch.Tensor]
 def smooth_rows(channels: int, levels: int, like: torch.Tensor, rms: float = 0.5) -> torch.Tensor:
     """Start of the table (K * V, W): random mixtures of cosines over a channel's levels, slow ones strongest."""
     waves = torch.arange(1, 9, device=like.device, dtype=torch.float32)
-    places = (torch.arange(levels, device=like.device) + 0.5) / levels
+    places = (torch.arange(levels, device=like.device, dtype=torch.float32) + 0.5) / levels
     basis_VF = torch.cos(math.pi * places[:, None] * waves) / waves
-    mixture_KFW = torch.randn(channels, len(waves), like.shape[1], device=like.device)
+    mixture_KFW = torch.randn(channels, len(waves), like.shape[1], device=like.device, dtype=torch.float32)
     rows = (basis_VF @ mixture_KFW).flatten(0, 1)
     return (rows * rms / rows.square().mean().sqrt()).to(like.dtype)
 
