@@ -76,6 +76,7 @@ class Trainer:
 
     def __init__(self, config: TokenizerStageConfig, model: Any | None = None) -> None:
         self.config, self.out = config, Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.model = model or build(config.kind)
         self.model.to(memory_format=torch.channels_last)
