@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
+
 from mm.models.text import unknown_words
 from mm.world import vocabulary as v
 from mm.world.questions import KINDS, questions
@@ -21,6 +23,11 @@ def test_words_kinds_and_balance() -> None:
     assert answers["yes"] == answers["no"]
     sides = Counter(qa.answer for qa in asked if qa.kind == "position")
     assert 0.4 < sides["yes"] / sum(sides.values()) < 0.6
+
+
+def test_an_empty_scene_is_refused() -> None:
+    with pytest.raises(ValueError, match="without sprites"):
+        questions(Scene(sprites=()), random.Random(0))
 
 
 def test_hidden_things_are_not_asked() -> None:

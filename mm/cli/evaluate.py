@@ -41,6 +41,7 @@ def compose(
     json: Json = None,
 ) -> None:
     """Six compositional tasks (GenEval's protocol), read by the judge."""
+    import torch
     from rich.console import Console
     from tqdm import tqdm
 
@@ -51,6 +52,7 @@ def compose(
 
     config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance)
     pipe = TextToImagePipeline.from_pretrained(model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     with tqdm(unit="picture", desc="drawing") as bar:
 

@@ -106,6 +106,8 @@ def _background(scene: Scene, rng: random.Random) -> list[QA]:
 def questions(scene: Scene, rng: random.Random) -> list[QA]:
     """One question of each kind that the scene can answer (existence: a yes and a no)."""
     parts = groups(scene)
+    if not parts:
+        raise ValueError("a scene without sprites answers no question; give one with at least one")
     out: list[QA] = []
     for make in (_existence, _count, _colour, _position):
         out += make(scene, parts, rng)
