@@ -66,29 +66,87 @@ def test_visitors_do_not_share_a_session() -> None:
     assert copy.deepcopy(one).history == []
 
 
+def test_history_is_bounded_and_goes_with_its_visitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm.ui.studio.MAX_HISTORY", 2)
+    session, paths = Session(), [tmp_path / str(k) for k in range(3)]
+    for path in paths:
+        path.write_text("picture")
+        session.keep(str(path), {})
+    assert [path.exists() for path in paths] == [False, True, True]
+    session.forget()
+    assert not list(tmp_path.iterdir()) and session.history == []
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_the_api_draws_tells_errors_in_a_line_and_serves_nothing_else(studio: Studio) -> None:
+    import httpx
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    from mm.ui.app import launch
+
+    port = _free_port()
+    page = launch(studio, port=port, block=False)
+    at = f"http://127.0.0.1:{port}"
+    try:
+        with pytest.raises(UserError, match=f"port {port} is taken"):
+            launch(studio, port=port, block=False)
+        client = Client(at, verbose=False)
+        pictures, told = client.predict("a red tigr", "5", 2, 1, "flow", 4, api_name="/draw")
+        assert told.startswith("2 of 2 done") and "tiger" in told
+        assert [read_settings(one["image"])["seed"] for one in pictures] == [5, 6]
+        for bad, said in (
+            (("a cat", "x", 1, 1, "flow", 4), "type a whole number"),
+            (("a cat", "9" * 5000, 1, 1, "flow", 4), "type a whole number"),
+            ((" ", "", 1, 1, "flow", 4), "empty"),
+            (("a cat", "", 1.5, 1, "flow", 4), "1.5"),
+            (("a cat", "", 99, 1, "flow", 4), "99"),
+            (("a cat", "", 1, 1, "magic", 4), "magic"),
+        ):
+            with pytest.raises(AppError, match=said) as raised:
+                client.predict(*bad, api_name="/draw")
+            assert "\n" not in str(raised.value)
+        own = str(next(studio.folder.glob("*.png")))
+        for path in (own, "/etc/passwd", str(Path(__file__)), f"{studio.folder}/../x"):
+            assert httpx.get(f"{at}/gradio_api/file={path}").status_code in (403, 404), path
+        assert "fonts.googleapis" not in httpx.get(at).text
+    finally:
+        page.close()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium, and playwright")
 def test_the_page_draws_in_a_browser(studio: Studio) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     from mm.ui.app import launch
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port, asked = _free_port(), []
     page = launch(studio, port=port, block=False)
     options = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
     try:
         with playwright.sync_playwright() as player:
             browser = player.chromium.launch(executable_path=CHROMIUM, args=options)
             tab = browser.new_page(viewport={"width": 390, "height": 844})
+            tab.on("request", lambda request: asked.append(request.url))
             tab.goto(f"http://127.0.0.1:{port}/")
             tab.get_by_label("Seed").fill("7")
             tab.get_by_role("button", name="Draw").click()
             tab.wait_for_selector("text=4 of 4 done", timeout=120_000)
             assert tab.locator("#pictures img").count() >= 4
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+            tab.locator("#pictures .thumbnail-item").nth(1).click()
+            tab.wait_for_selector("#details >> text=seed 8", timeout=30_000)
+            tab.get_by_role("button", name="Use these settings").click()
+            tab.wait_for_function("document.querySelector('input[placeholder=random]').value == '8'", timeout=30_000)
             tab.get_by_label("Seed").fill("x7")
             tab.get_by_role("button", name="Draw").click()
             tab.wait_for_selector("text=type a whole number", timeout=60_000)
+            assert all(url.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:")) for url in asked), asked
             browser.close()
     finally:
         page.close()

@@ -2,7 +2,8 @@
 
 Design choices
 - Loopback by default, no outside fonts, no analytics, one queue with one worker (two CPU cores draw one picture at a
-  time), a bounded queue, and files served from the app's own folder alone.
+  time), a bounded queue. No path is open to requests: pages get Gradio's copies of what an event returned, and so the
+  studio's folder must lie in the system's temporary folder or the working directory.
 - The layout is one column on a phone, two on a desktop.
 
 This module does not know how pictures are drawn.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import html
 import os
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,68 +30,113 @@ EXAMPLES = [
     "a dog left of a tree in the snow",
     "a pink rocket above a castle, pixel art style",
 ]
-# Gradio stretches a lone picture over the whole gallery and crops it; a fixed grid shows it whole.
+# Gradio stretches a lone picture over the whole gallery and crops it; a fixed grid shows it whole. Columns may shrink,
+# or a phone's page would be as wide as all thumbnails side by side.
 CSS = """
 footer {display: none !important}
 .gradio-container {max-width: 1100px !important; margin: auto !important}
-#pictures .grid-container {grid-template-columns: repeat(2, 1fr) !important}
-#earlier .grid-container {grid-template-columns: repeat(6, 1fr) !important}
+#pictures .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
+#earlier .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
+#pictures .thumbnail-lg, #earlier .thumbnail-lg {width: 100% !important; height: auto !important}
+#pictures {height: min(640px, 100vw + 30px) !important}
 """
 _THEME_FONTS = ["system-ui", "sans-serif"]
+_REUSED = ("prompt", "seed", "steps", "mode", "guidance")
 
 
 def _text(settings: dict[str, Any] | None) -> str:
     """Settings as short Markdown."""
     if not settings:
-        return "Nothing drawn yet."
+        return "Choose a picture to see its settings."
     shown = ", ".join(f"{name} {settings[name]}" for name in ("seed", "steps", "mode", "guidance"))
-    return f"**{html.escape(settings['prompt'])}**: {shown}"
+    return f"**{_plain(settings['prompt'])}**: {shown}"
 
 
-def _seed(text: str) -> int | None:
+def _plain(text: str) -> str:
+    """A user's text where the page reads HTML."""
+    return html.escape(text, quote=False)
+
+
+def _seed(text: str | None) -> int | None:
     """A typed seed; empty means random."""
-    if not text.strip():
+    typed = str(text or "").strip()
+    if not typed:
         return None
-    if not text.strip().isdecimal():
-        raise UserError(f"seed is {text!r}; type a whole number, or leave it empty for a random one")
-    return int(text)
+    if not typed.isdecimal() or len(typed) > 12:
+        raise UserError(f"seed is {typed[:20]!r}; type a whole number, or leave it empty for a random one")
+    return int(typed)
+
+
+def _whole(name: str, value: float) -> int:
+    """A slider's value; a request of another program may hold anything."""
+    if not isinstance(value, int | float) or value != value // 1:
+        raise UserError(f"{name} is {value!r}; give a whole number")
+    return int(value)
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The page for a studio."""
 
     def draw(
-        prompt: str, seed: str, count: float, steps: float, mode: str, guidance: float, session: Session
-    ) -> Iterator[tuple[Any, ...]]:
+        prompt: str,
+        seed: str,
+        count: float,
+        steps: float,
+        mode: str,
+        guidance: float,
+        session: Session,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it here
+    ) -> Iterator[tuple[list[str], str]]:
         """Draws pictures from a prompt. Seed empty = random; mode flow or codes."""
         try:
             order = Order(
                 prompt=prompt,
                 seed=_seed(seed),
-                count=int(count),
-                steps=int(steps),
+                count=_whole("count", count),
+                steps=_whole("steps", steps),
                 mode=mode,
-                guidance=float(guidance),
+                guidance=guidance,
             )
-            yield [], f"Drawing 1 of {order.count} ...", [path for path, _ in session.history], session
-            for now in studio.draw(order, session):
-                told = f"{now.done} of {order.count} done"
-                if now.settings:
-                    told += f"  \n{_text(now.settings)}"
-                told += "".join(f"  \n*{note}*" for note in now.notes)
-                yield list(now.files), told, [path for path, _ in session.history], session
+
+            def on_step(picture: int, step: int) -> None:
+                done, total = picture * order.steps + step + 1, order.count * order.steps
+                progress(done / total, desc=f"picture {picture + 1} of {order.count}, step {step + 1} of {order.steps}")
+
+            told: set[str] = set()
+            for now in studio.draw(order, session, on_step):
+                for note in set(now.notes) - told:
+                    gr.Warning(_plain(note))
+                    told.add(note)
+                yield list(now.files), "  \n".join([f"{now.done} of {order.count} done", *map(_plain, now.notes)])
         except UserError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error  # shown as HTML
+            raise gr.Error(_plain(str(error)), print_exception=False) from error
 
-    def stop(session: Session) -> Session:
+    def stop(session: Session) -> None:
         session.cancelled.set()
-        return session
 
-    def chosen(event: gr.SelectData, session: Session) -> str:
-        return _text(session.history[event.index][1]) if session.history else _text(None)
+    def show(session: Session) -> tuple[list[str], str]:
+        return [path for path, _ in session.history], _text(session.chosen)
 
+    def choose(pictures: list[tuple[str, dict[str, Any]]], event: gr.SelectData, session: Session) -> str:
+        if event.index < len(pictures):
+            session.chosen = pictures[event.index][1]
+        return _text(session.chosen)
+
+    def choose_latest(session: Session, event: gr.SelectData) -> str:
+        return choose(session.latest, event, session)
+
+    def choose_earlier(session: Session, event: gr.SelectData) -> str:
+        return choose(session.history, event, session)
+
+    def reuse(session: Session) -> list[Any]:
+        if session.chosen is None:
+            return [gr.skip()] * 5
+        return [str(session.chosen[name]) if name == "seed" else session.chosen[name] for name in _REUSED]
+
+    shown: dict[str, Any] = {"format": "png", "interactive": False, "show_label": False}
+    shown["buttons"] = ["download", "download_all", "fullscreen"]  # by default there is one that shares on a website
     with gr.Blocks(title="mm", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        session = gr.State(Session(), time_to_live=86400)
+        session = gr.State(Session(), time_to_live=86400, delete_callback=Session.forget)
         gr.Markdown("# mm\nType what to draw. Known are 40 objects, 8 colours, 6 backgrounds and 8 styles.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -97,26 +144,40 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Row():
                     seed = gr.Textbox(label="Seed", placeholder="random", max_lines=1, max_length=12, min_width=120)
                     count = gr.Slider(1, MAX_COUNT, value=4, step=1, label="Count", min_width=120)
-                with gr.Accordion("More", open=False):
-                    steps = gr.Slider(1, MAX_STEPS, value=12, step=1, label="Steps")
-                    mode = gr.Radio(["flow", "codes"], value="flow", label="Mode")
-                    guidance = gr.Slider(1, 10, value=4, step=0.5, label="Guidance (1 = off)")
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", min_width=100)
                     cancel = gr.Button("Cancel", min_width=100)
+                with gr.Accordion("More", open=False):
+                    steps = gr.Slider(1, MAX_STEPS, value=12, step=1, label="Steps")
+                    mode = gr.Radio(["flow", "codes"], value="flow", label="Mode")
+                    guidance = gr.Slider(0, 10, value=4, step=0.5, label="Guidance (1 = off)")
+                    dice = gr.Button("New random seed", size="sm")
                 gr.Examples(EXAMPLES, prompt, api_visibility="private")
             with gr.Column(scale=3, min_width=280):
-                gallery = gr.Gallery(label="Pictures", elem_id="pictures", columns=2, format="png", height=520)
-                status = gr.Markdown(_text(None))
-                history = gr.Gallery(
-                    label="Earlier in this session", elem_id="earlier", columns=6, format="png", height=170
-                )
-        inputs, outputs = [prompt, seed, count, steps, mode, guidance, session], [gallery, status, history, session]
-        options: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
-        go.click(draw, inputs, outputs, api_name="draw", **options)
-        prompt.submit(draw, inputs, outputs, api_visibility="private", **options)
-        cancel.click(stop, session, session, queue=False, api_visibility="private")
-        history.select(chosen, session, status, queue=False, api_visibility="private")
+                status = gr.Markdown("Nothing drawn yet.", elem_id="status")
+                gallery = gr.Gallery(label="Pictures", elem_id="pictures", **shown)
+                details = gr.Markdown(_text(None), elem_id="details")
+                again = gr.Button("Use these settings", size="sm")
+                gr.Markdown("Drawn in this session")
+                history = gr.Gallery(label="Drawn in this session", elem_id="earlier", height=180, **shown)
+        inputs = [prompt, seed, count, steps, mode, guidance, session]
+        private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        for start, seen in ((go.click, {"api_name": "draw"}), (prompt.submit, {"api_visibility": "private"})):
+            drawn = start(
+                draw,
+                inputs,
+                [gallery, status],
+                concurrency_id="pipeline",
+                concurrency_limit=1,
+                show_progress_on=status,
+                **seen,
+            )
+            drawn.then(show, session, [history, details], **private)
+        cancel.click(stop, session, None, **private)
+        dice.click(lambda: str(secrets.randbelow(2**31)), None, seed, **private)
+        gallery.select(choose_latest, session, details, **private)
+        history.select(choose_earlier, session, details, **private)
+        again.click(reuse, session, [prompt, seed, steps, mode, guidance], **private)
     return page.queue(max_size=32)
 
 
@@ -124,16 +185,21 @@ def launch(studio: Studio, *, host: str = "127.0.0.1", port: int = 7860, block: 
     """Serves the page; returns it when `block` is False."""
     theme = gr.themes.Soft(font=_THEME_FONTS, font_mono=["monospace"])
     page = build(studio)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        theme=theme,
-        css=CSS,
-        allowed_paths=[str(studio.folder)],
-        max_file_size="5mb",
-        prevent_thread_lock=not block,
-        show_error=True,
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            theme=theme,
+            css=CSS,
+            allowed_paths=[],  # the page gets copies from Gradio's cache; nobody can ask for a file of the folder
+            max_file_size="5mb",
+            prevent_thread_lock=not block,
+            show_error=True,
+        )
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise UserError(f"port {port} is taken; give another one with --port") from error
     return page

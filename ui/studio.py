@@ -15,8 +15,9 @@ import secrets
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_COUNT = 16
 MAX_STEPS = 50
+MAX_HISTORY = 200  # pictures of one visitor; more than MAX_COUNT, so that an order never loses its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +57,33 @@ class Order:
 
 
 class Session:
-    """One visitor's pictures (newest first) with their settings, and whether they asked to stop."""
+    """One visitor's pictures with their settings, and whether they asked to stop.
+
+    `history`: all, newest first, at most MAX_HISTORY; `latest`: those of the last order, oldest first; `chosen`: the
+    settings of the one being looked at.
+    """
 
     def __init__(self) -> None:
         self.history: list[tuple[str, dict[str, Any]]] = []
+        self.latest: list[tuple[str, dict[str, Any]]] = []
+        self.chosen: dict[str, Any] | None = None
         self.cancelled = threading.Event()
+
+    def keep(self, path: str, settings: dict[str, Any]) -> None:
+        """Takes a new picture in; the oldest beyond MAX_HISTORY go, and their files with them."""
+        self.history.insert(0, (path, settings))
+        self.latest.append((path, settings))
+        self.chosen = settings
+        for old, _ in self.history[MAX_HISTORY:]:
+            Path(old).unlink(missing_ok=True)
+        del self.history[MAX_HISTORY:]
+
+    def forget(self) -> None:
+        """Removes the files, when the visitor has gone."""
+        self.cancelled.set()
+        for path, _ in self.history:
+            Path(path).unlink(missing_ok=True)
+        self.history.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return Session()  # Gradio copies the initial state for every visitor, and an Event cannot be copied
@@ -67,9 +91,8 @@ class Session:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where an order stands: step of the picture in the making, pictures done, their files, notes for the user."""
+    """Where an order stands: pictures done, their files, notes for the user, settings of the newest picture."""
 
-    step: int
     done: int
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -83,30 +106,37 @@ class Studio:
         self.pipe, self.model = pipe, model
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mm-ui-"))
 
-    def draw(self, order: Order, session: Session) -> Iterator[Progress]:
-        """Draws an order; yields after every picture. What was done before a cancel stays."""
+    def draw(
+        self, order: Order, session: Session, on_step: Callable[[int, int], None] = lambda picture, step: None
+    ) -> Iterator[Progress]:
+        """Draws an order; yields after every picture. What was done before a cancel stays.
+
+        `on_step` is called after every step with the number of the picture in the making and of the step, from 0.
+        """
         session.cancelled.clear()
+        session.latest = []
         first = secrets.randbelow(2**31) if order.seed is None else order.seed
         files: list[str] = []
         notes: list[str] = []
         for k in range(order.count):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                picture = self._one(order, first + k, session)
+                picture = self._one(order, first + k, session, partial(on_step, k))
             notes += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and k == 0]
             if session.cancelled.is_set():
                 notes.append(f"stopped after {k} of {order.count} pictures")
-                yield Progress(step=0, done=k, files=tuple(files), notes=tuple(notes))
+                yield Progress(done=k, files=tuple(files), notes=tuple(notes))
                 return
             settings = self._settings(order, first + k, picture)
             path = self.folder / f"{secrets.token_hex(8)}-s{first + k}.png"
             save_png(path, picture, settings)
             files.append(str(path))
-            session.history.insert(0, (str(path), settings))
-            yield Progress(step=order.steps, done=k + 1, files=tuple(files), notes=tuple(notes), settings=settings)
+            session.keep(str(path), settings)
+            yield Progress(done=k + 1, files=tuple(files), notes=tuple(notes), settings=settings)
 
-    def _one(self, order: Order, seed: int, session: Session) -> Any:
+    def _one(self, order: Order, seed: int, session: Session, on_step: Callable[[int], None]) -> Any:
         def watch(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            on_step(step)
             pipe._interrupt = session.cancelled.is_set()
             return {}
 

@@ -151,7 +151,7 @@ def pictures(row: Row, model: str, weights: str | None, run_seed: int) -> Iterat
 
 def _survey(
     rows: Iterable[Row],
-    bad: Iterable[BadRow],
+    bad: list[BadRow],
     store: Store,
     report: Report,
     model: str,
@@ -160,9 +160,8 @@ def _survey(
 ) -> list[Picture]:
     """The pictures to draw; everything else goes into the report."""
     missing, weights = [], model_hash(model)
-    for row in bad:
-        report.failed += 1
-        report.errors.append(row.error)
+    report.failed += len(bad)
+    report.errors += [row.error for row in bad]
     for row in rows:
         for picture in pictures(row, model, weights, run_seed):
             status, error = store.status(picture)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -19,11 +23,20 @@ def ui(
     import torch
 
     from mm import TextToImagePipeline
-    from mm.ui.app import launch
-    from mm.ui.studio import Studio
 
     pipe = TextToImagePipeline.from_pretrained(model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    print(f"mm is at http://{host}:{port} (stop with Ctrl+C)")
-    launch(Studio(pipe, model), host=host, port=port)
+    with TemporaryDirectory(prefix="mm-ui-", ignore_cleanup_errors=True) as folder:
+        os.chdir(folder)  # Gradio trusts the working directory: an empty one of its own
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "cache"))
+        from mm.ui.app import launch
+        from mm.ui.studio import Studio
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways to stop it remove the folder
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's & had switched it off
+        print(f"mm is at http://{host}:{port} (stop with Ctrl+C)", flush=True)
+        try:
+            launch(Studio(pipe, model, Path(folder)), host=host, port=port)
+        finally:
+            os.chdir("/")
