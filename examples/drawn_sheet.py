@@ -1,6 +1,6 @@
 """Draws docs/pictures/drawn.png: what the embedded model makes of sixteen prompts, first seeds, nothing picked.
 
-    python examples/drawn_sheet.py docs/pictures/drawn.png [MODEL]
+python examples/drawn_sheet.py docs/pictures/drawn.png [MODEL]
 """
 
 from __future__ import annotations
