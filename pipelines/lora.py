@@ -119,7 +119,7 @@ class TrunkLoraMixin:
         """Activates adapters, each with its weight (1 by default)."""
         chosen = [names] if isinstance(names, str) else list(names)
         self._known(chosen)
-        self.trunk.set_adapters(chosen, weights)
+        self.trunk.set_adapters(chosen, list(weights) if isinstance(weights, Sequence) else weights)
 
     def get_active_adapters(self) -> list[str]:
         """Names of the active adapters."""

@@ -203,7 +203,7 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
             else:
                 drawn = self._fill_codes(generators, caches, num_inference_steps, tell)
 
-        pictures = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        pictures: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 

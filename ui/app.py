@@ -155,14 +155,18 @@ def build(studio: Studio) -> gr.Blocks:
                 gr.Examples(EXAMPLES, prompt, api_visibility="private")
             with gr.Column(scale=3, min_width=280):
                 status = gr.Markdown("Nothing drawn yet.", elem_id="status")
-                gallery = gr.Gallery(label="Pictures", elem_id="pictures", **shown)
+                gallery = gr.Gallery(label="Pictures", elem_id="pictures", height=640, **shown)
                 details = gr.Markdown(_text(None), elem_id="details")
                 again = gr.Button("Use these settings", size="sm")
                 gr.Markdown("Drawn in this session")
                 history = gr.Gallery(label="Drawn in this session", elem_id="earlier", height=180, **shown)
         inputs = [prompt, seed, count, steps, mode, guidance, session]
         private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        for start, seen in ((go.click, {"api_name": "draw"}), (prompt.submit, {"api_visibility": "private"})):
+        starts: list[tuple[Any, dict[str, str]]] = [
+            (go.click, {"api_name": "draw"}),
+            (prompt.submit, {"api_visibility": "private"}),
+        ]
+        for start, seen in starts:
             drawn = start(
                 draw,
                 inputs,

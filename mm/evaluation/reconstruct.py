@@ -66,7 +66,7 @@ def find_tokenizers(folder: Path, device: str = "cpu") -> Iterator[Candidate]:
         elif kind == "QuantizedTokenizer":
             from mm.tokenizers.quantized import QuantizedTokenizer
 
-            model = QuantizedTokenizer.from_pretrained(path).to(device).eval()
+            model = _ready(QuantizedTokenizer, path, device)
             name = f"{path.name} ({model.config.kind}, {model.groups} x {model.levels})"
             yield Candidate(name=name, reconstruct=model, bits=model.bits_per_picture())
 
@@ -80,13 +80,18 @@ def _saved(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def _ready(kind: Any, path: Path, device: str) -> Any:
+    return kind.from_pretrained(path).to(device).eval()
+
+
 def _autoencoder_lines(path: Path, bridges: list[Path], device: str) -> Iterator[Candidate]:
     from mm.tokenizers.autoencoder import Autoencoder
 
-    model = Autoencoder.from_pretrained(path).to(device).eval()
+    model = _ready(Autoencoder, path, device)
     yield Candidate(name=path.name, reconstruct=model, bits=model.bits_per_picture())
-    saved = [Bridge.from_pretrained(bridge).to(device) for bridge in bridges]
-    gaussian = Bridge(channels=model.config.latent_channels).to(device)
+    saved = [_ready(Bridge, bridge, device) for bridge in bridges]
+    gaussian: Any = Bridge(channels=model.config.latent_channels)
+    gaussian.to(device)
     for bridge in [*saved, *([gaussian] if all(b.config.bins != "gaussian" for b in saved) else [])]:
         name = f"{path.name} + bridge ({bridge.config.bins}, {bridge.config.levels} levels)"
         yield Candidate(

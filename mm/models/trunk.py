@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -264,5 +264,6 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _run(self, layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(layer, *args)
+            run: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
+            return run(layer, *args)
         return layer(*args)
