@@ -39,7 +39,7 @@ def main(path: str, model: str = "mm-tiny") -> None:
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
     pictures = pipe(list(PROMPTS), generator=generators, output_type="pt").images
-    save_grid(Path(path), (pictures * 255).round().to(torch.uint8), PROMPTS, [True] * len(PROMPTS))
+    save_grid(Path(path), (pictures * 255).round().to(torch.uint8), PROMPTS, [None] * len(PROMPTS))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,6 @@ def compose(
 ) -> None:
     """Six compositional tasks (GenEval's protocol), read by the judge."""
     import torch
-    from rich.console import Console
     from tqdm import tqdm
 
     from mm import TextToImagePipeline
@@ -69,7 +69,7 @@ def compose(
             settings={"model": model},
             progress=progress,
         )
-    Console().print(_compose_table(report))
+    _print(_compose_table(report))
 
 
 @app.command(epilog="Example: mm eval reconstruct --limit 32 --extra weights/comparisons --json runs/reconstruct.json")
@@ -81,7 +81,6 @@ def reconstruct(
     json: Json = None,
 ) -> None:
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
-    from rich.console import Console
     from rich.table import Table
 
     from mm.evaluation.reconstruct import evaluate_reconstruct
@@ -99,7 +98,14 @@ def reconstruct(
     for name, row in report["tasks"].items():
         cells = (f"{row['bits']:.0f}", f"{row['ssim']:.3f}", f"{row['score']:.2f}")
         table.add_row(name, *cells, *(f"{row['styles'][style]['score']:.2f}" for style in styles))
-    Console().print(table)
+    _print(table)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    # A pipe has no width of its own, and rich would squeeze the columns into 80.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 def _compose_table(report: dict[str, Any]) -> Any:

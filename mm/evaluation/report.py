@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from mm.files import write_bytes
 
 _Z = 1.959964
-_GREEN, _RED = (40, 160, 70), (205, 50, 45)
+_FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -42,16 +42,16 @@ def share(verdicts: Sequence[bool]) -> dict[str, Any]:
 
 
 def save_grid(
-    path: Path, pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool], columns: int = 8
+    path: Path, pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool | None], columns: int = 8
 ) -> None:
-    """uint8 pictures with their prompt below and a green or red frame, as one PNG."""
+    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG."""
     side, line = pictures_BCHW.shape[-1], 26
     rows = math.ceil(len(labels) / columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8 + line)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (picture, label, ok) in enumerate(zip(pictures_BCHW, labels, verdicts, strict=True)):
         x, y = (i % columns) * (side + 8), (i // columns) * (side + 8 + line)
-        pen.rectangle((x + 1, y + 1, x + side + 6, y + side + 6), outline=_GREEN if ok else _RED, width=3)
+        pen.rectangle((x + 1, y + 1, x + side + 6, y + side + 6), outline=_FRAMES[ok], width=3)
         sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (x + 4, y + 4))
         pen.text((x + 4, y + side + 8), label[:24] + "\n" + label[24:48], fill="black", font_size=10)
     out = io.BytesIO()
