@@ -1,12 +1,13 @@
 """How long a picture takes, part by part, with the prompt's cache and without it, warm and cold.
 
-    python benchmarks/generate.py [--model mm-tiny] [--json FILE]
+    python benchmarks/generate.py [--model mm-tiny | --random] [--json FILE]
 
 Design choices
 - Medians of several runs after a warm-up, all in one process; only the cold command starts a new one.
 - Shares come from timing each component's calls inside the same runs, so they add up with "other" to the whole.
 - The peer is the same weights with the prompt read again at every step, which is what a model does whose text sees the
   timestep: same pictures, no cache.
+- `--random` measures fresh weights of the published size: time does not depend on what a model has learned.
 """
 
 from __future__ import annotations
@@ -102,6 +103,31 @@ def cold_seconds(model: str, runs: int) -> float:
         return median_seconds(lambda: subprocess.run(command, check=True, capture_output=True), runs)
 
 
+def save_random(folder: str) -> None:
+    """A pipeline of the default sizes, which are mm-tiny's, with random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from mm.models.codes import CodeHead
+    from mm.models.text import build_text_tokenizer
+    from mm.models.velocity import VelocityDecoder
+    from mm.tokenizers import Autoencoder, Bridge
+
+    torch.manual_seed(0)
+    pipe = TextToImagePipeline(
+        text_tokenizer=build_text_tokenizer(),
+        trunk=Trunk(),
+        velocity_decoder=VelocityDecoder(),
+        autoencoder=Autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        code_head=CodeHead(),
+        bridge=Bridge(),
+    )
+    for parameter in pipe.trunk.parameters():
+        if not parameter.any():  # a fresh trunk starts blind to its prompt, and cache or no cache would be the same
+            torch.nn.init.normal_(parameter, std=0.05)
+    pipe.save_pretrained(folder)
+
+
 def measure(model: str, runs: int) -> dict[str, Any]:
     """All figures, in seconds and shares."""
     pipe = TextToImagePipeline.from_pretrained(model)
@@ -134,11 +160,18 @@ def measure(model: str, runs: int) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mm-tiny")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default="mm-tiny", help="an embedded model, a folder, or a hub name")
+    which.add_argument("--random", action="store_true", help="random weights of the published size instead")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report = measure(args.model, args.runs)
+    if args.random:
+        with tempfile.TemporaryDirectory() as folder:
+            save_random(folder)
+            report = measure(folder, args.runs)
+    else:
+        report = measure(args.model, args.runs)
     for name, value in report.items():
         if isinstance(value, dict):
             print(f"{name:32s}" + ", ".join(f"{k} {x:.1%}" for k, x in value.items()))

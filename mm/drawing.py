@@ -13,14 +13,21 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from mm.metadata import save_png
+from mm.files import write_new_bytes
+from mm.metadata import png_bytes
+from mm.paths import resolve_model
 
 
-def free_paths(folder: Path, count: int) -> list[Path]:
-    """`count` file names 00000.png, 00001.png, ... after the last one in `folder`."""
-    taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit()]
-    first = max(taken, default=-1) + 1
-    return [folder / f"{first + k:05d}.png" for k in range(count)]
+def save_numbered(folder: Path, data: bytes) -> Path:
+    """Writes a PNG under the number after the last one in `folder`: 00000.png, 00001.png, ..."""
+    while True:
+        taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()]
+        path = folder / f"{max(taken, default=-1) + 1:05d}.png"
+        try:
+            write_new_bytes(path, data)
+        except FileExistsError:  # another command draws into the same folder, and was quicker
+            continue
+        return path
 
 
 def draw_to_folder(
@@ -37,6 +44,7 @@ def draw_to_folder(
     metadata: bool = True,
 ) -> Iterator[tuple[Path, int]]:
     """Draws `count` pictures; yields each file and its seed as soon as it is written."""
+    resolve_model(model)  # a wrong name is told before seconds of imports
     import torch
 
     from mm import TextToImagePipeline
@@ -55,8 +63,7 @@ def draw_to_folder(
             mode=mode,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         ).images
-        for path, used, picture in zip(free_paths(folder, len(seeds)), seeds, pictures, strict=True):
+        for used, picture in zip(seeds, pictures, strict=True):
             settings = {"prompt": prompt, "seed": used, "steps": steps, "mode": mode, "guidance": guidance}
             settings |= {"width": picture.width, "height": picture.height, "model": model}
-            save_png(path, picture, settings if metadata else None)
-            yield path, used
+            yield save_numbered(folder, png_bytes(picture, settings if metadata else None)), used

@@ -5,6 +5,7 @@ It does not know what it writes. A stopped job leaves at most a hidden `.NAME.PI
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,23 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_new_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that must not be there yet. Raises FileExistsError, also where another process was quicker."""
+    target = Path(path)
+    whole = target.with_name(f".{target.name}.{os.getpid()}.new")
+    write_bytes(whole, data)
+    try:
+        os.link(whole, target)  # unlike a rename, fails where the name is taken
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        whole.replace(target)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

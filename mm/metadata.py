@@ -41,7 +41,7 @@ def from_a1111(text: str) -> dict[str, Any]:
     for key, label in _A1111_NAMES.items():
         if label in found:
             settings[key] = _number(found[label].strip())
-    if re.fullmatch(r"\d+x\d+", found.get("Size", "").strip()):
+    if re.fullmatch(r"\d{1,6}x\d{1,6}", found.get("Size", "").strip()):
         settings["width"], settings["height"] = map(int, found["Size"].strip().split("x"))
     return settings
 
@@ -83,7 +83,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if "mm" in texts:
         try:
             settings = json.loads(texts["mm"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets nested deeper than Python goes
             raise UserError(f"{path}: its settings cannot be read ({error})") from error
         if isinstance(settings, dict):
             return settings

@@ -3,8 +3,8 @@
 Design choices
 - Unknown words are named in a warning, each once a call, with the nearest known ones: the model sees `<unk>` there, and
   silence would look like a picture that ignored the prompt.
-- Prompts are padded to one fixed length. A mask hides the padding, and the arithmetic of a prompt is the same whatever
-  else is in its batch.
+- Prompts are padded to a multiple of 32 tokens, which is one length for all but the longest, and a mask hides the
+  padding: the arithmetic of a prompt hardly depends on what else is in its batch.
 
 This module does not know pictures or sampling.
 """
@@ -23,11 +23,14 @@ from mm.models.text import nearest_words, unknown_words
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_CALLER = 5  # frames from here to who called the pipeline: check_inputs, __call__, and torch.no_grad's around it
 _STEP = 32  # prompts are padded to a multiple of this many tokens
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises UserError for empty and overlong prompts; warns of unknown words."""
+    if not prompts:
+        raise UserError("there is no prompt in the list; say what to draw, for example ['two red cats on grass']")
     known = set(tokenizer.get_vocab())
     warned: set[str] = set()
     for prompt in prompts:
@@ -46,7 +49,7 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) ->
                 warned.add(word)
                 near = ", ".join(nearest_words(word))
                 hint = f"; nearest known: {near}" if near else ""
-                warnings.warn(f"the model does not know the word {word!r} and ignores it{hint}", stacklevel=4)
+                warnings.warn(f"the model does not know the word {word!r} and ignores it{hint}", stacklevel=_CALLER)
 
 
 def tokenize(

@@ -26,14 +26,16 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def picture_generators(generator: Generators, count: int) -> list[torch.Generator]:
     """One CPU generator a picture. One generator with seed s gives s, s + 1, ...; a list gives each picture its own."""
     if isinstance(generator, torch.Generator):
-        first = generator.initial_seed()
-        return [torch.Generator().manual_seed(first + k) for k in range(count)]
+        return _from_seed(generator.initial_seed(), count)
     if generator is None:
-        first = int(torch.randint(2**31, (), dtype=torch.int64))
-        return [torch.Generator().manual_seed(first + k) for k in range(count)]
+        return _from_seed(int(torch.randint(2**31, (), dtype=torch.int64)), count)
     if len(generator) != count:
         raise UserError(f"{len(generator)} generators for {count} pictures; give one for each, or a single one")
     return [torch.Generator().manual_seed(g.initial_seed()) for g in generator]
+
+
+def _from_seed(first: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed((first + k) % 2**64) for k in range(count)]  # seeds are 64 bits wide
 
 
 def picture_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:

@@ -14,6 +14,7 @@ Legend: B pictures (prompts times pictures per prompt), C = 16 channels, H = W =
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import PromptCache, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.paths import resolve_model
+from mm.pipelines.loading import check_complete, first_broken
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize
 from mm.pipelines.sampling import Generators, code_steps, gumbel_noise, picture_generators, picture_noise
@@ -37,13 +39,16 @@ from mm.tokenizers import Autoencoder, Bridge
 
 MODES = ("flow", "codes")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_GUIDANCE = 100
 Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
 
 
 class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
     """Draws pictures from prompts. See `__call__`."""
 
-    model_cpu_offload_seq = "trunk->velocity_decoder->code_head->autoencoder"
+    # The trunk takes turns with a head at every step: offloading heads would move the trunk as often.
+    model_cpu_offload_seq = "trunk->autoencoder"
+    _exclude_from_cpu_offload = ["velocity_decoder", "code_head", "bridge"]  # noqa: RUF012
     _optional_components = ["code_head", "bridge"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
     _lora_loadable_modules = ["trunk"]  # noqa: RUF012
@@ -73,14 +78,23 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TextToImagePipeline:
-        """An embedded model by name ("mm-tiny"), a diffusers folder, or a hub name."""
+        """An embedded model by name ("mm-tiny"), a diffusers folder, or a hub name. Only safetensors files are read.
+
+        Raises UserError where a folder is broken or lacks tensors.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise UserError("use_safetensors=False would load pickled weights, which can run code; leave it out")
         where = resolve_model(pretrained_model_name_or_path)
         try:
-            return super().from_pretrained(where, **kwargs)
+            pipe = super().from_pretrained(where, **kwargs)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if isinstance(where, Path):
-                raise UserError(f"the weights in {where} are broken: {' '.join(str(error).split())[:300]}") from error
+                why = first_broken(where) or " ".join(str(error).split())[:300]
+                raise UserError(f"the weights in {where} are broken: {why}") from error
             raise
+        if isinstance(where, Path):
+            check_complete(pipe.components, where, kwargs)
+        return pipe
 
     @property
     def guidance_scale(self) -> float:
@@ -107,6 +121,8 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         steps: int,
         pictures: int,
         mode: str,
+        guidance_scale: float,
+        latents: torch.Tensor | None,
         output_type: str,
         tensor_inputs: Sequence[str],
     ) -> None:
@@ -122,6 +138,10 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
             raise UserError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         if mode == "codes" and (self.code_head is None or self.bridge is None):
             raise UserError("this model has no code_head and bridge, so mode='codes' is not to be had; use mode='flow'")
+        if mode == "codes" and latents is not None:
+            raise UserError("latents are the starting noise of mode='flow'; mode='codes' has none, so leave them out")
+        if not 0 <= guidance_scale <= MAX_GUIDANCE:  # a NaN fails here too
+            raise UserError(f"guidance_scale is {guidance_scale}; give 0 to {MAX_GUIDANCE} (1 = off)")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -189,6 +209,8 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
             steps=num_inference_steps,
             pictures=num_images_per_prompt,
             mode=mode,
+            guidance_scale=guidance_scale,
+            latents=latents,
             output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )
@@ -196,10 +218,11 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         tell = self._teller(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        with self.lora_scale(attention_kwargs):
+        with self.scaled_lora(attention_kwargs):
             caches = self.encode_prompt(prompts, num_images_per_prompt, negative_prompt)
             if mode == "flow":
-                drawn = self._denoise(self.prepare_latents(generators, latents), caches, num_inference_steps, tell)
+                noise = self.prepare_latents(generators, latents)
+                drawn = self._denoise(noise, generators, caches, num_inference_steps, tell)
             else:
                 drawn = self._fill_codes(generators, caches, num_inference_steps, tell)
 
@@ -224,6 +247,7 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
     def _denoise(
         self,
         latents: torch.Tensor,
+        generators: Sequence[torch.Generator],
         caches: tuple[PromptCache, PromptCache],
         steps: int,
         tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
@@ -234,6 +258,9 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         self.scheduler.set_timesteps(steps, device=latents.device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        # Schedulers that draw noise of their own draw each picture's from its generator, too.
+        own_noise = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": list(generators)} if own_noise else {}
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
                 if self._interrupt:
@@ -245,7 +272,7 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
                 if guided:
                     wanted, free = velocity.chunk(2)
                     velocity = free + self._guidance_scale * (wanted - free)
-                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
                 latents = tell(i, timestep, latents)
                 bar.update()
         return latents
@@ -280,7 +307,8 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
                 )
                 codes_BLK[row, now_BN] = drawn.unflatten(0, now_BN.shape)
                 codes_BKHW = codes_BLK.transpose(1, 2).unflatten(-1, (side, side))
-                latents = tell(i, i, self.bridge.dequantize(codes_BKHW).float())
+                open_B1HW = masked_BL.scatter(1, now_BN, False).unflatten(1, (1, side, side))
+                latents = tell(i, i, self.bridge.dequantize(codes_BKHW).float().masked_fill(open_B1HW, 0.0))
                 bar.update()
         return latents
 

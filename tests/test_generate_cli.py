@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import Run
 from PIL import Image
 from tiny import tiny_pipeline
 
+from mm.drawing import save_numbered
 from mm.metadata import read_settings
 
 
@@ -49,3 +51,20 @@ def test_errors_are_one_line(cli: Run, folder: Path, tmp_path: Path) -> None:
     assert "nowhere" in missing.stderr
     assert not list(tmp_path.glob("*.png"))
     assert cli("generate", "a cat", "--mode", "magic").returncode == 2
+
+
+def test_numbers_go_on_and_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "00004.png").write_bytes(b"an earlier one")
+    (tmp_path / "²3.png").write_bytes(b"no number of ours")
+    link, calls = os.link, []
+
+    def beaten(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 1:
+            Path(target).write_bytes(b"another command's")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", beaten)
+    assert save_numbered(tmp_path, b"mine") == tmp_path / "00006.png"
+    assert (tmp_path / "00005.png").read_bytes() == b"another command's"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00004.png", "00005.png", "00006.png", "²3.png"]

@@ -70,3 +70,12 @@ def test_broken_json_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "e.png", pnginfo=chunks)
     with pytest.raises(UserError, match="settings cannot be read"):
         read_settings(tmp_path / "e.png")
+
+
+def test_hostile_text_is_refused_or_read_plainly(tmp_path: Path) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("mm", "[" * 100_000)
+    Image.new("RGB", (8, 8)).save(tmp_path / "f.png", pnginfo=chunks)
+    with pytest.raises(UserError, match="settings cannot be read"):
+        read_settings(tmp_path / "f.png")
+    assert from_a1111(f"a dog\nSteps: 2, Size: {'9' * 5000}x8") == {"prompt": "a dog", "steps": 2}

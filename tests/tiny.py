@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -11,6 +13,8 @@ from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
+
+STEPS = 3
 
 
 def tiny_pipeline(*, codes: bool = True, seed: int = 0) -> TextToImagePipeline:
@@ -32,3 +36,12 @@ def tiny_pipeline(*, codes: bool = True, seed: int = 0) -> TextToImagePipeline:
                 torch.nn.init.normal_(parameter, std=0.2)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def draw(pipe: TextToImagePipeline, prompt: Any = "two red cats on grass", **options: Any) -> torch.Tensor:
+    options = {"generator": seeded(7)[0], "num_inference_steps": STEPS, "output_type": "pt"} | options
+    return pipe(prompt, **options).images

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,6 +126,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def scale_factor(self) -> int:
         return 16
 
+    @apply_forward_hook  # an offloaded autoencoder comes back to its device for these two, as for forward
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides divisible by 16, to latents (B, 16, H / 16, W / 16)."""
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or any(side % 16 for side in images_BCHW.shape[2:]):
@@ -140,6 +142,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         raw_BCHW = self.encoder(images_BCHW).float()
         return F.batch_norm(raw_BCHW, None, None, training=True), raw_BCHW.new_zeros(())
 
+    @apply_forward_hook
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Latents with unit deviation (B, 16, H, W) to pictures (B, 3, 16 H, 16 W) in [-1, 1]."""
         if latents_BCHW.ndim != 4 or latents_BCHW.shape[1] != self.config.latent_channels:

@@ -24,10 +24,14 @@ class Mode(StrEnum):
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first picture; picture k has seed + k.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; picture k has seed + k.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 12,
     mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
-    guidance: Annotated[float, typer.Option(help="How strictly the prompt is followed; 1 = off.")] = 4.0,
+    guidance: Annotated[
+        float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")
+    ] = 4.0,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes no picture.")] = 8,

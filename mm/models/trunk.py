@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from mm.models import layers
@@ -192,6 +193,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layer.modulation.data[2].fill_(1.0)
             layer.modulation.data[5].fill_(1.0)
 
+    @apply_forward_hook  # an offloaded trunk comes back to its device for this, as for forward
     def encode_text(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> PromptCache:
         """A prompt's keys and values for pictures. `ids` int64 (B, T); `mask` bool, True = a real token (default all).
 
