@@ -2,7 +2,8 @@
 
 Design choices
 - Flow matching with logit-normal noise levels and the velocity target of diffusers' schedulers; a tenth of the captions
-  is dropped for guidance.
+  is dropped for guidance. A share of the levels is uniform near pure noise: that is where the layout is decided, and
+  logit-normal levels alone put one sample in six hundred above 0.95.
 - Features align with the scene instead of with a foreign encoder: a linear readout of a middle layer names each cell's
   object and colour (REPA's idea, Yu et al. 2024, arXiv 2410.06940, with the renderer's truth as teacher). The readout
   is training state and is not published.
@@ -44,9 +45,13 @@ class DrawingConfig:
     align_weight: float = 0.25
     codes_share: float = 0.0
     codes_tokens: int = 12
+    sigma_mean: float = 0.3
+    sigma_spread: float = 1.0
+    high_noise_share: float = 0.15
+    high_noise_from: float = 0.85
 
     def __post_init__(self) -> None:
-        for name in ("caption_dropout", "partial_captions", "codes_share"):
+        for name in ("caption_dropout", "partial_captions", "codes_share", "high_noise_share", "high_noise_from"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1]")
 
@@ -75,6 +80,13 @@ def words_for(scenes: Sequence[Scene], rng: random.Random, config: DrawingConfig
     return out
 
 
+def noise_levels(n: int, generator: torch.Generator, config: DrawingConfig) -> torch.Tensor:
+    """Levels (n,) in (0, 1]: logit-normal, and a share uniform between `high_noise_from` and pure noise."""
+    usual = torch.sigmoid(config.sigma_mean + config.sigma_spread * torch.randn(n, generator=generator))
+    high = 1 - (1 - config.high_noise_from) * torch.rand(n, generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < config.high_noise_share, high, usual)
+
+
 def make_batch(
     latents_BCHW: torch.Tensor,
     scenes: Sequence[Scene],
@@ -97,7 +109,7 @@ def make_batch(
     return DrawingBatch(
         latents_BCHW=latents_BCHW,
         noise_BCHW=torch.randn(latents_BCHW.shape, generator=generator),
-        sigma_B=torch.sigmoid(torch.randn(batch, generator=generator)),
+        sigma_B=noise_levels(batch, generator, config),
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         objects_BL=objects.flatten(1),

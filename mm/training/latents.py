@@ -41,14 +41,16 @@ def scene_from_json(line: str) -> Scene:
 
 
 @torch.no_grad()
-def write_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, size: int = SHARD) -> None:
+def write_shard(
+    folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, pair_share: float = 0.0, size: int = SHARD
+) -> None:
     """Renders and encodes shard `k` into `folder`; does nothing when it is there."""
     path = folder / f"{k:05d}.safetensors"
     if path.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"drawing {seed} {k}")
-    scenes = [sample_scene(rng, default_weight=8) for _ in range(size)]
+    scenes = [sample_scene(rng, default_weight=8, pair_share=pair_share) for _ in range(size)]
     parts = []
     device = str(autoencoder.device)
     for i in range(0, size, 64):

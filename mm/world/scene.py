@@ -138,15 +138,15 @@ def is_held_out(parts: Sequence[Group]) -> bool:
     return any(colour_is_held_out(g.object, g.colour) or count_is_held_out(g.object, g.count) for g in parts)
 
 
-def _sample_groups(rng: random.Random, objects: Sequence[str], style: str) -> tuple[Group, ...]:
-    """One to three groups; colours only where the style shows them."""
-    n_groups = rng.choices((1, 2, 3), (40, 48, 12))[0]
+def _sample_groups(rng: random.Random, objects: Sequence[str], style: str, pair: bool) -> tuple[Group, ...]:
+    """One to three groups, or a `pair` of single objects; colours only where the style shows them."""
+    n_groups = 2 if pair else rng.choices((1, 2, 3), (40, 48, 12))[0]
     room = 4 if v.smallest_sprite(style) > SIZES[0] else v.MAX_SPRITES
     out: list[Group] = []
     for name in rng.sample(list(objects), n_groups):
         left = room - sum(g.count for g in out) - (n_groups - len(out) - 1)
         weights = ((4, 3, 3, 3), (6, 1, 1, 1), (6, 1, 1, 1))[n_groups - 1]
-        count = min(rng.choices((1, 2, 3, 4), weights)[0], left)
+        count = 1 if pair else min(rng.choices((1, 2, 3, 4), weights)[0], left)
         tints = v.colours_in(style)
         colour = rng.choice(tints) if tints and rng.random() < 0.6 else None
         out.append(Group(object=name, colour=colour, count=count))
@@ -197,14 +197,17 @@ def sample_scene(
     backgrounds: Sequence[str] = v.BACKGROUNDS,
     held_out: bool = False,
     default_weight: int = 3,
+    pair_share: float = 0.0,
 ) -> Scene:
     """A random scene; with `held_out` False, never one whose composition is kept for reporting.
 
     The default style is drawn `default_weight` times as often as any other: it is what an unnamed style asks for.
+    `pair_share` of the scenes hold two single objects: what relations and binding are learned from.
     """
     while True:
         style = rng.choices(styles, [default_weight if s == v.DEFAULT_STYLE else 1 for s in styles])[0]
-        parts = _sample_groups(rng, objects, style)
+        pair = pair_share > 0 and rng.random() < pair_share
+        parts = _sample_groups(rng, objects, style, pair)
         if is_held_out(parts) != held_out:
             continue
         sprites = place(rng, parts, style)
