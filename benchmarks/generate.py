@@ -27,7 +27,8 @@ import torch
 
 from mm import TextToImagePipeline
 from mm.files import write_json
-from mm.models.trunk import PromptCache, Trunk
+from mm.models.cache import PromptCache
+from mm.models.trunk import Trunk
 
 PROMPT = "two red cats on grass, watercolor style"
 

@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mm.errors import UserError
 from mm.models.codes import CodeHead
-from mm.models.trunk import PromptCache, Trunk
+from mm.models.cache import PromptCache
+from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.paths import resolve_model
 from mm.pipelines.loading import check_complete, first_broken

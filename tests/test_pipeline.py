@@ -14,7 +14,7 @@ from tiny import STEPS, draw, seeded, tiny_pipeline
 
 from mm import TextToImagePipeline
 from mm.errors import UserError
-from mm.models.trunk import PromptCache
+from mm.models.cache import PromptCache
 from mm.pipelines.sampling import masked_steps
 
 

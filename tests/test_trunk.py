@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from mm.models import layers
-from mm.models.trunk import PictureLayer, PromptCache, TextLayer, Trunk
+from mm.models.cache import PromptCache
+from mm.models.trunk import PictureLayer, TextLayer, Trunk
 
 CONFIG = {"vocabulary_size": 40, "width": 32, "depth": 3, "heads": 2, "latent_channels": 4, "latent_size": 4}
 TOKENS, WIDTH = 16, 32
@@ -306,9 +307,8 @@ def test_a_text_layer_equals_plain_loops():
     layer = awake(TextLayer(16, 2, 2)).requires_grad_(False)
     x = torch.randn(5, 16)
     speeds = [10000.0 ** (-2 * j / 8) for j in range(4)]
-    got = layer(x[None], layers.rotary_angles(torch.arange(5), 8, 10000.0), torch.ones(5, 5, dtype=torch.bool).tril())[
-        0
-    ]
+    angles, causal = layers.rotary_angles(torch.arange(5), 8, 10000.0), torch.ones(5, 5, dtype=torch.bool).tril()
+    got = layer(x[None], angles, causal)[0][0]
     a, normed, seen = layer.attn, norm(x, layer.norm_1.weight), torch.zeros(5, 16)
     for head in range(2):
         part = slice(8 * head, 8 * head + 8)

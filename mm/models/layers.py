@@ -32,10 +32,10 @@ class Norm(nn.Module):
         return F.layer_norm(x_D, self.weight.shape, self.weight.to(x_D.dtype), eps=1e-6)
 
 
-def rotary_angles(positions_L: torch.Tensor, channels: int, base: float) -> torch.Tensor:
-    """Angles (L, channels / 2) of rotary positions (Su et al. 2021, arXiv 2104.09864)."""
-    steps = torch.arange(0, channels, 2, device=positions_L.device, dtype=torch.float32) / channels
-    return positions_L.float()[:, None] * base**-steps
+def rotary_angles(positions: torch.Tensor, channels: int, base: float) -> torch.Tensor:
+    """Angles (..., channels / 2) of rotary positions (...) (Su et al. 2021, arXiv 2104.09864)."""
+    steps = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
+    return positions.float()[..., None] * base**-steps
 
 
 def picture_angles(height: int, width: int, channels: int, device: torch.device) -> torch.Tensor:
@@ -45,9 +45,9 @@ def picture_angles(height: int, width: int, channels: int, device: torch.device)
     return torch.cat([rotary_angles(axis.flatten(), half, 100.0) for axis in (y, x)], -1)
 
 
-def rotate(x_BLHE: torch.Tensor, angles_LE: torch.Tensor) -> torch.Tensor:
-    """Turns channel pairs (first half, second half) by the angles of their position."""
-    cos, sin = (f(angles_LE).to(x_BLHE.dtype)[None, :, None] for f in (torch.cos, torch.sin))
+def rotate(x_BLHE: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turns channel pairs (first half, second half) by the angles (L, E / 2) or (B, L, E / 2) of their position."""
+    cos, sin = (f(angles).to(x_BLHE.dtype).unsqueeze(-2) for f in (torch.cos, torch.sin))
     a, b = x_BLHE.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 

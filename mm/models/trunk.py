@@ -10,6 +10,9 @@ Design choices
 - A mode token, put before the picture's tokens, tells drawing by flow from drawing in codes. In codes mode a masked
   token is a learned vector at sigma 1, a known one its dequantized latent at sigma 0.
 - The output is DDT's condition (Wang et al. 2025, arXiv 2504.05741): features for the velocity decoder or code head.
+- With `reads`, understanding tokens of pictures stand among the words (bidirectional within a picture, causal
+  otherwise), a head tied to the word table says the next word, and a source picture's clean latents go through the
+  picture layers at sigma 0, once, to be read by whoever draws (`encode_picture`).
 
 This module does not know words, files, samplers or how features become pictures.
 Legend: B batch, T text tokens, L picture tokens, P = L + 1 with the mode token, D width, H heads, E = D / H.
@@ -17,8 +20,7 @@ Legend: B batch, T text tokens, L picture tokens, P = L + 1 with the mode token,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -30,51 +32,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from mm.models import layers
+from mm.models.cache import PromptCache, TextState
 
 Mode = Literal["flow", "codes"]
 MODES: tuple[Mode, ...] = ("flow", "codes")
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCache:
-    """What pictures read of a prompt: per layer keys and values (B, T, H, E), and which of the T tokens are real."""
-
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
-    mask_BT: torch.Tensor
-
-    def __len__(self) -> int:
-        return self.mask_BT.shape[0]
-
-    def repeat(self, n: int) -> PromptCache:
-        """Every prompt `n` times in a row."""
-        return self._map(lambda x: x.repeat_interleave(n, 0))
-
-    def select(self, index: torch.Tensor | slice) -> PromptCache:
-        """The prompts at `index`."""
-        return self._map(lambda x: x[index])
-
-    def pad(self, length: int) -> PromptCache:
-        """Masked tokens appended up to `length`."""
-        extra = length - self.mask_BT.shape[1]
-        if extra < 0:
-            raise ValueError(f"a cache of {self.mask_BT.shape[1]} tokens cannot be padded to {length}")
-        grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
-        return grown if extra else self
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PromptCache:
-        return PromptCache(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask_BT))
-
-    @staticmethod
-    def cat(caches: Sequence[PromptCache]) -> PromptCache:
-        """Several caches as one batch, padded to the longest."""
-        longest = max(c.mask_BT.shape[1] for c in caches)
-        padded = [c.pad(longest) for c in caches]
-        return PromptCache(
-            tuple(map(torch.cat, zip(*(c.keys for c in padded), strict=True))),
-            tuple(map(torch.cat, zip(*(c.values for c in padded), strict=True))),
-            torch.cat([c.mask_BT for c in padded]),
-        )
 
 
 class TextLayer(nn.Module):
@@ -96,11 +57,21 @@ class TextLayer(nn.Module):
         k, v = (f(normed).unflatten(-1, (self.attn.heads, -1)) for f in (self.to_k_pic, self.to_v_pic))
         return self.norm_k_pic(k), v
 
-    def forward(self, x_BTD: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        angles: torch.Tensor,
+        mask: torch.Tensor,
+        past_k: torch.Tensor | None = None,
+        past_v: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens, and the keys and values of all tokens so far."""
         q, k, v = self.attn(self.norm_1(x_BTD))
-        seen = layers.attend(layers.rotate(q, angles), layers.rotate(k, angles), v, mask)
-        x_BTD = x_BTD + self.attn.to_out(seen)
-        return x_BTD + self.ff(self.norm_2(x_BTD))
+        k = layers.rotate(k, angles)
+        if past_k is not None and past_v is not None:
+            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
+        x_BTD = x_BTD + self.attn.to_out(layers.attend(layers.rotate(q, angles), k, v, mask))
+        return x_BTD + self.ff(self.norm_2(x_BTD)), k, v
 
 
 class PictureLayer(nn.Module):
@@ -123,15 +94,26 @@ class PictureLayer(nn.Module):
         text_v: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
+        """The tokens; text keys and values are read beside the picture's own."""
+        k, v, finish = self.offer(x_BPD, shared_6, angles)
+        return finish(torch.cat([text_k, k], 1), torch.cat([text_v, v], 1), mask)
+
+    def offer(
+        self, x_BPD: torch.Tensor, shared_6: torch.Tensor, angles: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Callable[..., torch.Tensor]]:
+        """This layer's keys and values of its tokens, and the rest of the layer as a function of all that is read."""
         mod = shared_6 + self.modulation.to(shared_6.dtype)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mod.unbind(-2)
         q, k, v = self.attn(layers.modulate(self.norm_1(x_BPD), shift_a, scale_a))
         q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-        # Text keys are not rotated: every picture token reads them as if from the origin, so that where it stands
-        # in the picture can decide which words it looks at.
-        seen = layers.attend(q, torch.cat([text_k, k], 1), torch.cat([text_v, v], 1), mask)
-        x_BPD = torch.addcmul(x_BPD, gate_a, self.attn.to_out(seen))
-        return torch.addcmul(x_BPD, gate_f, self.ff(layers.modulate(self.norm_2(x_BPD), shift_f, scale_f)))
+
+        def finish(all_k: torch.Tensor, all_v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            # Text keys are not rotated: every picture token reads them as if from the origin, so that where it stands
+            # in the picture can decide which words it looks at.
+            x = torch.addcmul(x_BPD, gate_a, self.attn.to_out(layers.attend(q, all_k, all_v, mask)))
+            return torch.addcmul(x, gate_f, self.ff(layers.modulate(self.norm_2(x), shift_f, scale_f)))
+
+        return k, v, finish
 
 
 class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -154,6 +136,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         latent_channels: int = 16,
         latent_size: int = 8,
         max_text: int = 128,
+        reads: bool = False,
+        look_token: int = 6,
     ) -> None:
         super().__init__()
         if width % heads or (width // heads) % 4:
@@ -168,6 +152,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.modulation = nn.Linear(width, 6 * width)
         self.picture_layers = nn.ModuleList(PictureLayer(width, heads, picture_ratio) for _ in range(depth))
         self.norm_out = layers.Norm(width)
+        self.norm_text_out = layers.Norm(width) if reads else None
+        self.source_mark = nn.Parameter(torch.zeros(width)) if reads else None
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -194,29 +180,106 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layer.modulation.data[5].fill_(1.0)
 
     @apply_forward_hook  # an offloaded trunk comes back to its device for this, as for forward
-    def encode_text(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> PromptCache:
-        """A prompt's keys and values for pictures. `ids` int64 (B, T); `mask` bool, True = a real token (default all).
+    def encode_text(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, looks_NSD: torch.Tensor | None = None
+    ) -> PromptCache:
+        """A prompt's keys and values for pictures; arguments and errors as in `read`."""
+        return self._read(ids_BT, mask_BT, looks_NSD, None)[1].prompt
 
-        Raises ValueError when the prompt is longer than `max_text` tokens.
+    @apply_forward_hook
+    def read(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None = None,
+        looks_NSD: torch.Tensor | None = None,
+        past: TextState | None = None,
+    ) -> tuple[torch.Tensor, TextState]:
+        """Logits of the next word (B, T, V) after each token, and the state that more text can go on from.
+
+        `ids` int64 (B, T); `mask` bool, True = a real token (default all); `looks` (N, S, D): the understanding tokens
+        of the N pictures whose S places hold `look_token`, in reading order. Raises ValueError when the text is longer
+        than `max_text`, the places do not match the looks, or the trunk has no text head.
         """
-        length = ids_BT.shape[1]
-        if length > self.config.max_text:
-            raise ValueError(f"a prompt of {length} tokens is longer than the model's {self.config.max_text}")
-        mask_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
-        x_BTD = self.words(ids_BT)
-        angles = layers.rotary_angles(
-            torch.arange(length, device=ids_BT.device), self.config.width // self.config.heads, 10000.0
-        )
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
-        mask = causal & mask_BT[:, None, None, :]
-        mask = mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding looks at itself: never empty
-        keys, values = [], []
-        for layer in self._text_stack:
+        if self.norm_text_out is None:
+            raise ValueError("this trunk draws only; reading needs one whose config says reads: true")
+        x_BTD, state = self._read(ids_BT, mask_BT, looks_NSD, past)
+        return F.linear(self.norm_text_out(x_BTD), self.words.weight.to(x_BTD.dtype)), state
+
+    def _read(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        looks_NSD: torch.Tensor | None,
+        past: TextState | None,
+    ) -> tuple[torch.Tensor, TextState]:
+        before, length = 0 if past is None else len(past), ids_BT.shape[1]
+        if before + length > self.config.max_text:
+            raise ValueError(f"a text of {before + length} tokens is longer than the model's {self.config.max_text}")
+        seen_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        seen_BT = seen_BT if past is None else torch.cat([past.prompt.mask_BT, seen_BT], 1)
+        x_BTD = self._text_tokens(ids_BT, looks_NSD)
+        positions_BT = (seen_BT.cumsum(1) - 1).clamp_min(0)[:, before:]
+        angles = layers.rotary_angles(positions_BT, self.config.width // self.config.heads, 10000.0)
+        mask = self._text_mask(ids_BT, seen_BT, before)
+        keys, values, own_keys, own_values = [], [], [], []
+        for i, layer in enumerate(self._text_stack):
             k, v = layer.for_pictures(x_BTD)
-            keys.append(k)
-            values.append(v)
-            x_BTD = self._run(layer, x_BTD, angles, mask)
-        return PromptCache(tuple(keys), tuple(values), mask_BT)
+            keys.append(k if past is None else torch.cat([past.prompt.keys[i], k], 1))
+            values.append(v if past is None else torch.cat([past.prompt.values[i], v], 1))
+            older = () if past is None else (past.keys[i], past.values[i])
+            x_BTD, k, v = self._run(layer, x_BTD, angles, mask, *older)
+            own_keys.append(k)
+            own_values.append(v)
+        prompt = PromptCache(tuple(keys), tuple(values), seen_BT)
+        return x_BTD, TextState(tuple(own_keys), tuple(own_values), prompt)
+
+    def _text_tokens(self, ids_BT: torch.Tensor, looks_NSD: torch.Tensor | None) -> torch.Tensor:
+        x_BTD = self.words(ids_BT)
+        if looks_NSD is None:
+            return x_BTD
+        places_BT = ids_BT == self.config.look_token
+        if int(places_BT.sum()) != looks_NSD.shape[0] * looks_NSD.shape[1]:
+            raise ValueError(f"{int(places_BT.sum())} places for looks, but looks of shape {tuple(looks_NSD.shape)}")
+        return x_BTD.masked_scatter(places_BT[..., None], looks_NSD.to(x_BTD.dtype))
+
+    def _text_mask(self, ids_BT: torch.Tensor, seen_BT: torch.Tensor, before: int) -> torch.Tensor:
+        """(B, 1, T, all): causal, but a picture's looks see each other; padding sees itself, so no row is empty."""
+        length, total = ids_BT.shape[1], seen_BT.shape[1]
+        order = torch.arange(total, device=ids_BT.device)
+        itself = order[None] == order[before:, None]
+        look_BT = ids_BT == self.config.look_token
+        run_BT = (look_BT & ~F.pad(look_BT[:, :-1], (1, 0))).cumsum(1) * look_BT
+        together = (run_BT[:, :, None] == run_BT[:, None, :]) & look_BT[:, :, None]
+        causal = (order[None] <= order[before:, None]) | F.pad(together, (total - length, 0))
+        return ((causal & seen_BT[:, None, :]) | itself)[:, None]
+
+    @apply_forward_hook
+    def encode_picture(self, latents_BCHW: torch.Tensor, prompt: PromptCache) -> PromptCache:
+        """The cache of `prompt` followed by a clean source picture's keys and values, for edits to read.
+
+        `latents` (B, C, 8, 8) of unit deviation, one picture for each prompt of the cache.
+        """
+        if self.source_mark is None:
+            raise ValueError("this trunk takes no source pictures; that needs one whose config says reads: true")
+        if len(prompt) != len(latents_BCHW):
+            raise ValueError(f"{len(latents_BCHW)} pictures but {len(prompt)} prompts in the cache; repeat the cache")
+        x_BLD = self.latent_in(latents_BCHW.flatten(2).transpose(1, 2)) + (self.place + self.source_mark)
+        shared = self._modulation(x_BLD.new_zeros(len(x_BLD), 1))
+        angles = layers.picture_angles(
+            *latents_BCHW.shape[2:], self.config.width // self.config.heads, latents_BCHW.device
+        )
+        seen_BT = F.pad(prompt.mask_BT, (0, x_BLD.shape[1]), value=True)
+        keys, values = [], []
+        for i, layer in enumerate(self._picture_stack):
+            k, v, finish = layer.offer(x_BLD, shared, angles)
+            keys.append(torch.cat([prompt.keys[i], k], 1))
+            values.append(torch.cat([prompt.values[i], v], 1))
+            if i + 1 < len(self._picture_stack):  # nobody reads what comes after the last layer's keys and values
+                x_BLD = finish(keys[-1], values[-1], seen_BT[:, None, None])
+        return PromptCache(tuple(keys), tuple(values), seen_BT)
+
+    def _modulation(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self.modulation(F.silu(self.sigma_embedding(sigma))).unflatten(-1, (6, -1))
 
     def _picture_tokens(
         self, latents_BCHW: torch.Tensor, sigma: torch.Tensor, mode: Mode, masked_BL: torch.Tensor | None
@@ -251,7 +314,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         x_BPD, sigma = self._picture_tokens(latents_BCHW, sigma, mode, masked_BL)
-        shared = self.modulation(F.silu(self.sigma_embedding(sigma))).unflatten(-1, (6, -1))
+        shared = self._modulation(sigma)
         height, width = latents_BCHW.shape[2:]
         angles = layers.picture_angles(height, width, self.config.width // self.config.heads, x_BPD.device)
         angles = F.pad(angles, (0, 0, 1, 0))  # the mode token stands at the origin
@@ -264,7 +327,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         features_BLD = self.norm_out(x_BPD)[:, 1:]
         return features_BLD if hidden_layer is None else (features_BLD, hidden[:, 1:])
 
-    def _run(self, layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    def _run(self, layer: nn.Module, *args: torch.Tensor) -> Any:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             run: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
             return run(layer, *args)

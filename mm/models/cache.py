@@ -1,0 +1,73 @@
+"""What the trunk has read, kept so that it is computed once: `PromptCache` for pictures, `TextState` for more text.
+
+Design choices
+- Plain frozen tuples of tensors: a cache can be repeated, selected and joined, and is never changed in place.
+- A source picture's keys and values follow the words' in the same cache, so that whoever draws reads one sequence.
+- Text goes on from a `TextState`: a conversation's turns and generated words cost only themselves.
+
+This module does not know layers.
+Legend: B batch, T tokens, H heads, E channels a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCache:
+    """What pictures read of a prompt: per layer keys and values (B, T, H, E), and which of the T tokens are real."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    mask_BT: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.mask_BT.shape[0]
+
+    def repeat(self, n: int) -> PromptCache:
+        """Every prompt `n` times in a row."""
+        return self._map(lambda x: x.repeat_interleave(n, 0))
+
+    def select(self, index: torch.Tensor | slice) -> PromptCache:
+        """The prompts at `index`."""
+        return self._map(lambda x: x[index])
+
+    def pad(self, length: int) -> PromptCache:
+        """Masked tokens appended up to `length`."""
+        extra = length - self.mask_BT.shape[1]
+        if extra < 0:
+            raise ValueError(f"a cache of {self.mask_BT.shape[1]} tokens cannot be padded to {length}")
+        grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
+        return grown if extra else self
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PromptCache:
+        return PromptCache(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask_BT))
+
+    @staticmethod
+    def cat(caches: Sequence[PromptCache]) -> PromptCache:
+        """Several caches as one batch, padded to the longest."""
+        longest = max(c.mask_BT.shape[1] for c in caches)
+        padded = [c.pad(longest) for c in caches]
+        return PromptCache(
+            tuple(map(torch.cat, zip(*(c.keys for c in padded), strict=True))),
+            tuple(map(torch.cat, zip(*(c.values for c in padded), strict=True))),
+            torch.cat([c.mask_BT for c in padded]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TextState:
+    """A text read so far: per layer its own keys and values (B, T, H, E), and what pictures read of it."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    prompt: PromptCache
+
+    def __len__(self) -> int:
+        """Tokens, padding included."""
+        return self.prompt.mask_BT.shape[1]
