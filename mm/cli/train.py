@@ -19,6 +19,7 @@ class Stage(StrEnum):
     judge = "judge"
     latents = "latents"
     drawing = "drawing"
+    understanding = "understanding"
 
 
 @app.command(epilog="Example: mm train mm-tiny --stage drawing --init-from weights/mm-tiny --minutes 60")

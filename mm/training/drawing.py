@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mm.models.codes import CodeHead
 from mm.models.cache import PromptCache
+from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge

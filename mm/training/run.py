@@ -1,4 +1,4 @@
-"""Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing.
+"""Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing, understanding.
 
 Design choices
 - One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
@@ -29,7 +29,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
 from mm.tokenizers.bridge import BINS
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch, words_for
-from mm.training.latents import LatentCache, write_shard
+from mm.training.latents import LatentCache, PictureCache, write_shard
 from mm.training.loop import Loop, LoopConfig
 
 PUBLISHED = ("trunk", "velocity_decoder", "code_head")
@@ -108,15 +108,44 @@ def train_drawing(
         latents, scenes = cache.draw(loop_config.batch_size, rng)
         words = tokenizer(words_for(scenes, rng, settings), padding=True, return_tensors="pt")
         batch = make_batch(latents, scenes, words.input_ids, words.attention_mask.bool(), generator, settings)
-        moved: dict[str, Any] = {
-            f.name: x.to(loop.accelerator.device) if (x := getattr(batch, f.name)) is not None else None
-            for f in dataclasses.fields(batch)
-        }
-        return DrawingBatch(**moved)
+        return _moved(batch, loop.accelerator.device)
 
     folder = publish_to or state / "model"
     loop.run(batches, lambda now: publish(now.bare, folder))
     return loop
+
+
+def train_understanding(config: dict[str, Any], state: Path, **flags: Any) -> Loop:
+    """Runs (or goes on with) the understanding stage; the averaged encoder goes into the state's model."""
+    from mm.models.understanding import UnderstandingEncoder
+    from mm.training import understanding_stage as stage
+
+    loop_config = override(LoopConfig(**config["understanding"]["loop"]), flags)
+    settings = override(stage.UnderstandingConfig(**config["understanding"]["stage"]), flags)
+    cache = PictureCache(state / "pictures", state / "latents", settings.pictures)
+    tokenizer = build_text_tokenizer()
+    torch.manual_seed(0)
+    encoder = UnderstandingEncoder(**config["models"].get("understanding_encoder", {}))
+    loop = Loop(stage.Understanding(encoder, settings), state / "understanding", loop_config)
+
+    def batches(step: int) -> stage.UnderstandingBatch:
+        rng = random.Random(f"understanding {loop_config.seed} {step} {loop.accelerator.process_index}")
+        pictures, scenes = cache.draw(loop_config.batch_size, rng)
+        length = encoder.config.context_length
+        words = tokenizer(stage.captions_for(scenes, rng), padding="max_length", max_length=length, return_tensors="pt")
+        return _moved(stage.make_batch(pictures, scenes, words.input_ids), loop.accelerator.device)
+
+    def look(now: Loop) -> None:
+        copy.deepcopy(now.bare.encoder).to(torch.bfloat16).save_pretrained(state / "model" / "understanding_encoder")
+
+    loop.run(batches, look)
+    return loop
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A batch of tensors on another device."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return type(batch)(**{k: x.to(device) if torch.is_tensor(x) else x for k, x in fields.items()})
 
 
 def publish(module: Any, folder: Path) -> None:
@@ -195,8 +224,11 @@ def run_stages(
         elif stage == "drawing":
             write_latents(config, state, shards=1)  # enough to begin with, where nobody wrote any
             train_drawing(config, state, init_from=init_from, publish_to=publish_to, **flags)
+        elif stage == "understanding":
+            train_understanding(config, state, **flags)
         else:
-            raise UserError(f"unknown stage {stage!r}; known: autoencoder, bridge, judge, latents, drawing")
+            known = "autoencoder, bridge, judge, latents, drawing, understanding"
+            raise UserError(f"unknown stage {stage!r}; known: {known}")
 
 
 def _borrow(source: Path, target: Path) -> None:

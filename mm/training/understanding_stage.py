@@ -1,0 +1,92 @@
+"""The understanding stage: a small ViT learns pictures against captions.
+
+Design choices
+- CLIP's symmetric contrastive loss (Radford et al. 2021, arXiv 2103.00020) through open_clip's `ClipLoss`. Captions in
+  a batch are full ones, so that two pictures rarely share one.
+- The renderer's truth is there for nothing, so a linear readout of each token also names its cell's object and colour:
+  places and counts, which a pooled vector hardly holds. The readout is training state and is not published.
+
+This module does not know the loop, files or the trunk.
+Legend: B pictures, T words, L = 64 tokens, W width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mm.models.understanding import UnderstandingEncoder
+from mm.world.captions import caption
+from mm.world.render import cell_labels
+from mm.world.scene import Scene
+from mm.world.vocabulary import ALL_OBJECTS, COLOURS
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnderstandingConfig:
+    """What the understanding stage learns."""
+
+    pictures: int = 10  # shards
+    contrast_weight: float = 0.5
+    cells_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.pictures < 1:
+            raise ValueError(f"pictures {self.pictures}: at least one shard is needed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnderstandingBatch:
+    """Pictures in [-1, 1], captions padded with 0 to the context length, and the cells' truth."""
+
+    pictures_BCHW: torch.Tensor
+    ids_BT: torch.Tensor
+    objects_BL: torch.Tensor
+    colours_BL: torch.Tensor
+
+
+def captions_for(scenes: Sequence[Scene], rng: random.Random) -> list[str]:
+    """A full caption a scene."""
+    return [caption(scene, rng) for scene in scenes]
+
+
+def make_batch(pictures: torch.Tensor, scenes: Sequence[Scene], ids_BT: torch.Tensor) -> UnderstandingBatch:
+    """A batch with its cells' truth."""
+    objects, colours = cell_labels(scenes)
+    return UnderstandingBatch(
+        pictures_BCHW=pictures, ids_BT=ids_BT, objects_BL=objects.flatten(1), colours_BL=colours.flatten(1)
+    )
+
+
+class Understanding(nn.Module):
+    """The encoder with its losses."""
+
+    def __init__(self, encoder: UnderstandingEncoder, config: UnderstandingConfig) -> None:
+        super().__init__()
+        from open_clip.loss import ClipLoss
+
+        self.config, self.encoder = config, encoder
+        self.readout = nn.Linear(encoder.config.width, len(ALL_OBJECTS) + 1 + len(COLOURS) + 2)
+        self.loss = ClipLoss()
+
+    def forward(self, batch: UnderstandingBatch) -> dict[str, torch.Tensor]:
+        """Named losses; names with a leading underscore are only watched."""
+        pooled, tokens = self.encoder(batch.pictures_BCHW)
+        words = self.encoder.encode_text(batch.ids_BT)
+        scale = self.encoder.logit_scale.clamp(max=4.6).exp()  # 100, as in CLIP
+        sides = (F.normalize(x.float(), dim=-1) for x in (pooled, words))
+        contrast = self.loss(*sides, scale)
+        objects, colours = self.readout(tokens).float().split([len(ALL_OBJECTS) + 1, len(COLOURS) + 2], -1)
+        cells = F.cross_entropy(objects.flatten(0, 1), batch.objects_BL.flatten())
+        cells = cells + F.cross_entropy(colours.flatten(0, 1), batch.colours_BL.flatten())
+        right = (objects.argmax(-1) == batch.objects_BL)[batch.objects_BL > 0].float().mean()
+        return {
+            "contrast": self.config.contrast_weight * contrast,
+            "cells": self.config.cells_weight * cells,
+            "_right": right,
+        }
