@@ -20,6 +20,7 @@ class Stage(StrEnum):
     latents = "latents"
     drawing = "drawing"
     understanding = "understanding"
+    joint = "joint"
 
 
 @app.command(epilog="Example: mm train mm-tiny --stage drawing --init-from weights/mm-tiny --minutes 60")

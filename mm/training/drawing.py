@@ -59,7 +59,10 @@ class DrawingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawingBatch:
-    """Clean latents, noise and levels, prompts and cell truth; `codes` batches carry which tokens are masked."""
+    """Clean latents, noise and levels, prompts and cell truth; `codes` batches carry which tokens are masked.
+
+    `weights` (mean about one): how much each latent's velocity counts (default: all the same).
+    """
 
     latents_BCHW: torch.Tensor
     noise_BCHW: torch.Tensor
@@ -70,6 +73,7 @@ class DrawingBatch:
     colours_BL: torch.Tensor
     masked_BL: torch.Tensor | None = None
     chosen_BN: torch.Tensor | None = None
+    weights_BHW: torch.Tensor | None = None
 
 
 def words_for(scenes: Sequence[Scene], rng: random.Random, config: DrawingConfig) -> list[str]:
@@ -140,8 +144,12 @@ class Drawing(nn.Module):
 
     def forward(self, batch: DrawingBatch) -> dict[str, torch.Tensor]:
         """Named losses; names with a leading underscore are only watched."""
-        prompt = self.trunk.encode_text(batch.ids_BT, batch.mask_BT)
+        prompt = self.prompt(batch)
         return self._flow(batch, prompt) if batch.masked_BL is None else self._codes(batch, prompt)
+
+    def prompt(self, batch: DrawingBatch) -> PromptCache:
+        """What the batch's pictures read."""
+        return self.trunk.encode_text(batch.ids_BT, batch.mask_BT)
 
     def _flow(self, batch: DrawingBatch, prompt: PromptCache) -> dict[str, torch.Tensor]:
         sigma = batch.sigma_B.view(-1, 1, 1, 1)
@@ -149,7 +157,8 @@ class Drawing(nn.Module):
         features, hidden = self.trunk(noisy, batch.sigma_B, prompt, "flow", None, self.config.align_layer)
         velocity = self.velocity_decoder(noisy, batch.sigma_B, features)
         target = batch.noise_BCHW - batch.latents_BCHW
-        flow = F.mse_loss(velocity.float(), target)
+        squares = (velocity.float() - target).square()
+        flow = squares.mean() if batch.weights_BHW is None else (squares.mean(1) * batch.weights_BHW).mean()
         return {"flow": flow, "align": self._align(hidden, batch)}
 
     def _codes(self, batch: DrawingBatch, prompt: PromptCache) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ class LoopConfig:
 
 
 def rate_factor(config: LoopConfig, step: int, seconds: float) -> float:
-    """Share of the full learning rate at `step`, after `seconds` of training."""
+    """Share of the full learning rate at `step` (counted from the last warm-up), after `seconds` of training."""
     left = 1 - seconds / (60 * config.minutes)
     decay = 1.0 if config.decay_share == 0 else min(1.0, max(left, 0.0) / config.decay_share)
     return min(1.0, (step + 1) / config.warmup) * max(decay, 0.01)
@@ -86,9 +86,9 @@ def optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimi
 
 
 class Loop:
-    """Trains one stage's module into a folder."""
+    """Trains one stage's module into a folder, where it also resumes; a fresh one may start from another's state."""
 
-    def __init__(self, module: nn.Module, out: Path, config: LoopConfig) -> None:
+    def __init__(self, module: nn.Module, out: Path, config: LoopConfig, start_from: Path | None = None) -> None:
         self.config, self.out = config, out
         self.accelerator = Accelerator(mixed_precision="bf16")
         self.optimizers = optimizers(module, config)
@@ -97,10 +97,13 @@ class Loop:
         self.bare = self.accelerator.unwrap_model(self.module)
         self.average = {n: p.detach().clone() for n, p in self.bare.named_parameters()}
         self.step, self.seconds, self.samples = 0, 0.0, 0
+        self.warm_from = 0
         self.state_file = out / "state.safetensors"
         out.mkdir(parents=True, exist_ok=True)
         if self.state_file.is_file():
-            self._resume()
+            self._resume(self.state_file)
+        elif start_from is not None:
+            self._resume(start_from)
 
     def run(self, batches: Callable[[int], object], look: Callable[[Loop], None] | None = None) -> None:
         """Trains until the minutes are used up. `batches(step)` makes a batch; `look` is called now and then."""
@@ -125,7 +128,7 @@ class Loop:
             self._look(look)
 
     def _train_step(self, batch: object) -> dict[str, float]:
-        factor = rate_factor(self.config, self.step, self.seconds)
+        factor = rate_factor(self.config, self.step - self.warm_from, self.seconds)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
@@ -180,12 +183,13 @@ class Loop:
     def save(self) -> None:
         """Writes everything a resume needs, by rename."""
         if self.accelerator.is_main_process:
-            counters = {"step": str(self.step), "seconds": str(self.seconds), "samples": str(self.samples)}
+            named = ("step", "seconds", "samples", "warm_from")
+            counters = {name: str(getattr(self, name)) for name in named}
             tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
             write_bytes(self.state_file, save(tensors, metadata=counters))
 
-    def _resume(self) -> None:
-        with safe_open(self.state_file, "pt") as file:
+    def _resume(self, state_file: Path) -> None:
+        with safe_open(state_file, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             counters = file.metadata()
         module = {n.removeprefix("module."): t for n, t in tensors.items() if n.startswith("module.")}
@@ -193,10 +197,13 @@ class Loop:
         for name in self.average:
             # Parts that joined the module since (a code head) start from their fresh weights.
             self.average[name].copy_(tensors.get(f"average.{name}", self.average[name]))
+        self.step, self.samples = int(counters["step"]), int(counters["samples"])
         if set(module) == set(self.bare.state_dict()):
             for k, optimizer in enumerate(self._bare_optimizers()):
                 restore_state(optimizer, f"optimizer{k}", tensors)
-        self.step, self.samples = int(counters["step"]), int(counters["samples"])
+            self.warm_from = int(counters.get("warm_from", 0))
+        else:
+            self.warm_from = self.step  # the optimizers know nothing of the new parts
         self.seconds = float(counters["seconds"])
 
 

@@ -1,4 +1,5 @@
-"""Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing, understanding.
+"""Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing, understanding,
+joint.
 
 Design choices
 - One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
@@ -31,8 +32,7 @@ from mm.tokenizers.bridge import BINS
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch, words_for
 from mm.training.latents import LatentCache, PictureCache, write_shard
 from mm.training.loop import Loop, LoopConfig
-
-PUBLISHED = ("trunk", "velocity_decoder", "code_head")
+from mm.training.publishing import publish_drawing
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def train_drawing(
         return _moved(batch, loop.accelerator.device)
 
     folder = publish_to or state / "model"
-    loop.run(batches, lambda now: publish(now.bare, folder))
+    loop.run(batches, lambda now: publish_drawing(now.bare, folder))
     return loop
 
 
@@ -142,18 +142,29 @@ def train_understanding(config: dict[str, Any], state: Path, **flags: Any) -> Lo
     return loop
 
 
+def train_joint(
+    config: dict[str, Any], state: Path, *, init_from: Path | None = None, publish_to: Path | None = None, **flags: Any
+) -> Loop:
+    """Runs (or goes on with) the joint stage; edit pairs that are missing are written first."""
+    from mm.models.understanding import UnderstandingEncoder
+    from mm.training import joint_run
+    from mm.training.joint import JointConfig
+
+    loop_config = override(LoopConfig(**config["joint"]["loop"]), flags)
+    settings = override(JointConfig(**config["drawing"]["stage"] | config["joint"]["stage"]), flags)
+    autoencoder = _load(Autoencoder, state / "model" / "autoencoder").to(_device())
+    for k in range(config["joint"]["edit_shards"]):
+        joint_run.write_edit_shard(state / "edits", k, autoencoder)
+    drawing = build_drawing(config, state, settings, init_from)
+    encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder")
+    module = joint_run.build(config, drawing, encoder, settings)
+    return joint_run.train(module, state, loop_config, settings, publish_to or state / "model")
+
+
 def _moved(batch: Any, device: torch.device) -> Any:
     """A batch of tensors on another device."""
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     return type(batch)(**{k: x.to(device) if torch.is_tensor(x) else x for k, x in fields.items()})
-
-
-def publish(module: Any, folder: Path) -> None:
-    """Writes the trained parts in bf16, each beside its config, for the pipeline to load."""
-    for name in PUBLISHED:
-        # A copy, since casting there and back would round the fp32 masters.
-        copy.deepcopy(getattr(module, name)).to(torch.bfloat16).save_pretrained(folder / name)
-    build_text_tokenizer().save_pretrained(folder / "text_tokenizer")
 
 
 def train_autoencoder(config: dict[str, Any], state: Path, **flags: Any) -> None:
@@ -226,8 +237,11 @@ def run_stages(
             train_drawing(config, state, init_from=init_from, publish_to=publish_to, **flags)
         elif stage == "understanding":
             train_understanding(config, state, **flags)
+        elif stage == "joint":
+            write_latents(config, state, shards=1)
+            train_joint(config, state, init_from=init_from, publish_to=publish_to, **flags)
         else:
-            known = "autoencoder, bridge, judge, latents, drawing, understanding"
+            known = "autoencoder, bridge, judge, latents, drawing, understanding, joint"
             raise UserError(f"unknown stage {stage!r}; known: {known}")
 
 

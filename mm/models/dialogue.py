@@ -1,0 +1,102 @@
+"""How a conversation is written as tokens: one form for training and for every pipeline that reads.
+
+Design choices
+- `<bos>`, then turns: `<user>` [looks of a picture the user gives] words `<mm>` reply `<end>`. A reply is words, or
+  `<image>` followed by the looks of what was drawn. What the model has to say itself is marked as learned: replies,
+  `<image>` and `<end>`; never looks or the user's words.
+- A prompt for drawing ends with `<image>` (or `<codes>`): it has read all that came before.
+- Pictures are whatever the caller makes looks of, in reading order; this module only keeps their places.
+
+This module does not know the trunk, pictures or how a reply is chosen.
+Legend: B dialogues, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORED = -100  # cross_entropy's word for "no target"
+_TIGHT = {",", ".", "?", "!", ":", ";", ")", "'"}
+
+
+class Dialogue:
+    """A conversation that grows turn by turn. `ids` are its tokens, `learned` which of them the model says itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, looks: int = 16) -> None:
+        self.tokenizer, self.looks = tokenizer, looks
+        self.ids: list[int] = []
+        self.learned: list[bool] = []
+        self.pictures: list[Any] = []
+        self._add([self.token("<bos>")])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def token(self, name: str) -> int:
+        """The id of a special token."""
+        return int(self.tokenizer.convert_tokens_to_ids(name))  # pyright: ignore[reportArgumentType]
+
+    def user(self, text: str, *pictures: Any) -> Dialogue:
+        """The user's turn, up to where the reply begins."""
+        self._add([self.token("<user>")])
+        for picture in pictures:
+            self._look(picture)
+            if len(pictures) > 1:
+                self._add(self._words(","))  # looks of two pictures must not run together
+        self._add([*self._words(text), self.token("<mm>")])
+        return self
+
+    def says(self, text: str) -> Dialogue:
+        """A reply in words."""
+        self._add([*self._words(text), self.token("<end>")], learned=True)
+        return self
+
+    def starts_drawing(self, mode: str = "flow") -> Dialogue:
+        """The token after which a picture is drawn; then the ids are the prompt of that picture."""
+        self._add([self.token("<image>" if mode == "flow" else "<codes>")], learned=True)
+        return self
+
+    def has_drawn(self, picture: Any) -> Dialogue:
+        """The picture that was drawn, which ends the reply."""
+        self._look(picture)
+        self._add([self.token("<end>")], learned=True)
+        return self
+
+    def _look(self, picture: Any) -> None:
+        self.pictures.append(picture)
+        self._add([self.token("<look>")] * self.looks)
+
+    def _words(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _add(self, ids: Sequence[int], learned: bool = False) -> None:
+        self.ids += ids
+        self.learned += [learned] * len(ids)
+
+
+def stack(dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids (B, T), which are real (B, T), and for each token the next one where it is learned, else `IGNORED`."""
+    longest = max(map(len, dialogues))
+    ids = torch.zeros(len(dialogues), longest, dtype=torch.int64)
+    mask = torch.zeros(len(dialogues), longest, dtype=torch.bool)
+    targets = torch.full((len(dialogues), longest), IGNORED)
+    for row, dialogue in enumerate(dialogues):
+        length = len(dialogue)
+        ids[row, :length], mask[row, :length] = torch.tensor(dialogue.ids), True
+        following, learned = ids[row, 1:length], torch.tensor(dialogue.learned[1:])
+        targets[row, : length - 1][learned] = following[learned]
+    return ids, mask, targets
+
+
+def spoken(words: Sequence[str]) -> str:
+    """Words and marks as a line of text."""
+    line = ""
+    for word in words:
+        line += word if not line or word in _TIGHT else f" {word}"
+    return line

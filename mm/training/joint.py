@@ -1,0 +1,183 @@
+"""The joint stage: the model that draws learns to read, edit and converse, and goes on drawing.
+
+Design choices
+- One step, one task, picked by its share: drawing (flow or codes), reading (words), editing (flow or codes). Nothing
+  that drawing learned is frozen; drawing keeps most of the steps, so that it does not fade.
+- Looks come from the understanding encoder (frozen: it has its own stage) for half of the batches, and straight from
+  latents for the other half, with a little noise, as drawn latents have.
+- Editing sees the source twice: as looks among the words, and as clean latents at sigma 0. The instruction is dropped
+  now and then, and the source too, so that text and picture can be guided apart (as in InstructPix2Pix, arXiv
+  2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
+
+This module does not know the loop, files or the judge.
+Legend: B rows, N pictures looked at, C = 16 channels, T tokens, V words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mm.models.cache import PromptCache
+from mm.models.connectors import Connector
+from mm.models.dialogue import IGNORED, Dialogue, stack
+from mm.models.understanding import UnderstandingEncoder
+from mm.training import talk
+from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
+from mm.world.edits import Edit
+from mm.world.render import render
+from mm.world.scene import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointConfig(DrawingConfig):
+    """What the joint stage learns."""
+
+    read_share: float = 0.25
+    edit_share: float = 0.2
+    chat_prompts: float = 0.3
+    words_weight: float = 0.5
+    changed_weight: float = 3.0
+    drop_words: float = 0.08
+    drop_source: float = 0.05
+    look_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        DrawingConfig.__post_init__(self)
+        for name in ("read_share", "edit_share", "chat_prompts", "drop_words", "drop_source"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1]")
+        if self.read_share + self.edit_share > 1:
+            raise ValueError(f"read_share {self.read_share} + edit_share {self.edit_share} leave nothing to draw")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What is looked at, in reading order: pictures (N, 3, H, W) in [-1, 1], or latents (N, C, 8, 8)."""
+
+    pictures: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadBatch:
+    """Rows of words and looks, and the words to be said."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    seen: Seen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditBatch(DrawingBatch):
+    """A drawing batch whose prompts hold looks, with source latents; `keeps` says which rows see their source."""
+
+    seen: Seen
+    source_BCHW: torch.Tensor
+    keeps_B: torch.Tensor
+
+
+def render_floats(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Scenes as pictures (N, 3, 128, 128) in [-1, 1]."""
+    return render(scenes).float() / 127.5 - 1
+
+
+def read_batch(dialogues: Sequence[Dialogue], look: Callable[[list[Scene]], Seen]) -> ReadBatch:
+    """A batch of conversations; `look` turns their scenes into what is looked at."""
+    ids, mask, targets = stack(dialogues)
+    seen = look([scene for d in dialogues for scene in d.pictures])
+    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen)
+
+
+def edit_batch(
+    edits: Sequence[Edit],
+    source: torch.Tensor,
+    target: torch.Tensor,
+    new: talk.NewDialogue,
+    look: Callable[[list[Scene]], Seen],
+    rng: random.Random,
+    generator: torch.Generator,
+    config: JointConfig,
+) -> EditBatch:
+    """A batch of edits with their latents (B, C, 8, 8)."""
+    prompts = [_edit_prompt(new, edit, rng, config) for edit in edits]
+    ids, mask, _ = stack(prompts)
+    plain = make_batch(target, [e.target for e in edits], ids, mask, generator, config)
+    changed_BHW = ((target - source).abs().mean(1) > 0.1).float()
+    weights = 1 + config.changed_weight * changed_BHW
+    fields: dict[str, Any] = {name: getattr(plain, name) for name in DrawingBatch.__slots__}
+    fields["weights_BHW"] = weights / weights.mean()
+    return EditBatch(
+        **fields,
+        seen=look([scene for d in prompts for scene in d.pictures]),
+        source_BCHW=source,
+        keeps_B=torch.tensor([bool(d.pictures) for d in prompts]),
+    )
+
+
+def _edit_prompt(new: talk.NewDialogue, edit: Edit, rng: random.Random, config: JointConfig) -> Dialogue:
+    """The conversation; or the picture without words, or neither, for guidance."""
+    luck = rng.random()
+    if luck < config.drop_source:
+        return new().user("").starts_drawing()
+    if luck < config.drop_source + config.drop_words:
+        return new().user("", edit.source).starts_drawing()
+    return talk.edit_prompt(new, edit, rng)
+
+
+class Joint(Drawing):
+    """Drawing's parts with an understanding encoder and connectors."""
+
+    def __init__(
+        self,
+        *drawing: Any,
+        encoder: UnderstandingEncoder,
+        look_connector: Connector,
+        latent_connector: Connector,
+        config: JointConfig,
+    ) -> None:
+        super().__init__(*drawing, config)
+        self.settings = config
+        self.look_connector, self.latent_connector = look_connector, latent_connector
+        # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.
+        self._encoder = [encoder.requires_grad_(False).eval()]
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Named losses; names with a leading underscore are only watched."""
+        if isinstance(batch, ReadBatch):
+            return self._words(batch)
+        losses = super().forward(batch)
+        return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
+
+    def prompt(self, batch: DrawingBatch) -> PromptCache:
+        """What the batch's pictures read: for edits, looks among the words and the clean source."""
+        if not isinstance(batch, EditBatch):
+            return super().prompt(batch)
+        cache = self.trunk.encode_text(batch.ids_BT, batch.mask_BT, self.looks(batch.seen))
+        words = cache.mask_BT.shape[1]
+        cache = self.trunk.encode_picture(batch.source_BCHW, cache)
+        sees = torch.cat([cache.mask_BT[:, :words], cache.mask_BT[:, words:] & batch.keeps_B[:, None]], 1)
+        return PromptCache(cache.keys, cache.values, sees)
+
+    def looks(self, seen: Seen) -> torch.Tensor:
+        """Looks (N, S, D) of what is looked at."""
+        if seen.pictures is not None:
+            encoder = self._encoder[0].to(seen.pictures.device)
+            with torch.no_grad():
+                tokens = encoder(seen.pictures)[1]
+            return self.look_connector(tokens)
+        assert seen.latents is not None
+        return self.latent_connector(seen.latents)
+
+    def _words(self, batch: ReadBatch) -> dict[str, torch.Tensor]:
+        logits, _ = self.trunk.read(batch.ids_BT, batch.mask_BT, self.looks(batch.seen))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORED)
+        said = batch.targets_BT != IGNORED
+        right = (logits.argmax(-1) == batch.targets_BT)[said].float().mean()
+        return {"words": self.settings.words_weight * loss, "_right": right}

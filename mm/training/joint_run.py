@@ -1,0 +1,232 @@
+"""Runs the joint stage: caches of scenes and edit pairs, batches by task, and what is published.
+
+Design choices
+- Edit pairs are cached like scenes (shards of latents of source and target, a JSON line each); reading through the
+  understanding encoder renders fresh scenes, since its pictures are cheap to draw.
+- A fresh joint run starts from the drawing stage's state, or from published weights; its minutes count on from there.
+
+This module does not know losses or the loop's inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from mm.files import write_bytes, write_text
+from mm.models.connectors import Connector
+from mm.models.dialogue import Dialogue
+from mm.models.text import build_text_tokenizer
+from mm.models.trunk import Trunk
+from mm.models.understanding import UnderstandingEncoder
+from mm.tokenizers import Autoencoder
+from mm.training import joint, talk
+from mm.training.drawing import Drawing, make_batch, words_for
+from mm.training.latents import LatentCache, scene_from_json, scene_to_json
+from mm.training.loop import Loop, LoopConfig
+from mm.training.publishing import publish_drawing
+from mm.world.edits import Edit, sample_edit
+from mm.world.render import render
+from mm.world.scene import Scene, sample_scene
+
+EDIT_SHARD = 2048
+
+
+def write_edit_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, size: int = EDIT_SHARD) -> None:
+    """Samples, renders and encodes edit pairs into shard `k` of `folder`; does nothing when it is there."""
+    path = folder / f"{k:05d}.safetensors"
+    if path.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"edits {seed} {k}")
+    edits = [sample_edit(rng) for _ in range(size)]
+    latents = {"source": _encode([e.source for e in edits], autoencoder)}
+    latents["target"] = _encode([e.target for e in edits], autoencoder)
+    write_text(path.with_suffix(".jsonl"), "".join(_to_json(edit) + "\n" for edit in edits))
+    write_bytes(path, save(latents))
+
+
+@torch.no_grad()
+def _encode(scenes: list[Scene], autoencoder: Autoencoder) -> torch.Tensor:
+    parts = []
+    for i in range(0, len(scenes), 64):
+        pictures = render(scenes[i : i + 64], str(autoencoder.device)).float() / 127.5 - 1
+        with torch.autocast(autoencoder.device.type, torch.bfloat16):
+            parts.append(autoencoder.encode(pictures).float())
+    return torch.cat(parts).half().cpu()
+
+
+def _to_json(edit: Edit) -> str:
+    words = {"kind": edit.kind, "instruction": edit.instruction}
+    return json.dumps(words | {"source": scene_to_json(edit.source), "target": scene_to_json(edit.target)})
+
+
+def _from_json(line: str) -> Edit:
+    row = json.loads(line)
+    scenes = {name: scene_from_json(row[name]) for name in ("source", "target")}
+    return Edit(kind=row["kind"], instruction=row["instruction"], **scenes)
+
+
+class EditCache:
+    """The edit shards of a folder in memory; takes in new ones as they appear."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source: list[torch.Tensor] = []
+        self.target: list[torch.Tensor] = []
+        self.edits: list[list[Edit]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in shards that have appeared, in order."""
+        while (path := self.folder / f"{len(self.edits):05d}.safetensors").is_file():
+            latents = load_file(path)
+            self.source.append(latents["source"])
+            self.target.append(latents["target"])
+            self.edits.append([_from_json(line) for line in path.with_suffix(".jsonl").read_text().splitlines()])
+
+    def draw(self, n: int, rng: random.Random) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
+        """`n` random edits and the latents (n, 16, 8, 8) of their sources and targets."""
+        if not self.edits:
+            raise FileNotFoundError(f"no edit pairs in {self.folder}; write some with write_edit_shard first")
+        picks = [rng.randrange(len(self.edits)) for _ in range(n)]
+        spots = [(k, rng.randrange(len(self.edits[k]))) for k in picks]
+        source, target = (torch.stack([x[k][i] for k, i in spots]).float() for x in (self.source, self.target))
+        return [self.edits[k][i] for k, i in spots], source, target
+
+
+class Batches:
+    """Makes the batch of a step: which task, and its rows, depend on the seed and the step alone."""
+
+    def __init__(self, state: Path, config: joint.JointConfig, batch_size: int, seed: int) -> None:
+        self.config, self.batch_size, self.seed = config, batch_size, seed
+        self.scenes, self.edits = LatentCache(state / "latents"), EditCache(state / "edits")
+        self.tokenizer = build_text_tokenizer()
+
+    def new(self) -> Dialogue:
+        """An empty conversation."""
+        return Dialogue(self.tokenizer)
+
+    def __call__(self, step: int, process: int = 0) -> Any:
+        if step % 100 == 0:
+            self.scenes.refresh()
+            self.edits.refresh()
+        rng = random.Random(f"joint {self.seed} {step} {process}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        luck = rng.random()
+        if luck < self.config.read_share:
+            return self._read(rng, generator)
+        if luck < self.config.read_share + self.config.edit_share:
+            return self._edit(rng, generator)
+        return self._draw(rng, generator)
+
+    def _draw(self, rng: random.Random, generator: torch.Generator) -> Any:
+        latents, scenes = self.scenes.draw(self.batch_size, rng)
+        rows = [
+            self.new().user(talk.draw_words(scene, rng)).starts_drawing().ids
+            if words and rng.random() < self.config.chat_prompts
+            else list(self.tokenizer(words).input_ids)
+            for scene, words in zip(scenes, words_for(scenes, rng, self.config), strict=True)
+        ]
+        padded = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        ids, mask = padded["input_ids"], padded["attention_mask"].bool()
+        return make_batch(latents, scenes, ids, mask, generator, self.config)
+
+    def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
+        if rng.random() < 0.5:  # through the understanding encoder: fresh pictures
+            scenes = [sample_scene(rng, default_weight=6, pair_share=0.2) for _ in range(self.batch_size)]
+            return joint.read_batch([talk.reading(self.new, scene, rng) for scene in scenes], _pictures)
+        if rng.random() < 0.5:
+            latents, scenes = self.scenes.draw(self.batch_size, rng)
+            dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
+            return joint.read_batch(dialogues, self._latents(scenes, latents, generator))
+        edits, source, target = self.edits.draw(self.batch_size, rng)
+        dialogues = [talk.changing(self.new, edit, rng) for edit in edits]
+        scenes = [e.source for e in edits] + [e.target for e in edits]
+        return joint.read_batch(dialogues, self._latents(scenes, torch.cat([source, target]), generator))
+
+    def _edit(self, rng: random.Random, generator: torch.Generator) -> joint.EditBatch:
+        edits, source, target = self.edits.draw(self.batch_size, rng)
+        # Some are told to draw something else, whatever picture stands in the conversation.
+        others = len(edits) // 10
+        for i in range(others):
+            other = edits[i + others]
+            edits[i] = Edit(
+                kind="draw",
+                source=edits[i].source,
+                instruction=talk.draw_words(other.target, rng),
+                target=other.target,
+            )
+            target[i] = target[i + others]
+        look = _pictures if rng.random() < 0.5 else self._latents([e.source for e in edits], source, generator)
+        return joint.edit_batch(edits, source, target, self.new, look, rng, generator, self.config)
+
+    def _latents(self, scenes: list[Scene], latents: torch.Tensor, generator: torch.Generator) -> Any:
+        """A function from scenes to their latents, a little noisy."""
+        rows = {id(scene): i for i, scene in enumerate(scenes)}
+
+        def look(wanted: list[Scene]) -> joint.Seen:
+            chosen = latents[[rows[id(scene)] for scene in wanted]]
+            noise = torch.randn(chosen.shape, generator=generator)
+            return joint.Seen(latents=chosen + self.config.look_noise * noise)
+
+        return look
+
+
+def _pictures(scenes: list[Scene]) -> joint.Seen:
+    return joint.Seen(pictures=joint.render_floats(scenes))
+
+
+def build(
+    config: dict[str, Any], drawing: Drawing, encoder: UnderstandingEncoder, settings: joint.JointConfig
+) -> joint.Joint:
+    """The joint module around what the drawing stage has trained, whose trunk may not have read before."""
+    torch.manual_seed(0)
+    trunk = Trunk(**config["models"]["trunk"] | {"reads": True, "max_text": 256})
+    trunk.load_state_dict(drawing.trunk.state_dict(), strict=False)
+    width, latents = trunk.config.width, trunk.config.latent_channels
+    return joint.Joint(
+        trunk,
+        drawing.velocity_decoder,
+        drawing.code_head,
+        drawing.bridge,
+        encoder=encoder.float(),
+        look_connector=Connector(in_channels=encoder.config.width, width=width),
+        latent_connector=Connector(in_channels=latents, width=width),
+        config=settings,
+    ).float()
+
+
+def train(module: joint.Joint, state: Path, loop_config: LoopConfig, settings: joint.JointConfig, folder: Path) -> Loop:
+    """Runs (or goes on with) the joint stage from the drawing stage's state; publishes at every look."""
+    before = state / "drawing" / "state.safetensors"
+    loop = Loop(module, state / "joint", loop_config, before if before.is_file() else None)
+    batches = Batches(state, settings, loop_config.batch_size, loop_config.seed)
+    process = loop.accelerator.process_index
+
+    loop.run(lambda step: moved(batches(step, process), loop), lambda now: publish(now.bare, folder))
+    return loop
+
+
+def publish(module: Any, folder: Path) -> None:
+    """Writes drawing's parts and the connectors in bf16, each beside its config."""
+    publish_drawing(module, folder)
+    for name in ("look_connector", "latent_connector"):
+        copy.deepcopy(getattr(module, name)).to(torch.bfloat16).save_pretrained(folder / name)
+
+
+def moved(batch: Any, loop: Loop) -> Any:
+    """A batch on the loop's device; nested ones too."""
+    device = loop.accelerator.device
+    fields = {}
+    for name in type(batch).__dataclass_fields__:
+        value = getattr(batch, name)
+        nested = isinstance(value, joint.Seen)
+        fields[name] = moved(value, loop) if nested else value.to(device) if torch.is_tensor(value) else value
+    return type(batch)(**fields)

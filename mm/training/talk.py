@@ -1,0 +1,116 @@
+"""Conversations over scenes: what reading, editing and chatting are learned from.
+
+Design choices
+- A conversation starts with a picture from outside or with one that was drawn, may change it by an edit, and asks
+  questions about what is there now; one row of tokens carries half a dozen answers, each with its own truth.
+- Asking for a description gets the plain, full caption: everything that shows, in one wording.
+- A third of the questions that need no picture are small talk; questions without a picture are answered by saying so.
+- What stands alone in a picture may be called "it", in questions' and edits' words alike.
+
+This module does not know tokens' numbers, latents or losses; the pictures it puts into a dialogue are scenes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from mm.models.dialogue import Dialogue
+from mm.world.captions import caption
+from mm.world.edits import Edit
+from mm.world.questions import questions
+from mm.world.scene import Scene, groups
+
+NewDialogue = Callable[[], Dialogue]
+DESCRIBE = (
+    "describe the picture",
+    "describe the image",
+    "describe it",
+    "what do you see?",
+    "what does the picture show?",
+)
+DRAW = ("draw {}", "draw {}", "please draw {}", "show me {}", "can you draw {}?", "i would like {}")
+SMALL_TALK: tuple[tuple[str, str], ...] = (
+    ("hello", "hello! what can i draw for you?"),
+    ("hi", "hello! what can i draw for you?"),
+    ("thanks", "you are welcome!"),
+    ("thank you", "you are welcome!"),
+    ("what can you do?", "i can draw, change and describe a picture."),
+    ("who are you?", "i am mm. i can draw, change and describe a picture."),
+    ("ok", "what can i draw for you?"),
+    ("good", "thank you!"),
+    ("that is great", "thank you!"),
+    ("nice", "thank you!"),
+)
+NO_PICTURE = "sorry, there is no picture. what can i draw for you?"
+
+
+def ask(dialogue: Dialogue, scene: Scene, rng: random.Random, most: int) -> Dialogue:
+    """Up to `most` questions about `scene` with their answers, and now and then a description."""
+    turns = [(qa.question, qa.answer) for qa in questions(scene, rng)]
+    rng.shuffle(turns)
+    turns = turns[:most]
+    if rng.random() < 0.6:
+        # Later answers could be read off a description, so most of the time it comes last.
+        place = len(turns) if rng.random() < 0.8 else rng.randrange(len(turns) + 1)
+        turns.insert(place, (rng.choice(DESCRIBE), caption(scene, rng, detail="plain")))
+    for question, answer in turns:
+        dialogue.user(question).says(answer)
+    return dialogue
+
+
+def draw_words(scene: Scene, rng: random.Random) -> str:
+    """Asking for a picture of `scene`."""
+    detail = "partial" if rng.random() < 0.5 else "full"
+    return rng.choice(DRAW).format(caption(scene, rng, detail=detail))  # type: ignore[arg-type]
+
+
+def with_pronoun(edit: Edit, rng: random.Random) -> str:
+    """The edit's instruction; what stands alone in the source may be called "it" or "them"."""
+    parts = groups(edit.source)
+    if len(parts) != 1 or rng.random() < 0.5:
+        return edit.instruction
+    from mm.world import vocabulary as v
+
+    name = f"the {v.plural(parts[0].object, parts[0].count)}"
+    return edit.instruction.replace(name, "it" if parts[0].count == 1 else "them")
+
+
+def begin(dialogue: Dialogue, scene: Scene, rng: random.Random, *, drawn: bool) -> Dialogue:
+    """The first picture: drawn here, or given by the user with a first question."""
+    if rng.random() < 0.1:
+        words, reply = rng.choice(SMALL_TALK)
+        dialogue.user(words).says(reply)
+    if drawn:
+        return dialogue.user(draw_words(scene, rng)).starts_drawing().has_drawn(scene)
+    first = rng.choice(questions(scene, rng))
+    if rng.random() < 0.5:
+        return dialogue.user(rng.choice(DESCRIBE), scene).says(caption(scene, rng, detail="plain"))
+    return dialogue.user(first.question, scene).says(first.answer)
+
+
+def reading(new: NewDialogue, scene: Scene, rng: random.Random) -> Dialogue:
+    """One picture and questions about it."""
+    if rng.random() < 0.03:
+        nothing = new().user(rng.choice([*DESCRIBE, questions(scene, rng)[0].question])).says(NO_PICTURE)
+        return begin(nothing, scene, rng, drawn=True)
+    return ask(begin(new(), scene, rng, drawn=rng.random() < 0.4), scene, rng, most=5)
+
+
+def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
+    """A picture, an edit of it, and questions about what is there then."""
+    dialogue = begin(new(), edit.source, rng, drawn=rng.random() < 0.6)
+    if rng.random() < 0.3:
+        ask(dialogue, edit.source, rng, most=1)
+    dialogue.user(with_pronoun(edit, rng)).starts_drawing().has_drawn(edit.target)
+    return ask(dialogue, edit.target, rng, most=3)
+
+
+def edit_prompt(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
+    """What is read when the edit is drawn: the picture alone, or a conversation that led to it."""
+    if rng.random() < 0.5:
+        return new().user(with_pronoun(edit, rng), edit.source).starts_drawing()
+    dialogue = begin(new(), edit.source, rng, drawn=rng.random() < 0.8)
+    if rng.random() < 0.3:
+        ask(dialogue, edit.source, rng, most=1)
+    return dialogue.user(with_pronoun(edit, rng)).starts_drawing()
