@@ -89,7 +89,7 @@ def stack(dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor, to
     for row, dialogue in enumerate(dialogues):
         length = len(dialogue)
         ids[row, :length], mask[row, :length] = torch.tensor(dialogue.ids), True
-        following, learned = ids[row, 1:length], torch.tensor(dialogue.learned[1:])
+        following, learned = ids[row, 1:length], torch.tensor(dialogue.learned[1:], dtype=torch.bool)
         targets[row, : length - 1][learned] = following[learned]
     return ids, mask, targets
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,7 +112,8 @@ class Loop:
         self.module.train()
         saved = looked = self.seconds
         trail: dict[str, float] = {}
-        while self.seconds < 60 * self.config.minutes:
+        stop = _StopAsked()
+        while self.seconds < 60 * self.config.minutes and not stop.asked:
             start = time.monotonic()
             for name, value in self._train_step(batches(self.step)).items():
                 trail[name] = trail.get(name, value) + 0.02 * (value - trail.get(name, value))
@@ -205,6 +208,18 @@ class Loop:
         else:
             self.warm_from = self.step  # the optimizers know nothing of the new parts
         self.seconds = float(counters["seconds"])
+
+
+class _StopAsked:
+    """SIGTERM lets the step in hand end and the state be written; outside the main thread nothing is caught."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
 
 
 class _Averaged:

@@ -36,7 +36,7 @@ SMALL_TALK: tuple[tuple[str, str], ...] = (
     ("thanks", "you are welcome!"),
     ("thank you", "you are welcome!"),
     ("what can you do?", "i can draw, change and describe a picture."),
-    ("who are you?", "i am mm. i can draw, change and describe a picture."),
+    ("what are you?", "i can draw, change and describe a picture."),
     ("ok", "what can i draw for you?"),
     ("good", "thank you!"),
     ("that is great", "thank you!"),

@@ -1,0 +1,102 @@
+"""Conversations as tokens: what is learned, what is looked at, and that every word is known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mm.models.dialogue import IGNORED, Dialogue, spoken, stack
+from mm.models.text import build_text_tokenizer
+from mm.training import talk
+from mm.world.edits import sample_edit
+from mm.world.scene import sample_scene
+from mm.world.words import WORDS, split
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_text_tokenizer()
+
+
+def text_of(tokenizer, ids) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def test_a_conversation_reads_as_it_was_written(tokenizer):
+    dialogue = Dialogue(tokenizer, looks=2).user("draw a cat").starts_drawing().has_drawn("first")
+    dialogue.user("what is it?", "second").says("a cat")
+    want = "<bos> <user> draw a cat <mm> <image> <look> <look> <end> <user> <look> <look> what is it ? <mm> a cat <end>"
+    assert text_of(tokenizer, dialogue.ids) == want
+    assert dialogue.pictures == ["first", "second"]
+    said = [token for token, learned in zip(want.split(), dialogue.learned, strict=True) if learned]
+    assert said == ["<image>", "<end>", "a", "cat", "<end>"]
+
+
+def test_two_pictures_of_one_turn_stay_apart(tokenizer):
+    ids = Dialogue(tokenizer, looks=2).user("describe", "a", "b").ids
+    assert text_of(tokenizer, ids) == "<bos> <user> <look> <look> , <look> <look> , describe <mm>"
+
+
+def test_targets_are_the_next_tokens_where_the_model_speaks(tokenizer):
+    rows = [
+        Dialogue(tokenizer).user("hello").says("hi"),
+        Dialogue(tokenizer).user("draw a cat").starts_drawing(),
+    ]
+    ids, mask, targets = stack(rows)
+    assert ids.shape == mask.shape == targets.shape == (2, 7)
+    assert mask.sum(1).tolist() == [6, 7]
+    for row in range(2):
+        for place in range(6):
+            wanted = targets[row, place]
+            assert wanted in (IGNORED, ids[row, place + 1])
+    assert text_of(tokenizer, targets[0][targets[0] != IGNORED]) == "hi <end>"
+    assert text_of(tokenizer, targets[1][targets[1] != IGNORED]) == "<image>"
+
+
+def test_conversations_use_known_words_only_and_show_what_they_ask_about(tokenizer):
+    rng = random.Random(3)
+    unknown = tokenizer.convert_tokens_to_ids("<unk>")
+
+    def new() -> Dialogue:
+        return Dialogue(tokenizer)
+
+    for _ in range(60):
+        scene, edit = sample_scene(rng), sample_edit(rng)
+        looked = talk.reading(new, scene, rng)
+        assert looked.pictures == [scene]
+        changed = talk.changing(new, edit, rng)
+        assert changed.pictures == [edit.source, edit.target]
+        prompt = talk.edit_prompt(new, edit, rng)
+        assert prompt.pictures == [edit.source]
+        assert prompt.ids[-1] == tokenizer.convert_tokens_to_ids("<image>")
+        for dialogue in (looked, changed, prompt):
+            assert unknown not in dialogue.ids
+            assert dialogue.ids.count(tokenizer.convert_tokens_to_ids("<look>")) == 16 * len(dialogue.pictures)
+            assert len(dialogue) <= 256
+    for pair in talk.SMALL_TALK:
+        assert all(word in WORDS for text in pair for word in split(text))
+
+
+def test_only_what_stands_alone_is_called_it(tokenizer):
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        edit = sample_edit(rng)
+        words = talk.with_pronoun(edit, rng)
+        if words != edit.instruction:
+            assert len({s.object for s in edit.source.sprites}) == 1
+            seen.add("it" if " it" in words else "them")
+    assert seen == {"it", "them"}
+
+
+def test_a_line_of_speech_sets_marks_tight():
+    assert spoken(["hello", "!", "what", "can", "i", "draw", "?"]) == "hello! what can i draw?"
+
+
+def test_stacking_pads_with_what_is_not_seen(tokenizer):
+    ids, mask, targets = stack([Dialogue(tokenizer), Dialogue(tokenizer).user("hello")])
+    assert torch.equal(mask[0], torch.tensor([True, False, False, False]))
+    assert ids[0, 1:].eq(0).all()
+    assert targets.eq(IGNORED).all()
