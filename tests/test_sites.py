@@ -1,0 +1,168 @@
+"""Sites on tiny random models of the real classes: every linear has one, groups share an input, parents hold them."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mm.models.codes import CodeHead
+from mm.models.trunk import Trunk
+from mm.models.velocity import VelocityDecoder
+from mm.sites import find_sites
+
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+
+
+def sd3() -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=32, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64, out_channels=4,
+    )  # fmt: skip
+
+
+def pixart() -> nn.Module:
+    return diffusers.PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=32,
+        in_channels=4, cross_attention_dim=24, out_channels=8,
+    )  # fmt: skip
+
+
+def unet() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 8), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8, attention_head_dim=2,
+        layers_per_block=1, sample_size=16, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56, use_linear_projection=True,
+    )  # fmt: skip
+
+
+def qwen() -> nn.Module:
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+
+
+def sana() -> nn.Module:
+    return diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
+        sample_size=32,
+    )  # fmt: skip
+
+
+def zimage() -> nn.Module:
+    return diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+
+
+MODELS = {
+    "trunk": lambda: Trunk(vocabulary_size=40, width=32, depth=2, heads=2, reads=True),
+    "velocity": lambda: VelocityDecoder(feature_width=16, width=16, heads=2),
+    "codes": lambda: CodeHead(feature_width=16, width=16, heads=2, depth=1, order=list(range(16))),
+    "flux": flux,
+    "sd3": sd3,
+    "pixart": pixart,
+    "unet": unet,
+    "qwen": qwen,
+    "sana": sana,
+    "zimage": zimage,
+    "clip": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),
+    "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(**T5, feed_forward_proj="gated-gelu")),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_linear_is_one_site_and_none_is_told_by_a_guess(model):
+    sites = find_sites(model)
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert [site.path for site in sites] == paths
+    assert all(site.role != "linear" for site in sites)
+    assert any(site.precision == "low" for site in sites)
+
+
+def test_groups_read_one_width_and_parents_hold_them(model):
+    sites = find_sites(model)
+    for group in {site.group for site in sites}:
+        members = [site for site in sites if site.group == group]
+        layers = [model.get_submodule(site.path) for site in members]
+        assert len({layer.in_features for layer in layers}) == 1
+        assert len({(site.parent, site.precision, site.after) for site in members}) == 1
+        for site in members:
+            if site.parent:
+                model.get_submodule(site.parent)
+                assert site.path.startswith(f"{site.parent}.")
+
+
+GROUPED = {
+    "trunk": [("text_layers.1.in", 5), ("picture_layers.0.attn.qkv", 3)],
+    "flux": [("single_transformer_blocks.0.in", 4), ("transformer_blocks.0.attn.add_qkv", 3)],
+    "unet": [("mid_block.attentions.0.transformer_blocks.0.attn2.kv", 2)],
+    "zimage": [("layers.0.feed_forward.up", 2), ("layers.0.attention.qkv", 3)],
+    "t5": [("encoder.block.0.layer.1.DenseReluDense.up", 2)],
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_reads_the_same_input_is_one_group(name):
+    """Seen by running the model: the members of a group are called with the very same tensor."""
+    sites = find_sites(MODELS[name]())
+    for group, size in GROUPED[name]:
+        assert sum(site.group == group for site in sites) == size
+
+
+def test_groups_get_the_very_same_tensor():
+    model = unet().eval()
+    seen: dict[str, set[int]] = {}
+    kept = []
+    for site in find_sites(model):
+
+        def hook(_module, args, group=site.group):
+            kept.append(args[0])
+            seen.setdefault(group, set()).add(id(args[0]))
+
+        model.get_submodule(site.path).register_forward_pre_hook(hook)
+    added = {"text_embeds": torch.randn(1, 8), "time_ids": torch.randn(1, 6)}
+    model(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 5, 8), added_cond_kwargs=added)
+    assert seen
+    assert all(len(tensors) == 1 for tensors in seen.values())
+
+
+def test_practice_of_the_families():
+    at = {site.path: site for site in find_sites(pixart())}
+    assert at["transformer_blocks.0.attn2.to_k"].precision == "keep"
+    assert at["transformer_blocks.0.attn2.to_k"].reads == "text"
+    assert at["transformer_blocks.0.attn1.to_k"].precision == "low"
+    assert at["transformer_blocks.0.ff.net.2"].after == "gelu"
+    assert at["adaln_single.linear"].precision == "weight_only"
+    assert at["adaln_single.emb.timestep_embedder.linear_1"].precision == "keep"
+    at = {site.path: site for site in find_sites(unet())}
+    place = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert at[f"{place}.ff.net.2"].after is None  # a gated product has no lower bound
+    assert (at[f"{place}.attn2.to_v"].role, at[f"{place}.attn2.to_v"].reads) == ("cross_v", "text")
+
+
+def test_unknown_models_are_told_apart_by_names_and_say_so():
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(4, 4)}), "lm_head": nn.Linear(4, 9)})
+    with pytest.warns(UserWarning, match="no table for ModuleDict"):
+        sites = find_sites(model)
+    assert [(site.role, site.precision) for site in sites] == [("attn_q", "low"), ("embed", "keep")]
