@@ -14,9 +14,18 @@ from mm._torchvision import install
 
 if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline
+    from mm.quantization.config import SVDQuantConfig
+    from mm.quantization.quantize import quantize
 
 install()
 
 __version__ = "0.1.0"
-__all__ = ["TextToImagePipeline", "__version__"]
-__getattr__ = loader("mm", {"TextToImagePipeline": "pipelines.text_to_image"})
+__all__ = ["SVDQuantConfig", "TextToImagePipeline", "__version__", "quantize"]
+__getattr__ = loader(
+    "mm",
+    {
+        "SVDQuantConfig": "quantization.config",
+        "TextToImagePipeline": "pipelines.text_to_image",
+        "quantize": "quantization.quantize",
+    },
+)

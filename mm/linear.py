@@ -178,7 +178,8 @@ class BranchedLinear(nn.Linear):
         self.register_buffer("qweight", qweight.to(device))
         self.register_buffer("weight_scales", weight_scales.to(device, dtype))
         for name, tensor in (("smooth", smooth), ("down", down), ("up", up)):
-            setattr(self, name, None if tensor is None else tensor.to(device, dtype).contiguous())
+            # A copy each: layers of a group come with the same tensor, and a file holds no tensor twice.
+            setattr(self, name, None if tensor is None else tensor.to(device, dtype).contiguous().clone())
         if bias is not None:
             self.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
         self.activation = activation or ActivationRule()

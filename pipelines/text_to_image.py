@@ -98,6 +98,11 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         return pipe
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that this pipeline's components can draw in."""
+        return MODES if self.code_head is not None and self.bridge is not None else MODES[:1]
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 

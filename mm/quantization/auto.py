@@ -1,0 +1,92 @@
+"""bits="auto": 4, 8 or 16 bits a group of layers, by measured error under a size budget.
+
+Design choices
+- What each choice errs is measured at the group's own outputs on calibration rows, as a share of their power: rounding
+  of weights with the branch, at 4 and at 8 bits. Rounding of inputs is the same for both and left out.
+- Greedy: all groups start at 4 bits, and the upgrade that takes away most error for its bytes is made while there is
+  room. Errors of groups are added up as if independent.
+
+This module does not know smoothing or error feedback, which come afterwards and help every choice alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mm.quantization import calibration
+from mm.quantization import numerics as n
+from mm.quantization.calibration import Group
+from mm.quantization.config import SVDQuantConfig
+
+STEPS = (4, 8, 16)
+
+
+def choose(
+    root: nn.Module,
+    groups: Sequence[Group],
+    runs: Sequence[calibration.Run],
+    counts: dict[str, float],
+    sizes: dict[str, int],
+    config: SVDQuantConfig,
+) -> dict[str, int]:
+    """Bits of every group."""
+    errors: dict[str, dict[int, float]] = {}
+    for batch in calibration.passes(root, groups, config, sizes):
+        seen = calibration.watch(root, batch, runs, counts, config)
+        for group in batch:
+            errors[group.name] = _errors(root, group, seen[group.name].rows, config)
+    return allot(
+        errors, {g.name: {b: _bytes(root, g, b, config) for b in STEPS} for g in groups}, config.size_budget or 1
+    )
+
+
+def allot(errors: dict[str, dict[int, float]], sizes: dict[str, dict[int, int]], budget: float) -> dict[str, int]:
+    """The greedy choice: bits of every group so that the sizes stay within `budget` of those at 16 bits."""
+    chosen = dict.fromkeys(errors, STEPS[0])
+    room = budget * sum(size[16] for size in sizes.values()) - sum(sizes[name][4] for name in errors)
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, now in chosen.items():
+            for bits in STEPS[STEPS.index(now) + 1 :]:
+                cost = sizes[name][bits] - sizes[name][now]
+                gain = (errors[name][now] - errors[name][bits]) / max(cost, 1)
+                if cost <= room and gain > 0 and (best is None or gain > best[0]):
+                    best = (gain, name, bits)
+        if best is None:
+            return chosen
+        _, name, bits = best
+        room -= sizes[name][bits] - sizes[name][chosen[name]]
+        chosen[name] = bits
+
+
+def _weight(root: nn.Module, group: Group) -> torch.Tensor:
+    layers = [root.get_submodule(site.path) for site in group.sites]
+    return torch.cat([layer.weight.float() for layer in layers if isinstance(layer, nn.Linear)])
+
+
+def _errors(root: nn.Module, group: Group, rows: torch.Tensor | None, config: SVDQuantConfig) -> dict[int, float]:
+    weight = _weight(root, group)
+    hessian = None if rows is None else rows.T @ rows / len(rows)
+    power = max(n.output_error(weight, hessian), 1e-30)
+    rank = 0 if group.first.precision == "weight_only" else config.rank
+    out = {16: 0.0}
+    for bits in (4, 8):
+        residual = weight
+        if rank:
+            up, down = n.low_rank(weight, rank, torch.Generator().manual_seed(config.seed))
+            residual = weight - up @ down
+        rounded = n.round_to_nearest(residual, n.group_scales(residual, bits, torch.float32), bits)
+        out[bits] = n.output_error(residual - rounded.dense(), hessian) / power
+    return out
+
+
+def _bytes(root: nn.Module, group: Group, bits: int, config: SVDQuantConfig) -> int:
+    outputs, inputs = _weight(root, group).shape
+    if bits == 16:
+        return 2 * outputs * inputs
+    rank = 0 if group.first.precision == "weight_only" else config.rank
+    wide = -(-inputs // n.GROUP) * n.GROUP
+    return outputs * wide * bits // 8 + 2 * outputs * wide // n.GROUP + 2 * rank * (outputs + inputs) + 2 * inputs

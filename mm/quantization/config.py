@@ -1,0 +1,76 @@
+"""What SVDQuant is asked to do.
+
+Design choices
+- Defaults are those that hold on CPUs and on Hopper, where products are 8-bit anyway: 4-bit weights in groups of 64,
+  8-bit inputs a token. 4-bit inputs are there for comparison and for files of others.
+
+This module does not know how any of it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVDQuantConfig:
+    """Settings of `mm.quantize` (SVDQuant, Li et al. 2024, arXiv 2411.05007).
+
+    rank: of the 16-bit branch that absorbs outliers. bits: of weights; "auto" = 4, 8 or 16 a group of layers, by measured
+    error under `size_budget` (share of the layers' 16-bit size). activation_bits: 8, 4 or 16 (inputs as they are).
+    A branch takes at most a twentieth of a layer's smaller side, whatever `rank` says.
+    smooth: the search for factors a channel. gptq: error feedback when rounding (Frantar et al. 2022, arXiv
+    2210.17323). iterations: at most so many turns of branch and rounding. data_free: no calibration, for a first try.
+    rows, calls: calibration rows kept a group, and calls kept a parent module. steps: of each calibration picture.
+    memory: bytes that kept inputs may take in one pass. keep: regular expressions of paths that stay at 16 bits.
+    """
+
+    rank: int = 32
+    bits: int | Literal["auto"] = 4
+    activation_bits: int = 8
+    smooth: bool = True
+    gptq: bool = True
+    iterations: int = 100
+    data_free: bool = False
+    size_budget: float | None = None
+    rows: int = 1024
+    calls: int = 8
+    steps: int = 8
+    memory: int = 2 << 30
+    seed: int = 0
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if self.rank < 0 or self.iterations < 1 or self.rows < 1 or self.calls < 1 or self.steps < 1:
+            raise ValueError(
+                f"rank {self.rank} must not be negative; iterations {self.iterations}, rows {self.rows}, calls "
+                f"{self.calls} and steps {self.steps} must be at least 1"
+            )
+        if self.bits not in (4, 8, "auto"):
+            raise ValueError(f"bits {self.bits!r}: weights take 4, 8 or 'auto'")
+        if self.activation_bits not in (4, 8, 16):
+            raise ValueError(f"activation_bits {self.activation_bits}: inputs take 4, 8 or 16")
+        if (self.bits == "auto") != (self.size_budget is not None):
+            raise ValueError(f"size_budget {self.size_budget} and bits {self.bits!r}: bits='auto' needs a budget")
+        if self.size_budget is not None and not 0.28 <= self.size_budget <= 1:
+            raise ValueError(f"size_budget {self.size_budget} must lie between 0.28 (all at 4 bits) and 1 (all at 16)")
+        if self.bits == "auto" and self.data_free:
+            raise ValueError("bits='auto' measures errors, which needs calibration; leave data_free out")
+        for pattern in self.keep:
+            re.compile(pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready settings."""
+        return dataclasses.asdict(self) | {"keep": list(self.keep)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> SVDQuantConfig:
+        """The reverse of `to_dict`; raises ValueError for names that are no setting."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(settings) - names):
+            raise ValueError(f"SVDQuantConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+        return cls(**settings)

@@ -1,0 +1,137 @@
+"""The arithmetic of SVDQuant on matrices: rounding, low rank, error feedback.
+
+Design choices
+- Errors are measured through H = X^T X / M of the calibration rows: |X E^T|^2 / M = sum(E H * E). That is the output
+  error itself, for the price of one product, however many rows there were.
+- Scales are searched a little below absmax: clipping the largest weight of a group often costs less than the coarser
+  step that keeps it.
+- Randomized SVD (Halko et al. 2011, arXiv 0909.4061) with a generator of its own: same seed, same bytes.
+
+This module does not know layers, models or files.
+Legend: M rows, N outputs, K inputs, G = K / 64 groups (the last may be short), R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.kernels.packing import GROUP, pack_int4, padded
+
+LEVELS = {4: 7, 8: 127}
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Integers (N, K) in int8 and scales (N, G) in the type they will be kept in."""
+
+    values: Tensor
+    scales: Tensor
+
+    def dense(self) -> Tensor:
+        """(N, K) in fp32."""
+        columns = self.values.shape[1]
+        return self.values.float() * self.scales.float().repeat_interleave(GROUP, 1)[:, :columns]
+
+    def packed(self, bits: int) -> Tensor:
+        """As `BranchedLinear` keeps it: uint8 (N, C / 2) for 4 bits, int8 (N, C) for 8."""
+        if bits == 4:
+            return pack_int4(self.values)
+        return F.pad(self.values, (0, padded(self.values.shape[1]) - self.values.shape[1]))
+
+
+def _groups(weight_NK: Tensor) -> Tensor:
+    columns = weight_NK.shape[1]
+    return F.pad(weight_NK, (0, padded(columns) - columns)).view(weight_NK.shape[0], -1, GROUP)
+
+
+def group_scales(weight_NK: Tensor, bits: int, dtype: torch.dtype, importance_K: Tensor | None = None) -> Tensor:
+    """Scales (N, G): absmax over the largest level, or a little less where that errs less (weighted by importance)."""
+    weight_NGS = _groups(weight_NK.float())
+    top = weight_NGS.abs().amax(-1) / LEVELS[bits]
+    if importance_K is None:
+        return top.to(dtype)
+    weight_1GS = _groups(importance_K.float()[None])
+    best = torch.full_like(top, torch.inf)
+    chosen = top.to(dtype)
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
+        scales = (top * shrink).to(dtype)
+        steps = torch.where(scales == 0, 1, scales.float())[..., None]
+        rounded = (weight_NGS / steps).round_().clamp_(-LEVELS[bits], LEVELS[bits]) * steps
+        error = ((rounded - weight_NGS).square() * weight_1GS).sum(-1)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scales, chosen)
+    return chosen
+
+
+def round_to_nearest(weight_NK: Tensor, scales_NG: Tensor, bits: int) -> Rounded:
+    """Every weight to its nearest level."""
+    steps = scales_NG.float().repeat_interleave(GROUP, 1)[:, : weight_NK.shape[1]]
+    values = (weight_NK.float() / torch.where(steps == 0, 1, steps)).round_().clamp_(-LEVELS[bits], LEVELS[bits])
+    return Rounded(values.to(torch.int8), scales_NG)
+
+
+def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator, turns: int = 2) -> tuple[Tensor, Tensor]:
+    """The best product up (N, R) @ down (R, K) of a matrix, nearly; both factors carry half of the singular values."""
+    rows, columns = matrix_NK.shape
+    rank = min(rank, rows, columns)
+    wide = min(rank + 8, rows, columns)
+    probe = torch.randn(columns, wide, generator=generator).to(matrix_NK)
+    basis = torch.linalg.qr(matrix_NK @ probe)[0]
+    for _ in range(turns):
+        basis = torch.linalg.qr(matrix_NK @ torch.linalg.qr(matrix_NK.T @ basis)[0])[0]
+    left, sizes, right = torch.linalg.svd(basis.T @ matrix_NK, full_matrices=False)
+    root = sizes[:rank].sqrt()
+    return (basis @ left[:, :rank]) * root, right[:rank] * root[:, None]
+
+
+def output_error(error_NK: Tensor, hessian_KK: Tensor | None) -> float:
+    """Mean squared error a row that a weight error causes at the output; without a Hessian, that of white inputs."""
+    if hessian_KK is None:
+        return float(error_NK.square().sum())
+    return float(((error_NK @ hessian_KK) * error_NK).sum())
+
+
+def error_feedback(
+    weight_NK: Tensor, scales_NG: Tensor, bits: int, hessian_KK: Tensor, *, damp: float = 0.01, block: int = 128
+) -> Rounded:
+    """GPTQ: columns are rounded one by one, most active first, and what each loses is made good by those to come."""
+    columns = weight_NK.shape[1]
+    diagonal = hessian_KK.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    hessian = hessian_KK[order][:, order].double()
+    hessian.diagonal().add_(damp * float(diagonal.mean()) + 1e-8)
+    # Upper Cholesky factor of the inverse: row c holds what column c's error asks of the columns after it.
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    weight = weight_NK.float()[:, order].clone()
+    steps = scales_NG.float().repeat_interleave(GROUP, 1)[:, :columns][:, order]
+    steps = torch.where(steps == 0, 1, steps)
+    values = torch.empty_like(weight)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.zeros(weight.shape[0], stop - start, device=weight.device)
+        for c in range(start, stop):
+            values[:, c] = (weight[:, c] / steps[:, c]).round().clamp(-LEVELS[bits], LEVELS[bits])
+            error = (weight[:, c] - values[:, c] * steps[:, c]) / inverse[c, c]
+            weight[:, c:stop].addr_(error, inverse[c, c:stop], alpha=-1)
+            errors[:, c - start] = error
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    back = torch.empty_like(values)
+    back[:, order] = values
+    return Rounded(back.to(torch.int8), scales_NG)
+
+
+def rounded_inputs(x_MK: Tensor, bits: int, group: int = 0, unsigned: bool = False) -> Tensor:
+    """Inputs as the kernels round them, back as floats: signed by absmax, unsigned up to 15 levels."""
+    if bits == 16:
+        return x_MK
+    shape = x_MK.shape
+    x = _groups(x_MK.reshape(-1, shape[-1])) if group else x_MK.reshape(-1, 1, shape[-1])
+    levels = 15 if unsigned else LEVELS[bits]
+    scale = x.abs().amax(-1, keepdim=True) / levels
+    scale = torch.where(scale == 0, 1, scale)
+    out = (x / scale).round_().clamp_(0 if unsigned else -levels, levels) * scale
+    return out.flatten(1)[:, : shape[-1]].reshape(shape)

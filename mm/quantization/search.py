@@ -1,0 +1,186 @@
+"""One group of layers that share an input: smoothing factors, branch and integers.
+
+Design choices
+- The 39 candidates of SVDQuant: lambda = absmax(X)^a / absmax(W)^b with (a, b) = (0, 0), (t, 0), (t, 1 - t), t = 1/20
+  to 19/20. Each is tried with rounded inputs, the rank-R branch and a residual rounded to nearest, and scored where the
+  group's parent module gives its output; without a parent, at the layers' own outputs.
+- Layers of a group are stacked: one lambda and one `down` serve q, k and v.
+- Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until the output error stops falling; GPTQ then
+  rounds the residual of the best turn, and is kept only where it errs less.
+
+This module does not know where inputs come from, nor how layers are replaced.
+Legend: M rows, N outputs of all layers of the group, K inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm.linear import ActivationRule
+from mm.quantization import numerics as n
+from mm.quantization.config import SVDQuantConfig
+
+Rounder = Callable[[Tensor], Tensor]
+# (integers' weight (N, K), branch's weight (N, K), rounder) -> squared error of y = rounder(x) integers^T + x branch^T.
+Score = Callable[[Tensor, Tensor, Rounder], float]
+SHIFTS = {"gelu": 0.171875, "silu": 0.2734375}  # just above -min of the activation, exact in 16 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What the stacked layers of a group become; `down` reads the raw input. Errors are shares of output power."""
+
+    integers: n.Rounded
+    smooth: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    rule: ActivationRule
+    nearest_error: float
+    error: float
+    branch_share: float
+    turns: int
+
+
+def candidates(x_peak_K: Tensor, w_peak_K: Tensor) -> list[tuple[float, float, Tensor]]:
+    """The 39 (alpha, beta, lambda (K,))."""
+    pairs = [(0.0, 0.0)]
+    for i in range(1, 20):
+        pairs += [(i / 20, 0.0), (i / 20, 1 - i / 20)]
+    out = []
+    for alpha, beta in pairs:
+        factors = x_peak_K.clamp_min(1e-5) ** alpha / w_peak_K.clamp_min(1e-5) ** beta
+        factors = torch.where((x_peak_K == 0) | (w_peak_K == 0) | ~factors.isfinite(), 1.0, factors)
+        out.append((alpha, beta, factors))
+    return out
+
+
+def rule_for(config: SVDQuantConfig, after: str | None) -> ActivationRule:
+    """How inputs are rounded: 4-bit ones in groups, and without a sign after an activation with a lower bound."""
+    if config.activation_bits != 4:
+        return ActivationRule(bits=config.activation_bits)
+    if after:
+        return ActivationRule(bits=4, group=n.GROUP, unsigned=True, shift=SHIFTS[after])
+    return ActivationRule(bits=4, group=n.GROUP)
+
+
+def rule_to_json(rule: ActivationRule) -> str:
+    """One line."""
+    return json.dumps(dataclasses.asdict(rule))
+
+
+def rule_from_json(line: str) -> ActivationRule:
+    """The reverse of `rule_to_json`."""
+    return ActivationRule(**json.loads(line))
+
+
+def _rounder(rule: ActivationRule, smooth: Tensor) -> Rounder:
+    """Inputs as the layer sees them: shifted, smoothed, rounded, and back."""
+
+    def run(x: Tensor) -> Tensor:
+        if rule.bits == 16:
+            return x
+        rounded = n.rounded_inputs((x + rule.shift) / smooth, rule.bits, rule.group, rule.unsigned)
+        return rounded * smooth - rule.shift
+
+    return run
+
+
+def _branch(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """up, down and their product, the factors as they are after rounding to 16 bits."""
+    if not rank:
+        return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1]), torch.zeros_like(weight)
+    up, down = n.low_rank(weight, rank, generator)
+    return up, down, up @ down
+
+
+def search_smooth(
+    weight_NK: Tensor, x_MK: Tensor, score: Score, rule: ActivationRule, config: SVDQuantConfig, bits: int
+) -> Tensor:
+    """The candidate lambda (K,) with the smallest score."""
+    best, chosen = torch.inf, torch.ones(weight_NK.shape[1], device=weight_NK.device)
+    for _, _, factors in candidates(x_MK.abs().amax(0), weight_NK.abs().amax(0)):
+        generator = torch.Generator().manual_seed(config.seed)
+        scaled = weight_NK * factors
+        _, _, product = _branch(scaled, config.rank, generator)
+        residual = scaled - product
+        dense = n.round_to_nearest(residual, n.group_scales(residual, bits, torch.float32), bits).dense()
+        value = score(dense / factors, product / factors, _rounder(rule, factors))
+        if value < best:
+            best, chosen = value, factors
+    return chosen
+
+
+def alternate(
+    scaled_NK: Tensor, hessian_KK: Tensor | None, config: SVDQuantConfig, bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, n.Rounded, int]:
+    """Branch and rounding in turns: up (N, R), down (R, K), the rounded residual, and how many turns it took."""
+    importance = None if hessian_KK is None else hessian_KK.diagonal()
+    generator = torch.Generator().manual_seed(config.seed)
+    rounded, best, kept = torch.zeros_like(scaled_NK), torch.inf, None
+    turns = 0
+    while turns < config.iterations:
+        turns += 1
+        up, down, _ = _branch(scaled_NK - rounded, config.rank, generator)
+        up, down = up.to(dtype).float(), down.to(dtype).float()
+        residual = scaled_NK - up @ down
+        integers = n.round_to_nearest(residual, n.group_scales(residual, bits, dtype, importance), bits)
+        rounded = integers.dense()
+        error = n.output_error(residual - rounded, hessian_KK)
+        if error >= best:
+            break
+        best, kept = error, (up, down, integers)
+        if not config.rank:
+            break
+    assert kept is not None, "the weight is not finite"
+    if config.gptq and hessian_KK is not None:
+        up, down, integers = kept
+        residual = scaled_NK - up @ down
+        feedback = n.error_feedback(residual, integers.scales, bits, hessian_KK)
+        if n.output_error(residual - feedback.dense(), hessian_KK) < best:
+            kept = up, down, feedback
+    return *kept, turns
+
+
+def solve(
+    weight_NK: Tensor,
+    x_MK: Tensor | None,
+    score: Score | None,
+    *,
+    after: str | None,
+    config: SVDQuantConfig,
+    bits: int,
+    dtype: torch.dtype,
+) -> Solution:
+    """Everything for one group; `x` None = data-free. Weights and inputs in fp32."""
+    rule = rule_for(config, after)
+    smooth = None
+    if config.smooth and x_MK is not None and score is not None:
+        smooth = search_smooth(weight_NK, x_MK, score, rule, config, bits).to(dtype).float()
+    factors = torch.ones(weight_NK.shape[1], device=weight_NK.device) if smooth is None else smooth
+    hessian = None
+    if x_MK is not None:
+        # What the integers multiply: smoothed inputs as they are rounded.
+        seen = (_rounder(rule, factors)(x_MK)) / factors
+        hessian = seen.T @ seen / len(seen)
+    up, down, integers, turns = alternate(weight_NK * factors, hessian, config, bits, dtype)
+    plain = n.round_to_nearest(weight_NK, n.group_scales(weight_NK, bits, dtype), bits).dense()
+    raw = None if x_MK is None else x_MK.T @ x_MK / len(x_MK)
+    power = n.output_error(weight_NK, raw)
+    acting = (integers.dense() + up @ down) / factors
+    return Solution(
+        integers=integers,
+        smooth=smooth,
+        down=down / factors if config.rank else None,
+        up=up if config.rank else None,
+        rule=rule,
+        nearest_error=n.output_error(weight_NK - plain, raw) / max(power, 1e-30),
+        error=n.output_error(weight_NK - acting, raw) / max(power, 1e-30),
+        branch_share=n.output_error((up @ down) / factors, raw) / max(power, 1e-30),
+        turns=turns,
+    )
