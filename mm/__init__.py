@@ -3,12 +3,14 @@
 Design choices:
 - Public names are loaded on first use: `import mm` costs milliseconds and no torch.
 - The torchvision hook goes in first, since a later import of transformers or peft may need it.
+- Quantization methods are entered into diffusers' and transformers' tables when those come up, not before.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mm._hooks import after_import
 from mm._lazy import loader
 from mm._torchvision import install
 
@@ -18,6 +20,22 @@ if TYPE_CHECKING:
     from mm.quantization.quantize import quantize
 
 install()
+
+
+def _diffusers_is_there() -> None:
+    from mm.quantization.diffusers_plugin import register
+
+    register()
+
+
+def _transformers_is_there() -> None:
+    from mm.quantization.transformers_plugin import register
+
+    register()
+
+
+after_import("diffusers.quantizers.auto", _diffusers_is_there)
+after_import("transformers.quantizers.auto", _transformers_is_there)
 
 __version__ = "0.1.0"
 __all__ = ["SVDQuantConfig", "TextToImagePipeline", "__version__", "quantize"]

@@ -299,6 +299,10 @@ class BranchedLinear(nn.Linear):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Lays branches side by side again, for whoever has put tensors into the layer by hand."""
         if self._like()["device"].type != "meta":
             self._join()
 

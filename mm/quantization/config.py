@@ -12,20 +12,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+
+class QuantizationMethod(StrEnum):
+    """The name under which diffusers and transformers know it."""
+
+    SVDQUANT = "svdquant"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SVDQuantConfig:
     """Settings of `mm.quantize` (SVDQuant, Li et al. 2024, arXiv 2411.05007).
 
-    rank: of the 16-bit branch that absorbs outliers. bits: of weights; "auto" = 4, 8 or 16 a group of layers, by measured
-    error under `size_budget` (share of the layers' 16-bit size). activation_bits: 8, 4 or 16 (inputs as they are).
+    rank: of the 16-bit branch that absorbs outliers. bits: of weights; "auto" = 4, 8 or 16 a group of layers, by
+    measured error under `size_budget` (share of the layers' 16-bit size). activation_bits: 8, 4 or 16 (inputs as they are).
     A branch takes at most a twentieth of a layer's smaller side, whatever `rank` says.
     smooth: the search for factors a channel. gptq: error feedback when rounding (Frantar et al. 2022, arXiv
     2210.17323). iterations: at most so many turns of branch and rounding. data_free: no calibration, for a first try.
     rows, calls: calibration rows kept a group, and calls kept a parent module. steps: of each calibration picture.
     memory: bytes that kept inputs may take in one pass. keep: regular expressions of paths that stay at 16 bits.
+    layers, base: written by saving: what was done to which layer, and the hash of the 16-bit tensors.
     """
 
     rank: int = 32
@@ -42,9 +50,14 @@ class SVDQuantConfig:
     memory: int = 2 << 30
     seed: int = 0
     keep: tuple[str, ...] = ()
+    layers: tuple[dict[str, Any], ...] = ()
+    base: str = ""
+
+    METHOD: ClassVar[str] = QuantizationMethod.SVDQUANT.value
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "layers", tuple(self.layers))
         if self.rank < 0 or self.iterations < 1 or self.rows < 1 or self.calls < 1 or self.steps < 1:
             raise ValueError(
                 f"rank {self.rank} must not be negative; iterations {self.iterations}, rows {self.rows}, calls "
@@ -63,14 +76,22 @@ class SVDQuantConfig:
         for pattern in self.keep:
             re.compile(pattern)
 
+    @property
+    def quant_method(self) -> QuantizationMethod:
+        """What diffusers and transformers tell methods apart by."""
+        return QuantizationMethod.SVDQUANT
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings."""
-        return dataclasses.asdict(self) | {"keep": list(self.keep)}
+        lists = {"keep": list(self.keep), "layers": list(self.layers)}
+        return {"quant_method": self.METHOD} | dataclasses.asdict(self) | lists
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> SVDQuantConfig:
+    def from_dict(cls, settings: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The reverse of `to_dict`; raises ValueError for names that are no setting."""
+        settings = {k: x for k, x in settings.items() if k != "quant_method"}
         names = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - names):
             raise ValueError(f"SVDQuantConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-        return cls(**settings)
+        made = cls(**settings)
+        return (made, kwargs) if return_unused_kwargs else made

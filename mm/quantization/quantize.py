@@ -35,6 +35,7 @@ from mm.quantization import auto, search
 from mm.quantization import calibration as cal
 from mm.quantization.calibration import Group, Seen
 from mm.quantization.config import SVDQuantConfig
+from mm.quantization.layout import base_hash, record
 from mm.quantization.report import LayerReport, Report
 from mm.sites import FAMILIES, Site, find_sites
 
@@ -71,8 +72,11 @@ def quantize(
         whole.add_module(name, root)
     sites = [s for name, root in roots.items() for s in _sites(name, root, config)]
     groups = cal.groups_of(sites)
+    bases = {name: base_hash(root) for name, root in roots.items()}
     report = Report(settings=config.to_dict())
     report.layers = _quantize(whole, groups, runs, config, progress, None if resume is None else Path(resume))
+    for name, root in roots.items():
+        record(root, config, bases[name])
     report.seconds = round(time.monotonic() - started, 2)
     return report
 

@@ -1,0 +1,102 @@
+"""Which layers of a saved model are quantized, and how: what `quantization_config` says beside the settings.
+
+Design choices
+- The tensors of a quantized layer are its state_dict (see `mm.linear`), row-major and the same on every device. What
+  tensors cannot tell (rank and shapes before they are loaded, how inputs are rounded) stands in config.json, layers of
+  one kind together.
+- A model that was quantized carries the hash of its 16-bit tensors, by which patches know their base.
+
+This module does not know diffusers or transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm.errors import UserError
+from mm.linear import ActivationRule, BranchedLinear, swap
+from mm.quantization.config import SVDQuantConfig
+
+
+def quantized(root: nn.Module) -> list[tuple[str, BranchedLinear]]:
+    """The quantized layers by path."""
+    return [(n, m) for n, m in root.named_modules() if isinstance(m, BranchedLinear) and m.bits != 16]
+
+
+def describe(root: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Kinds of quantized layers, JSON-ready: settings, and the paths that have them."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for path, layer in quantized(root):
+        kind = {
+            "bits": layer.bits,
+            "rank": 0 if layer.down is None else layer.down.shape[0],
+            "smooth": layer.smooth is not None,
+            "bias": layer.bias is not None,
+            "activation": dataclasses.asdict(layer.activation),
+        }
+        key = json.dumps(kind, sort_keys=True)
+        kinds.setdefault(key, kind | {"paths": []})["paths"].append(path)
+    return tuple(kinds.values())
+
+
+def prepare(root: nn.Module, kinds: Sequence[dict[str, Any]], dtype: torch.dtype | None) -> None:
+    """Puts empty quantized layers in place, ready for their tensors. Raises UserError where a path does not fit."""
+    for kind in kinds:
+        rule = ActivationRule(**kind["activation"])
+        for path in kind["paths"]:
+            try:
+                layer = root.get_submodule(path)
+            except AttributeError as error:
+                raise UserError(
+                    f"the saved model quantizes {path}, which {type(root).__name__} does not have"
+                ) from error
+            if not isinstance(layer, nn.Linear):
+                raise UserError(f"the saved model quantizes {path}, which is a {type(layer).__name__} here")
+            made = BranchedLinear.empty(
+                layer.in_features, layer.out_features, bias=kind["bias"], bits=kind["bits"], rank=kind["rank"],
+                smooth=kind["smooth"], dtype=dtype or layer.weight.dtype, activation=rule, device=layer.weight.device,
+            )  # fmt: skip
+            swap(root, path, made.requires_grad_(False).train(layer.training))
+
+
+def ready(root: nn.Module) -> None:
+    """After tensors have been put into layers one by one: lays branches side by side."""
+    for _, layer in quantized(root):
+        layer.refresh()
+
+
+def base_hash(root: nn.Module) -> str:
+    """Of a model's 16-bit tensors: what it was quantized from, or its own where it is not quantized."""
+    kept = getattr(root, "mm_base_hash", None)
+    if kept:
+        return str(kept)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(root.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(str(tuple(tensor.shape)).encode())
+        values = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.detach().cpu()
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def record(root: nn.Module, config: SVDQuantConfig, base: str) -> None:
+    """Writes what was done where the library that saves `root` looks for it."""
+    saved = dataclasses.replace(config, layers=describe(root), base=base)
+    root.mm_base_hash = base  # type: ignore[assignment]
+    if hasattr(root, "register_to_config"):
+        from mm.quantization.diffusers_plugin import DiffusersSVDQuant
+
+        root.register_to_config(quantization_config=saved)
+        root.hf_quantizer = DiffusersSVDQuant(saved, pre_quantized=True)  # type: ignore[assignment]
+    elif hasattr(root, "config") and hasattr(root, "save_pretrained"):
+        from mm.quantization.transformers_plugin import TransformersSVDQuant
+
+        root.config.quantization_config = saved  # type: ignore[union-attr]
+        root.hf_quantizer = TransformersSVDQuant(saved, pre_quantized=True)  # type: ignore[assignment]
