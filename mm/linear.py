@@ -100,6 +100,9 @@ class BranchedLinear(nn.Linear):
 
     qweight: Tensor
     weight_scales: Tensor
+    smooth: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
     def __init__(
         self,

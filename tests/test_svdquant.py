@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -249,7 +250,7 @@ def test_small_memory_means_more_passes_and_the_same_result():
         for item in INPUTS:
             model(**item)
 
-    config = SVDQuantConfig(**SMALL.to_dict() | {"memory": 1})
+    config = dataclasses.replace(SMALL, memory=1)
     mm.quantize(many, config, calibration=counted, progress=False)
     assert len(runs) == 1 + 3  # counting, and one pass each for qkv, up and down
     layers = [m for m in many.modules() if isinstance(m, BranchedLinear)]

@@ -265,9 +265,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"{len(latents_BCHW)} pictures but {len(prompt)} prompts in the cache; repeat the cache")
         x_BLD = self.latent_in(latents_BCHW.flatten(2).transpose(1, 2)) + (self.place + self.source_mark)
         shared = self._modulation(x_BLD.new_zeros(len(x_BLD), 1))
-        angles = layers.picture_angles(
-            *latents_BCHW.shape[2:], self.config.width // self.config.heads, latents_BCHW.device
-        )
+        height, width = latents_BCHW.shape[2:]
+        angles = layers.picture_angles(height, width, self.config.width // self.config.heads, latents_BCHW.device)
         seen_BT = F.pad(prompt.mask_BT, (0, x_BLD.shape[1]), value=True)
         keys, values = [], []
         for i, layer in enumerate(self._picture_stack):

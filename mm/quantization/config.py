@@ -27,7 +27,7 @@ class SVDQuantConfig:
     """Settings of `mm.quantize` (SVDQuant, Li et al. 2024, arXiv 2411.05007).
 
     rank: of the 16-bit branch that absorbs outliers. bits: of weights; "auto" = 4, 8 or 16 a group of layers, by
-    measured error under `size_budget` (share of the layers' 16-bit size). activation_bits: 8, 4 or 16 (inputs as they are).
+    measured error under `size_budget` (share of the layers' 16-bit size). activation_bits: 8, 4 or 16 (as they are).
     A branch takes at most a twentieth of a layer's smaller side, whatever `rank` says.
     smooth: the search for factors a channel. gptq: error feedback when rounding (Frantar et al. 2022, arXiv
     2210.17323). iterations: at most so many turns of branch and rounding. data_free: no calibration, for a first try.

@@ -86,17 +86,17 @@ def base_hash(root: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def record(root: nn.Module, config: SVDQuantConfig, base: str) -> None:
+def record(root: Any, config: SVDQuantConfig, base: str) -> None:
     """Writes what was done where the library that saves `root` looks for it."""
     saved = dataclasses.replace(config, layers=describe(root), base=base)
-    root.mm_base_hash = base  # type: ignore[assignment]
+    root.mm_base_hash = base
     if hasattr(root, "register_to_config"):
         from mm.quantization.diffusers_plugin import DiffusersSVDQuant
 
         root.register_to_config(quantization_config=saved)
-        root.hf_quantizer = DiffusersSVDQuant(saved, pre_quantized=True)  # type: ignore[assignment]
+        root.hf_quantizer = DiffusersSVDQuant(saved, pre_quantized=True)
     elif hasattr(root, "config") and hasattr(root, "save_pretrained"):
         from mm.quantization.transformers_plugin import TransformersSVDQuant
 
-        root.config.quantization_config = saved  # type: ignore[union-attr]
-        root.hf_quantizer = TransformersSVDQuant(saved, pre_quantized=True)  # type: ignore[assignment]
+        root.config.quantization_config = saved
+        root.hf_quantizer = TransformersSVDQuant(saved, pre_quantized=True)

@@ -52,7 +52,7 @@ class TransformersSVDQuant(HfQuantizer):
             self.quantization_config = model.config.quantization_config
         return model
 
-    def is_serializable(self, **kwargs: Any) -> bool:  # type: ignore[override]
+    def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
     @property

@@ -24,9 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from mm.models.cache import PromptCache
+from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.dialogue import IGNORED, Dialogue, stack
+from mm.models.trunk import Trunk
 from mm.models.understanding import UnderstandingEncoder
+from mm.models.velocity import VelocityDecoder
+from mm.tokenizers import Bridge
 from mm.training import talk
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
 from mm.world.edits import Edit
@@ -136,13 +140,17 @@ class Joint(Drawing):
 
     def __init__(
         self,
-        *drawing: Any,
+        trunk: Trunk,
+        velocity_decoder: VelocityDecoder,
+        code_head: CodeHead,
+        bridge: Bridge,
+        *,
         encoder: UnderstandingEncoder,
         look_connector: Connector,
         latent_connector: Connector,
         config: JointConfig,
     ) -> None:
-        super().__init__(*drawing, config)
+        super().__init__(trunk, velocity_decoder, code_head, bridge, config)
         self.settings = config
         self.look_connector, self.latent_connector = look_connector, latent_connector
         # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.

@@ -68,7 +68,16 @@ def rate_factor(config: LoopConfig, step: int, seconds: float) -> float:
 
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    ends = ("words", "mode_tokens", "latent_in", "velocity_out", "modulation", "modulation_out", "place", "readout")
+    ends: tuple[str, ...] = (
+        "words",
+        "mode_tokens",
+        "latent_in",
+        "velocity_out",
+        "modulation",
+        "modulation_out",
+        "place",
+        "readout",
+    )
     ends += ("token_embedding", "positional_embedding", "proj", "text_projection")  # open_clip's names
     return parameter.ndim == 2 and not any(part in ends or part.endswith("_out") for part in name.split("."))
 
