@@ -41,6 +41,7 @@ def draw_to_folder(
     guidance: float = 4.0,
     model: str = "mm-tiny",
     batch_size: int = 8,
+    quantized: bool = False,
     metadata: bool = True,
 ) -> Iterator[tuple[Path, int]]:
     """Draws `count` pictures; yields each file and its seed as soon as it is written."""
@@ -51,7 +52,13 @@ def draw_to_folder(
 
     first = secrets.randbelow(2**31) if seed is None else seed
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = TextToImagePipeline.from_pretrained(model)
+    if quantized:
+        from mm.quantized import quantized_copy
+
+        where: str | Path = quantized_copy(model)
+    else:
+        where = model
+    pipe = TextToImagePipeline.from_pretrained(where)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     for start in range(0, count, batch_size):
         seeds = [first + k for k in range(start, min(count, start + batch_size))]
@@ -66,4 +73,5 @@ def draw_to_folder(
         for used, picture in zip(seeds, pictures, strict=True):
             settings = {"prompt": prompt, "seed": used, "steps": steps, "mode": mode, "guidance": guidance}
             settings |= {"width": picture.width, "height": picture.height, "model": model}
+            settings |= {"quantized": True} if quantized else {}
             yield save_numbered(folder, png_bytes(picture, settings if metadata else None)), used

@@ -37,6 +37,7 @@ from mm.errors import UserError
 COMMANDS = {
     "generate": ("mm.cli.generate", "Draw pictures from a prompt."),
     "eval": ("mm.cli.evaluate", "Measure a model: reconstruct, compose."),
+    "quantize": ("mm.cli.quantize", "Write a 4-bit copy of a model, with a report."),
     "train": ("mm.cli.train", "Train a published model, or resume its training."),
     "ui": ("mm.cli.ui", "Open the web app."),
     "batch": ("mm.cli.batch", "Run a file of jobs; what is done already is skipped."),

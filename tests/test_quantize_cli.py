@@ -1,0 +1,85 @@
+"""`mm quantize` and `mm generate --quantized` through the real command, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def mm(*words: object, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = os.environ | ({"MM_CACHE": str(cache)} if cache else {})
+    return subprocess.run(
+        [sys.executable, "-m", "mm", *map(str, words)], capture_output=True, text=True, timeout=180, env=env
+    )
+
+
+def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat on grass\n\ntwo red dogs\n")
+    out = tmp_path / "small"
+    done = mm("quantize", model, "-o", out, "--prompts", prompts, "--steps", 2, "--pictures", 2, "--rank", 2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert f"{len(report['layers'])} layers" in done.stdout
+    assert report["whole"]["pictures"] == 2
+    assert report["whole"]["prompts"] == ["a cat on grass", "two red dogs"]
+    assert {layer["path"].split(".")[0] for layer in report["layers"]} == {"trunk", "velocity_decoder", "code_head"}
+    assert Image.open(out / "report.png").width > 300
+    assert not (out / ".parts").exists()
+    drawn = mm("generate", "a cat", "--model", out, "-o", tmp_path / "pictures", "--seed", 1, "--steps", 2)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "pictures" / "00000.png").is_file()
+
+
+def test_generate_quantized_makes_the_copy_once(model, tmp_path):
+    words = ("generate", "a cat", "--model", model, "--quantized", "--seed", 1, "--steps", 2, "-o")
+    first = mm(*words, tmp_path / "a", cache=tmp_path / "cache")
+    assert first.returncode == 0, first.stderr
+    made = list((tmp_path / "cache" / "quantized").iterdir())
+    assert len(made) == 1
+    stamp = (made[0] / "report.json").stat().st_mtime_ns
+    again = mm(*words, tmp_path / "b", cache=tmp_path / "cache")
+    assert again.returncode == 0, again.stderr
+    assert (made[0] / "report.json").stat().st_mtime_ns == stamp
+    pictures = [(tmp_path / name / "00000.png").read_bytes() for name in "ab"]
+    assert pictures[0] == pictures[1]
+    plain = mm("generate", "a cat", "--model", model, "--seed", 1, "--steps", 2, "-o", tmp_path / "c")
+    assert plain.returncode == 0
+    assert (tmp_path / "c" / "00000.png").read_bytes() != pictures[0]
+
+
+def test_wrong_input_is_one_line(model, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    cases = (
+        (("quantize", model, "-o", full), "is not empty"),
+        (("quantize", tmp_path / "nowhere", "-o", tmp_path / "x"), "no model"),
+        (("quantize", model, "-o", tmp_path / "x", "--bits", "auto"), "needs a budget"),
+        (("quantize", model, "-o", tmp_path / "x", "--bits", "3"), "bits 3"),
+        (("quantize", model, "-o", tmp_path / "x", "--prompts", empty), "holds no prompt"),
+        (("quantize", model, "-o", tmp_path / "x", "--component", "unet", "--data-free"), "no module unet"),
+    )
+    for words, text in cases:
+        done = mm(*words)
+        assert done.returncode == 1
+        assert text in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.glob("x/.parts/*"))
+    assert (full / "mine.txt").read_text() == "keep"
