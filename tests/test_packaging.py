@@ -15,7 +15,7 @@ from mm import _torchvision
 
 ROOT = Path(mm.__file__).resolve().parents[1]
 PUBLIC = {
-    "mm": ["TextToImagePipeline", "__version__"],
+    "mm": ["SVDQuantConfig", "TextToImagePipeline", "__version__", "quantize"],
     "mm.pipelines": ["TextToImagePipeline"],
     "mm.tokenizers": ["VisionTokenizer", "Autoencoder", "Bridge"],
 }
@@ -62,7 +62,7 @@ def test_public_names_are_frozen_and_load(package):
 
 
 def test_an_unknown_name_says_what_there_is():
-    with pytest.raises(AttributeError, match=r"no attribute 'Pipeline'; it offers TextToImagePipeline"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Pipeline'; it offers SVDQuantConfig, TextToImagePipeline, quantize"):
         mm.Pipeline  # noqa: B018
 
 

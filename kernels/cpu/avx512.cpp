@@ -20,7 +20,8 @@ namespace {
 
 #define MM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 #define MM_PROJECT_DOWN project_down_wide
-MM_TARGET void project_down_wide(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *down);
+MM_TARGET void project_down_wide(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *down, int64_t from,
+                                 int64_t to);
 #include "rows.h"
 
 // ---- down projection: 8 tokens x 2 ranks of sums in registers, `down` widened on the fly
@@ -32,29 +33,34 @@ MM_TARGET inline __m512 load16(Array from, int64_t index, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-template <int ROWS>
-MM_TARGET inline void project_rows(const QuantizeArgs &a, int64_t first, const float *x) {
-    for (int64_t r = 0; r < a.R; r += 2) {
-        __m512 sums[ROWS][2];
-        for (int i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+// Ranks [from, to) of TOKENS tokens, RANKS at a time, so that enough sums are under way to hide an addition's latency.
+template <int TOKENS, int RANKS>
+MM_TARGET inline void project_rows(const QuantizeArgs &a, int64_t first, const float *x, int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; r += RANKS) {
+        __m512 sums[TOKENS][RANKS];
+        for (int i = 0; i < TOKENS; ++i)
+            for (int j = 0; j < RANKS; ++j) sums[i][j] = _mm512_setzero_ps();
         for (int64_t k = 0; k < a.K; k += 16) {
             const __mmask16 mask = a.K - k >= 16 ? 0xffff : __mmask16((1 << (a.K - k)) - 1);
-            const __m512 d0 = load16(a.down, r * a.K + k, mask), d1 = load16(a.down, (r + 1) * a.K + k, mask);
+            __m512 d[RANKS];
 #pragma GCC unroll 8
-            for (int i = 0; i < ROWS; ++i) {
+            for (int j = 0; j < RANKS; ++j) d[j] = load16(a.down, (r + j) * a.K + k, mask);
+#pragma GCC unroll 8
+            for (int i = 0; i < TOKENS; ++i) {
                 const __m512 v = _mm512_maskz_loadu_ps(mask, x + i * a.C + k);
-                sums[i][0] = _mm512_fmadd_ps(v, d0, sums[i][0]);
-                sums[i][1] = _mm512_fmadd_ps(v, d1, sums[i][1]);
+#pragma GCC unroll 8
+                for (int j = 0; j < RANKS; ++j) sums[i][j] = _mm512_fmadd_ps(v, d[j], sums[i][j]);
             }
         }
-        for (int i = 0; i < ROWS; ++i)
-            for (int j = 0; j < 2; ++j) a.low[(first + i) * a.R + r + j] = _mm512_reduce_add_ps(sums[i][j]);
+        for (int i = 0; i < TOKENS; ++i)
+            for (int j = 0; j < RANKS; ++j) a.low[(first + i) * a.R + r + j] = _mm512_reduce_add_ps(sums[i][j]);
     }
 }
 
-MM_TARGET void project_down_wide(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *) {
-    if (count == QUANTIZE_ROWS) return project_rows<QUANTIZE_ROWS>(a, first, x);
-    for (int64_t i = 0; i < count; ++i) project_rows<1>(a, first + i, x + i * a.C);
+MM_TARGET void project_down_wide(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *, int64_t from,
+                                 int64_t to) {
+    if (count == QUANTIZE_ROWS) return project_rows<QUANTIZE_ROWS, 2>(a, first, x, from, to);
+    for (int64_t i = 0; i < count; ++i) project_rows<1, 8>(a, first + i, x + i * a.C, from, to);
 }
 
 // ---- what both products share
@@ -234,10 +240,85 @@ MM_TARGET void fill_panel(const LinearArgs &a, int64_t first, Panel &p) {
     if (a.bias) load_floats(a.bias.at(first), rows, p.bias.data());
 }
 
-// One tile: TOKENS (a part of ROWS) x COLUMNS sums over all groups, into `sums` (ROWS, COLUMNS).
+// A group of a whole tile, in assembly: GCC 12 finds no allocation of 27 registers that does not store sums at every step,
+// which costs half of the speed. zmm0-11 are the sums of the left 16 outputs, zmm12-23 of the right, 24 and 25 the weights.
+#define MM_STR(x) #x
+#define MM_START(i, l, r)                                                  \
+    "vpbroadcastd 4*" MM_STR(i) "(%[offsets]), %%zmm" MM_STR(l) "\n\t"     \
+    "vmovdqa64 %%zmm" MM_STR(l) ", %%zmm" MM_STR(r) "\n\t"
+#define MM_STEP(i, l, r, t)                                                \
+    "vpbroadcastd 4*" MM_STR(i) "(%[x]), %%zmm" MM_STR(t) "\n\t"           \
+    "vpdpbusd %%zmm" MM_STR(t) ", %%zmm24, %%zmm" MM_STR(l) "\n\t"         \
+    "vpdpbusd %%zmm" MM_STR(t) ", %%zmm25, %%zmm" MM_STR(r) "\n\t"
+#define MM_JOIN(i, l, r)                                                   \
+    "vcvtdq2ps %%zmm" MM_STR(l) ", %%zmm" MM_STR(l) "\n\t"                 \
+    "vcvtdq2ps %%zmm" MM_STR(r) ", %%zmm" MM_STR(r) "\n\t"                 \
+    "vfmadd213ps 128*" MM_STR(i) "(%[sums]), %%zmm24, %%zmm" MM_STR(l) "\n\t"    \
+    "vfmadd213ps 128*" MM_STR(i) "+64(%[sums]), %%zmm25, %%zmm" MM_STR(r) "\n\t" \
+    "vmovaps %%zmm" MM_STR(l) ", 128*" MM_STR(i) "(%[sums])\n\t"           \
+    "vmovaps %%zmm" MM_STR(r) ", 128*" MM_STR(i) "+64(%[sums])\n\t"
+#define MM_JOIN_SCALED(i, l, r)                                            \
+    "vbroadcastss 4*" MM_STR(i) "(%[scales]), %%zmm26\n\t"                 \
+    "vmulps %%zmm26, %%zmm24, %%zmm27\n\t"                                 \
+    "vmulps %%zmm26, %%zmm25, %%zmm28\n\t"                                 \
+    "vcvtdq2ps %%zmm" MM_STR(l) ", %%zmm" MM_STR(l) "\n\t"                 \
+    "vcvtdq2ps %%zmm" MM_STR(r) ", %%zmm" MM_STR(r) "\n\t"                 \
+    "vfmadd213ps 128*" MM_STR(i) "(%[sums]), %%zmm27, %%zmm" MM_STR(l) "\n\t"    \
+    "vfmadd213ps 128*" MM_STR(i) "+64(%[sums]), %%zmm28, %%zmm" MM_STR(r) "\n\t" \
+    "vmovaps %%zmm" MM_STR(l) ", 128*" MM_STR(i) "(%[sums])\n\t"           \
+    "vmovaps %%zmm" MM_STR(r) ", 128*" MM_STR(i) "+64(%[sums])\n\t"
+#define MM_TOKENS(DO) DO(0, 0, 12) DO(1, 1, 13) DO(2, 2, 14) DO(3, 3, 15) DO(4, 4, 16) DO(5, 5, 17) DO(6, 6, 18) DO(7, 7, 19) \
+    DO(8, 8, 20) DO(9, 9, 21) DO(10, 10, 22) DO(11, 11, 23)
+#define MM_STEPS MM_STEP(0, 0, 12, 26) MM_STEP(1, 1, 13, 27) MM_STEP(2, 2, 14, 28) MM_STEP(3, 3, 15, 29) MM_STEP(4, 4, 16, 30) \
+    MM_STEP(5, 5, 17, 31) MM_STEP(6, 6, 18, 26) MM_STEP(7, 7, 19, 27) MM_STEP(8, 8, 20, 28) MM_STEP(9, 9, 21, 29)             \
+    MM_STEP(10, 10, 22, 30) MM_STEP(11, 11, 23, 31)
+#define MM_GROUP(JOIN)                                                     \
+    MM_TOKENS(MM_START)                                                    \
+    "movl $16, %[count]\n\t"                                               \
+    ".p2align 4\n"                                                         \
+    "1:\n\t"                                                               \
+    "vmovdqu64 (%[w]), %%zmm24\n\t"                                        \
+    "vmovdqu64 64(%[w]), %%zmm25\n\t"                                      \
+    MM_STEPS                                                               \
+    "addq $128, %[w]\n\t"                                                  \
+    "addq $48, %[x]\n\t"                                                   \
+    "decl %[count]\n\t"                                                    \
+    "jnz 1b\n\t"                                                           \
+    "vmovups (%[ws]), %%zmm24\n\t"                                         \
+    "vmovups 64(%[ws]), %%zmm25\n\t"                                       \
+    MM_TOKENS(JOIN)
+#define MM_CLOBBERS                                                                                               \
+    "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
+        "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",   \
+        "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
+
+template <bool GROUPED>
+MM_TARGET inline void whole_tile(const int32_t *x, const int32_t *offsets, const float *scales, const Panel &p, int64_t G,
+                                 float *sums) {
+    static_assert(ROWS == 12 && COLUMNS == 32 && DEEP == 16, "the assembly is written for these");
+    const uint8_t *w = p.w.data();
+    const float *ws = p.scales.data();
+    for (int i = 0; i < ROWS * COLUMNS; i += 16) _mm512_store_ps(sums + i, _mm512_setzero_ps());
+    for (int64_t g = 0; g < G; ++g, offsets += ROWS, ws += COLUMNS, scales += GROUPED ? ROWS : 0) {
+        int count;
+        if constexpr (GROUPED)
+            asm volatile(MM_GROUP(MM_JOIN_SCALED)
+                         : [x] "+r"(x), [w] "+r"(w), [count] "=&r"(count)
+                         : [offsets] "r"(offsets), [ws] "r"(ws), [sums] "r"(sums), [scales] "r"(scales)
+                         : MM_CLOBBERS);
+        else
+            asm volatile(MM_GROUP(MM_JOIN)
+                         : [x] "+r"(x), [w] "+r"(w), [count] "=&r"(count)
+                         : [offsets] "r"(offsets), [ws] "r"(ws), [sums] "r"(sums)
+                         : MM_CLOBBERS);
+    }
+}
+
+// A tile of fewer tokens (a part of ROWS): TOKENS x COLUMNS sums over all groups, into `sums` (ROWS, COLUMNS).
 template <int TOKENS, bool GROUPED>
 MM_TARGET inline void tile(const int32_t *x, const int32_t *offsets, const float *scales, const Panel &p, int64_t G,
                            float *sums) {
+    if constexpr (TOKENS == ROWS) return whole_tile<GROUPED>(x, offsets, scales, p, G, sums);
     const uint8_t *w = p.w.data();
     for (int i = 0; i < TOKENS * COLUMNS; i += 16) _mm512_store_ps(sums + i, _mm512_setzero_ps());
     for (int64_t g = 0; g < G; ++g, offsets += ROWS, scales += GROUPED ? ROWS : 0) {

@@ -111,18 +111,32 @@ MM_TARGET inline void quantize_row(const QuantizeArgs &a, int64_t m, const float
 
 constexpr int64_t QUANTIZE_ROWS = 8;  // rows that share one reading of `down`
 
-MM_TARGET inline void project_down(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *down) {
-    for (int64_t r = 0; r < a.R; ++r) {
+MM_TARGET inline void project_down(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *down, int64_t from,
+                                   int64_t to) {
+    for (int64_t r = from; r < to; ++r) {
         load_floats(a.down.at(r * a.K), a.K, down);
         for (int64_t i = 0; i < count; ++i) a.low[(first + i) * a.R + r] = dot(x + i * a.C, down, a.K);
     }
 }
 
-MM_TARGET inline void quantize_rows(const QuantizeArgs &a, int64_t first, const float *inverse, float *x, float *down) {
+MM_TARGET inline int64_t load_block(const QuantizeArgs &a, int64_t first, float *x) {
     const int64_t count = a.M - first < QUANTIZE_ROWS ? a.M - first : QUANTIZE_ROWS;
     for (int64_t i = 0; i < count; ++i) load_floats(a.x.at((first + i) * a.K), a.K, x + i * a.C);
-    MM_PROJECT_DOWN(a, first, count, x, down);
-    for (int64_t i = 0; i < count; ++i) quantize_row(a, first + i, inverse, x + i * a.C);
+    return count;
+}
+
+// A single block: threads share its ranks, since reading `down` is most of the work. 
+MM_TARGET inline void quantize_one_block(const QuantizeArgs &a, const float *inverse) {
+    constexpr int64_t RANKS = 8;
+    std::vector<float> x(size_t(QUANTIZE_ROWS * a.C));
+    const int64_t count = load_block(a, 0, x.data());
+#pragma omp parallel num_threads(a.threads) if (a.R * a.K >= 32768)
+    {
+        std::vector<float> down(size_t(a.K));
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < a.R; r += RANKS) MM_PROJECT_DOWN(a, 0, count, x.data(), down.data(), r, r + RANKS);
+    }
+    for (int64_t i = 0; i < count; ++i) quantize_row(a, i, inverse, x.data() + i * a.C);
 }
 
 MM_TARGET void quantize(const QuantizeArgs &a) {
@@ -132,12 +146,17 @@ MM_TARGET void quantize(const QuantizeArgs &a) {
         load_floats(a.smooth, a.K, inverse.data());
         for (float &value : inverse) value = 1.0f / value;
     }
+    const float *by = a.smooth ? inverse.data() : nullptr;
     const int64_t blocks = (a.M + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS;
-#pragma omp parallel num_threads(a.threads) if (blocks > 1)
+    if (blocks == 1) return quantize_one_block(a, by);
+#pragma omp parallel num_threads(a.threads)
     {
         std::vector<float> x(size_t(QUANTIZE_ROWS * a.C)), down(size_t(a.K));
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t block = 0; block < blocks; ++block)
-            quantize_rows(a, block * QUANTIZE_ROWS, a.smooth ? inverse.data() : nullptr, x.data(), down.data());
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = block * QUANTIZE_ROWS, count = load_block(a, first, x.data());
+            MM_PROJECT_DOWN(a, first, count, x.data(), down.data(), 0, a.R);
+            for (int64_t i = 0; i < count; ++i) quantize_row(a, first + i, by, x.data() + i * a.C);
+        }
     }
 }

@@ -1,0 +1,234 @@
+"""4-bit linear layers against their peers, on this machine: `python benchmarks/linear.py --json linear.json`.
+
+Design choices
+- One run, one minute of weather: every method is timed in turn, round after round, and the medians are compared. What
+  counts is the ratio to torch's bf16 in the same run.
+- Inputs are bf16 and their rounding is inside the timing; the branch has rank 32. With one token the weights change
+  from call to call, as they do in a model: what fits into a cache would be timed as if it always did.
+- "unfused" is the same 4-bit product with the branch as two products of torch's own beside it.
+- Peers are optional: one that is not installed, or does not run here, is listed with its reason. They are installed
+  apart from mm (`pip install --no-deps sdnq optimum-quanto torchao bitsandbytes`), since none is a dependency.
+
+This script does not judge accuracy; `tests/test_kernels.py` and `benchmarks/quantized_generate.py` do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import mm.kernels as kernels
+
+FLUX = ((3072, 3072), (12288, 3072), (3072, 12288))  # (outputs, inputs)
+TRUNK = ((256, 256), (1024, 256), (256, 1024), (1536, 256))
+RANK = 32
+Step = Callable[[torch.Tensor], object]
+Maker = Callable[[nn.Linear], Step]
+
+
+def ours(linear: nn.Linear, *, rank: int = RANK, fused: bool = True) -> Step:
+    """The 4-bit layer of mm with a branch: in its op, beside it, or (rank 0) without."""
+    outputs, inputs = linear.weight.shape
+    packed, scales = kernels.quantize_weight(linear.weight)
+    down = torch.randn(rank, inputs).bfloat16() * inputs**-0.5
+    up = torch.randn(outputs, rank).bfloat16()
+    if rank and fused:
+        return lambda x: kernels.branched_linear(x, packed, scales, None, None, down, up, None)
+    if not rank:
+        return lambda x: kernels.branched_linear(x, packed, scales)
+    return lambda x: kernels.branched_linear(x, packed, scales).addmm_(x @ down.T, up.T)
+
+
+def bf16(linear: nn.Linear) -> Step:
+    """torch as it is, without a branch."""
+    return lambda x: nn.functional.linear(x, linear.weight)
+
+
+def int4pack(linear: nn.Linear) -> Step:
+    """torch's own 4-bit weights, groups of 64, inputs in bf16."""
+    outputs, inputs = linear.weight.shape
+    values = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+    scales = torch.randn(inputs // 64, outputs, 2).bfloat16()
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, scales)
+
+
+def sdnq(linear: nn.Linear, **settings: object) -> Step:
+    """sdnq's 4-bit layer."""
+    from sdnq.quantizer import sdnq_post_load_quant  # type: ignore[import-not-found]
+
+    return sdnq_post_load_quant(nn.Sequential(linear), weights_dtype="int4", **settings)
+
+
+def quanto(linear: nn.Linear) -> Step:
+    """optimum-quanto's 4-bit layer."""
+    from optimum.quanto import freeze, qint4, quantize  # type: ignore[import-not-found]
+
+    model = nn.Sequential(linear)
+    quantize(model, weights=qint4)
+    freeze(model)
+    return model
+
+
+def torchao(linear: nn.Linear, *, dynamic: bool) -> Step:
+    """torchao's 4-bit weights, inputs in bf16 or dynamically in 8 bits."""
+    import torchao.quantization as q  # type: ignore[import-not-found]
+
+    model, group = nn.Sequential(linear), q.PerGroup(64)
+    if dynamic:
+        settings = q.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=group)
+    else:
+        settings = q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+    q.quantize_(model, settings)
+    return model
+
+
+def bitsandbytes(linear: nn.Linear) -> Step:
+    """bitsandbytes' NF4 layer."""
+    import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+    outputs, inputs = linear.weight.shape
+    layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+METHODS: dict[str, Maker] = {
+    "torch bf16": bf16,
+    "mm, fused branch": ours,
+    "mm, no branch": lambda linear: ours(linear, rank=0),
+    "mm, unfused branch": lambda linear: ours(linear, fused=False),
+    "torch int4pack": int4pack,
+}
+PEERS: dict[str, Maker] = {
+    "sdnq int4": sdnq,
+    "sdnq int4, 8-bit products": lambda linear: sdnq(linear, use_quantized_matmul=True),
+    "sdnq int4, SVD": lambda linear: sdnq(linear, use_svd=True),
+    "sdnq int4, SVD, 8-bit products": lambda linear: sdnq(linear, use_svd=True, use_quantized_matmul=True),
+    "optimum-quanto int4": quanto,
+    "torchao int4": lambda linear: torchao(linear, dynamic=False),
+    "torchao int4, 8-bit inputs": lambda linear: torchao(linear, dynamic=True),
+    "bitsandbytes NF4": bitsandbytes,
+}
+
+
+def layer(outputs: int, inputs: int) -> nn.Linear:
+    """A random bf16 layer."""
+    made = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    nn.init.normal_(made.weight, std=inputs**-0.5)
+    return made.bfloat16()
+
+
+def prepare(
+    shape: tuple[int, int], copies: int, makers: dict[str, Maker], absent: dict[str, str]
+) -> dict[str, list[Step]]:
+    """Every method's layers; those that fail move to `absent` with their reason."""
+    steps: dict[str, list[Step]] = {}
+    probe = torch.randn(2, shape[1]).bfloat16()
+    for name, make in makers.items():
+        if name in absent:
+            continue
+        try:
+            torch.manual_seed(0)
+            steps[name] = [make(layer(*shape)) for _ in range(copies)]
+            steps[name][0](probe)
+        except Exception as error:  # a peer may fail in any way; the others are still worth timing
+            absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:140]}"
+            steps.pop(name, None)
+    return steps
+
+
+def seconds(steps: dict[str, list[Step]], tokens: int, inputs: int, rounds: int, least: float) -> dict[str, float]:
+    """Median seconds a call of every method, timed in turn; a round of a method takes `least` seconds or one call."""
+    x = torch.randn(tokens, inputs).bfloat16()
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):  # the first is a warm-up
+        for name, layers in steps.items():
+            calls, start = 0, time.perf_counter()
+            while calls < len(layers) or time.perf_counter() - start < least:
+                layers[calls % len(layers)](x)
+                calls += 1
+                if calls >= len(layers) and time.perf_counter() - start > least:
+                    break
+            if number:
+                found[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def measure(shape: tuple[int, int], tokens: int, makers: dict[str, Maker], absent: dict[str, str], rounds: int) -> dict:
+    """One row of the table."""
+    outputs, inputs = shape
+    # With one token: enough copies that no cache holds them all, whatever their width.
+    copies = max(1, min(12, (96 << 20) // (outputs * inputs // 2))) if tokens == 1 else 1
+    with torch.no_grad():
+        steps = prepare(shape, copies, makers, absent)
+        times = seconds(steps, tokens, inputs, rounds, 0.05 if tokens < 256 else 0.0)
+    base = times["torch bf16"]
+    plain = times.get("mm, no branch", base)
+    return {
+        "outputs": outputs,
+        "inputs": inputs,
+        "tokens": tokens,
+        "milliseconds": {name: 1e3 * t for name, t in times.items()},
+        "speedup": {name: base / t for name, t in times.items()},
+        "gops": {name: 2e-9 * tokens * outputs * inputs / t for name, t in times.items()},
+        "fused_adds": times["mm, fused branch"] / plain - 1 if "mm, fused branch" in times else None,
+        "unfused_adds": times["mm, unfused branch"] / plain - 1 if "mm, unfused branch" in times else None,
+    }
+
+
+def table(rows: list[dict], absent: dict[str, str]) -> str:
+    """Markdown: times as fast as torch's bf16 in the same run; the last columns say what the branch adds."""
+    names = [n for n in [*METHODS, *PEERS] if n != "torch bf16" and any(n in row["speedup"] for row in rows)]
+    head = ["outputs x inputs", "tokens", "torch bf16, ms", *names, "branch adds", "unfused adds"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in rows:
+        cells = [f"{row['outputs']} x {row['inputs']}", str(row["tokens"]), f"{row['milliseconds']['torch bf16']:.3g}"]
+        cells += [f"{row['speedup'][n]:.2f}" if n in row["speedup"] else "" for n in names]
+        cells += [f"{100 * row[key]:.0f} %" for key in ("fused_adds", "unfused_adds")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines + [f"\nNot here: {name} ({why})." for name, why in absent.items()])
+
+
+def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
+    """flux, trunk, or one shape as OUTPUTSxINPUTS."""
+    if name in ("flux", "trunk"):
+        return FLUX if name == "flux" else TRUNK
+    outputs, inputs = map(int, name.split("x"))
+    return ((outputs, inputs),)
+
+
+def main() -> None:
+    """Times everything and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--shapes", nargs="+", default=["flux", "trunk"], help="flux, trunk, or OUTPUTSxINPUTS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true", help="only torch and mm")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    shapes = [shape for name in options.shapes for shape in shapes_of(name)]
+    makers, absent, rows = METHODS | ({} if options.no_peers else PEERS), {}, []
+    for shape in shapes:
+        for tokens in options.tokens:
+            rows.append(measure(shape, tokens, makers, absent, options.rounds))
+            print(table(rows[-1:], {}).splitlines()[-1], flush=True)
+    print(f"\n{table(rows, absent)}")
+    if options.json:
+        settings = {"threads": options.threads, "rank": RANK, "rounds": options.rounds, "backends": kernels.backends()}
+        options.json.write_text(json.dumps({"rows": rows, "absent": absent, "settings": settings}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
