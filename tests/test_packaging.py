@@ -62,7 +62,9 @@ def test_public_names_are_frozen_and_load(package):
 
 
 def test_an_unknown_name_says_what_there_is():
-    with pytest.raises(AttributeError, match=r"no attribute 'Pipeline'; it offers SVDQuantConfig, TextToImagePipeline, quantize"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'Pipeline'; it offers SVDQuantConfig, TextToImagePipeline, quantize"
+    ):
         mm.Pipeline  # noqa: B018
 
 

@@ -12,7 +12,6 @@ This module does not know diffusers or transformers.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 
 from mm.errors import UserError
 from mm.linear import ActivationRule, BranchedLinear, swap
+from mm.patch import base_hash as base_hash
 from mm.quantization.config import SVDQuantConfig
 
 
@@ -70,20 +70,6 @@ def ready(root: nn.Module) -> None:
     """After tensors have been put into layers one by one: lays branches side by side."""
     for _, layer in quantized(root):
         layer.refresh()
-
-
-def base_hash(root: nn.Module) -> str:
-    """Of a model's 16-bit tensors: what it was quantized from, or its own where it is not quantized."""
-    kept = getattr(root, "mm_base_hash", None)
-    if kept:
-        return str(kept)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(root.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(str(tuple(tensor.shape)).encode())
-        values = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.detach().cpu()
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def record(root: Any, config: SVDQuantConfig, base: str) -> None:
