@@ -118,7 +118,7 @@ class Patch:
     # ---- on and off ---------------------------------------------------------------------------------------------
 
     def apply(self, target: Any, scale: float = 1.0) -> Applied:
-        """Puts all entries onto a module or pipeline. Raises UserError when one does not fit: nothing is changed then."""
+        """Puts all entries onto a module or pipeline. Raises UserError when one misfits; nothing is changed then."""
         places = self._match(target)
         self._check_base(target)
         for entry, root, path in places:

@@ -27,8 +27,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
 from mm.errors import UserError
-from mm.models.codes import CodeHead
 from mm.models.cache import PromptCache
+from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.paths import resolve_model
@@ -42,6 +42,24 @@ MODES = ("flow", "codes")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
 Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
+
+
+class Reading:
+    """What pictures read in one step: several caches, and the weight of what each makes of them (they add up to 1).
+
+    Classifier-free guidance with scale s has the weights s and 1 - s.
+    """
+
+    def __init__(self, caches: Sequence[PromptCache], weights: Sequence[float]) -> None:
+        self.prompt = PromptCache.cat(caches) if len(caches) > 1 else caches[0]
+        self.weights = tuple(weights)
+
+    def mix(self, made: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """One out of what each cache gave; `share` 0 takes the first alone, 1 the weights as they are."""
+        first, *others = made.chunk(len(self.weights))
+        for other, weight in zip(others, self.weights[1:], strict=True):
+            first = first + share * weight * (other - made[: len(other)])
+        return first
 
 
 class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
@@ -226,15 +244,21 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
 
         with self.scaled_lora(attention_kwargs):
             caches = self.encode_prompt(prompts, num_images_per_prompt, negative_prompt)
+            reading = self._guided(caches)
             if mode == "flow":
                 noise = self.prepare_latents(generators, latents)
-                drawn = self._denoise(noise, generators, caches, num_inference_steps, tell)
+                drawn = self._denoise(noise, generators, reading, num_inference_steps, tell)
             else:
-                drawn = self._fill_codes(generators, caches, num_inference_steps, tell)
+                drawn = self._fill_codes(generators, reading, num_inference_steps, tell)
 
         pictures: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _guided(self, caches: tuple[PromptCache, PromptCache]) -> Reading:
+        """What is read a step: the prompt, and with guidance the empty one as well."""
+        scale = self._guidance_scale
+        return Reading(caches, (scale, 1 - scale)) if scale > 1 else Reading(caches[:1], (1.0,))
 
     def _teller(
         self, callback: Callback | None, names: Sequence[str]
@@ -254,13 +278,11 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         self,
         latents: torch.Tensor,
         generators: Sequence[torch.Generator],
-        caches: tuple[PromptCache, PromptCache],
+        reading: Reading,
         steps: int,
         tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """From noise to latents along the flow, by the scheduler's steps."""
-        guided = self.do_classifier_free_guidance
-        prompt = PromptCache.cat(caches) if guided else caches[0]
         self.scheduler.set_timesteps(steps, device=latents.device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -271,13 +293,11 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
             for i, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
-                doubled = torch.cat([latents, latents]) if guided else latents
-                sigma = (timestep / self.scheduler.config.num_train_timesteps).float().expand(len(doubled))
-                features = self.trunk(doubled.to(self.trunk.dtype), sigma, prompt, "flow")
-                velocity = self.velocity_decoder(doubled.to(self.velocity_decoder.dtype), sigma, features).float()
-                if guided:
-                    wanted, free = velocity.chunk(2)
-                    velocity = free + self._guidance_scale * (wanted - free)
+                several = latents.repeat(len(reading.weights), 1, 1, 1)
+                sigma = (timestep / self.scheduler.config.num_train_timesteps).float().expand(len(several))
+                features = self.trunk(several.to(self.trunk.dtype), sigma, reading.prompt, "flow")
+                velocity = self.velocity_decoder(several.to(self.velocity_decoder.dtype), sigma, features).float()
+                velocity = reading.mix(velocity)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
                 latents = tell(i, timestep, latents)
                 bar.update()
@@ -286,13 +306,11 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
     def _fill_codes(
         self,
         generators: Sequence[torch.Generator],
-        caches: tuple[PromptCache, PromptCache],
+        reading: Reading,
         steps: int,
         tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """From nothing to latents, some tokens' codes a step."""
-        guided = self.do_classifier_free_guidance
-        prompt = PromptCache.cat(caches) if guided else caches[0]
         device = self._execution_device
         side = self.autoencoder.config.sample_size // self.autoencoder.scale_factor
         channels, levels = self.bridge.config.channels, self.bridge.config.levels
@@ -306,7 +324,7 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
                 if self._interrupt:
                     break
                 masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)
-                features_BLD = self._code_features(latents, masked_BL, prompt, guided, known)
+                features_BLD = self._code_features(latents, masked_BL, reading, known)
                 row = torch.arange(len(now_BN), device=device)[:, None].expand_as(now_BN)
                 drawn = self.code_head.sample(
                     features_BLD[row, now_BN].flatten(0, 1), gumbel_BLKV[row, now_BN].flatten(0, 1)
@@ -319,16 +337,13 @@ class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
         return latents
 
     def _code_features(
-        self, latents: torch.Tensor, masked_BL: torch.Tensor, prompt: PromptCache, guided: bool, known: float
+        self, latents: torch.Tensor, masked_BL: torch.Tensor, reading: Reading, known: float
     ) -> torch.Tensor:
         """The trunk's features with guidance, which grows with the share of known tokens."""
-        twice = 2 if guided else 1
-        latents, masked_BL = latents.repeat(twice, 1, 1, 1), masked_BL.repeat(twice, 1)
-        features = self.trunk(latents.to(self.trunk.dtype), masked_BL.float(), prompt, "codes", masked_BL)
-        if not guided:
-            return features
-        wanted, free = features.chunk(2)
-        return free + (1 + (self._guidance_scale - 1) * known) * (wanted - free)
+        times = len(reading.weights)
+        several, masked = latents.repeat(times, 1, 1, 1), masked_BL.repeat(times, 1)
+        features = self.trunk(several.to(self.trunk.dtype), masked.float(), reading.prompt, "codes", masked)
+        return reading.mix(features, known)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures in the wanted type."""

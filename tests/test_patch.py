@@ -62,7 +62,7 @@ def test_a_patch_goes_on_scales_and_comes_off(model, bits, tmp_path):
     torch.testing.assert_close(run(model), full, atol=1e-5, rtol=1e-5)
     patch.undo(model)
     assert torch.equal(run(model), before)
-    with pytest.raises(UserError, match="2 layers lack patch|layers lack patch"):
+    with pytest.raises(UserError, match="2 layers lack patch"):
         patch.verify(model)
 
 
@@ -254,7 +254,7 @@ def test_unknown_layers_are_named(model):
     tensors = {"nowhere.lora_A.weight": torch.randn(2, 4), "nowhere.lora_B.weight": torch.randn(4, 2)}
     with pytest.raises(UserError, match="0 of 1 LoRA layers are in this model; not: nowhere"):
         read_lora(tensors, model)
-    with pytest.raises(UserError, match="'odd.key' is in no LoRA layout"):
+    with pytest.raises(UserError, match=r"'odd\.key' is in no LoRA layout"):
         read_lora({"odd.key": torch.zeros(1)}, model)
     half = {"proj_out.lora_A.weight": torch.randn(2, 32)}
     with pytest.raises(UserError, match="only its down half"):
