@@ -15,7 +15,9 @@ from mm._lazy import loader
 from mm._torchvision import install
 
 if TYPE_CHECKING:
+    from mm.pipelines.image_edit import ImageEditPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline
+    from mm.pipelines.understanding import UnderstandingPipeline
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.quantize import quantize
 
@@ -38,12 +40,21 @@ after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
 
 __version__ = "0.1.0"
-__all__ = ["SVDQuantConfig", "TextToImagePipeline", "__version__", "quantize"]
+__all__ = [
+    "ImageEditPipeline",
+    "SVDQuantConfig",
+    "TextToImagePipeline",
+    "UnderstandingPipeline",
+    "__version__",
+    "quantize",
+]
 __getattr__ = loader(
     "mm",
     {
+        "ImageEditPipeline": "pipelines.image_edit",
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
+        "UnderstandingPipeline": "pipelines.understanding",
         "quantize": "quantization.quantize",
     },
 )

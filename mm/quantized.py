@@ -117,12 +117,25 @@ def quantize_folder(
     if before is not None:
         report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
     pipe.save_pretrained(out)
+    _bring_the_rest(model, out)
     report.save(out / "report.json")
     plot = BytesIO()
     draw(report).save(plot, "PNG")
     write_bytes(out / "report.png", plot.getvalue())
     shutil.rmtree(parts)
     return report
+
+
+def _bring_the_rest(model: str | Path, out: Path) -> None:
+    """Copies components that other pipelines of the same folder use, as they are."""
+    where = resolve_model(model)
+    if not isinstance(where, Path):
+        return
+    before, after = (json.loads((f / "model_index.json").read_text(encoding="utf-8")) for f in (where, out))
+    missing = {k: x for k, x in before.items() if k not in after and isinstance(x, list) and (where / k).is_dir()}
+    for name in missing:
+        shutil.copytree(where / name, out / name)
+    write_bytes(out / "model_index.json", (json.dumps(after | missing, indent=2) + "\n").encode())
 
 
 def _check_parts(parts: Path, model: str | Path, config: SVDQuantConfig) -> None:

@@ -3,6 +3,7 @@
 Design choices
 - diffusers only logs a tensor that a file lacks, and leaves the new random one in place: a model that loads, and draws
   something else. Here it raises, with the component and the first names.
+- Several pipelines live in one folder (drawing, reading, editing); each takes the components that it needs.
 - Only headers are read (names, no tensors), so that checking costs milliseconds.
 
 This module does not know which components a pipeline has. It looks at local folders: what comes from the hub has been
@@ -11,6 +12,7 @@ checked against its hash on the way.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +22,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mm.errors import UserError
+
+
+class SharedFolderMixin:
+    """For pipelines that share one folder: what belongs to the others is passed over in silence."""
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The folder's index without the parts that this pipeline does not take."""
+        config = super().load_config(*args, **kwargs)  # type: ignore[misc]
+        takes = set(inspect.signature(cls.__init__).parameters)
+
+        def own(index: dict[str, Any]) -> dict[str, Any]:
+            return {k: x for k, x in index.items() if k.startswith("_") or k in takes or not isinstance(x, list)}
+
+        return (own(config[0]), *config[1:]) if isinstance(config, tuple) else own(config)
 
 
 def first_broken(folder: Path) -> str | None:

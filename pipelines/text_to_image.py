@@ -32,7 +32,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.paths import resolve_model
-from mm.pipelines.loading import check_complete, first_broken
+from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize
 from mm.pipelines.sampling import Generators, code_steps, gumbel_noise, picture_generators, picture_noise
@@ -62,7 +62,7 @@ class Reading:
         return first
 
 
-class TextToImagePipeline(DiffusionPipeline, TrunkLoraMixin):
+class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
     """Draws pictures from prompts. See `__call__`."""
 
     # The trunk takes turns with a head at every step: offloading heads would move the trunk as often.

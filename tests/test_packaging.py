@@ -15,8 +15,15 @@ from mm import _torchvision
 
 ROOT = Path(mm.__file__).resolve().parents[1]
 PUBLIC = {
-    "mm": ["SVDQuantConfig", "TextToImagePipeline", "__version__", "quantize"],
-    "mm.pipelines": ["TextToImagePipeline"],
+    "mm": [
+        "ImageEditPipeline",
+        "SVDQuantConfig",
+        "TextToImagePipeline",
+        "UnderstandingPipeline",
+        "__version__",
+        "quantize",
+    ],
+    "mm.pipelines": ["ImageEditPipeline", "TextToImagePipeline", "UnderstandingPipeline"],
     "mm.tokenizers": ["VisionTokenizer", "Autoencoder", "Bridge"],
 }
 
@@ -63,7 +70,8 @@ def test_public_names_are_frozen_and_load(package):
 
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(
-        AttributeError, match=r"no attribute 'Pipeline'; it offers SVDQuantConfig, TextToImagePipeline, quantize"
+        AttributeError,
+        match=r"no attribute 'Pipeline'; it offers ImageEditPipeline, SVDQuantConfig, TextToImagePipeline",
     ):
         mm.Pipeline  # noqa: B018
 

@@ -36,6 +36,8 @@ from mm.errors import UserError
 
 COMMANDS = {
     "generate": ("mm.cli.generate", "Draw pictures from a prompt."),
+    "describe": ("mm.cli.describe", "Describe a picture, or answer questions about it."),
+    "edit": ("mm.cli.edit", "Change a picture by an instruction."),
     "eval": ("mm.cli.evaluate", "Measure a model: reconstruct, compose."),
     "quantize": ("mm.cli.quantize", "Write a 4-bit copy of a model, with a report."),
     "train": ("mm.cli.train", "Train a published model, or resume its training."),

@@ -12,7 +12,16 @@ from mm._lazy import adopt, loader
 adopt(__path__, "pipelines")
 
 if TYPE_CHECKING:
+    from mm.pipelines.image_edit import ImageEditPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline
+    from mm.pipelines.understanding import UnderstandingPipeline
 
-__all__ = ["TextToImagePipeline"]
-__getattr__ = loader("mm.pipelines", {"TextToImagePipeline": "text_to_image"})
+__all__ = ["ImageEditPipeline", "TextToImagePipeline", "UnderstandingPipeline"]
+__getattr__ = loader(
+    "mm.pipelines",
+    {
+        "ImageEditPipeline": "image_edit",
+        "TextToImagePipeline": "text_to_image",
+        "UnderstandingPipeline": "understanding",
+    },
+)
