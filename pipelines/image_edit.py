@@ -45,7 +45,9 @@ from mm.tokenizers import Autoencoder, Bridge
 
 
 class ImageEditPipeline(TextToImagePipeline):
-    """Edits pictures by instructions. See `__call__`."""
+    """Edits pictures by instructions. See `__call__`. `default_guidance`: of text and picture, where none is given."""
+
+    default_guidance = (4.0, 1.5)
 
     def __init__(
         self,
@@ -80,8 +82,8 @@ class ImageEditPipeline(TextToImagePipeline):
         *,
         mask_image: Any = None,
         num_inference_steps: int = 12,
-        guidance_scale: float = 4.0,
-        image_guidance_scale: float = 1.5,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         mode: str = "flow",
         num_images_per_prompt: int = 1,
         generator: Generators = None,
@@ -96,6 +98,8 @@ class ImageEditPipeline(TextToImagePipeline):
         strictly the words are followed; `image_guidance_scale`: how closely the source. Generators, output types and
         callbacks as in `TextToImagePipeline`. Raises UserError for what cannot be drawn; warns of unknown words.
         """
+        guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
+        image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
         if len(pictures) != len(prompts):

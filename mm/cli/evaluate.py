@@ -72,6 +72,55 @@ def compose(
     _print(_compose_table(report))
 
 
+@app.command(epilog="Example: mm eval understand --limit 100 --json runs/understand.json")
+def understand(
+    model: Model = "mm-tiny",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Scenes, with about seven questions each.")] = 300,
+    json: Json = None,
+) -> None:
+    """Questions about pictures by kind, yes/no balance, and the facts of descriptions."""
+    from mm import UnderstandingPipeline
+    from mm.evaluation.understand import UnderstandConfig, evaluate_understand
+
+    pipe = UnderstandingPipeline.from_pretrained(model)
+    config = UnderstandConfig(seed=seed, limit=limit)
+    report = evaluate_understand(pipe, config, json_file=json, settings={"model": model})
+    print(f"overall {report['overall']:.3f} of {report['n']} questions (ceiling {report['ceiling']:.3f})")
+    for kind, task in report["tasks"].items():
+        print(f"{kind:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
+    told, truth = report["captions"], report["ceiling_captions"]
+    print(f"captions     precision {told['precision']:.3f} ({truth['precision']:.3f}), recall {told['recall']:.3f} "
+          f"({truth['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
+
+
+@app.command(epilog="Example: mm eval edit --limit 10 --json runs/edit.json")
+def edit(
+    model: Model = "mm-tiny",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 40,
+    guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = 4.0,
+    image_guidance: Annotated[float, typer.Option(help="How closely the source is followed.")] = 1.5,
+    tuning: Annotated[bool, typer.Option(help="Seen compositions, for choosing settings.")] = False,
+    json: Json = None,
+) -> None:
+    """Edits by kind: whether the change was made, and whether the rest stayed."""
+    from mm import ImageEditPipeline
+    from mm.evaluation.edit import EditConfig, evaluate_edit
+    from mm.world.judge import Judge
+
+    pipe = ImageEditPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.default_guidance = (guidance, image_guidance)
+    config = EditConfig(seed=seed, limit=limit, tuning=tuning)
+    told = {"model": model, "guidance": guidance, "image_guidance": image_guidance}
+    report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=told)
+    print(f"overall {report['overall']:.3f} of {report['n']} edits (ceiling {report['ceiling']:.3f})")
+    for kind, task in report["tasks"].items():
+        print(f"{kind:12} {task['score']:.3f}  success {task['success']:.3f} [{task['low']:.3f}, {task['high']:.3f}]  "
+              f"preservation {task['preservation']:.3f}  n {task['n']}")  # fmt: skip
+
+
 @app.command(epilog="Example: mm eval reconstruct --limit 32 --extra weights/comparisons --json runs/reconstruct.json")
 def reconstruct(
     model: Model = "mm-tiny",
