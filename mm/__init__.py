@@ -16,6 +16,7 @@ from mm._torchvision import install
 
 if TYPE_CHECKING:
     from mm.pipelines.image_edit import ImageEditPipeline
+    from mm.pipelines.interleaved import InterleavedPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline
     from mm.pipelines.understanding import UnderstandingPipeline
     from mm.quantization.config import SVDQuantConfig
@@ -42,6 +43,7 @@ after_import("transformers.quantizers.auto", _transformers_is_there)
 __version__ = "0.1.0"
 __all__ = [
     "ImageEditPipeline",
+    "InterleavedPipeline",
     "SVDQuantConfig",
     "TextToImagePipeline",
     "UnderstandingPipeline",
@@ -52,6 +54,7 @@ __getattr__ = loader(
     "mm",
     {
         "ImageEditPipeline": "pipelines.image_edit",
+        "InterleavedPipeline": "pipelines.interleaved",
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",

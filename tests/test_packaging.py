@@ -17,13 +17,14 @@ ROOT = Path(mm.__file__).resolve().parents[1]
 PUBLIC = {
     "mm": [
         "ImageEditPipeline",
+        "InterleavedPipeline",
         "SVDQuantConfig",
         "TextToImagePipeline",
         "UnderstandingPipeline",
         "__version__",
         "quantize",
     ],
-    "mm.pipelines": ["ImageEditPipeline", "TextToImagePipeline", "UnderstandingPipeline"],
+    "mm.pipelines": ["ImageEditPipeline", "InterleavedPipeline", "TextToImagePipeline", "UnderstandingPipeline"],
     "mm.tokenizers": ["VisionTokenizer", "Autoencoder", "Bridge"],
 }
 
@@ -71,7 +72,7 @@ def test_public_names_are_frozen_and_load(package):
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(
         AttributeError,
-        match=r"no attribute 'Pipeline'; it offers ImageEditPipeline, SVDQuantConfig, TextToImagePipeline",
+        match=r"no attribute 'Pipeline'; it offers ImageEditPipeline, InterleavedPipeline, SVDQuantConfig",
     ):
         mm.Pipeline  # noqa: B018
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "generate": ("mm.cli.generate", "Draw pictures from a prompt."),
     "describe": ("mm.cli.describe", "Describe a picture, or answer questions about it."),
     "edit": ("mm.cli.edit", "Change a picture by an instruction."),
+    "chat": ("mm.cli.chat", "Converse: words and pictures, in and out."),
     "eval": ("mm.cli.evaluate", "Measure a model: reconstruct, compose."),
     "quantize": ("mm.cli.quantize", "Write a 4-bit copy of a model, with a report."),
     "train": ("mm.cli.train", "Train a published model, or resume its training."),

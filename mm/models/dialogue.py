@@ -33,7 +33,7 @@ class Dialogue:
         self.ids: list[int] = []
         self.learned: list[bool] = []
         self.pictures: list[Any] = []
-        self._add([self.token("<bos>")])
+        self.add([self.token("<bos>")])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,38 +44,39 @@ class Dialogue:
 
     def user(self, text: str, *pictures: Any) -> Dialogue:
         """The user's turn, up to where the reply begins."""
-        self._add([self.token("<user>")])
+        self.add([self.token("<user>")])
         for picture in pictures:
             self._look(picture)
             if len(pictures) > 1:
-                self._add(self._words(","))  # looks of two pictures must not run together
-        self._add([*self._words(text), self.token("<mm>")])
+                self.add(self._words(","))  # looks of two pictures must not run together
+        self.add([*self._words(text), self.token("<mm>")])
         return self
 
     def says(self, text: str) -> Dialogue:
         """A reply in words."""
-        self._add([*self._words(text), self.token("<end>")], learned=True)
+        self.add([*self._words(text), self.token("<end>")], learned=True)
         return self
 
     def starts_drawing(self, mode: str = "flow") -> Dialogue:
         """The token after which a picture is drawn; then the ids are the prompt of that picture."""
-        self._add([self.token("<image>" if mode == "flow" else "<codes>")], learned=True)
+        self.add([self.token("<image>" if mode == "flow" else "<codes>")], learned=True)
         return self
 
     def has_drawn(self, picture: Any) -> Dialogue:
         """The picture that was drawn, which ends the reply."""
         self._look(picture)
-        self._add([self.token("<end>")], learned=True)
+        self.add([self.token("<end>")], learned=True)
         return self
 
     def _look(self, picture: Any) -> None:
         self.pictures.append(picture)
-        self._add([self.token("<look>")] * self.looks)
+        self.add([self.token("<look>")] * self.looks)
 
     def _words(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _add(self, ids: Sequence[int], learned: bool = False) -> None:
+    def add(self, ids: Sequence[int], learned: bool = False) -> None:
+        """Tokens as they are."""
         self.ids += ids
         self.learned += [learned] * len(ids)
 

@@ -1,0 +1,81 @@
+"""A conversation over lines of text: what `mm chat` does, for scripts too.
+
+Design choices
+- Lines come from anywhere that can be iterated; words go out as they come, pictures into numbered files that are named.
+- Ctrl-C stops the turn in hand and leaves the conversation as it was before; a second one, at the prompt, ends.
+
+This module does not know the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm.drawing import save_numbered
+from mm.errors import UserError
+from mm.metadata import png_bytes
+from mm.models.dialogue import spoken
+from mm.paths import resolve_model
+
+if TYPE_CHECKING:
+    from mm.pipelines.interleaved import InterleavedPipeline
+
+
+def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[str], asks: bool = False) -> None:
+    """Answers line after line. Raises UserError for a broken model; a turn's own errors are told and passed over."""
+    resolve_model(model)
+    import torch
+
+    from mm import InterleavedPipeline
+
+    pipe = InterleavedPipeline.from_pretrained(model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    conversation, picture, failed = pipe.start(), None, False
+    if asks:
+        print("say what to draw, change or describe; /image FILE, /new, /quit\n> ", end="", flush=True)
+    for line in lines:
+        words = line.strip()
+        try:
+            if words == "/quit":
+                break
+            if words == "/new":
+                conversation, picture = pipe.start(), None
+            elif words.startswith("/image "):
+                from mm.pipelines.pictures import open_picture
+
+                picture = open_picture(Path(words.removeprefix("/image ").strip()))
+            elif words.startswith("/"):
+                raise UserError(f"unknown command {words.split()[0]!r}; there are /image FILE, /new, /quit")
+            elif words:
+                _turn(pipe, conversation, words, picture, out, seed, steps)
+                picture = None
+        except UserError as error:
+            failed = True
+            print(f"mm: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)", flush=True)
+        if asks:
+            print("> ", end="", flush=True)
+    if failed and not asks:
+        raise UserError("some turns failed; see above")
+
+
+def _turn(
+    pipe: InterleavedPipeline, conversation: Any, words: str, picture: Any, out: Path, seed: int, steps: int
+) -> None:
+    said: list[str] = []
+    for event in pipe.turn(conversation, words, picture, seed=seed, steps=steps):
+        if event.kind == "word":
+            before = spoken(said)
+            said.append(event.word)
+            print(spoken(said)[len(before) :], end="", flush=True)
+        elif event.picture is not None:
+            used = seed + conversation.pictures - 1
+            settings = {"prompt": words, "seed": used, "steps": steps, "mode": "flow"}
+            settings |= {"width": event.picture.width, "height": event.picture.height}
+            print(f"[{save_numbered(out, png_bytes(event.picture, settings))}]", end="", flush=True)
+    print(flush=True)
