@@ -2,8 +2,9 @@
 
     python benchmarks/results_page.py runs/ docs/results.md
 
-`runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json (`mm eval reconstruct`) and
-generate.json (`benchmarks/generate.py`); what is missing is left out of the page.
+`runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json, edit.json
+(the commands of those names), generate.json, linear.json and quantized.json (`benchmarks/`); what is missing is left
+out of the page.
 """
 
 from __future__ import annotations
@@ -85,6 +86,67 @@ def generate_section(report: dict[str, Any]) -> str:
     return f"## Speed on two CPU cores\n\n{text}\n\n{body}\n\nShares of a default picture: {shares}."
 
 
+def understand_section(report: dict[str, Any]) -> str:
+    """Reading."""
+    s = report["settings"]
+    rows = [
+        [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])] for k, t in report["tasks"].items()
+    ]
+    rows.append(["**overall**", f"**{report['overall']:.3f}**", "", str(report["n"])])
+    told, true = report["captions"], report["ceiling_captions"]
+    text = (
+        f"Descriptions: precision {told['precision']:.3f} (ceiling {true['precision']:.3f}), "
+        f"recall {told['recall']:.3f} ({true['recall']:.3f}). Share of yes among existence questions: {report['yes_share']:.2f} of .50."
+    )
+    command = f"`mm eval understand --limit {s['limit']} --seed {s['seed']}`"
+    return f"## Reading\n\n{command}\n\n{table(['kind', 'accuracy', '95 % interval', 'n'], rows)}\n\n{text}"
+
+
+def edit_section(report: dict[str, Any]) -> str:
+    """Editing."""
+    s = report["settings"]
+    rows = [
+        [k, f"{t['score']:.3f}", f"{t['success']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", f"{t['preservation']:.3f}",
+         str(t["n"]), f"{report['ceiling_tasks'][k]:.3f}"]
+        for k, t in report["tasks"].items()
+    ]  # fmt: skip
+    rows.append(
+        ["**overall**", f"**{report['overall']:.3f}**", "", "", "", str(report["n"]), f"{report['ceiling']:.3f}"]
+    )
+    head = ["kind", "sqrt(success x preservation)", "success", "95 % interval", "preservation", "n", "ceiling"]
+    command = f"`mm eval edit --limit {s['limit']} --guidance {s['guidance']} --image-guidance {s['image_guidance']}`"
+    return f"## Editing\n\n{command}\n\n{table(head, rows)}"
+
+
+def linear_section(report: dict[str, Any]) -> str:
+    """Linear layers against peers: times as fast as torch's bf16."""
+    names = [n for n in report["rows"][0]["speedup"] if n != "torch bf16"]
+    rows = []
+    for row in report["rows"]:
+        cells = [f"{row['outputs']} x {row['inputs']}", str(row["tokens"]), f"{row['milliseconds']['torch bf16']:.3g}"]
+        cells += [f"{row['speedup'][n]:.2f}" if n in row["speedup"] else "" for n in names]
+        rows.append([*cells, f"{row['fused_adds']:.0%}", f"{row['unfused_adds']:.0%}"])
+    head = ["outputs x inputs", "tokens", "torch bf16, ms", *names, "branch adds", "unfused adds"]
+    absent = "".join(f"\n\nNot here: {n} ({why})." for n, why in report["absent"].items())
+    text = "`python benchmarks/linear.py`: times as fast as torch's bf16 in the same run, two threads, rank 32."
+    return f"## 4-bit linear layers on two CPU cores\n\n{text}\n\n{table(head, rows)}{absent}"
+
+
+def quantized_section(report: dict[str, Any]) -> str:
+    """What 4 bits cost."""
+    rows = []
+    for name, row in report["rows"].items():
+        if "absent" in row:
+            rows.append([name, "", row["absent"], ""])
+            continue
+        change = f"{row['change']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+        rows.append([name, f"{row['bits']:.2f}", f"{row['psnr']:.2f}", change])
+    head = ["method", "bits a weight", "PSNR to 16 bits, dB", "compose, points (95 %)"]
+    lora = ", ".join(f"{name} {value:.2f} dB" for name, value in report["lora"].items())
+    text = f"`python benchmarks/quantized_generate.py`, {report['pictures']} pictures of tuning prompts."
+    return f"## mm-tiny in 4 bits\n\n{text}\n\n{table(head, rows)}\n\nPSNR to 16 bits with a LoRA: {lora}."
+
+
 def main() -> None:
     """Writes the page."""
     folder, target = Path(sys.argv[1]), Path(sys.argv[2])
@@ -96,7 +158,11 @@ def main() -> None:
         "compose-flow": compose_section,
         "compose-codes": compose_section,
         "reconstruct": reconstruct_section,
+        "understand": understand_section,
+        "edit": edit_section,
         "generate": generate_section,
+        "quantized": quantized_section,
+        "linear": linear_section,
     }
     for name, make in makers.items():
         report = read(folder, name)
