@@ -96,7 +96,8 @@ def understand_section(report: dict[str, Any]) -> str:
     told, true = report["captions"], report["ceiling_captions"]
     text = (
         f"Descriptions: precision {told['precision']:.3f} (ceiling {true['precision']:.3f}), "
-        f"recall {told['recall']:.3f} ({true['recall']:.3f}). Share of yes among existence questions: {report['yes_share']:.2f} of .50."
+        f"recall {told['recall']:.3f} ({true['recall']:.3f}). "
+        f"Share of yes among existence questions: {report['yes_share']:.2f} of .50."
     )
     command = f"`mm eval understand --limit {s['limit']} --seed {s['seed']}`"
     return f"## Reading\n\n{command}\n\n{table(['kind', 'accuracy', '95 % interval', 'n'], rows)}\n\n{text}"

@@ -129,7 +129,7 @@ class ImageEditPipeline(TextToImagePipeline):
             drawn = self._fill_codes(generators, reading, num_inference_steps, tell)
             if mask is not None:
                 drawn = torch.where(_coarse(mask, drawn.shape[-1]) > 0, drawn, clean)
-        out = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type)
+        out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=out) if return_dict else (out,)
 

@@ -145,7 +145,8 @@ def generate(
     most: int,
 ) -> list[str]:
     """The likeliest reply of every row, word by word, up to `<end>`."""
-    end, image = (int(tokenizer.convert_tokens_to_ids(t)) for t in ("<end>", "<image>"))
+    known = tokenizer.get_vocab()
+    end, image = known["<end>"], known["<image>"]
     said: list[list[int]] = [[] for _ in ids]
     running = torch.ones(len(ids), dtype=torch.bool)
     logits, state = trunk.read(ids, mask, looks)

@@ -176,7 +176,8 @@ class Joint(Drawing):
     def looks(self, seen: Seen) -> torch.Tensor:
         """Looks (N, S, D) of what is looked at."""
         if seen.pictures is not None:
-            encoder = self._encoder[0].to(seen.pictures.device)
+            encoder: Any = self._encoder[0]
+            encoder = encoder.to(seen.pictures.device)
             with torch.no_grad():
                 tokens = encoder(seen.pictures)[1]
             return self.look_connector(tokens)

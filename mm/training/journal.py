@@ -98,6 +98,21 @@ def journal(state: Path) -> str:
     out += ["", "## Drawing", "", "Losses are moving averages over about 50 steps.", "", table(thinned(losses))]
     if scores:
         out += ["", "Judged on the way (tuning prompts, averaged weights):", "", table(scores)]
+    for title, folder, note in (
+        (
+            "Understanding encoder",
+            "understanding",
+            "`_right`: share of object cells named right, on training pictures.",
+        ),
+        (
+            "Joint",
+            "joint",
+            "Goes on from drawing: seconds and samples count on. `_right`: share of spoken words right.",
+        ),
+    ):
+        rows = read_log(state / folder / "log.jsonl")
+        if rows:
+            out += ["", f"## {title}", "", note, "", table(thinned(rows))]
     return "\n".join(out) + "\n"
 
 
