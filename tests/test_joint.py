@@ -1,0 +1,129 @@
+"""The joint stage on a tiny model: every task's batch, what reaches what, and that steps depend on their seed alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_reader
+
+from mm.models.dialogue import IGNORED
+from mm.training import joint, joint_run
+from mm.training.drawing import DrawingBatch
+from mm.training.joint import EditBatch, Joint, JointConfig, ReadBatch
+from mm.training.latents import write_shard
+
+CONFIG = JointConfig(codes_share=0.5, align_layer=1, codes_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_reader()
+
+
+@pytest.fixture(scope="module")
+def state(parts, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("state")
+    write_shard(folder / "latents", 0, parts["autoencoder"], size=32)
+    joint_run.write_edit_shard(folder / "edits", 0, parts["autoencoder"], size=32)
+    return folder
+
+
+@pytest.fixture
+def module(parts) -> Joint:
+    drawing = (parts[name] for name in ("trunk", "velocity_decoder", "code_head", "bridge"))
+    return Joint(
+        *drawing,
+        encoder=parts["understanding_encoder"],
+        look_connector=parts["look_connector"],
+        latent_connector=parts["latent_connector"],
+        config=CONFIG,
+    )
+
+
+def batches(state: Path, **shares: float) -> joint_run.Batches:
+    return joint_run.Batches(state, replace(CONFIG, **shares), 8, 0)
+
+
+def test_every_task_comes_in_its_share_and_gives_a_loss(state, module):
+    made = [batches(state, read_share=0.4, edit_share=0.3)(step) for step in range(24)]
+    kinds = {type(batch) for batch in made}
+    assert kinds == {DrawingBatch, ReadBatch, EditBatch}
+    for batch in made:
+        losses = module(batch)
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        prefix = "edit_" if isinstance(batch, EditBatch) else ""
+        names = {"words", "_right"} if isinstance(batch, ReadBatch) else {f"{prefix}align"}
+        assert names <= set(losses)
+
+
+def test_a_step_depends_on_the_seed_and_its_number_alone(state):
+    first, second = (batches(state, read_share=0.0, edit_share=1.0) for _ in range(2))
+    for step in (3, 1):
+        first(step)
+    a, b = first(7), second(7)
+    assert torch.equal(a.ids_BT, b.ids_BT)
+    assert torch.equal(a.noise_BCHW, b.noise_BCHW)
+    assert not torch.equal(a.noise_BCHW, second(8).noise_BCHW)
+
+
+def test_gradients_reach_connectors_and_text_but_not_the_encoder(state, module):
+    used = set()
+    for step in range(12):
+        batch = batches(state, read_share=1.0, edit_share=0.0)(step)
+        module.zero_grad(set_to_none=True)
+        module(batch)["words"].backward()
+        assert module.trunk.norm_text_out.weight.grad is not None
+        for name in ("look_connector", "latent_connector"):
+            if getattr(module, name).up.weight.grad is not None:
+                used.add(name)
+    assert used == {"look_connector", "latent_connector"}
+    assert all(p.grad is None for p in module._encoder[0].parameters())
+    assert not any("encoder" in name for name, _ in module.named_parameters())
+
+
+def test_rows_without_a_source_do_not_see_it(state, module):
+    batch = batches(state, read_share=0.0, edit_share=1.0, drop_source=0.5, codes_share=0.0)(0)
+    assert batch.keeps_B.any()
+    assert not batch.keeps_B.all()
+    other = replace(batch, source_BCHW=torch.randn_like(batch.source_BCHW))
+    sigma = torch.full((8,), 0.5)
+    a, b = (module.trunk(batch.latents_BCHW, sigma, module.prompt(x)) for x in (batch, other))
+    same = torch.tensor([torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True)])
+    assert torch.equal(same, ~batch.keeps_B)
+
+
+def test_only_what_the_model_says_is_learned(state):
+    batch = batches(state, read_share=1.0, edit_share=0.0)(0)
+    tokenizer = batches(state).tokenizer
+    look, user = (tokenizer.convert_tokens_to_ids(t) for t in ("<look>", "<user>"))
+    said = batch.targets_BT[batch.targets_BT != IGNORED]
+    assert len(said)
+    assert not (said == look).any()
+    assert not (said == user).any()
+
+
+def test_what_changes_counts_more(state):
+    cache = joint_run.EditCache(state / "edits")
+    edits, source, target = cache.draw(8, random.Random(0))
+    maker = batches(state)
+    look = maker._latents([e.source for e in edits], source, torch.Generator().manual_seed(0))
+    config = replace(CONFIG, drop_words=0.0, drop_source=0.0)
+    made = joint.edit_batch(
+        edits, source, target, maker.new, look, random.Random(1), torch.Generator().manual_seed(1), config
+    )
+    moved = (target - source).abs().mean(1) > 0.1
+    if moved.any() and not moved.all():
+        ratio = made.weights_BHW[moved].mean() / made.weights_BHW[~moved].mean()
+        assert ratio == pytest.approx(1 + config.changed_weight, rel=1e-4)
+    assert made.weights_BHW.mean() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_bad_shares_are_named():
+    with pytest.raises(ValueError, match="leave nothing to draw"):
+        JointConfig(read_share=0.7, edit_share=0.6)
+    with pytest.raises(ValueError, match=r"drop_words 2 must lie in \[0, 1\]"):
+        JointConfig(drop_words=2)
