@@ -28,7 +28,18 @@ def test_help_is_quick_and_lists_the_commands(cli):
 
 def test_commands_are_frozen():
     """Changing this list is a line in CHANGELOG.md."""
-    assert list(mm.cli.COMMANDS) == ["generate", "eval", "train", "ui", "batch", "doctor"]
+    assert list(mm.cli.COMMANDS) == [
+        "generate",
+        "describe",
+        "edit",
+        "chat",
+        "eval",
+        "quantize",
+        "train",
+        "ui",
+        "batch",
+        "doctor",
+    ]
 
 
 @pytest.mark.parametrize("name", mm.cli.COMMANDS)
