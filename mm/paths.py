@@ -19,6 +19,7 @@ from mm.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model_index.json"
+UNIFIED = ("emu3", "janus")  # model types of transformers that mm.pipelines.unified draws and reads with
 
 
 def weights_dir() -> Path:
@@ -51,9 +52,28 @@ def resolve_model(name_or_folder: str | Path) -> Path | str:
     )
 
 
+def unified_type(folder: str | Path) -> str | None:
+    """The type of a public unified model in transformers' layout, by the folder's config.json; None if it is none."""
+    kind = _model_type(Path(folder).expanduser())
+    return kind if kind in UNIFIED else None
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _checked(folder: Path) -> Path:
     """Raises unless every component that the index names has its folder."""
-    index = folder / _INDEX
+    index, kind = folder / _INDEX, _model_type(folder)
+    if kind in UNIFIED:
+        return folder
+    if kind is not None and not index.is_file():
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}; of transformers' models, known are {', '.join(UNIFIED)}"
+        )
     if not index.is_file():
         raise UserError(f"{folder} holds no {_INDEX}, so it is no complete diffusers model; copy or save it again")
     try:

@@ -31,7 +31,7 @@ from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.paths import resolve_model
+from mm.paths import resolve_model, unified_type
 from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize
@@ -106,6 +106,10 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise UserError("use_safetensors=False would load pickled weights, which can run code; leave it out")
         where = resolve_model(pretrained_model_name_or_path)
+        if unified_type(where) is not None:
+            from mm.pipelines.unified import UnifiedTextToImagePipeline
+
+            return UnifiedTextToImagePipeline.from_pretrained(where, **kwargs)
         try:
             pipe = super().from_pretrained(where, **kwargs)
         except (OSError, ValueError, RuntimeError, KeyError) as error:

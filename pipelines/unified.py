@@ -1,0 +1,241 @@
+"""Public unified models in mm's pipelines: one model of transformers that draws and reads.
+
+Design choices
+- A family (`mm.pipelines.janus`, `mm.pipelines.emu3`) wraps transformers' own classes, unchanged; what it has to say is
+  `UnifiedModel`: draw tokens, decode them, answer. The pipelines here are the same for all families.
+- They are called as mm's own: `TextToImagePipeline.from_pretrained(folder)` and `UnderstandingPipeline.from_pretrained`
+  hand a folder whose config.json names such a model over to the classes here.
+- Rule 1, the same seed gives the same picture: transformers' `generate` draws a whole batch from one generator, so that
+  a picture depends on its neighbours. Here each picture has Gumbel noise of its own, in float32, token by token.
+
+This module does not know tokens of any family.
+Legend: B pictures, L tokens a picture.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for the name in our modules
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
+
+from mm.errors import UserError
+from mm.paths import unified_type
+from mm.pipelines.sampling import Generators, picture_generators
+from mm.pipelines.token_sampling import Sampling
+from mm.pipelines.understanding import UnderstandingOutput
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DESCRIBE = "Describe the picture."
+MAX_GUIDANCE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """How a family draws where nothing is said: its authors' settings. `top_k` 0 = all codes."""
+
+    guidance_scale: float
+    top_k: int = 0
+    negative_prompt: str = ""
+
+
+class UnifiedModel(Protocol):
+    """What a family offers. `prompts` and `generators`: one a picture."""
+
+    defaults: Defaults
+
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of a picture that can be drawn. Raises UserError where that is not the wanted one."""
+        ...
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        size: tuple[int, int],
+        generators: Sequence[torch.Generator],
+        sampling: Sampling,
+    ) -> torch.Tensor:
+        """Tokens (B, L) of the pictures."""
+        ...
+
+    def decode(self, tokens_BL: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Pictures (B, 3, height, width), about -1 to 1."""
+        ...
+
+    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], max_words: int) -> list[str]:
+        """One answer a pair."""
+        ...
+
+
+def family_of(model: Any, processor: Any) -> UnifiedModel:
+    """The family of a model of transformers, by its config's `model_type`."""
+    kind = model.config.model_type
+    module = importlib.import_module(f"mm.pipelines.{kind}")
+    return getattr(module, kind.capitalize())(model, processor)
+
+
+def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
+    """Model and processor from a folder or a hub name. Raises UserError where tensors are missing."""
+    import transformers
+
+    name = kind.capitalize()
+    if "torch_dtype" in kwargs:  # diffusers' name for it
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    hub = {
+        k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "revision", "token") if k in kwargs
+    }
+    try:
+        processor = getattr(transformers, f"{name}Processor").from_pretrained(where, **hub)
+        model, told = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(
+            where, **(kwargs | {"use_safetensors": True, "output_loading_info": True})
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{where} is a {kind} model that cannot be loaded: {why}") from error
+    wrong = [
+        str(key) for kinds in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in told.get(kinds, ())
+    ]
+    if wrong:
+        raise UserError(
+            f"{where} does not hold just the tensors of a {name}ForConditionalGeneration; missing, unknown or of "
+            f"another shape: {', '.join(wrong[:3])} ({len(wrong)} in all); copy or save the model again"
+        )
+    return {"model": model.eval(), "processor": processor}
+
+
+class UnifiedPipeline(DiffusionPipeline):
+    """What both pipelines share: the two parts, in transformers' folder layout."""
+
+    model_cpu_offload_seq = "model"
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__()
+        self.register_modules(model=model, processor=processor)
+        self.family = family_of(model, processor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """A folder or a hub name of a Janus or Emu3 in transformers' layout. Only safetensors files are read."""
+        kind = unified_type(pretrained_model_name_or_path)
+        if kind is None:
+            raise UserError(f"{pretrained_model_name_or_path} holds no config.json of a Janus or Emu3 of transformers")
+        if kwargs.pop("use_safetensors", True) is not True:
+            raise UserError("use_safetensors=False would load pickled weights, which can run code; leave it out")
+        return cls(**load_parts(pretrained_model_name_or_path, kind, **kwargs))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes the folder as transformers does, so that both transformers and mm load it."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+class UnifiedTextToImagePipeline(UnifiedPipeline):
+    """Draws pictures from prompts, token by token. See `__call__`."""
+
+    modes = ("codes",)
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.image_processor = VaeImageProcessor()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        mode: str = "codes",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draws `num_images_per_prompt` pictures of each prompt.
+
+        Arguments and results as in `TextToImagePipeline`. `guidance_scale`, `top_k` (0 = all codes) and
+        `negative_prompt` are the family's where none is given; `temperature` 0 takes the likeliest token. A step is a
+        token, so `num_inference_steps` changes nothing. `output_type` "latent" gives tokens (B, L).
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        default = self.family.defaults
+        sampling = Sampling(
+            guidance_scale=default.guidance_scale if guidance_scale is None else guidance_scale,
+            temperature=temperature,
+            top_k=default.top_k if top_k is None else top_k,
+        )
+        _check_drawing(prompts, sampling, mode, num_images_per_prompt, output_type)
+        size = self.family.size(height, width)
+        negative = default.negative_prompt if negative_prompt is None else negative_prompt
+        generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
+        several = [p for p in prompts for _ in range(num_images_per_prompt)]
+        pictures: Any = self.family.draw(several, negative, size, generators, sampling)
+        if output_type != "latent":
+            pictures = self.family.decode(pictures, size).float()
+            pictures = self.image_processor.postprocess(pictures, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+
+def _check_drawing(prompts: Sequence[str], sampling: Sampling, mode: str, pictures: int, output_type: str) -> None:
+    """Raises UserError for what no family can draw, with the value."""
+    if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+        raise UserError(f"a prompt is a text that says what to draw, got {prompts!r}")
+    if mode != "codes":
+        raise UserError(
+            f"this model draws in codes only, not in mode {mode!r}; leave the mode out or give mode='codes'"
+        )
+    if pictures < 1:
+        raise UserError(f"num_images_per_prompt is {pictures}; give 1 or more")
+    if not 0 <= sampling.guidance_scale <= MAX_GUIDANCE:  # a NaN fails here too
+        raise UserError(f"guidance_scale is {sampling.guidance_scale}; give 0 to {MAX_GUIDANCE} (1 = off)")
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+
+
+class UnifiedUnderstandingPipeline(UnifiedPipeline):
+    """Answers questions about pictures, and describes them."""
+
+    @torch.no_grad()
+    def __call__(
+        self, image: Any, question: str | Sequence[str] | None = None, *, max_words: int = 128
+    ) -> UnderstandingOutput:
+        """Answers `question` (default: a description) about `image`; lists of both go pairwise.
+
+        `max_words` counts tokens. The likeliest token is taken each time, so that an answer is repeatable. Public
+        models know no bounds of their world: `outside` is always False.
+        """
+        from mm.pipelines.pictures import open_picture
+
+        pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+        asked = [DESCRIBE if question is None else question] if isinstance(question, str | None) else list(question)
+        asked = asked * len(pictures) if len(asked) == 1 else asked
+        pictures = pictures * len(asked) if len(pictures) == 1 else pictures
+        if len(asked) != len(pictures):
+            raise UserError(f"{len(pictures)} pictures and {len(asked)} questions; give as many, or a single one")
+        if max_words < 1:
+            raise UserError(f"max_words is {max_words}; give 1 or more")
+        answers = self.family.answer([open_picture(p) for p in pictures], asked, max_words)
+        self.maybe_free_model_hooks()
+        return UnderstandingOutput(answers=answers, outside=[False] * len(answers), psnr=[float("inf")] * len(answers))
+
+    def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
+        """One answer a pair."""
+        return self(list(pictures), list(questions)).answers
+
+    def describe(self, pictures: Sequence[Any]) -> list[str]:
+        """One description a picture."""
+        return self(list(pictures)).answers

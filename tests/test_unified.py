@@ -1,0 +1,275 @@
+"""Janus and Emu3 in mm's pipelines: tiny random models of transformers' classes, against transformers' own calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusImageProcessor,
+    JanusProcessor,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+import mm
+from mm.errors import UserError
+from mm.pipelines.sampling import gumbel_noise, picture_generators
+from mm.pipelines.unified import UnifiedTextToImagePipeline, UnifiedUnderstandingPipeline
+
+WORDS = (
+    "a an the red blue cat dog house on grass describe picture what colour is it User Assistant : . two stars".split()
+)
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+CHAT = (
+    "{% for m in messages %}User : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}Assistant :{% endif %}"
+)
+PROMPTS = ["a red cat", "two blue stars on the house , a dog on grass"]
+
+
+def tokenizer_of(extra: dict[str, str], more: list[str], bos: bool) -> PreTrainedTokenizerFast:
+    vocabulary = {word: n for n, word in enumerate([*SPECIAL.values(), *extra.values(), *more, *WORDS])}
+    raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = Whitespace()
+    if bos:
+        raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, extra_special_tokens=extra, additional_special_tokens=more, padding_side="left", **SPECIAL
+    )
+
+
+def liven(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights large enough that tokens differ from one another."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "vision_model" not in name:
+            weight.data.normal_(std=weight.shape[1] ** -0.5 * (0.6 if "head" in name else 1.5))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def janus(tmp_path_factory) -> Path:
+    """A folder as transformers saves it: 32 x 32 pictures of 16 tokens, 64 codes."""
+    tokens = tokenizer_of({"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}, [], bos=True)
+    sight = JanusImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = JanusProcessor(sight, tokens, chat_template=CHAT, num_image_tokens=16)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, **ids,
+        ).to_dict(),
+        vision_config=JanusVisionConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=32,
+            num_image_tokens=16,
+        ),
+        vq_config=JanusVQVAEConfig(
+            embed_dim=8, num_embeddings=64, latent_channels=32, base_channels=32, channel_multiplier=[1, 1, 1, 1],
+            num_res_blocks=1, projection_dim=32, image_token_embed_dim=32,
+        ),
+        image_token_id=tokens.image_token_id,
+    )  # fmt: skip
+    model = liven(JanusForConditionalGeneration(config))
+    model.generation_config = GenerationConfig(**ids, guidance_scale=5.0)
+    model.generation_config.generation_kwargs = {"boi_token_id": tokens.boi_token_id}
+    folder = tmp_path_factory.mktemp("models") / "janus"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawing(janus) -> UnifiedTextToImagePipeline:
+    return mm.TextToImagePipeline.from_pretrained(janus)
+
+
+@pytest.fixture(scope="module")
+def reading(drawing) -> UnifiedUnderstandingPipeline:
+    return UnifiedUnderstandingPipeline(**drawing.components)
+
+
+def drawing_inputs(pipe, prompts):
+    """What a script for transformers does with prompts."""
+    turns = [[{"role": "user", "content": [{"type": "text", "text": p}]}] for p in prompts]
+    texts = pipe.processor.apply_chat_template(turns, add_generation_prompt=True)
+    return pipe.processor(text=texts, generation_mode="image", padding=True, return_tensors="pt")
+
+
+def test_the_folder_picks_the_adapter(janus, drawing):
+    assert type(drawing) is UnifiedTextToImagePipeline
+    assert type(mm.UnderstandingPipeline.from_pretrained(janus)) is UnifiedUnderstandingPipeline
+    assert isinstance(drawing.model, JanusForConditionalGeneration)
+
+
+@pytest.mark.parametrize("scale", [5.0, 1.5])
+def test_greedy_tokens_are_transformers_own(drawing, scale):
+    own = drawing(PROMPTS, guidance_scale=scale, temperature=0, output_type="latent").images
+    theirs = drawing.model.generate(
+        **drawing_inputs(drawing, PROMPTS), generation_mode="image", do_sample=False, guidance_scale=scale
+    )
+    assert torch.equal(own, theirs)
+    assert len(set(own.flatten().tolist())) > 8  # a model that repeats one token would pass any test
+    assert not torch.equal(own[0], own[1])
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_sampled_tokens_are_transformers_own_given_the_same_noise(drawing, monkeypatch, top_k):
+    own = drawing(
+        PROMPTS, generator=torch.Generator().manual_seed(5), temperature=0.9, top_k=top_k, output_type="latent"
+    ).images
+    generators = picture_generators(torch.Generator().manual_seed(5), 2)
+
+    def multinomial(share, num_samples):
+        return (share.log() + gumbel_noise(generators, (share.shape[-1],))).argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    theirs = drawing.model.generate(
+        **drawing_inputs(drawing, PROMPTS),
+        generation_mode="image", do_sample=True, guidance_scale=5.0, temperature=0.9, top_k=top_k,
+    )  # fmt: skip
+    assert torch.equal(own, theirs)
+    greedy = drawing(PROMPTS, temperature=0, output_type="latent").images
+    assert not torch.equal(own, greedy)
+
+
+def test_same_seed_same_picture_in_any_batch(drawing):
+    first = torch.Generator().manual_seed(11)
+    several = drawing(PROMPTS, num_images_per_prompt=2, generator=first, output_type="latent").images
+    assert len({tuple(row) for row in several.tolist()}) == 4
+    for k, prompt in enumerate([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]):
+        alone = drawing(prompt, generator=torch.Generator().manual_seed(11 + k), output_type="latent").images
+        assert torch.equal(alone[0], several[k])
+
+
+def test_pictures_are_the_decoders_own(drawing):
+    tokens = drawing(PROMPTS[0], generator=torch.Generator().manual_seed(2), output_type="latent").images
+    picture = drawing(PROMPTS[0], generator=torch.Generator().manual_seed(2)).images[0]
+    theirs = drawing.processor.postprocess(list(drawing.model.decode_image_tokens(tokens).float()))["pixel_values"][0]
+    difference = np.asarray(picture, dtype=int) - theirs.permute(1, 2, 0).numpy().astype(int)
+    assert picture.size == (32, 32)
+    assert np.abs(difference).max() <= 1  # transformers cuts off, diffusers rounds
+    assert np.asarray(picture).std() > 5
+
+
+def test_without_guidance_one_row_a_picture_is_read(drawing, monkeypatch):
+    rows = []
+    read = drawing.family.read
+    monkeypatch.setattr(drawing.family, "read", lambda new, *rest: (rows.append(len(new)), read(new, *rest))[1])
+    drawing(PROMPTS, guidance_scale=1, temperature=0, output_type="latent")
+    assert set(rows) == {2} and len(rows) == 16
+
+
+def reading_inputs(pipe, pictures, questions):
+    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in questions]
+    texts = pipe.processor.apply_chat_template(turns, add_generation_prompt=True)
+    return pipe.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+
+
+def noise(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_answers_are_transformers_own(reading, tmp_path):
+    pictures, questions = [noise(1), noise(2)], ["what colour is it", "describe the picture on the grass ."]
+    inputs = reading_inputs(reading, pictures, questions)
+    said = reading.model.generate(**inputs, max_new_tokens=128, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    theirs = reading.processor.batch_decode(said, skip_special_tokens=True)
+    assert reading.answer(pictures, questions) == [text.strip() for text in theirs]
+    assert theirs[0] != theirs[1]
+    alone = [reading.answer([p], [q])[0] for p, q in zip(pictures, questions, strict=True)]
+    assert alone == reading.answer(pictures, questions)
+    pictures[0].save(tmp_path / "a.png")
+    assert reading(tmp_path / "a.png", questions[0]).answers == alone[:1]  # a path is as good as a picture
+    assert reading(pictures[0], questions).outside == [False, False]
+
+
+def test_a_picture_changes_the_answer(reading):
+    assert len({reading.describe([noise(k)])[0] for k in range(4)}) > 1
+
+
+def test_saved_as_transformers_does(drawing, tmp_path):
+    drawing.save_pretrained(tmp_path / "copy")
+    again = mm.TextToImagePipeline.from_pretrained(tmp_path / "copy")
+    seed = torch.Generator().manual_seed(3)
+    assert torch.equal(*(p(PROMPTS, generator=seed, output_type="latent").images for p in (drawing, again)))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "copy")) == len(drawing.processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"prompt": ""}, "says what to draw"),
+        ({"prompt": []}, "says what to draw"),
+        ({"prompt": "a <boi> cat"}, "control token '<boi>'"),
+        ({"mode": "flow"}, "mode 'flow'"),
+        ({"height": 64}, "draws 32 x 32"),
+        ({"guidance_scale": -1}, "guidance_scale is -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"output_type": "gif"}, "unknown output_type 'gif'"),
+        ({"negative_prompt": "a dog"}, "no negative prompt"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(drawing, options, match):
+    with pytest.raises(UserError, match=match):
+        drawing(**({"prompt": PROMPTS[0]} | options))
+
+
+def test_what_cannot_be_answered_is_told(reading):
+    with pytest.raises(UserError, match="2 pictures and 3 questions"):
+        reading([noise(0)] * 2, ["what"] * 3)
+    with pytest.raises(UserError, match="control token '<image>'"):
+        reading(noise(0), "what is <image>")
+    with pytest.raises(UserError, match="no picture at"):
+        reading("nowhere.png")
+    with pytest.raises(UserError, match="max_words is 0"):
+        reading(noise(0), max_words=0)
+
+
+def test_wrong_folders_are_told(janus, tmp_path):
+    for kind, lacks in (("ImageEditPipeline", "cannot edit"), ("InterleavedPipeline", "cannot converse")):
+        with pytest.raises(UserError, match=lacks):
+            getattr(mm, kind).from_pretrained(janus)
+    other = tmp_path / "llama"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match=r"'llama'.*emu3, janus"):
+        mm.TextToImagePipeline.from_pretrained(other)
+    broken = tmp_path / "janus"
+    broken.mkdir()
+    (broken / "config.json").write_text((janus / "config.json").read_text())
+    with pytest.raises(UserError, match="cannot be loaded"):
+        mm.UnderstandingPipeline.from_pretrained(broken)
+    with pytest.raises(UserError, match="use_safetensors"):
+        mm.TextToImagePipeline.from_pretrained(janus, use_safetensors=False)
+
+
+def test_missing_tensors_are_told(janus, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(janus, copy)
+    tensors = load_file(copy / "model.safetensors")
+    gone = next(name for name in tensors if "generation_head" in name)
+    save_file({k: v for k, v in tensors.items() if k != gone}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=gone.split(".", 1)[1]):
+        mm.TextToImagePipeline.from_pretrained(copy)
