@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline
     from mm.pipelines.understanding import UnderstandingPipeline
     from mm.quantization.config import SVDQuantConfig
+    from mm.quantization.nunchaku import load_nunchaku, read_nunchaku
     from mm.quantization.quantize import quantize
 
 install()
@@ -48,7 +49,9 @@ __all__ = [
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
+    "load_nunchaku",
     "quantize",
+    "read_nunchaku",
 ]
 __getattr__ = loader(
     "mm",
@@ -58,6 +61,8 @@ __getattr__ = loader(
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
+        "load_nunchaku": "quantization.nunchaku",
         "quantize": "quantization.quantize",
+        "read_nunchaku": "quantization.nunchaku",
     },
 )
