@@ -14,6 +14,8 @@ Legend: B batch, L tokens, D width, H heads, E = D / H channels a head, M = 6 mo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,19 @@ def rotate(x_BLHE: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+_WATCHERS: list[Callable[[torch.Tensor], None]] = []
+
+
+@contextmanager
+def watching(told: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While it lasts, every attention with gradients on a CPU tells its weights (B, H, L, K), to be trained on."""
+    _WATCHERS.append(told)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(told)
+
+
 def attend(
     q_BLHE: torch.Tensor, k_BKHE: torch.Tensor, v_BKHE: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -69,7 +84,10 @@ def _attend_by_products(
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + torch.where(mask, 0.0, -1e4).to(scores.dtype)
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    weights = scores.softmax(-1)
+    for told in _WATCHERS:
+        told(weights)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 class SelfProjections(nn.Module):

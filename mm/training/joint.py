@@ -44,6 +44,7 @@ class JointConfig(DrawingConfig):
 
     read_share: float = 0.25
     edit_share: float = 0.2
+    outside_share: float = 0.5  # of the reading: fresh pictures through the understanding encoder
     chat_prompts: float = 0.3
     words_weight: float = 0.5
     changed_weight: float = 3.0
@@ -53,7 +54,7 @@ class JointConfig(DrawingConfig):
 
     def __post_init__(self) -> None:
         DrawingConfig.__post_init__(self)
-        for name in ("read_share", "edit_share", "chat_prompts", "drop_words", "drop_source"):
+        for name in ("read_share", "edit_share", "outside_share", "chat_prompts", "drop_words", "drop_source"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1]")
         if self.read_share + self.edit_share > 1:

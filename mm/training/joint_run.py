@@ -31,7 +31,7 @@ from mm.training.drawing import Drawing, make_batch, words_for
 from mm.training.latents import LatentCache, scene_from_json, scene_to_json
 from mm.training.loop import Loop, LoopConfig
 from mm.training.publishing import publish_drawing
-from mm.world.edits import Edit, sample_edit
+from mm.world.edits import KINDS, TRAINING_WEIGHTS, Edit, sample_edit
 from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
 
@@ -45,7 +45,8 @@ def write_edit_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: in
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"edits {seed} {k}")
-    edits = [sample_edit(rng) for _ in range(size)]
+    kinds = rng.choices(KINDS, TRAINING_WEIGHTS, k=size)
+    edits = [sample_edit(rng, kind) for kind in kinds]
     latents = {"source": _encode([e.source for e in edits], autoencoder)}
     latents["target"] = _encode([e.target for e in edits], autoencoder)
     write_text(path.with_suffix(".jsonl"), "".join(_to_json(edit) + "\n" for edit in edits))
@@ -139,8 +140,8 @@ class Batches:
         return make_batch(latents, scenes, ids, mask, generator, self.config)
 
     def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
-        if rng.random() < 0.5:  # through the understanding encoder: fresh pictures
-            scenes = [sample_scene(rng, default_weight=6, pair_share=0.2) for _ in range(self.batch_size)]
+        if rng.random() < self.config.outside_share:  # through the understanding encoder: fresh pictures
+            scenes = [sample_scene(rng, default_weight=5, pair_share=0.2) for _ in range(self.batch_size)]
             return joint.read_batch([talk.reading(self.new, scene, rng) for scene in scenes], _pictures)
         if rng.random() < 0.5:
             latents, scenes = self.scenes.draw(self.batch_size, rng)

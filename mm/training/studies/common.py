@@ -1,0 +1,279 @@
+"""What the studies share: a pool of pictures, a small trunk, equal budgets, paired questions and paired intervals.
+
+Design choices
+- Every run of a study sees the same pictures with the same words in the same order, and answers the same questions, so
+  that differences are paired; intervals come from resampling scenes, since questions about one scene hang together.
+- An answer counts when every token of it is the likeliest one after the right ones before it, which is the same as
+  greedy decoding giving exactly that answer, in one pass.
+- Drawing is measured on a small world (`OBJECTS`, cartoon style, one object): the budgets of a study would leave every
+  model at zero on the whole one.
+- Muon and AdamW as in `mm.training.loop`, but by samples and not by minutes, and never resumed: a run takes minutes.
+
+This module does not know what is compared.
+Legend: B batch, T tokens, N questions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mm.models.dialogue import IGNORED, Dialogue, stack
+from mm.models.text import build_text_tokenizer
+from mm.models.trunk import Trunk
+from mm.models.velocity import VelocityDecoder
+from mm.training import talk
+from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
+from mm.training.loop import LoopConfig, optimizers
+from mm.world import vocabulary as v
+from mm.world.captions import group_phrase
+from mm.world.judge import Judge
+from mm.world.questions import QA, questions
+from mm.world.render import render
+from mm.world.scene import Group, Scene, Sprite, colour_is_held_out, place, sample_scene
+
+OBJECTS: tuple[str, ...] = v.OBJECTS[::4]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Budgets of one run: samples read, samples drawn, pictures in the pool, questions asked."""
+
+    samples: int = 30_000
+    drawn: int = 15_000
+    pool: int = 8192
+    questions: int = 4000
+    batch_size: int = 64
+    width: int = 128
+    depth: int = 4
+    rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "pool", "questions"):
+            if getattr(self, name) < self.batch_size:
+                raise ValueError(f"{name} {getattr(self, name)} is less than one batch of {self.batch_size}")
+
+
+class Pool:
+    """Scenes with their pictures (N, 3, 128, 128) in uint8, picked from by step."""
+
+    def __init__(self, scenes: Sequence[Scene]) -> None:
+        self.scenes = list(scenes)
+        self.pictures = torch.cat([render(self.scenes[i : i + 64]) for i in range(0, len(self.scenes), 64)])
+
+    def draw(self, n: int, rng: random.Random) -> tuple[torch.Tensor, list[Scene]]:
+        """`n` random pictures in [-1, 1] and their scenes."""
+        index = [rng.randrange(len(self.scenes)) for _ in range(n)]
+        return self.pictures[index].float() / 127.5 - 1, [self.scenes[i] for i in index]
+
+
+def reading_pool(config: StudyConfig) -> Pool:
+    """Scenes of the whole world, as training samples them."""
+    rng = random.Random(f"study reading {config.seed}")
+    return Pool([sample_scene(rng, default_weight=5, pair_share=0.2) for _ in range(config.pool)])
+
+
+def small_scene(rng: random.Random) -> Scene:
+    """One object of the small world, in a colour that training may see, on any background."""
+    while True:
+        name = rng.choice(OBJECTS)
+        colour = rng.choice((None, *v.COLOURS))
+        sprites = place(rng, [Group(object=name, colour=colour)], v.DEFAULT_STYLE)
+        if sprites and not colour_is_held_out(name, colour):
+            return Scene(sprites=sprites, background=rng.choice(v.BACKGROUNDS))
+
+
+def drawing_pool(config: StudyConfig) -> Pool:
+    """Scenes of the small world."""
+    rng = random.Random(f"study drawing {config.seed}")
+    return Pool([small_scene(rng) for _ in range(config.pool // 2)])
+
+
+def new_dialogue() -> Dialogue:
+    """An empty conversation."""
+    return Dialogue(_tokenizer())
+
+
+_TOKENIZERS: list[Any] = []
+
+
+def _tokenizer() -> Any:
+    if not _TOKENIZERS:
+        _TOKENIZERS.append(build_text_tokenizer())
+    return _TOKENIZERS[0]
+
+
+def small_trunk(config: StudyConfig) -> Trunk:
+    """The trunk of a run, always from the same random weights."""
+    torch.manual_seed(config.seed)
+    size: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": 4, "max_text": 256}
+    return Trunk(vocabulary_size=1024, text_ratio=3, picture_ratio=3, reads=True, **size)
+
+
+def reading_words(scenes: Sequence[Scene], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and targets of one picture's questions and description each."""
+    rows = []
+    for scene in scenes:
+        first = rng.choice(questions(scene, rng))
+        row = new_dialogue().user(first.question, scene).says(first.answer)
+        rows.append(talk.ask(row, scene, rng, most=4))
+    return stack(rows)
+
+
+def reading_loss(
+    trunk: Trunk, words: tuple[torch.Tensor, torch.Tensor, torch.Tensor], looks: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of what is to be said."""
+    ids, mask, targets = words
+    logits, _ = trunk.read(ids, mask, looks)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def fit(
+    modules: Sequence[tuple[nn.Module, float]],
+    loss: Callable[[int], torch.Tensor],
+    steps: int,
+    *,
+    decay: bool = True,
+    told: Callable[[int, float], None] | None = None,
+) -> None:
+    """Minimizes `loss(step)`; each module at its own rate, falling to zero over the last third where `decay`."""
+    settings = [(module, LoopConfig(learning_rate=rate, muon_rate=2 * rate)) for module, rate in modules]
+    opts = [o for module, config in settings for o in optimizers(module, config)]
+    rates = [o.param_groups[0]["lr"] for o in opts]
+    parameters = [p for module, _ in modules for p in module.parameters() if p.requires_grad]
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / 30) * (min(1.0, (steps - step) / (steps / 3)) if decay else 1.0)
+        for optimizer, rate in zip(opts, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = loss(step)
+        total.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in opts:
+            optimizer.step()
+        if told and (step % 50 == 0 or step == steps - 1):
+            told(step, float(total.detach()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Held-out scenes, their pictures, and questions as (scene, question)."""
+
+    pool: Pool
+    asked: list[tuple[int, QA]]
+
+
+def exam(config: StudyConfig) -> Exam:
+    """At least `config.questions` questions on scenes whose composition training never saw."""
+    rng = random.Random(f"study exam {config.seed}")
+    scenes: list[Scene] = []
+    asked: list[tuple[int, QA]] = []
+    while len(asked) < config.questions:
+        scenes.append(sample_scene(rng, held_out=True))
+        asked += [(len(scenes) - 1, qa) for qa in questions(scenes[-1], rng)]
+    return Exam(pool=Pool(scenes), asked=asked)
+
+
+@torch.no_grad()
+def sit(trunk: Trunk, looks_of: Callable[[torch.Tensor], torch.Tensor], paper: Exam) -> list[bool]:
+    """Which questions are answered right, in order. `looks_of` turns pictures in [-1, 1] into looks."""
+    out: list[bool] = []
+    for start in range(0, len(paper.asked), 128):
+        part = paper.asked[start : start + 128]
+        ids, mask, targets = stack([new_dialogue().user(qa.question, i).says(qa.answer) for i, qa in part])
+        pictures = paper.pool.pictures[[i for i, _ in part]].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = trunk.read(ids, mask, looks_of(pictures))
+        right = (logits.argmax(-1) == targets) | (targets == IGNORED)
+        out += right.all(1).tolist()
+    return out
+
+
+def paired_change(
+    before: Sequence[bool], after: Sequence[bool], clusters: Sequence[int], draws: int = 2000
+) -> tuple[float, float, float]:
+    """Mean change and its 95 % interval, from resampling whole clusters."""
+    if not len(before) == len(after) == len(clusters):
+        raise ValueError(f"{len(before)}, {len(after)} and {len(clusters)} verdicts cannot be paired")
+    index = torch.tensor(list(clusters))
+    names, index = torch.unique(index, return_inverse=True)
+    change = torch.tensor(list(after), dtype=torch.float64) - torch.tensor(list(before), dtype=torch.float64)
+    sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, change)
+    sizes = torch.bincount(index, minlength=len(names)).double()
+    picks = torch.randint(len(names), (draws, len(names)), generator=torch.Generator().manual_seed(0))
+    means = sums[picks].sum(1) / sizes[picks].sum(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(change.mean()), low, high
+
+
+def drawing_module(config: StudyConfig, bridge: Any, trunk: Trunk | None = None) -> Drawing:
+    """A small model that draws by flow, around `trunk` or a fresh one."""
+    from mm.models.codes import CodeHead
+
+    trunk = small_trunk(config) if trunk is None else trunk
+    torch.manual_seed(config.seed + 1)
+    decoder = VelocityDecoder(feature_width=config.width, width=config.width, depth=1, heads=4, ratio=3)
+    head = CodeHead(feature_width=config.width, width=32, depth=1, heads=2)  # not trained: flow alone is compared
+    return Drawing(trunk, decoder, head.requires_grad_(False), bridge, DrawingConfig(align_layer=config.depth // 2))
+
+
+def small_words(scene: Scene, rng: random.Random) -> str:
+    """ "a red cat"; the background is left open."""
+    sprite = scene.sprites[0]
+    return group_phrase(Group(object=sprite.object, colour=sprite.colour), rng, plain=True)
+
+
+def drawing_batch(latents: torch.Tensor, scenes: Sequence[Scene], rng: random.Random) -> DrawingBatch:
+    """A flow batch of small-world scenes, a tenth without words."""
+    words = ["" if rng.random() < 0.1 else small_words(scene, rng) for scene in scenes]
+    padded = _tokenizer()(words, padding=True, return_tensors="pt")
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    return make_batch(
+        latents, scenes, padded.input_ids, padded.attention_mask.bool(), generator, DrawingConfig(codes_share=0.0)
+    )
+
+
+@torch.no_grad()
+def encoded(autoencoder: Any, pool: Pool) -> torch.Tensor:
+    """Latents (N, 16, 8, 8) of a pool's pictures."""
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [autoencoder.encode(p.float() / 127.5 - 1).float() for p in pool.pictures.split(128)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def drawing_verdicts(module: Drawing, autoencoder: Any, judge: Judge, each: int = 4) -> list[bool]:
+    """For every object and colour of the small world, `each` pictures: is it there?"""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    from mm.pipelines.text_to_image import TextToImagePipeline
+
+    parts = {"trunk": module.trunk.eval(), "velocity_decoder": module.velocity_decoder.eval()}
+    pipe = TextToImagePipeline(
+        **parts, autoencoder=autoencoder, text_tokenizer=_tokenizer(), scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    rng = random.Random(0)
+    wanted = [Sprite(object=o, colour=c, x=64, y=64, size=52) for o in OBJECTS for c in (None, *v.COLOURS)]
+    texts = [small_words(Scene(sprites=(s,)), rng) for s in wanted]
+    out: list[bool] = []
+    for start in range(0, len(wanted), 8):
+        now = slice(start, start + 8)
+        seeds = [torch.Generator().manual_seed(10_000 + start * each + k) for k in range(each * len(wanted[now]))]
+        made = pipe(texts[now], num_images_per_prompt=each, generator=seeds, output_type="pt").images
+        readings = judge.read((made * 255).round().to(torch.uint8))
+        asked = [s for s in wanted[now] for _ in range(each)]
+        out += [
+            r.readable and any(f.object == s.object and f.answers_to(s.colour) for f in r.objects)
+            for s, r in zip(asked, readings, strict=True)
+        ]
+    return out
