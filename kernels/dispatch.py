@@ -3,7 +3,8 @@
 Design choices:
 - A backend is a module with `absence()` (why it is not there, or None) and the ops it has under their own names. What
   it lacks, and float64, goes to `reference`, which has everything.
-- The choice is made at run time, by the device of the first tensor: CPU tensors go to `cpu`, all others to `reference`.
+- The choice is made at run time, by the device of the first tensor: CPU tensors go to `cpu`, CUDA tensors to
+  `triton`, where these are there; all others to `reference`.
 - It can be forced: `with use_backend("reference"):` for a block, `MM_KERNELS=reference` for a process. A forced backend
   that is not there raises; nothing is swapped silently.
 - `MM_KERNELS_ISA=avx2|portable` (read by `cpu` at its first call) caps the instruction set, for tests and bug reports.
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu")
-_BY_DEVICE = {"cpu": "cpu"}
+BACKENDS = ("reference", "cpu", "triton")
+_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _forced: ContextVar[str | None] = ContextVar("mm_kernels_backend", default=None)
 
 

@@ -41,7 +41,8 @@ def quantize_activations(
     v_MGS = F.pad(v, (0, wide - columns)).view(rows, wide // size, size)
     top = (15 if unsigned else 7) if bits == 4 else 127
     absmax_MG1 = (v_MGS.clamp(min=0) if unsigned else v_MGS.abs()).amax(-1, keepdim=True)
-    per_step = torch.where(absmax_MG1 == 0, 0, top / absmax_MG1)
+    # `top / tensor` would be a reciprocal and a product, rounded twice
+    per_step = torch.where(absmax_MG1 == 0, 0, torch.full_like(absmax_MG1, top) / absmax_MG1)
     values = (v_MGS * per_step).round().clamp(0 if unsigned else -top, top).nan_to_num(0)
     return values.to(torch.int8).view(rows, wide), (absmax_MG1 / top).squeeze(-1), low_MR
 

@@ -8,7 +8,7 @@ Design choices:
 - It is built without its own OpenMP library and takes the one that torch has loaded: two pools of threads would fight
   for the cores. Hence torch is imported first, and `threads` is torch's number.
 - float16 x is read as it is and computed in fp32, as everything else is.
-- 16-bit weights go to torch's own product, which oneDNN tunes; only the branch is added in place.
+- 16-bit weights go to torch's own product (`dense`).
 
 It does not know why a caller chose bits or groups, and it does not choose between backends (`dispatch`).
 """
@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mm.kernels.dense import dense_linear
 from mm.kernels.packing import padded
 
 _native: ModuleType | None
@@ -31,6 +32,8 @@ try:
 except ImportError as error:
     _native = None
     _absence = f"the C++ extension does not load ({error}); reinstall where there is a C++17 compiler"
+
+__all__ = ["absence", "dense_linear", "instruction_set", "lowbit_linear", "quantize_activations"]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -105,20 +108,3 @@ def lowbit_linear(
         torch.get_num_threads(),
     )  # fmt: skip
     return y.to(dtype)
-
-
-def dense_linear(
-    x_MK: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    down_RK: Tensor | None,
-    up_NR: Tensor | None,
-    branch_scales_R: Tensor | None,
-) -> Tensor:
-    dtype = x_MK.dtype
-    y_MN = torch.nn.functional.linear(x_MK, weight_NK.to(dtype), None if bias_N is None else bias_N.to(dtype))
-    if down_RK is None or up_NR is None:
-        return y_MN
-    low_MR = x_MK @ down_RK.to(dtype).T
-    low_MR = low_MR if branch_scales_R is None else low_MR * branch_scales_R.to(dtype)
-    return y_MN.addmm_(low_MR, up_NR.to(dtype).T)

@@ -1,0 +1,179 @@
+"""The ops on Triton kernels: torch tensors in and out, allocation, choice of kernel, launches.
+
+Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
+
+Design choices:
+- `ops` has checked shapes; here tensors are made contiguous and workspaces come from torch's allocator, which hands the
+  same memory to one layer after the other.
+- From `plans.FOLD_FROM` tokens on, with a scale per token, products run on weights folded to int8; `MM_KERNELS_EXACT=1`
+  keeps to the exact kernel, for comparison and bug reports.
+- Everything is added in fixed order: results do not change from run to run.
+
+It does not know the kernels' arithmetic (`rounding`, `products`), nor does it choose between backends (`dispatch`).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mm.kernels.packing import GROUP, padded
+from mm.kernels.triton import plans
+from mm.kernels.triton.products import combine, expand, folded, grouped, grouped_few
+from mm.kernels.triton.rounding import round_rows, survey
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_EXPAND_ROWS, _EXPAND_BYTES = 16, 256
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's GPU."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if not INTERPRETED:
+        raise ValueError(f"the triton backend reads tensors on a GPU, not on {tensor.device}")
+    return nullcontext()
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, of a type that the kernels read."""
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
+
+
+def quantize_activations(
+    x_MK: Tensor, smooth_K: Tensor | None, down_RK: Tensor | None, bits: int, group: int, unsigned: bool, shift: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, smooth, down = _flat(x_MK), _flat(smooth_K), _flat(down_RK)
+    assert x is not None
+    rows, columns = x.shape
+    wide, rank = padded(columns), 0 if down is None else down.shape[0]
+    values = x.new_empty(rows, wide, dtype=torch.int8)
+    scales = x.new_empty(rows, wide // group if group else 1, dtype=torch.float32)
+    if not rows:
+        return values, scales, x.new_empty(rows, rank, dtype=torch.float32)
+    down = down if rank else None
+    tiles = plans.rounding(rows, wide, rank, group)
+    each, splits = plans.span(plans.blocks(wide, tiles.depth), tiles.splits)
+    absmax_SM = None if group else scales.new_empty(splits, rows)
+    low_SMR = scales.new_empty(splits, rows, rank)
+    row_blocks, step_blocks = plans.blocks(rows, tiles.rows), plans.blocks(wide, tiles.depth)
+    low = low_SMR[0] if splits == 1 else scales.new_empty(rows, rank)
+    sizes = (shift, rows, columns, wide // GROUP, rank)
+    options: dict[str, Any] = {
+        "TOP": float((15 if unsigned else 7) if bits == 4 else 127),
+        "UNSIGNED": unsigned,
+        "BLOCK_M": tiles.rows,
+        "BLOCK_K": tiles.depth,
+        "BLOCK_R": tiles.columns,
+        "num_warps": tiles.warps,
+        "enable_fp_fusion": False,
+    }
+    surveyed: dict[str, Any] = {
+        "GROUPED": group > 0,
+        # Triton's interpreter multiplies the bits of bf16, as if they were integers
+        "EXACT": INTERPRETED or x.dtype == torch.float32 or down is None or x.dtype != down.dtype,
+    }
+    with _on(x):
+        survey[(row_blocks, splits, max(1, plans.blocks(rank, tiles.columns)))](
+            x, smooth, down, values, scales, absmax_SM, low_SMR, *sizes, each * tiles.depth, **surveyed, **options
+        )
+        if not group:
+            joined = low if splits > 1 and rank else None
+            round_rows[(row_blocks, step_blocks)](
+                x, smooth, absmax_SM, low_SMR, values, scales, joined, *sizes, splits, **options
+            )
+        elif splits > 1:
+            low = low_SMR.sum(0)
+    return values, scales, low
+
+
+def lowbit_linear(
+    values_MC: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales_NG: Tensor,
+    bias_N: Tensor | None,
+    low_MR: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = values_MC.new_empty(values_MC.shape[0], weight.shape[0], dtype=torch.float32 if dtype.itemsize > 4 else dtype)
+    if not y.numel():
+        return y.to(dtype)
+    rank = 0 if low_MR is None else low_MR.shape[1]
+    low, up = (low_MR, up_NR) if rank else (None, None)
+    branch = (_flat(None if low is None else low.float()), _flat(up), _flat(branch_scales_R) if rank else None)
+    operands = (values_MC.contiguous(), scales.float().contiguous(), weight.contiguous(), _flat(weight_scales_NG))
+    with _on(y):
+        if scales.shape[1] == 1 and y.shape[0] >= plans.FOLD_FROM and os.environ.get("MM_KERNELS_EXACT", "0") != "1":
+            _folded(operands, (_flat(bias_N), *branch), y, rank)
+        else:
+            _grouped(operands, (_flat(bias_N), *branch), y, rank)
+    return y.to(dtype)
+
+
+def _options(y: Tensor, rank: int, tiles: plans.Tiles) -> dict[str, Any]:
+    return {
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.columns,
+        "BLOCK_R": 16 if rank % 32 else 32,
+        "PRECISION": "ieee" if y.dtype == torch.float32 else "tf32",
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def _grouped(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: int) -> None:
+    """The exact product."""
+    (rows, wide), outputs, by_group = operands[0].shape, y.shape[1], operands[1].shape[1] > 1
+    few = rows <= plans.FEW
+    tiles = plans.grouped_few(rows, outputs, wide) if few else plans.grouped(rows)
+    options, sizes = _options(y, rank, tiles), (rows, outputs, wide // GROUP, rank)
+    grid = (plans.blocks(outputs, tiles.columns), plans.blocks(rows, tiles.rows))
+    if not few:
+        grouped[grid](*operands, *ends, y, *sizes, BY_GROUP=by_group, **options)
+        return
+    each, splits = plans.span(plans.blocks(wide, tiles.depth), tiles.splits)
+    parts = y if splits == 1 else y.new_empty(splits, rows, outputs, dtype=torch.float32)
+    at_once = tiles.depth // GROUP
+    grouped_few[(*grid, splits)](
+        *operands, *ends, parts, *sizes, each * at_once,
+        BY_GROUP=by_group, SPLIT=splits > 1, BLOCK_G=at_once, **options,
+    )  # fmt: skip
+    if splits > 1:
+        combine[grid](parts, *ends, y, rows, outputs, rank, splits, **options)
+
+
+def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: int) -> None:
+    """The product for many tokens: weights folded to int8, one scale per output."""
+    values, scales, packed, weight_scales = operands
+    (rows, wide), outputs = values.shape, y.shape[1]
+    weight, channel_scales = fold(packed, weight_scales)
+    capability = torch.cuda.get_device_capability(y.device) if y.is_cuda else (9, 0)
+    tiles = plans.folded(outputs, wide, capability)
+    count = plans.blocks(rows, tiles.rows) * plans.blocks(outputs, tiles.columns)
+    folded[(count,)](
+        values, scales, weight, channel_scales, *ends, y, rows, outputs, wide // GROUP, rank,
+        BLOCK_K=tiles.depth, BAND=8, **_options(y, rank, tiles),
+    )  # fmt: skip
+
+
+def fold(packed: Tensor, weight_scales_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed weights as int8 (N, C) with one fp32 scale per output (N,)."""
+    outputs, wide = packed.shape[0], 2 * packed.shape[1]
+    weight = packed.new_empty(outputs, wide, dtype=torch.int8)
+    channel_scales = packed.new_empty(outputs, dtype=torch.float32)
+    with _on(packed):
+        expand[(plans.blocks(outputs, _EXPAND_ROWS), plans.blocks(wide // 2, _EXPAND_BYTES))](
+            packed, weight_scales_NG, weight, channel_scales, outputs, wide // GROUP, BLOCK_N=_EXPAND_ROWS,
+            BLOCK_C=_EXPAND_BYTES, BLOCK_G=plans.power(wide // GROUP), enable_fp_fusion=False,
+        )  # fmt: skip
+    return weight, channel_scales

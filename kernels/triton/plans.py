@@ -1,0 +1,78 @@
+"""Tile sizes and splits of the Triton kernels, as functions of a layer's shape and the GPU's capability.
+
+Design choices:
+- Nothing is tuned at run time: the same shape gets the same tiles in every process, so its sums are added in the same
+  order and a picture stays the same. Splits do not depend on the GPU, so neither do results of `grouped_few`.
+- Shared memory of a tile stays below what its capability has (tests/test_triton.py asserts it for compiled kernels).
+- From `FOLD_FROM` tokens on, writing the weight once as int8 pays off against taking it apart in every tile.
+
+It does not know timings: the sizes follow from the arithmetic of the chips until somebody has measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FEW = 64
+FOLD_FROM = 1024
+_PROGRAMS = 128  # about the multiprocessors of a large GPU
+_LEAST_ROWS = 16  # of a tl.dot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """One launch: rows, columns and depth (inputs a step) of a tile, warps, stages of the loads' pipeline, splits."""
+
+    rows: int
+    columns: int
+    depth: int = 64
+    warps: int = 4
+    stages: int = 3
+    splits: int = 1
+
+
+def blocks(length: int, size: int) -> int:
+    """How many blocks cover a length."""
+    return -(-length // size)
+
+
+def power(length: int) -> int:
+    """The least power of two that is not below a length."""
+    return 1 << max(0, length - 1).bit_length()
+
+
+def span(length: int, splits: int) -> tuple[int, int]:
+    """How many of `length` steps each split takes, and how many splits that makes (none empty)."""
+    each = blocks(length, max(1, splits))
+    return each, blocks(length, each)
+
+
+def rounding(tokens: int, wide: int, rank: int, group: int) -> Tiles:
+    """`survey` and `round_rows`; columns are those of the branch."""
+    columns = min(128, max(16, power(rank)))
+    depth = group or 128
+    programs = blocks(tokens, _LEAST_ROWS) * max(1, blocks(rank, columns))
+    splits = min(max(1, 2 * _PROGRAMS // programs), blocks(wide, 2 * depth))
+    return Tiles(rows=_LEAST_ROWS, columns=columns, depth=depth, splits=span(blocks(wide, depth), splits)[1])
+
+
+def grouped_few(tokens: int, outputs: int, wide: int) -> Tiles:
+    """The exact product for up to FEW tokens: one group a warp; split along the inputs where outputs are few."""
+    rows = max(_LEAST_ROWS, power(tokens))
+    columns, warps = (16, 8) if rows == 16 else (32, 4)
+    splits = min(max(1, _PROGRAMS // blocks(outputs, columns)), blocks(wide, 64 * warps))
+    return Tiles(
+        rows=rows, columns=columns, depth=64 * warps, warps=warps, splits=span(blocks(wide, 64 * warps), splits)[1]
+    )
+
+
+def grouped(tokens: int) -> Tiles:
+    """The exact product for more."""
+    return Tiles(rows=128 if tokens > 128 else 64, columns=128, warps=8 if tokens > 128 else 4)
+
+
+def folded(outputs: int, wide: int, capability: tuple[int, int]) -> Tiles:
+    """The product of int8 matrices: 128 x 256 where the chip has shared memory for it and the layer is wide."""
+    depth = 128 if wide % 128 == 0 else 64
+    large = capability[0] in (9, 10) and outputs >= 256
+    return Tiles(rows=128, columns=256 if large else 128, depth=depth, warps=8, stages=3)

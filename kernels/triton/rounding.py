@@ -1,0 +1,126 @@
+"""Triton kernels that round activations: `survey` finds magnitudes and projects down, `round_rows` rounds.
+
+Shapes: M tokens, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches, S splits.
+
+Design choices:
+- A scale per token needs the whole row before the first value can be rounded, so x is swept twice (the second time
+  mostly from L2); a scale per group needs one sweep, and `survey` does all of it.
+- Few tokens are split along C so that a GPU is filled; the parts are joined in fixed order, never by atomics.
+- The steps are `reference`'s, in its order: divisions are IEEE's, and the launcher forbids fused multiply-adds, since
+  either would move values across a rounding edge.
+- A row with NaN gets the scale infinity and zero values, so that its outputs are NaN (0 * inf), as the reference's are.
+
+It does not know how C is split or how large tiles are (`plans`), nor torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_GROUP = tl.constexpr(64)
+# 1.5 * 2^23: adding and taking off rounds a small float half to even, in hardware and in the interpreter alike
+_ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def round_half_even(v: Any) -> Any:
+    """|v| < 2^22. Only right where the compiler may not fuse the addition with a product before it."""
+    return (v + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def _smoothed(x: Any, smooth: Any, shift: Any, columns: Any, K: Any) -> Any:
+    """A tile of x, shifted and smoothed, in fp32; columns of padding are zero."""
+    v = x.to(tl.float32) + shift
+    if smooth is not None:
+        v = v * tl.math.div_rn(1.0, tl.load(smooth + columns, mask=columns < K, other=1.0).to(tl.float32))[None, :]
+    return tl.where(columns[None, :] < K, v, 0.0)
+
+
+@triton.jit
+def _absmax(v: Any, UNSIGNED: tl.constexpr) -> Any:
+    size = tl.maximum(v, 0.0) if UNSIGNED else tl.abs(v)
+    return tl.max(tl.where(v != v, float("inf"), size), 1)
+
+
+@triton.jit
+def _rounded(v: Any, absmax: Any, TOP: tl.constexpr, UNSIGNED: tl.constexpr) -> Any:
+    # a row of zeros may have any step
+    per_step = tl.math.div_rn(tl.full(absmax.shape, TOP, tl.float32), tl.where(absmax == 0.0, 1.0, absmax))
+    q = round_half_even(v * per_step[:, None])
+    q = tl.where(q != q, 0.0, q)
+    return tl.minimum(tl.maximum(q, 0.0 if UNSIGNED else -TOP), TOP).to(tl.int8)
+
+
+@triton.jit
+def survey(
+    x: Any, smooth: Any, down: Any, values: Any, scales: Any, absmax_SM: Any,
+    low_SMR: Any, shift: Any, M: Any, K: Any, G: Any, R: Any, span: Any,
+    GROUPED: tl.constexpr, TOP: tl.constexpr, UNSIGNED: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (row blocks, S, rank blocks): absmax (S, M) and low (S, M, R) of `span` columns; GROUPED (BLOCK_K is 64
+    then) rounds them too. EXACT multiplies in fp32, for fp32 x or factors of another type."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, ranks = tl.program_id(1), tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside, at = rows[:, None] < M, rows[:, None].to(tl.int64)
+    absmax = tl.zeros([BLOCK_M], tl.float32)
+    low = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(split * span, tl.minimum(split * span + span, G * _GROUP), BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        tile = tl.load(x + at * K + columns[None, :], mask=inside & (columns[None, :] < K), other=0.0)
+        if down is not None:
+            d = tl.load(
+                down + ranks[None, :] * K + columns[:, None],
+                mask=(ranks[None, :] < R) & (columns[:, None] < K),
+                other=0.0,
+            )
+            if EXACT:
+                low = tl.dot(tile.to(tl.float32), d.to(tl.float32), low, input_precision="ieee")
+            else:
+                low = tl.dot(tile, d, low)
+        v = _smoothed(tile, smooth, shift, columns, K)
+        if GROUPED:
+            if tl.program_id(2) == 0:
+                size = _absmax(v, UNSIGNED)
+                tl.store(values + at * (G * _GROUP) + columns[None, :], _rounded(v, size, TOP, UNSIGNED), mask=inside)
+                step = tl.math.div_rn(size, tl.full([BLOCK_M], TOP, tl.float32))
+                tl.store(scales + rows.to(tl.int64) * G + start // BLOCK_K, step, mask=rows < M)
+        else:
+            absmax = tl.maximum(absmax, _absmax(v, UNSIGNED))
+    if not GROUPED:
+        if tl.program_id(2) == 0:
+            tl.store(absmax_SM + split * M + rows, absmax, mask=rows < M)
+    if down is not None:
+        tl.store(low_SMR + (split * M + at) * R + ranks[None, :], low, mask=inside & (ranks[None, :] < R))
+
+
+@triton.jit
+def round_rows(
+    x: Any, smooth: Any, absmax_SM: Any, low_SMR: Any, values: Any, scales: Any,
+    low: Any, shift: Any, M: Any, K: Any, G: Any, R: Any, splits: Any,
+    TOP: tl.constexpr, UNSIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (row blocks, column blocks): one scale per token; `low`, unless None, is the sum of its parts."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside, at = rows[:, None] < M, rows[:, None].to(tl.int64)
+    absmax = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(splits):
+        absmax = tl.maximum(absmax, tl.load(absmax_SM + split * M + rows, mask=rows < M, other=0.0))
+    tile = tl.load(x + at * K + columns[None, :], mask=inside & (columns[None, :] < K), other=0.0)
+    q = _rounded(_smoothed(tile, smooth, shift, columns, K), absmax, TOP, UNSIGNED)
+    tl.store(values + at * (G * _GROUP) + columns[None, :], q, mask=inside & (columns[None, :] < G * _GROUP))
+    if tl.program_id(1) == 0:
+        tl.store(scales + rows, tl.math.div_rn(absmax, tl.full([BLOCK_M], TOP, tl.float32)), mask=rows < M)
+        if low is not None:
+            for start in range(0, R, BLOCK_R):
+                ranks = start + tl.arange(0, BLOCK_R)
+                there = inside & (ranks[None, :] < R)
+                total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+                for split in range(splits):
+                    total += tl.load(low_SMR + (split * M + at) * R + ranks[None, :], mask=there, other=0.0)
+                tl.store(low + at * R + ranks[None, :], total, mask=there)
