@@ -8,14 +8,16 @@ import numpy as np
 import nunchaku_packer as packer
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from nunchaku_packer import make_layer, make_modulation
 from safetensors.torch import save_file
 
 import mm
+from mm.errors import UserError
 from mm.linear import ActivationRule
 from mm.quantization import nunchaku_layer as layer
 from mm.quantization import nunchaku_layout as layout
+from mm.quantization.layout import quantized
 
 # ---- order of numbers -----------------------------------------------------------------------------------------------
 
@@ -228,3 +230,212 @@ def test_a_flux_file_gives_the_model_it_means(tmp_path, version, fp4):
     errors = [relative(run(mm.load_nunchaku(file, dtype=torch.float32, activation_bits=b)), run(meant)) for b in (8, 4)]
     assert errors[0] < 0.02
     assert fp4 or errors[0] < errors[1] < 0.3
+
+
+def test_a_file_read_and_saved_is_a_folder_of_mm(first, tmp_path):
+    file, tensors, _ = first
+    model = mm.load_nunchaku(file, dtype=torch.float32)
+    want = run(model)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    model.save_pretrained(tmp_path)
+    again = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(run(again), want)
+    first_folder = tmp_path / "as it came first"
+    first_folder.mkdir()
+    config = {"_class_name": "NunchakuFluxTransformer2dModel"} | dict(model.config, quantization_config=None)
+    (first_folder / "config.json").write_text(json.dumps(config, default=list))
+    for name, inside in (("transformer_blocks", True), ("unquantized_layers", False)):
+        part = {k: t for k, t in tensors.items() if ("blocks." in k) == inside}
+        save_file(part, first_folder / f"{name}.safetensors")
+    assert torch.equal(run(mm.load_nunchaku(first_folder, dtype=torch.float32)), want)
+    half = mm.load_nunchaku(file)
+    assert {p.dtype for p in half.parameters() if p.is_floating_point()} == {torch.bfloat16}
+
+
+def test_scales_and_integers_of_fused_layers_are_those_of_the_file(first):
+    """q, k and v are rows of one layer of the file, and share its smoothing."""
+    file, tensors, _ = first
+    model = mm.load_nunchaku(file, dtype=torch.float32)
+    attention = model.transformer_blocks[0].attn
+    whole = layout.signed(layout.unpack_codes(tensors["transformer_blocks.0.qkv_proj.qweight"]))[:192, :64]
+    assert torch.equal(torch.cat([m.integers() for m in (attention.to_q, attention.to_k, attention.to_v)]), whole)
+    assert torch.equal(attention.to_q.smooth, attention.to_v.smooth)
+    out = model.single_transformer_blocks[1].proj_out
+    assert out.activation == ActivationRule(bits=8, group=64)
+    down = model.transformer_blocks[0].ff.net[2]
+    assert down.activation == ActivationRule(bits=4, group=64, unsigned=True, shift=0.171875)
+
+
+def test_a_qwen_image_file(tmp_path):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    model = QwenImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(8, 12, 12),
+    ).eval()  # fmt: skip
+    tensors, path = {}, "transformer_blocks.0"
+    three = {"attn.to_qkv": "to_q to_k to_v", "attn.add_qkv_proj": "add_q_proj add_k_proj add_v_proj"}
+    one = "attn.to_out.0 attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2".split()
+    for name, targets in [(n, [f"attn.{t}" for t in ts.split()]) for n, ts in three.items()] + [(n, [n]) for n in one]:
+        linears = [model.get_submodule(f"{path}.{t}") for t in targets]
+        n, k = linears[0].out_features, linears[0].in_features
+        made = make_layer(rng, n * len(linears), k, unsigned=name.endswith("net.2"))
+        tensors |= {f"{path}.{name}.{field}": tensor for field, tensor in made.fields.items()}
+        for i, target in enumerate(targets):
+            rows = slice(i * n, (i + 1) * n)
+            put(model, f"{path}.{target}", made.dense[rows], made.plain_bias[rows])
+    for name in ("img_mod.1", "txt_mod.1"):
+        dense, bias, fields = make_modulation(rng, 6 * 64, 64, 6)
+        tensors |= {f"{path}.{name}.{field}": tensor for field, tensor in fields.items()}
+        put(model, f"{path}.{name}", dense, bias)
+    taken = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
+    tensors |= {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] not in taken}
+    config = {"_class_name": "NunchakuQwenImageTransformer2DModel"} | dict(model.config)
+    save_file(tensors, tmp_path / "q.safetensors", metadata={"config": json.dumps(config)})
+    got = mm.load_nunchaku(tmp_path / "q.safetensors", dtype=torch.float32, activation_bits=16)
+    g = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 4, generator=g),
+        "encoder_hidden_states": torch.randn(1, 5, 32, generator=g),
+        "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.bool),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [(1, 4, 4)],
+    }
+    with torch.no_grad():
+        assert relative(got(**inputs).sample, model(**inputs).sample) < 1e-4
+
+
+# ---- nunchaku_lite --------------------------------------------------------------------------------------------------
+
+
+def lite_folder(folder, *, fp4=False, change=None):
+    """A folder as diffusers documents it, of a Flux whose widths are whole tiles; and the model it means."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(2)
+    model = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[16, 24, 24],
+    ).eval()  # fmt: skip
+    low = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out"]
+    modulation = ["transformer_blocks.0.norm1.linear"]
+    tensors = {}
+    for path in low + modulation:
+        linear = model.get_submodule(path)
+        if path in modulation:
+            dense, bias, fields = make_modulation(rng, linear.out_features, linear.in_features, 1)
+        else:
+            made = make_layer(rng, linear.out_features, linear.in_features, fp4=fp4, lite=True)
+            dense, bias, fields = made.dense, made.bias, made.fields
+        put(model, path, dense, bias)
+        tensors |= {f"{path}.{name}": tensor for name, tensor in fields.items()}
+    for key, tensor in model.state_dict().items():
+        if key.rpartition(".")[0] not in low + modulation:
+            tensors[key] = tensor.copy_(tensor.bfloat16()).bfloat16()
+    kinds = {"precision": "nvfp4" if fp4 else "int4", "group_size": 16 if fp4 else 64, "rank": 16, "targets": low}
+    quantization = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16", "svdq_w4a4": kinds}
+    quantization["awq_w4a16"] = {"precision": "int4", "group_size": 64, "targets": modulation}
+    config = {"_class_name": "FluxTransformer2DModel"} | dict(model.config) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config, default=list))
+    save_file(change(tensors) if change else tensors, folder / "diffusion_pytorch_model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("fp4", [False, True])
+def test_a_nunchaku_lite_folder(tmp_path, fp4):
+    meant = lite_folder(tmp_path, fp4=fp4)
+    near = mm.load_nunchaku(tmp_path, dtype=torch.float32, activation_bits=16)
+    assert relative(run(near), run(meant)) < (0.02 if fp4 else 1e-4)
+    as_it_is = mm.load_nunchaku(tmp_path, dtype=torch.float32)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    assert torch.equal(run(loaded), run(as_it_is))
+    loaded.save_pretrained(tmp_path / "ours")
+    assert (
+        json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]["quant_method"] == "svdquant"
+    )
+    assert torch.equal(run(FluxTransformer2DModel.from_pretrained(tmp_path / "ours")), run(as_it_is))
+
+
+@pytest.mark.parametrize("how", ["mm", "diffusers"])
+def test_nunchaku_lite_folders_that_do_not_fit(tmp_path, how):
+    def load():
+        if how == "mm":
+            return mm.load_nunchaku(tmp_path)
+        return FluxTransformer2DModel.from_pretrained(tmp_path)
+
+    lite_folder(tmp_path, change=lambda tensors: tensors | {"nowhere.qweight": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"does not fit FluxTransformer2DModel: nowhere(\.qweight \(no such| belongs)"):
+        load()
+    lite_folder(tmp_path, change=lambda t: {k: x for k, x in t.items() if k != "x_embedder.weight"})
+    with pytest.raises(UserError, match=r"x_embedder\.weight is not in the f"):
+        load()
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("x_embedder.bias"), "x_embedder.bias is not in the file"),
+        (lambda t: t.update(stray=torch.zeros(2)), r"stray \(no such tensor in this model\)"),
+        (lambda t: t.pop("transformer_blocks.0.mlp_fc1.wscales"), "mlp_fc1 lacks wscales"),
+        (lambda t: t.pop("transformer_blocks.0.mlp_fc1.bias"), "mlp_fc1 lacks the bias that"),
+        (lambda t: t.pop("transformer_blocks.0.mlp_fc1.lora_up"), "mlp_fc1 has one half of a branch only"),
+        (
+            lambda t: t.update({"transformer_blocks.0.mlp_fc1.smooth": torch.zeros(64)}),
+            r"mlp_fc1 has smooth_factor \[64\], not \[128\]",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.mlp_fc1.qweight": torch.zeros(256, 64)}),
+            "mlp_fc1 has a qweight of type F32, not I8 or U8",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.norm1.linear.lora_down": torch.zeros(64, 16)}),
+            "norm1.linear has proj_down, which is not known",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.attn.to_q.qweight": torch.zeros(1)}),
+            r"transformer_blocks.0.attn.to_q \(no such layer in this model\)",
+        ),
+        (
+            lambda t: [t.pop(k) for k in list(t) if k.startswith("single_transformer_blocks.0.mlp_fc2.")],
+            "single_transformer_blocks.0.proj_out is there in part only",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.7.mlp_fc1.qweight": torch.zeros(1)}),
+            "blocks.7.mlp_fc1 belongs to transformer_blocks.7.ff.net.0.proj, which this model does not have",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_names_what_and_changes_nothing(first, tmp_path, change, message):
+    _, tensors, meant = first
+    tensors = dict(tensors)
+    change(tensors)
+    file = write(tmp_path / "bad.safetensors", tensors, meant)
+    model = flux()
+    before = run(model)
+    with pytest.raises(UserError, match=message):
+        mm.read_nunchaku(file, model)
+    assert not quantized(model)
+    assert torch.equal(run(model), before)
+
+
+def test_wrong_sources_and_models(first, tmp_path):
+    file, _, _ = first
+    with pytest.raises(UserError, match="does not exist"):
+        mm.read_nunchaku(tmp_path / "nothing", flux())
+    with pytest.raises(UserError, match="is neither a nunchaku_lite folder"):
+        mm.read_nunchaku(tmp_path, flux())
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        mm.read_nunchaku(tmp_path / "text.safetensors", flux())
+    with pytest.raises(UserError, match="files of Linear are not known here; known: Flux"):
+        mm.read_nunchaku(file, torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="activation_bits 5"):
+        mm.read_nunchaku(file, flux(), activation_bits=5)
+    save_file({"a.qweight": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="does not say which model"):
+        mm.load_nunchaku(tmp_path / "bare.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        mm.read_nunchaku(tmp_path / "empty.safetensors", flux())

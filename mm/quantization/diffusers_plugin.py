@@ -68,8 +68,11 @@ class DiffusersSVDQuant(DiffusersQuantizer):
 
 
 def register() -> None:
-    """Puts the method into diffusers' tables."""
+    """Puts the method into diffusers' tables, and a reader of nunchaku_lite where diffusers' own would raise."""
     from diffusers.quantizers import auto
 
+    from mm.quantization.nunchaku_lite import METHOD, quantizer
+
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
     auto.AUTO_QUANTIZER_MAPPING[SVDQuantConfig.METHOD] = DiffusersSVDQuant
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[SVDQuantConfig.METHOD] = SVDQuantConfig

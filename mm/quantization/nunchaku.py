@@ -73,7 +73,7 @@ def _open(source: str | Path) -> _Source:
         return made
     config = where / "config.json"
     made.config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    made.lite = made.config.get("quantization_config", {}).get("quant_method") == LITE
+    made.lite = (made.config.get("quantization_config") or {}).get("quant_method") == LITE
     parts = [where / "unquantized_layers.safetensors", where / "transformer_blocks.safetensors"]
     files = sorted(where.glob("*.safetensors")) if made.lite else parts
     if not files or not all(path.is_file() for path in files):
@@ -183,7 +183,7 @@ def _place(
     opened: _Source, model: nn.Module, keys: dict[str, str], rule: names.Rule, targets: tuple[str, ...], plan: _Plan
 ) -> str:
     """Enters a layer of the file into the plan; says why not where it does not fit."""
-    linears = []
+    linears: list[Any] = []
     for target in targets:
         try:
             linears.append(model.get_submodule(target))
@@ -191,8 +191,8 @@ def _place(
             return f"belongs to {target}, which this model does not have"
     if not all(isinstance(linear, nn.Linear) for linear in linears):
         return f"belongs to {targets[0]}, which is a {type(linears[0]).__name__} here"
-    outputs = sum(int(linear.out_features) for linear in linears)
-    inputs = int(linears[0].in_features)
+    outputs = sum(linear.out_features for linear in linears)
+    inputs = linears[0].in_features
     if rule.columns != "all":
         inputs = outputs if rule.columns == "first" else inputs - outputs
     if "bias" not in keys and any(linear.bias is not None for linear in linears):

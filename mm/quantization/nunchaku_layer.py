@@ -78,7 +78,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     biases = [piece.bias_N.float() for piece in pieces if piece.bias_N is not None]
     branched = [p for p in pieces if p.down_RK is not None and p.up_NR is not None]
     smooth = [
-        torch.ones(p.integers.values.shape[1], dtype=p.integers.scales.dtype) if p.smooth_K is None else p.smooth_K
+        torch.ones(p.integers.values.shape[1]).to(p.integers.scales) if p.smooth_K is None else p.smooth_K
         for p in pieces
     ]
     return Piece(
@@ -122,33 +122,36 @@ def misfit(headers: dict[str, Header], outputs: int, inputs: int) -> str:
     kinds = ("I32",) if awq else ("I8", "U8")
     if headers["qweight"][1] not in kinds:
         return f"has a qweight of type {headers['qweight'][1]}, not {' or '.join(kinds)}"
-    want = _awq_shapes(outputs, inputs) if awq else _w4a4_shapes(headers, outputs, inputs)
+    if awq:
+        want = awq_shapes(outputs, inputs)
+    else:
+        rank = headers["proj_down"][0][-1] if "proj_down" in headers else 0
+        want = w4a4_shapes(outputs, inputs, rank=rank, fp4=headers["wscales"][1] == "F8_E4M3")
     for name, (shape, _) in headers.items():
-        if shape not in want.get(name, [shape]):
-            return f"has {name} {list(shape)}, not {list(want[name][0])}"
+        if shape != want.get(name, shape) and not (name == "wtscale" and shape == ()):
+            return f"has {name} {list(shape)}, not {list(want[name])}"
     return ""
 
 
-def _awq_shapes(outputs: int, inputs: int) -> dict[str, list[tuple[int, ...]]]:
-    scales = [(inputs // GROUP, outputs)]
-    return {"qweight": [(outputs // 4, inputs // 2)], "wscales": scales, "wzeros": scales, "bias": [(outputs,)]}
+def awq_shapes(outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes in a file by name."""
+    scales = (inputs // GROUP, outputs)
+    return {"qweight": (outputs // 4, inputs // 2), "wscales": scales, "wzeros": scales, "bias": (outputs,)}
 
 
-def _w4a4_shapes(headers: dict[str, Header], outputs: int, inputs: int) -> dict[str, list[tuple[int, ...]]]:
-    """Allowed shapes by name."""
+def w4a4_shapes(outputs: int, inputs: int, *, rank: int, fp4: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes in a file by name."""
     n, k = layout.tiled(outputs), layout.tiled(inputs)
-    group = MICRO if headers["wscales"][1] == "F8_E4M3" else GROUP
-    rank = headers["proj_down"][0][-1] if "proj_down" in headers else 0
     rank = -(-rank // TILE) * TILE
     return {
-        "qweight": [(n, k // 2)],
-        "wscales": [(k // group, n)],
-        "bias": [(n,)],
-        "smooth_factor": [(k,)],
-        "proj_down": [(k, rank)],
-        "proj_up": [(n, rank)],
-        "wcscales": [(n,)],
-        "wtscale": [(1,), ()],
+        "qweight": (n, k // 2),
+        "wscales": (k // (MICRO if fp4 else GROUP), n),
+        "bias": (n,),
+        "smooth_factor": (k,),
+        "proj_down": (k, rank),
+        "proj_up": (n, rank),
+        "wcscales": (n,),
+        "wtscale": (1,),
     }
 
 
@@ -181,7 +184,7 @@ def read_w4a4(get: Get, names: set[str], outputs: int, inputs: int, *, after_gel
 
 
 def _eight_bits(codes_NK: Tensor, steps_NG: Tensor) -> Rounded:
-    table = torch.tensor(layout.FP4)
+    table = torch.tensor(layout.FP4, device=codes_NK.device)
     dense_NK = table[codes_NK.long()] * steps_NG.repeat_interleave(MICRO, 1)[:, : codes_NK.shape[1]]
     return round_to_nearest(dense_NK, group_scales(dense_NK, 8, torch.bfloat16), 8)
 
@@ -200,7 +203,7 @@ def read_awq(get: Get, names: set[str], outputs: int, inputs: int, *, splits: in
         bias = chunks(get("bias")).float()
         if splits > 1:  # diffusers adds the 1 of a scale itself
             bias.view(splits, -1)[[1, splits - 2] if splits > 3 else [1]] -= 1
-    sums_GK = torch.eye(left_NG.shape[1], dtype=scales_NG.dtype).repeat_interleave(GROUP, 1)
+    sums_GK = torch.eye(left_NG.shape[1]).to(scales_NG).repeat_interleave(GROUP, 1)
     plain = not left_NG.any()
     return Piece(
         integers=Rounded(values, scales_NG),
