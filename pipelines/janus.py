@@ -19,7 +19,7 @@ import torch
 
 from mm.errors import UserError
 from mm.pipelines.public import PublicModel
-from mm.pipelines.token_sampling import Sampling
+from mm.pipelines.token_sampling import Sampling, sample_codes
 from mm.pipelines.unified import Defaults
 
 
@@ -35,6 +35,10 @@ class Janus(PublicModel):
             raise UserError(f"this Janus draws {side} x {side} pictures, not {width} x {height}; leave the size out")
         return side, side
 
+    def length(self, size: tuple[int, int]) -> int:
+        """How many tokens a picture has."""
+        return self.model.config.vision_config.num_image_tokens
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -42,6 +46,7 @@ class Janus(PublicModel):
         size: tuple[int, int],
         generators: Sequence[torch.Generator],
         sampling: Sampling,
+        progress: Any = None,
     ) -> torch.Tensor:
         """Tokens (B, L) of the pictures."""
         if negative_prompt:
@@ -57,8 +62,8 @@ class Janus(PublicModel):
             kept = (ids_RT == tokens.bos_token_id) | (ids_RT == tokens.boi_token_id)
             ids_RT = torch.cat([ids_RT, ids_RT.masked_fill(~kept, tokens.pad_token_id)])
             mask_RT = mask_RT.repeat(2, 1)
-        count = self.model.model.vision_model.config.num_image_tokens
-        return self.sample(self.model.get_input_embeddings()(ids_RT), mask_RT, generators, sampling, count)
+        prompt_RTD = self.model.get_input_embeddings()(ids_RT)
+        return sample_codes(self, prompt_RTD, mask_RT, generators, sampling, self.length(size), progress)
 
     def read(
         self, new_RND: torch.Tensor, mask_RT: torch.Tensor, positions_RN: torch.Tensor, past: Any
@@ -82,5 +87,5 @@ class Janus(PublicModel):
         return self.model.prepare_embeddings_for_image_generation(picks_B[:, None])
 
     def decode(self, tokens_BL: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Pictures (B, 3, height, width), about -1 to 1."""
-        return self.model.decode_image_tokens(tokens_BL).permute(0, 3, 1, 2)
+        """Pictures (B, 3, height, width), about 0 to 1."""
+        return self.unit(self.model.decode_image_tokens(tokens_BL).permute(0, 3, 1, 2))

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mm.errors import UserError
-from mm.pipelines.token_sampling import Sampling, sample_codes
 
 
 class PublicModel:
@@ -30,10 +28,15 @@ class PublicModel:
 
     def check_words(self, texts: Sequence[str]) -> None:
         """Raises UserError for texts that hold control tokens."""
+        tokens = self.processor.tokenizer
+        added = tokens.added_tokens_decoder
         for text in texts:
-            control = [token for token in self.processor.tokenizer.all_special_tokens if token in text]
-            if control:
-                raise UserError(f"{text[:60]!r} holds the model's control token {control[0]!r}; leave it out")
+            for number in tokens(text, add_special_tokens=False).input_ids:
+                # An unknown word becomes a control token as well, but does not spell one.
+                if number in added and added[number].special and added[number].content in text:
+                    raise UserError(
+                        f"{text[:60]!r} holds the model's control token {added[number].content!r}; leave it out"
+                    )
 
     def chat(self, content: list[dict[str, str]]) -> str:
         """One user's turn in the processor's chat template, up to where the reply begins."""
@@ -53,14 +56,12 @@ class PublicModel:
         new = said[:, inputs.input_ids.shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def sample(
-        self,
-        prompt_RTD: torch.Tensor,
-        mask_RT: torch.Tensor,
-        generators: Sequence[torch.Generator],
-        sampling: Sampling,
-        count: int,
-    ) -> torch.Tensor:
-        """Codes (B, `count`), with a bar."""
-        with tqdm(total=count, leave=False) as bar:
-            return sample_codes(self, prompt_RTD, mask_RT, generators, sampling, count, bar)  # type: ignore[arg-type]
+    def unit(self, pictures_BCHW: torch.Tensor) -> torch.Tensor:
+        """Pictures with the processor's normalization undone: about 0 to 1, float32."""
+        sight = self.processor.image_processor
+        mean, std = (pictures_BCHW.new_tensor(x, dtype=torch.float32)[:, None, None] for x in _normal(sight))
+        return pictures_BCHW.float() * std + mean
+
+
+def _normal(sight: Any) -> tuple[Sequence[float], Sequence[float]]:
+    return (sight.image_mean, sight.image_std) if sight.do_normalize else ([0.0] * 3, [1.0] * 3)

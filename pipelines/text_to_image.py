@@ -15,7 +15,7 @@ Legend: B pictures (prompts times pictures per prompt), C = 16 channels, H = W =
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.paths import resolve_model, unified_type
+from mm.paths import resolve_model
 from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize
 from mm.pipelines.sampling import Generators, code_steps, gumbel_noise, picture_generators, picture_noise
+from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
 
 MODES = ("flow", "codes")
@@ -106,9 +107,9 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise UserError("use_safetensors=False would load pickled weights, which can run code; leave it out")
         where = resolve_model(pretrained_model_name_or_path)
-        if unified_type(where) is not None:
-            from mm.pipelines.unified import UnifiedTextToImagePipeline
-
+        if kind_at(where, kwargs) is not None:
+            if cls is not TextToImagePipeline:
+                raise UserError(f"{where} is a public unified model; {cls.__name__} has no use for it")
             return UnifiedTextToImagePipeline.from_pretrained(where, **kwargs)
         try:
             pipe = super().from_pretrained(where, **kwargs)
@@ -292,7 +293,23 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         steps: int,
         tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """From noise to latents along the flow, by the scheduler's steps."""
+        """From noise to latents along the flow."""
+        drawing = self._denoising(latents, generators, reading, steps, tell)
+        while True:
+            try:
+                next(drawing)
+            except StopIteration as end:
+                return end.value
+
+    def _denoising(
+        self,
+        latents: torch.Tensor,
+        generators: Sequence[torch.Generator],
+        reading: Reading,
+        steps: int,
+        tell: Callable[[int, Any, torch.Tensor], torch.Tensor],
+    ) -> Generator[int, None, torch.Tensor]:
+        """The same step by step, by the scheduler's steps: yields how many are done, returns the latents."""
         self.scheduler.set_timesteps(steps, device=latents.device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -311,6 +328,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
                 latents = tell(i, timestep, latents)
                 bar.update()
+                yield i + 1
         return latents
 
     def _fill_codes(

@@ -29,7 +29,7 @@ from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue, spoken
 from mm.models.trunk import Trunk
 from mm.models.understanding import UnderstandingEncoder
-from mm.paths import resolve_model, unified_type
+from mm.paths import resolve_model
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.pictures import to_tensor
 from mm.pipelines.prompts import check_prompts
@@ -73,10 +73,13 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> UnderstandingPipeline:
         """An embedded model by name, a diffusers folder, or a hub name. Only safetensors files are read."""
-        where = resolve_model(pretrained_model_name_or_path)
-        if unified_type(where) is not None:
-            from mm.pipelines.unified import UnifiedUnderstandingPipeline
+        # Late: that module imports this one.
+        from mm.pipelines.unified import UnifiedUnderstandingPipeline, kind_at
 
+        where = resolve_model(pretrained_model_name_or_path)
+        if kind_at(where, kwargs) is not None:
+            if cls is not UnderstandingPipeline:
+                raise UserError(f"{where} is a public unified model; {cls.__name__} has no use for it")
             return UnifiedUnderstandingPipeline.from_pretrained(where, **kwargs)
         if isinstance(where, Path) and not (where / "understanding_encoder" / "config.json").is_file():
             raise UserError(f"{where} holds no understanding_encoder: this model draws, but cannot read pictures")

@@ -15,7 +15,7 @@ Legend: B pictures, L tokens a picture.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 
 from mm.errors import UserError
-from mm.paths import unified_type
+from mm.paths import UNIFIED, unified_type
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
 from mm.pipelines.understanding import UnderstandingOutput
@@ -55,6 +55,10 @@ class UnifiedModel(Protocol):
         """Height and width of a picture that can be drawn. Raises UserError where that is not the wanted one."""
         ...
 
+    def length(self, size: tuple[int, int]) -> int:
+        """How many tokens a picture of this size has."""
+        ...
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -62,17 +66,37 @@ class UnifiedModel(Protocol):
         size: tuple[int, int],
         generators: Sequence[torch.Generator],
         sampling: Sampling,
+        progress: Any = None,
     ) -> torch.Tensor:
-        """Tokens (B, L) of the pictures."""
+        """Tokens (B, L) of the pictures; `progress.update()` is called after each."""
         ...
 
     def decode(self, tokens_BL: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Pictures (B, 3, height, width), about -1 to 1."""
+        """Pictures (B, 3, height, width), about 0 to 1."""
         ...
 
     def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], max_words: int) -> list[str]:
         """One answer a pair."""
         ...
+
+
+def kind_at(where: str | Path, options: Mapping[str, Any] | None = None) -> str | None:
+    """The family of the model in a folder or under a hub name (fetched with `options`); None for any other."""
+    if isinstance(where, Path) or Path(where).expanduser().is_dir():
+        return unified_type(where)
+    from transformers import PretrainedConfig
+
+    try:
+        found = PretrainedConfig.get_config_dict(where, **_for_hub(options or {}))[0].get("model_type")
+    except (OSError, ValueError):
+        return None
+    return found if found in UNIFIED else None
+
+
+def _for_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: options[k] for k in ("cache_dir", "force_download", "local_files_only", "revision", "token") if k in options
+    }
 
 
 def family_of(model: Any, processor: Any) -> UnifiedModel:
@@ -89,11 +113,8 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
     name = kind.capitalize()
     if "torch_dtype" in kwargs:  # diffusers' name for it
         kwargs["dtype"] = kwargs.pop("torch_dtype")
-    hub = {
-        k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "revision", "token") if k in kwargs
-    }
     try:
-        processor = getattr(transformers, f"{name}Processor").from_pretrained(where, **hub)
+        processor = getattr(transformers, f"{name}Processor").from_pretrained(where, **_for_hub(kwargs))
         model, told = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(
             where, **(kwargs | {"use_safetensors": True, "output_loading_info": True})
         )
@@ -124,7 +145,7 @@ class UnifiedPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """A folder or a hub name of a Janus or Emu3 in transformers' layout. Only safetensors files are read."""
-        kind = unified_type(pretrained_model_name_or_path)
+        kind = kind_at(pretrained_model_name_or_path, kwargs)
         if kind is None:
             raise UserError(f"{pretrained_model_name_or_path} holds no config.json of a Janus or Emu3 of transformers")
         if kwargs.pop("use_safetensors", True) is not True:
@@ -144,7 +165,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
-        self.image_processor = VaeImageProcessor()
+        self.image_processor = VaeImageProcessor(do_normalize=False)
 
     @torch.no_grad()
     def __call__(
@@ -182,9 +203,10 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         negative = default.negative_prompt if negative_prompt is None else negative_prompt
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         several = [p for p in prompts for _ in range(num_images_per_prompt)]
-        pictures: Any = self.family.draw(several, negative, size, generators, sampling)
+        with self.progress_bar(total=self.family.length(size)) as bar:
+            pictures: Any = self.family.draw(several, negative, size, generators, sampling, bar)
         if output_type != "latent":
-            pictures = self.family.decode(pictures, size).float()
+            pictures = self.family.decode(pictures, size).clamp(0, 1)
             pictures = self.image_processor.postprocess(pictures, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)

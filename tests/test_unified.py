@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    Emu3ImageProcessor,
+    Emu3Processor,
+    Emu3TextConfig,
+    Emu3VQVAEConfig,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -29,7 +37,7 @@ from transformers import (
 import mm
 from mm.errors import UserError
 from mm.pipelines.sampling import gumbel_noise, picture_generators
-from mm.pipelines.unified import UnifiedTextToImagePipeline, UnifiedUnderstandingPipeline
+from mm.pipelines.unified import UnifiedTextToImagePipeline, UnifiedUnderstandingPipeline, kind_at
 
 WORDS = (
     "a an the red blue cat dog house on grass describe picture what colour is it User Assistant : . two stars".split()
@@ -48,9 +56,7 @@ def tokenizer_of(extra: dict[str, str], more: list[str], bos: bool) -> PreTraine
     raw.pre_tokenizer = Whitespace()
     if bos:
         raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, extra_special_tokens=extra, additional_special_tokens=more, padding_side="left", **SPECIAL
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, extra_special_tokens=extra, padding_side="left", **SPECIAL)
 
 
 def liven(model: torch.nn.Module) -> torch.nn.Module:
@@ -101,6 +107,19 @@ def drawing(janus) -> UnifiedTextToImagePipeline:
 @pytest.fixture(scope="module")
 def reading(drawing) -> UnifiedUnderstandingPipeline:
     return UnifiedUnderstandingPipeline(**drawing.components)
+
+
+def test_a_hub_name_picks_the_adapter_as_well(janus, tmp_path):
+    """From the cache, as after a download; the tests are offline."""
+    cached = tmp_path / "models--someone--janus"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(janus, cached / "snapshots" / ("0" * 40))
+    pipe = mm.TextToImagePipeline.from_pretrained("someone/janus", cache_dir=tmp_path)
+    assert isinstance(pipe.model, JanusForConditionalGeneration)
+    assert kind_at("someone/other", {"cache_dir": tmp_path}) is None
+    with pytest.raises(UserError, match="ImageEditPipeline has no use"):
+        mm.ImageEditPipeline.from_pretrained("someone/janus", cache_dir=tmp_path)
 
 
 def drawing_inputs(pipe, prompts):
@@ -262,8 +281,6 @@ def test_wrong_folders_are_told(janus, tmp_path):
 
 
 def test_missing_tensors_are_told(janus, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     copy = tmp_path / "copy"
@@ -273,3 +290,127 @@ def test_missing_tensors_are_told(janus, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != gone}, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=gone.split(".", 1)[1]):
         mm.TextToImagePipeline.from_pretrained(copy)
+
+
+VISUAL = [f"<|visual token {n:06d}|>" for n in range(32)]
+EMU3_TOKENS = {
+    "image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>",
+    "image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>",
+}  # fmt: skip
+SIZE = {"height": 16, "width": 24}  # two rows of three tokens
+
+
+@pytest.fixture(scope="module")
+def emu3(tmp_path_factory) -> Path:
+    """A folder as transformers saves it: 8 pixels a token, 32 codes."""
+    tokens = tokenizer_of(EMU3_TOKENS, ["<|extra_200|>", *VISUAL], bos=False)
+    sight = Emu3ImageProcessor(min_pixels=16 * 16, max_pixels=64 * 64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = Emu3Config(
+        text_config=Emu3TextConfig(
+            vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, **ids,
+        ).to_dict(),
+        vq_config=Emu3VQVAEConfig(
+            codebook_size=32, embed_dim=4, base_channels=32, channel_multiplier=[1, 1, 1, 1], num_res_blocks=1,
+            hidden_size=32, attn_resolutions=[3], temporal_downsample_factor=2,
+        ).to_dict(),
+        vocabulary_map=tokens.get_vocab(),
+    )  # fmt: skip
+    model = liven(Emu3ForConditionalGeneration(config))
+    model.generation_config = GenerationConfig(**ids)
+    folder = tmp_path_factory.mktemp("models") / "emu3"
+    model.save_pretrained(folder)
+    Emu3Processor(sight, tokens, chat_template=CHAT).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def emu3_drawing(emu3) -> UnifiedTextToImagePipeline:
+    return mm.TextToImagePipeline.from_pretrained(emu3)
+
+
+def emu3_generate(pipe, prompts, negative, **options):
+    """Transformers' own drawing, with the constraint from its documentation, written anew."""
+    form = {"return_for_image_generation": True, "ratio": "24:16", "image_area": 384, "return_tensors": "pt"}
+    told = pipe.processor(text=prompts, padding=True, padding_side="left", **form)
+    untold = pipe.processor(text=[negative] * len(prompts), **form)
+    (height, width), start = told.pop("image_sizes")[0], told.input_ids.shape[1]
+    closing = [pipe.processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|extra_201|>", "<|image end|>", "</s>")]
+
+    def allowed(_, ids):
+        row, column = divmod(len(ids) - start, width + 1)
+        if row >= height:
+            return closing[(len(ids) - start) - height * (width + 1) :][:1]
+        mapping = pipe.model.vocabulary_mapping
+        return mapping.image_tokens if column < width else [mapping.eol_token_id]
+
+    out = pipe.model.generate(
+        **told, max_new_tokens=height * (width + 1) + 3, prefix_allowed_tokens_fn=allowed,
+        negative_prompt_ids=untold.input_ids, negative_prompt_attention_mask=untold.attention_mask, **options,
+    )  # fmt: skip
+    return out[:, start:]
+
+
+def visual_tokens(sequences: torch.Tensor) -> torch.Tensor:
+    return sequences[:, :8].view(-1, 2, 4)[:, :, :3].flatten(1)
+
+
+def test_emu3_greedy_tokens_are_transformers_own(emu3_drawing):
+    for scale in (1, 3.0):
+        theirs = emu3_generate(emu3_drawing, PROMPTS, "a red house", do_sample=False, guidance_scale=scale)
+        own = emu3_drawing(
+            PROMPTS, negative_prompt="a red house", guidance_scale=scale, temperature=0, output_type="latent", **SIZE
+        ).images
+        assert torch.equal(own, visual_tokens(theirs))
+        assert len(set(own.flatten().tolist())) > 3
+
+
+def test_emu3_sampled_tokens_are_transformers_own_given_the_same_noise(emu3_drawing, monkeypatch):
+    seed = torch.Generator().manual_seed(5)
+    own = emu3_drawing(PROMPTS, negative_prompt="a dog", top_k=9, generator=seed, output_type="latent", **SIZE).images
+    generators = picture_generators(seed, 2)
+    visual = torch.tensor(emu3_drawing.model.vocabulary_mapping.image_tokens)
+
+    def multinomial(share, num_samples):
+        if (share.max(-1).values == 1).all():  # a forced token
+            return share.argmax(-1, keepdim=True)
+        return visual[(share[:, visual].log() + gumbel_noise(generators, (32,))).argmax(-1, keepdim=True)]
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    theirs = emu3_generate(emu3_drawing, PROMPTS, "a dog", do_sample=True, top_k=9, guidance_scale=3.0)
+    assert torch.equal(own, visual_tokens(theirs))
+
+
+def test_emu3_same_seed_same_picture_in_any_batch(emu3_drawing):
+    options = {"output_type": "latent", **SIZE}
+    several = emu3_drawing(PROMPTS, generator=torch.Generator().manual_seed(4), **options).images
+    alone = emu3_drawing(PROMPTS[1], generator=torch.Generator().manual_seed(5), **options).images
+    assert torch.equal(alone[0], several[1])
+
+
+def test_emu3_pictures_are_the_decoders_own(emu3_drawing):
+    theirs = emu3_generate(emu3_drawing, PROMPTS[:1], "a dog", do_sample=False, guidance_scale=3.0)
+    wanted = emu3_drawing.model.decode_image_tokens(image_tokens=theirs, height=2, width=3)
+    wanted = emu3_drawing.processor.postprocess(list(wanted.float()))["pixel_values"][0]
+    picture = emu3_drawing(PROMPTS[0], negative_prompt="a dog", temperature=0, **SIZE).images[0]
+    assert picture.size == (24, 16)
+    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
+
+
+def test_emu3_answers_are_transformers_own(emu3):
+    pipe = mm.UnderstandingPipeline.from_pretrained(emu3)
+    pictures, questions = [noise(1), noise(2, 32, 48)], ["what colour is it", "describe the picture on the grass ."]
+    inputs = reading_inputs(pipe, pictures, questions)
+    said = pipe.model.generate(**inputs, max_new_tokens=128, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    theirs = [text.strip() for text in pipe.processor.batch_decode(said, skip_special_tokens=True)]
+    assert pipe.answer(pictures, questions) == theirs
+    assert theirs[0] != theirs[1]
+
+
+def test_emu3_tells_what_it_cannot_draw(emu3_drawing):
+    with pytest.raises(UserError, match="steps of 8, not 24 x 15"):
+        emu3_drawing(PROMPTS[0], height=15, width=24)
+    with pytest.raises(UserError, match=re.escape("control token '<|image end|>'")):
+        emu3_drawing("a cat <|image end|>", **SIZE)
+    assert emu3_drawing.family.size(None, None) == (720, 720)
