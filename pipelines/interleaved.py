@@ -16,7 +16,7 @@ Legend: C = 16 channels, H = W = 8 latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -202,17 +202,14 @@ class InterleavedPipeline(ImageEditPipeline):
         source = conversation.latents
         reading = self._conversation_reading(conversation.state.prompt, source)
         generators = picture_generators(torch.Generator().manual_seed(seed), 1)
-        events: list[Event] = []
-
-        def tell(step: int, _timestep: Any, latents: torch.Tensor) -> torch.Tensor:
-            events.append(Event(kind="step", step=step + 1, steps=steps))
-            return latents
-
+        noise = self.prepare_latents(generators, None)
         bar = dict(getattr(self, "_progress_bar_config", {}))
         self.set_progress_bar_config(disable=True)
-        latents = self._denoise(self.prepare_latents(generators, None), generators, reading, steps, tell)
-        self.set_progress_bar_config(**bar)
-        yield from events
+        drawing = self._denoising(noise, generators, reading, steps, lambda _step, _timestep, latents: latents)
+        try:
+            latents = yield from _as_events(drawing, steps)
+        finally:
+            self.set_progress_bar_config(**bar)
         picture = self._decode(latents, "pil")[0]
         conversation.latents, conversation.pictures = latents, conversation.pictures + 1
         conversation.dialogue.has_drawn(None)
@@ -229,3 +226,13 @@ class InterleavedPipeline(ImageEditPipeline):
         full = self.trunk.encode_picture(source.to(self.trunk.dtype), words)
         alone = self._cache([""], looks, source)
         return Reading([full, alone, nothing], (scale, pictured - scale, 1 - pictured))
+
+
+def _as_events(drawing: Generator[int, None, torch.Tensor], steps: int) -> Generator[Event, None, torch.Tensor]:
+    """A drawing's steps as events; returns what it returns."""
+    while True:
+        try:
+            done = next(drawing)
+        except StopIteration as end:
+            return end.value
+        yield Event(kind="step", step=done, steps=steps)

@@ -121,6 +121,28 @@ def edit(
               f"preservation {task['preservation']:.3f}  n {task['n']}")  # fmt: skip
 
 
+@app.command(epilog="Example: mm eval chat --json runs/chat.json")
+def chat(
+    model: Model = "mm-tiny",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="A quick look: this many conversations.")] = None,
+    scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own file.")] = None,
+    json: Json = None,
+) -> None:
+    """Scripted conversations of four turns: every drawing, edit and answer judged."""
+    from mm import InterleavedPipeline
+    from mm.evaluation.chat import SCRIPTS, evaluate_chat
+    from mm.world.judge import Judge
+
+    pipe = InterleavedPipeline.from_pretrained(model)
+    judge, told = Judge.from_pretrained(), {"model": model}
+    where = scripts or SCRIPTS
+    report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=told)
+    print(f"overall {report['overall']:.3f} of {report['n']} turns (ceiling {report['ceiling']:.3f})")
+    for name, task in (report["tasks"] | {"faultless": report["faultless"]}).items():
+        print(f"{name:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
+
+
 @app.command(epilog="Example: mm eval reconstruct --limit 32 --extra weights/comparisons --json runs/reconstruct.json")
 def reconstruct(
     model: Model = "mm-tiny",

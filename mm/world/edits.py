@@ -188,13 +188,18 @@ _MAKERS: dict[str, Callable[[Scene, random.Random], Change | None]] = {
 }
 
 
+def edit_scene(source: Scene, rng: random.Random, kind: str) -> Edit | None:
+    """A random edit of `source` of this kind, or None where the scene has no room or object for it."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of edit {kind!r}; known: {', '.join(KINDS)}")
+    change = _MAKERS[kind](source, rng)
+    return None if change is None else Edit(kind=kind, source=source, target=change[0], instruction=change[1])
+
+
 def sample_edit(rng: random.Random, kind: str | None = None, *, held_out: bool = False) -> Edit:
     """A random edit of a random scene; with `held_out` False neither scene's composition is kept for reporting."""
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"unknown kind of edit {kind!r}; known: {', '.join(KINDS)}")
     chosen = rng.choice(KINDS) if kind is None else kind
     while True:
-        source = sample_scene(rng, held_out=held_out)
-        change = _MAKERS[chosen](source, rng)
-        if change is not None and (held_out or not is_held_out(groups(change[0]))):
-            return Edit(kind=chosen, source=source, target=change[0], instruction=change[1])
+        edit = edit_scene(sample_scene(rng, held_out=held_out), rng, chosen)
+        if edit is not None and (held_out or not is_held_out(groups(edit.target))):
+            return edit

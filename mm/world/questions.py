@@ -4,6 +4,7 @@ Design choices
 - Six kinds: existence, count, colour, position, style, background. Nothing is asked that the picture cannot show, or
   whose answer is not the only right one (the colour of an object whose natural colours are several, say).
 - Existence is balanced: a "yes" question comes with a "no" question, half of the time about a look-alike.
+- Counting is of one kind of object, or now and then of a category (`vocabulary.CATEGORIES`), where zero may be right.
 - Words are those of `mm.world.words`.
 
 This module does not know pictures, edits or models.
@@ -49,9 +50,13 @@ def _existence(scene: Scene, parts: tuple[Group, ...], rng: random.Random) -> li
 
 def _count(scene: Scene, parts: tuple[Group, ...], rng: random.Random) -> list[QA]:
     name = rng.choice(parts).object
-    number = sum(g.count for g in parts if g.object == name)
+    noun, counted = v.PLURALS[name], {name}
+    if rng.random() < 0.3:
+        noun = rng.choice(list(v.CATEGORIES))
+        counted = set(v.CATEGORIES[noun])
+    number = sum(g.count for g in parts if g.object in counted)
     wording = rng.choice(("how many {} are there?", "how many {} can you see?", "what is the number of {}?"))
-    out = [QA(kind="count", question=wording.format(v.PLURALS[name]), answer=_COUNTS[min(number, 4)])]
+    out = [QA(kind="count", question=wording.format(noun), answer=_COUNTS[min(number, 4)])]
     return out if number <= v.MAX_COUNT else []
 
 

@@ -25,6 +25,12 @@ OBJECTS: tuple[str, ...] = (
 # Kept out of all training of the generator, so that customization has something new to learn. The judge reads them.
 HELD_OUT_OBJECTS: tuple[str, ...] = ("panda", "robot", "gift", "basketball", "tulip", "cactus", "heart", "balloon")
 ALL_OBJECTS: tuple[str, ...] = OBJECTS + HELD_OUT_OBJECTS
+# Words for many kinds of objects at once, asked by number: "how many animals are there?"
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "animals": (*OBJECTS[:15], "panda"),
+    "vehicles": ("car", "bus", "bicycle", "boat", "rocket"),
+    "things": ALL_OBJECTS,
+}
 
 PLURALS: dict[str, str] = {name: name + "s" for name in ALL_OBJECTS} | {
     "wolf": "wolves",
