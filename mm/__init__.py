@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 install()
 
 
+def _open_clip_is_there() -> None:
+    from mm.models.open_clip_plugin import register
+
+    register()
+
+
 def _diffusers_is_there() -> None:
     from mm.quantization.diffusers_plugin import register
 
@@ -38,6 +44,7 @@ def _transformers_is_there() -> None:
     register()
 
 
+after_import("open_clip.factory", _open_clip_is_there)
 after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
 
