@@ -206,13 +206,23 @@ class BranchedLinear(nn.Linear):
         if self.bits == 16:
             return self.weight if dtype is None else self.weight.to(dtype)
         work = torch.promote_types(torch.float32, dtype or torch.float32)
-        steps = self.weight_scales.to(work).repeat_interleave(GROUP, 1)[:, : self.in_features]
-        weight = self.integers().to(work) * steps
-        if self.smooth is not None:
-            weight = weight / self.smooth.to(work)
+        weight = self._dense(work)
         if self.down is not None and self.up is not None:
             weight = weight + self.up.to(work) @ self.down.to(work)
         return weight.to(dtype or self.weight_scales.dtype)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) of a quantized base's integers, smoothing undone."""
+        steps = self.weight_scales.to(dtype).repeat_interleave(GROUP, 1)[:, : self.in_features]
+        weight = self.integers().to(dtype) * steps
+        return weight if self.smooth is None else weight / self.smooth.to(dtype)
+
+    def _unlifted_bias(self) -> Tensor | None:
+        """The bias where x is not shifted: the stored one has the shift's part taken off."""
+        if self.bits == 16 or not self.activation.shift:
+            return self.bias
+        lifted = self._dense(torch.promote_types(torch.float32, self.weight_scales.dtype)).sum(1)
+        return lifted * self.activation.shift + (0.0 if self.bias is None else self.bias)
 
     def effective_weight(self) -> Tensor:
         """(N, K) in fp32: base and branches. Raises UserError where a branch reads one scope of tokens only."""
@@ -335,17 +345,17 @@ class BranchedLinear(nn.Linear):
         if self.bits == 16:
             weight = self.weight
         else:
-            steps = self.weight_scales.repeat_interleave(GROUP, 1)[:, : self.in_features]
-            weight = self.integers().to(steps.dtype) * steps
-            weight = weight if self.smooth is None else weight / self.smooth
+            weight = self._dense(self.weight_scales.dtype)
+        bias = self._unlifted_bias()
         if self._down is None:
-            return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return branched_linear(x, weight.to(x.dtype), None, self.bias, None, self._down, self._up, self._scales)
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return branched_linear(x, weight.to(x.dtype), None, bias, None, self._down, self._up, self._scales)
 
     def _plain(self, x: Tensor) -> Tensor:
         """The sum in plain torch, with gradients for x and for branches that want them."""
         base = self.base_weight(x.dtype) if self.bits != 16 else self.weight.to(x.dtype)
-        y = F.linear(x, base, None if self.bias is None else self.bias.to(x.dtype))
+        bias = self._unlifted_bias()
+        y = F.linear(x, base, None if bias is None else bias.to(x.dtype))
         for branch in self._branches:
             if branch.scope is None:
                 y = y + branch.scale * F.linear(F.linear(x, branch.down.to(x.dtype)), branch.up.to(x.dtype))

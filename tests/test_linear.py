@@ -95,6 +95,19 @@ def test_gradients_reach_inputs_and_branches(layer):
 
 
 @torch.no_grad()
+def test_inputs_rounded_without_a_sign_give_the_same_sum_with_gradients():
+    """Kernels shift such inputs and the bias has the shift's part taken off; plain torch shifts nothing."""
+    torch.manual_seed(0)
+    packed, scales = quantize_weight(torch.rand(N, K) + 0.5, torch.float32)
+    made = BranchedLinear(K, N)
+    rule = ActivationRule(bits=4, group=64, unsigned=True, shift=0.17)
+    made.quantize_(packed, scales, smooth=torch.rand(K) + 0.5, bias=torch.randn(N), activation=rule)
+    x = nn.functional.gelu(torch.randn(5, K))
+    with torch.no_grad():
+        want = made(x)
+    assert (made(x.requires_grad_()) - want).norm() < 0.05 * want.norm()
+
+
 def test_a_state_dict_makes_the_same_layer(layer):
     x = torch.randn(9, K)
     if layer.bits == 16:

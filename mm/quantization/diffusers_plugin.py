@@ -67,12 +67,16 @@ class DiffusersSVDQuant(DiffusersQuantizer):
         return True
 
 
+def _nunchaku_lite(quantization_config: Any, **kwargs: Any) -> DiffusersQuantizer:
+    from mm.quantization.nunchaku_lite import quantizer
+
+    return quantizer(quantization_config, **kwargs)
+
+
 def register() -> None:
     """Puts the method into diffusers' tables, and a reader of nunchaku_lite where diffusers' own would raise."""
     from diffusers.quantizers import auto
 
-    from mm.quantization.nunchaku_lite import METHOD, quantizer
-
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+    auto.AUTO_QUANTIZER_MAPPING["nunchaku_lite"] = _nunchaku_lite
     auto.AUTO_QUANTIZER_MAPPING[SVDQuantConfig.METHOD] = DiffusersSVDQuant
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[SVDQuantConfig.METHOD] = SVDQuantConfig

@@ -132,7 +132,7 @@ def load_nunchaku(
     settings = {k: x for k, x in opened.config.items() if k != "quantization_config"}
     with init_empty_weights():
         model = kind.from_config(settings)
-    model = model.to(dtype).eval()
+    nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of modules that it would keep in fp32
     _fill(opened, model, _plan(opened, model, _rules(opened, model)), activation_bits)
     return model
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.nunchaku import NunchakuLiteQuantizer
 from torch import Tensor, nn
 
@@ -25,10 +26,8 @@ from mm.quantization.config import SVDQuantConfig
 from mm.quantization.diffusers_plugin import DiffusersSVDQuant
 from mm.quantization.layout import record
 
-METHOD = "nunchaku_lite"
 
-
-def quantizer(quantization_config: Any, **kwargs: Any) -> Any:
+def quantizer(quantization_config: Any, **kwargs: Any) -> DiffusersQuantizer:
     """diffusers' own quantizer where it runs, ours where it does not."""
     theirs = NunchakuLiteQuantizer(quantization_config, **kwargs)
     try:
