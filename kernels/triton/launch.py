@@ -40,6 +40,16 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    """The GPU's; Hopper's in the interpreter."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: Any) -> None:
+    """Untyped: what a kernel calls a tensor is a pointer or a number here."""
+    kernel[grid](*arguments, **options)
+
+
 def _flat(tensor: Tensor | None) -> Tensor | None:
     """Contiguous, of a type that the kernels read."""
     if tensor is None:
@@ -81,14 +91,13 @@ def quantize_activations(
         "EXACT": INTERPRETED or x.dtype == torch.float32 or down is None or x.dtype != down.dtype,
     }
     with _on(x):
-        survey[(row_blocks, splits, max(1, plans.blocks(rank, tiles.columns)))](
-            x, smooth, down, values, scales, absmax_SM, low_SMR, *sizes, each * tiles.depth, **surveyed, **options
-        )
+        found = (x, smooth, down, values, scales, absmax_SM, low_SMR, *sizes, each * tiles.depth)
+        rank_blocks = max(1, plans.blocks(rank, tiles.columns))
+        _launch(survey, (row_blocks, splits, rank_blocks), found, **surveyed, **options)
         if not group:
             joined = low if splits > 1 and rank else None
-            round_rows[(row_blocks, step_blocks)](
-                x, smooth, absmax_SM, low_SMR, values, scales, joined, *sizes, splits, **options
-            )
+            taken = (x, smooth, absmax_SM, low_SMR, values, scales, joined, *sizes, splits)
+            _launch(round_rows, (row_blocks, step_blocks), taken, **options)
         elif splits > 1:
             low = low_SMR.sum(0)
     return values, scales, low
@@ -139,17 +148,15 @@ def _grouped(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: 
     options, sizes = _options(y, rank, tiles), (rows, outputs, wide // GROUP, rank)
     grid = (plans.blocks(outputs, tiles.columns), plans.blocks(rows, tiles.rows))
     if not few:
-        grouped[grid](*operands, *ends, y, *sizes, BY_GROUP=by_group, **options)
+        _launch(grouped, grid, (*operands, *ends, y, *sizes), BY_GROUP=by_group, **options)
         return
     each, splits = plans.span(plans.blocks(wide, tiles.depth), tiles.splits)
     parts = y if splits == 1 else y.new_empty(splits, rows, outputs, dtype=torch.float32)
     at_once = tiles.depth // GROUP
-    grouped_few[(*grid, splits)](
-        *operands, *ends, parts, *sizes, each * at_once,
-        BY_GROUP=by_group, SPLIT=splits > 1, BLOCK_G=at_once, **options,
-    )  # fmt: skip
+    taken = (*operands, *ends, parts, *sizes, each * at_once)
+    _launch(grouped_few, (*grid, splits), taken, BY_GROUP=by_group, SPLIT=splits > 1, BLOCK_G=at_once, **options)
     if splits > 1:
-        combine[grid](parts, *ends, y, rows, outputs, rank, splits, **options)
+        _launch(combine, grid, (parts, *ends, y, rows, outputs, rank, splits), **options)
 
 
 def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: int) -> None:
@@ -157,13 +164,10 @@ def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: i
     values, scales, packed, weight_scales = operands
     (rows, wide), outputs = values.shape, y.shape[1]
     weight, channel_scales = fold(packed, weight_scales)
-    capability = torch.cuda.get_device_capability(y.device) if y.is_cuda else (9, 0)
-    tiles = plans.folded(outputs, wide, capability)
+    tiles = plans.folded(outputs, wide, _capability(y))
     count = plans.blocks(rows, tiles.rows) * plans.blocks(outputs, tiles.columns)
-    folded[(count,)](
-        values, scales, weight, channel_scales, *ends, y, rows, outputs, wide // GROUP, rank,
-        BLOCK_K=tiles.depth, BAND=8, **_options(y, rank, tiles),
-    )  # fmt: skip
+    taken = (values, scales, weight, channel_scales, *ends, y, rows, outputs, wide // GROUP, rank)
+    _launch(folded, (count,), taken, BLOCK_K=tiles.depth, BAND=8, **_options(y, rank, tiles))
 
 
 def fold(packed: Tensor, weight_scales_NG: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +175,9 @@ def fold(packed: Tensor, weight_scales_NG: Tensor) -> tuple[Tensor, Tensor]:
     outputs, wide = packed.shape[0], 2 * packed.shape[1]
     weight = packed.new_empty(outputs, wide, dtype=torch.int8)
     channel_scales = packed.new_empty(outputs, dtype=torch.float32)
+    grid = (plans.blocks(outputs, _EXPAND_ROWS), plans.blocks(wide // 2, _EXPAND_BYTES))
+    sizes = {"BLOCK_N": _EXPAND_ROWS, "BLOCK_C": _EXPAND_BYTES, "BLOCK_G": plans.power(wide // GROUP)}
+    taken = (packed, weight_scales_NG, weight, channel_scales, outputs, wide // GROUP)
     with _on(packed):
-        expand[(plans.blocks(outputs, _EXPAND_ROWS), plans.blocks(wide // 2, _EXPAND_BYTES))](
-            packed, weight_scales_NG, weight, channel_scales, outputs, wide // GROUP, BLOCK_N=_EXPAND_ROWS,
-            BLOCK_C=_EXPAND_BYTES, BLOCK_G=plans.power(wide // GROUP), enable_fp_fusion=False,
-        )  # fmt: skip
+        _launch(expand, grid, taken, enable_fp_fusion=False, **sizes)
     return weight, channel_scales

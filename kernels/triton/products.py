@@ -20,8 +20,6 @@ It does not know tile sizes or when which kernel is used (`plans`, `launch`), no
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -34,8 +32,8 @@ _FOLD_STEPS = tl.constexpr(16.0)  # -8 * 16 is int8's lowest value
 
 @triton.jit
 def _finish(
-    sums: Any, rows: Any, columns: Any, bias: Any, low: Any, up: Any,
-    branch_scales: Any, y: Any, M: Any, N: Any, R: Any,
+    sums: tl.tensor, rows: tl.tensor, columns: tl.tensor, bias: tl.tensor, low: tl.tensor, up: tl.tensor,
+    branch_scales: tl.tensor, y: tl.tensor, M: tl.tensor, N: tl.tensor, R: tl.tensor,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """Adds bias and branch to a tile of fp32 sums, and stores it."""
@@ -55,9 +53,10 @@ def _finish(
 
 @triton.jit
 def grouped(
-    values: Any, scales: Any, packed: Any, weight_scales: Any, bias: Any, low: Any,
-    up: Any, branch_scales: Any, y: Any, M: Any, N: Any, G: Any, R: Any, BY_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    values: tl.tensor, scales: tl.tensor, packed: tl.tensor, weight_scales: tl.tensor, bias: tl.tensor, low: tl.tensor,
+    up: tl.tensor, branch_scales: tl.tensor, y: tl.tensor, M: tl.tensor, N: tl.tensor, G: tl.tensor, R: tl.tensor,
+    BY_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (column blocks, row blocks): y (M, N). BY_GROUP: activations have a scale per group, else per token."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -83,9 +82,9 @@ def grouped(
 
 @triton.jit
 def grouped_few(
-    values: Any, scales: Any, packed: Any, weight_scales: Any, bias: Any, low: Any,
-    up: Any, branch_scales: Any, y: Any, M: Any, N: Any, G: Any, R: Any,
-    span: Any, BY_GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    values: tl.tensor, scales: tl.tensor, packed: tl.tensor, weight_scales: tl.tensor, bias: tl.tensor, low: tl.tensor,
+    up: tl.tensor, branch_scales: tl.tensor, y: tl.tensor, M: tl.tensor, N: tl.tensor, G: tl.tensor, R: tl.tensor,
+    span: tl.tensor, BY_GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """`grouped` for few tokens: BLOCK_G groups at once, one a warp, joined at the end. Grid (column blocks, row blocks,
@@ -122,8 +121,8 @@ def grouped_few(
 
 @triton.jit
 def combine(
-    parts_SMN: Any, bias: Any, low: Any, up: Any, branch_scales: Any, y: Any,
-    M: Any, N: Any, R: Any, splits: Any,
+    parts_SMN: tl.tensor, bias: tl.tensor, low: tl.tensor, up: tl.tensor, branch_scales: tl.tensor, y: tl.tensor,
+    M: tl.tensor, N: tl.tensor, R: tl.tensor, splits: tl.tensor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (column blocks, row blocks): the parts of `grouped_few`, added in order, with bias and branch."""
@@ -139,8 +138,8 @@ def combine(
 
 @triton.jit
 def expand(
-    packed: Any, weight_scales: Any, weight: Any, channel_scales: Any, N: Any, G: Any,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    packed: tl.tensor, weight_scales: tl.tensor, weight: tl.tensor, channel_scales: tl.tensor, N: tl.tensor,
+    G: tl.tensor, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (row blocks of the weight, blocks of BLOCK_C packed bytes): int8 (N, C) with a scale per row, fp32 (N,)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -149,7 +148,7 @@ def expand(
     steps = tl.abs(tl.load(weight_scales + row * G + each[None, :], mask=each[None, :] < G, other=0.0))
     steps = steps.to(tl.float32)
     # a scale that is no number makes the whole output none: its ratio is 0 and 0 * inf is NaN
-    channel = tl.max(tl.where(steps != steps, float("inf"), steps), 1) / _FOLD_STEPS
+    channel = tl.max(tl.where(steps != steps, float("inf"), steps), 1) * (1 / _FOLD_STEPS)
     if tl.program_id(1) == 0:
         tl.store(channel_scales + rows, channel, mask=rows < N)
     at = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -167,8 +166,8 @@ def expand(
 
 @triton.jit
 def folded(
-    values: Any, scales: Any, weight: Any, channel_scales: Any, bias: Any, low: Any,
-    up: Any, branch_scales: Any, y: Any, M: Any, N: Any, G: Any, R: Any,
+    values: tl.tensor, scales: tl.tensor, weight: tl.tensor, channel_scales: tl.tensor, bias: tl.tensor, low: tl.tensor,
+    up: tl.tensor, branch_scales: tl.tensor, y: tl.tensor, M: tl.tensor, N: tl.tensor, G: tl.tensor, R: tl.tensor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -15,8 +15,6 @@ It does not know how C is split or how large tiles are (`plans`), nor torch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -26,13 +24,13 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def round_half_even(v: Any) -> Any:
+def round_half_even(v: tl.tensor) -> tl.tensor:
     """|v| < 2^22. Only right where the compiler may not fuse the addition with a product before it."""
     return (v + _ROUNDER) - _ROUNDER
 
 
 @triton.jit
-def _smoothed(x: Any, smooth: Any, shift: Any, columns: Any, K: Any) -> Any:
+def _smoothed(x: tl.tensor, smooth: tl.tensor, shift: tl.tensor, columns: tl.tensor, K: tl.tensor) -> tl.tensor:
     """A tile of x, shifted and smoothed, in fp32; columns of padding are zero."""
     v = x.to(tl.float32) + shift
     if smooth is not None:
@@ -41,13 +39,13 @@ def _smoothed(x: Any, smooth: Any, shift: Any, columns: Any, K: Any) -> Any:
 
 
 @triton.jit
-def _absmax(v: Any, UNSIGNED: tl.constexpr) -> Any:
+def _absmax(v: tl.tensor, UNSIGNED: tl.constexpr) -> tl.tensor:
     size = tl.maximum(v, 0.0) if UNSIGNED else tl.abs(v)
     return tl.max(tl.where(v != v, float("inf"), size), 1)
 
 
 @triton.jit
-def _rounded(v: Any, absmax: Any, TOP: tl.constexpr, UNSIGNED: tl.constexpr) -> Any:
+def _rounded(v: tl.tensor, absmax: tl.tensor, TOP: tl.constexpr, UNSIGNED: tl.constexpr) -> tl.tensor:
     # a row of zeros may have any step
     per_step = tl.math.div_rn(tl.full(absmax.shape, TOP, tl.float32), tl.where(absmax == 0.0, 1.0, absmax))
     q = round_half_even(v * per_step[:, None])
@@ -57,8 +55,8 @@ def _rounded(v: Any, absmax: Any, TOP: tl.constexpr, UNSIGNED: tl.constexpr) -> 
 
 @triton.jit
 def survey(
-    x: Any, smooth: Any, down: Any, values: Any, scales: Any, absmax_SM: Any,
-    low_SMR: Any, shift: Any, M: Any, K: Any, G: Any, R: Any, span: Any,
+    x: tl.tensor, smooth: tl.tensor, down: tl.tensor, values: tl.tensor, scales: tl.tensor, absmax_SM: tl.tensor,
+    low_SMR: tl.tensor, shift: tl.tensor, M: tl.tensor, K: tl.tensor, G: tl.tensor, R: tl.tensor, span: tl.tensor,
     GROUPED: tl.constexpr, TOP: tl.constexpr, UNSIGNED: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -100,8 +98,8 @@ def survey(
 
 @triton.jit
 def round_rows(
-    x: Any, smooth: Any, absmax_SM: Any, low_SMR: Any, values: Any, scales: Any,
-    low: Any, shift: Any, M: Any, K: Any, G: Any, R: Any, splits: Any,
+    x: tl.tensor, smooth: tl.tensor, absmax_SM: tl.tensor, low_SMR: tl.tensor, values: tl.tensor, scales: tl.tensor,
+    low: tl.tensor, shift: tl.tensor, M: tl.tensor, K: tl.tensor, G: tl.tensor, R: tl.tensor, splits: tl.tensor,
     TOP: tl.constexpr, UNSIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (row blocks, column blocks): one scale per token; `low`, unless None, is the sum of its parts."""
