@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +205,25 @@ def build(
     ).float()
 
 
-def train(module: joint.Joint, state: Path, loop_config: LoopConfig, settings: joint.JointConfig, folder: Path) -> Loop:
-    """Runs (or goes on with) the joint stage from the drawing stage's state; publishes at every look."""
+def train(
+    module: joint.Joint,
+    state: Path,
+    loop_config: LoopConfig,
+    settings: joint.JointConfig,
+    folder: Path,
+    judged: Callable[[Loop], None],
+) -> Loop:
+    """Runs (or goes on with) the joint stage from the drawing stage's state; publishes and is judged at every look."""
     before = state / "drawing" / "state.safetensors"
     loop = Loop(module, state / "joint", loop_config, before if before.is_file() else None)
     batches = Batches(state, settings, loop_config.batch_size, loop_config.seed)
     process = loop.accelerator.process_index
 
-    loop.run(lambda step: moved(batches(step, process), loop), lambda now: publish(now.bare, folder))
+    def look(now: Loop) -> None:
+        publish(now.bare, folder)
+        judged(now)
+
+    loop.run(lambda step: moved(batches(step, process), loop), look)
     return loop
 
 

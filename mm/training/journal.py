@@ -112,7 +112,9 @@ def journal(state: Path) -> str:
     ):
         rows = read_log(state / folder / "log.jsonl")
         if rows:
-            out += ["", f"## {title}", "", note, "", table(thinned(rows))]
+            out += ["", f"## {title}", "", note, "", table(thinned([row for row in rows if "compose" not in row]))]
+            if scores := [row for row in rows if "compose" in row]:
+                out += ["", "Judged on the way (a few tuning prompts, averaged weights):", "", table(scores)]
     return "\n".join(out) + "\n"
 
 

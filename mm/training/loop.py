@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
@@ -101,7 +102,9 @@ class Loop:
 
     def __init__(self, module: nn.Module, out: Path, config: LoopConfig, start_from: Path | None = None) -> None:
         self.config, self.out = config, out
-        self.accelerator = Accelerator(mixed_precision="bf16")
+        # A step learns one task, so some parts are not used in it.
+        several = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[several])
         self.optimizers = optimizers(module, config)
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.module = self.accelerator.prepare(module)
@@ -148,10 +151,8 @@ class Loop:
         with self.accelerator.autocast():
             losses: dict[str, torch.Tensor] = self.module(batch)
         total = torch.stack([loss for name, loss in losses.items() if not name.startswith("_")]).sum()
-        if not math.isfinite(float(total.detach())):
-            raise FloatingPointError(
-                f"the loss is {float(total)} at step {self.step}; resume with a lower learning rate"
-            )
+        if not math.isfinite(value := float(total.detach())):
+            raise FloatingPointError(f"the loss is {value} at step {self.step}; resume with a lower learning rate")
         self.accelerator.backward(total)
         self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip)
         for optimizer in self.optimizers:

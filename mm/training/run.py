@@ -111,8 +111,23 @@ def train_drawing(
         return _moved(batch, loop.accelerator.device)
 
     folder = publish_to or state / "model"
-    loop.run(batches, lambda now: publish_drawing(now.bare, folder))
+
+    def look(now: Loop) -> None:
+        publish_drawing(now.bare, folder)
+        judged(now, state)
+
+    loop.run(batches, look)
     return loop
+
+
+def judged(loop: Loop, state: Path) -> None:
+    """Draws a preview grid beside the log and logs its score, where there is a judge."""
+    from mm.training.preview import find_judge, judged_preview
+
+    judge = find_judge(state)
+    if judge is not None and loop.accelerator.is_main_process:
+        autoencoder = _load(Autoencoder, state / "model" / "autoencoder")
+        loop.log(**judged_preview(loop.bare, autoencoder, judge, loop.out))
 
 
 def train_understanding(config: dict[str, Any], state: Path, **flags: Any) -> Loop:
@@ -158,7 +173,8 @@ def train_joint(
     drawing = build_drawing(config, state, settings, init_from)
     encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder")
     module = joint_run.build(config, drawing, encoder, settings)
-    return joint_run.train(module, state, loop_config, settings, publish_to or state / "model")
+    folder = publish_to or state / "model"
+    return joint_run.train(module, state, loop_config, settings, folder, lambda now: judged(now, state))
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
