@@ -94,7 +94,6 @@ def test_gradients_reach_inputs_and_branches(layer):
     assert learned.down.grad.abs().max() > 0
 
 
-@torch.no_grad()
 def test_inputs_rounded_without_a_sign_give_the_same_sum_with_gradients():
     """Kernels shift such inputs and the bias has the shift's part taken off; plain torch shifts nothing."""
     torch.manual_seed(0)
@@ -108,6 +107,7 @@ def test_inputs_rounded_without_a_sign_give_the_same_sum_with_gradients():
     assert (made(x.requires_grad_()) - want).norm() < 0.05 * want.norm()
 
 
+@torch.no_grad()
 def test_a_state_dict_makes_the_same_layer(layer):
     x = torch.randn(9, K)
     if layer.bits == 16:
