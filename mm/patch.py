@@ -315,5 +315,5 @@ def base_hash(root: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(str(tuple(tensor.shape)).encode())
         values = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.detach().cpu()
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(values.flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

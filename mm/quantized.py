@@ -1,8 +1,8 @@
 """4-bit copies of model folders: what `mm quantize` does, and the 4-bit model of `mm generate --quantized`.
 
 Design choices
-- Any diffusers folder or hub name: mm's own pipelines and diffusers' alike. The copy is an ordinary diffusers folder
-  with `report.json` and `report.png` in it.
+- Any diffusers folder or hub name: mm's own pipelines and diffusers' alike, and folders of public unified models. The
+  copy is an ordinary folder of the same kind with `report.json` and `report.png` in it.
 - Pictures of a few prompts are drawn before and after, from the same seeds; their PSNR is the report's headline.
 - Finished layers are kept beside the target until all is done, so that a stopped run goes on where it was.
 - The embedded 4-bit model is made once and kept in the user's cache, under the hash of what it was made from: shipping
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.errors import UserError
 from mm.files import write_bytes
-from mm.paths import resolve_model
+from mm.paths import resolve_model, unified_type
 
 if TYPE_CHECKING:
     from mm.quantization.config import SVDQuantConfig
@@ -70,6 +70,8 @@ def load_any(model: str | Path, **options: Any) -> Any:
 
     where = resolve_model(model)
     if isinstance(where, Path):
+        if unified_type(where) is not None:
+            return TextToImagePipeline.from_pretrained(where, **options)
         kind = json.loads((where / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
         if kind == TextToImagePipeline.__name__:
             return TextToImagePipeline.from_pretrained(where, **options)
@@ -129,7 +131,7 @@ def quantize_folder(
 def _bring_the_rest(model: str | Path, out: Path) -> None:
     """Copies components that other pipelines of the same folder use, as they are."""
     where = resolve_model(model)
-    if not isinstance(where, Path):
+    if not isinstance(where, Path) or unified_type(where) is not None:
         return
     before, after = (json.loads((f / "model_index.json").read_text(encoding="utf-8")) for f in (where, out))
     missing = {k: x for k, x in before.items() if k not in after and isinstance(x, list) and (where / k).is_dir()}
@@ -150,7 +152,7 @@ def _check_parts(parts: Path, model: str | Path, config: SVDQuantConfig) -> None
 
 def _is_ours(model: str | Path) -> bool:
     where = resolve_model(model)
-    if not isinstance(where, Path):
+    if not isinstance(where, Path) or unified_type(where) is not None:
         return False
     return json.loads((where / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "") in (
         "TextToImagePipeline",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -134,6 +134,13 @@ _LANGUAGE = (
     Rule(r"(.*)\.fc1", "ff_up", "text", parent="{1}"),
     Rule(r"(.*)\.fc2", "ff_down", "text", parent="{1}"),
 )
+# Unified models: the language model carries words and pictures alike. What sees and what turns codes into pictures is
+# small beside it, and stays. Attention cannot be called again for scoring: its cache has grown meanwhile.
+_UNIFIED = (
+    *_keep(r"model\.(?:vision_model|aligner|generation_aligner|generation_head|vqmodel)\..*"),
+    *_keep("lm_head", reads="both"),
+    *(replace(r, reads="both", parent="" if r.role.startswith("attn") else r.parent) for r in _LANGUAGE),
+)
 # First match wins, so the ends and the modulation stand before patterns that would take them as well.
 _GENERIC = (
     *_keep(r".*(?:embed|proj_in|proj_out|conv_in|conv_out|lm_head|classifier|head|text_projection).*"),
@@ -209,6 +216,8 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         *_keep(r".*\.proj_(?:in|out)", r"add_embedding\..*", r"encoder_hid_proj.*"),
         *_keep(r".*\.time_emb_proj", r"time_embedding\..*", role="time", reads="time"),
     ),
+    "JanusForConditionalGeneration": _UNIFIED,
+    "Emu3ForConditionalGeneration": _UNIFIED,
     "CLIPTextModel": _LANGUAGE,
     "CLIPTextModelWithProjection": (*_keep("text_projection", reads="text"), *_LANGUAGE),
     "T5EncoderModel": _LANGUAGE,

@@ -60,7 +60,8 @@ class Janus(PublicModel):
         if sampling.guidance_scale != 1:
             tokens = self.processor.tokenizer
             kept = (ids_RT == tokens.bos_token_id) | (ids_RT == tokens.boi_token_id)
-            ids_RT = torch.cat([ids_RT, ids_RT.masked_fill(~kept, tokens.pad_token_id)])
+            blank = self.model.generation_config.pad_token_id  # a tokenizer may pad with another
+            ids_RT = torch.cat([ids_RT, ids_RT.masked_fill(~kept, tokens.pad_token_id if blank is None else blank)])
             mask_RT = mask_RT.repeat(2, 1)
         prompt_RTD = self.model.get_input_embeddings()(ids_RT)
         return sample_codes(self, prompt_RTD, mask_RT, generators, sampling, self.length(size), progress)

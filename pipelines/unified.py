@@ -217,9 +217,7 @@ def _check_drawing(prompts: Sequence[str], sampling: Sampling, mode: str, pictur
     if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
         raise UserError(f"a prompt is a text that says what to draw, got {prompts!r}")
     if mode != "codes":
-        raise UserError(
-            f"this model draws in codes only, not in mode {mode!r}; leave the mode out or give mode='codes'"
-        )
+        raise UserError(f"this model draws in codes only, not in mode {mode!r}; give mode='codes' (--mode codes)")
     if pictures < 1:
         raise UserError(f"num_images_per_prompt is {pictures}; give 1 or more")
     if not 0 <= sampling.guidance_scale <= MAX_GUIDANCE:  # a NaN fails here too

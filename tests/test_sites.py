@@ -69,6 +69,29 @@ def zimage() -> nn.Module:
     )  # fmt: skip
 
 
+LANGUAGE = TEXT | {"num_key_value_heads": 2, "pad_token_id": 0}
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+CODES = {"embed_dim": 4, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+
+
+def janus() -> nn.Module:
+    sight = transformers.JanusVisionConfig(**VISION, projection_dim=16, num_image_tokens=4)
+    codes = transformers.JanusVQVAEConfig(**CODES, latent_channels=32, projection_dim=16, image_token_embed_dim=16)
+    words = transformers.LlamaConfig(**LANGUAGE).to_dict()
+    return transformers.JanusForConditionalGeneration(
+        transformers.JanusConfig(text_config=words, vision_config=sight, vq_config=codes, image_token_id=3)
+    )
+
+
+def emu3() -> nn.Module:
+    names = ["<image>", "<|extra_200|>", "<|visual token 000000|>", "<|visual token 000001|>"]
+    words = transformers.Emu3TextConfig(**LANGUAGE, bos_token_id=1, eos_token_id=2).to_dict()
+    codes = transformers.Emu3VQVAEConfig(**CODES, codebook_size=2, hidden_size=32, attn_resolutions=[1]).to_dict()
+    return transformers.Emu3ForConditionalGeneration(
+        transformers.Emu3Config(text_config=words, vq_config=codes, vocabulary_map={n: i for i, n in enumerate(names)})
+    )
+
+
 MODELS = {
     "trunk": lambda: Trunk(vocabulary_size=40, width=32, depth=2, heads=2, reads=True),
     "velocity": lambda: VelocityDecoder(feature_width=16, width=16, heads=2),
@@ -80,6 +103,8 @@ MODELS = {
     "qwen": qwen,
     "sana": sana,
     "zimage": zimage,
+    "janus": janus,
+    "emu3": emu3,
     "clip": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),
     "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(**T5, feed_forward_proj="gated-gelu")),
 }
@@ -118,6 +143,8 @@ GROUPED = {
     "flux": [("single_transformer_blocks.0.in", 4), ("transformer_blocks.0.attn.add_qkv", 3)],
     "unet": [("mid_block.attentions.0.transformer_blocks.0.attn2.kv", 2)],
     "zimage": [("layers.0.feed_forward.up", 2), ("layers.0.attention.qkv", 3)],
+    "janus": [("model.language_model.layers.0.self_attn.qkv", 3), ("model.language_model.layers.0.mlp.up", 2)],
+    "emu3": [("model.text_model.layers.0.mlp.up", 2)],
     "t5": [("encoder.block.0.layer.1.DenseReluDense.up", 2)],
 }
 
@@ -155,6 +182,10 @@ def test_practice_of_the_families():
     assert at["transformer_blocks.0.ff.net.2"].after == "gelu"
     assert at["adaln_single.linear"].precision == "weight_only"
     assert at["adaln_single.emb.timestep_embedder.linear_1"].precision == "keep"
+    at = {site.path: site for site in find_sites(janus())}
+    assert at["model.vision_model.encoder.layers.0.self_attn.q_proj"].precision == "keep"
+    assert at["model.generation_head.proj_out"].precision == "keep"
+    assert at["model.language_model.layers.0.self_attn.q_proj"].parent == ""  # attention's cache grows at each call
     at = {site.path: site for site in find_sites(unet())}
     place = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert at[f"{place}.ff.net.2"].after is None  # a gated product has no lower bound

@@ -11,92 +11,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoTokenizer,
-    Emu3Config,
-    Emu3ForConditionalGeneration,
-    Emu3ImageProcessor,
-    Emu3Processor,
-    Emu3TextConfig,
-    Emu3VQVAEConfig,
-    GenerationConfig,
-    JanusConfig,
-    JanusForConditionalGeneration,
-    JanusImageProcessor,
-    JanusProcessor,
-    JanusVisionConfig,
-    JanusVQVAEConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from tiny_unified import save_emu3, save_janus
+from transformers import AutoTokenizer, JanusForConditionalGeneration
+from typer.testing import CliRunner, Result
 
 import mm
+import mm.cli
 from mm.errors import UserError
+from mm.linear import BranchedLinear
+from mm.patch import base_hash
 from mm.pipelines.sampling import gumbel_noise, picture_generators
 from mm.pipelines.unified import UnifiedTextToImagePipeline, UnifiedUnderstandingPipeline, kind_at
+from mm.quantization.config import SVDQuantConfig
+from mm.quantized import quantize_folder
 
-WORDS = (
-    "a an the red blue cat dog house on grass describe picture what colour is it User Assistant : . two stars".split()
-)
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-CHAT = (
-    "{% for m in messages %}User : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}Assistant :{% endif %}"
-)
 PROMPTS = ["a red cat", "two blue stars on the house , a dog on grass"]
-
-
-def tokenizer_of(extra: dict[str, str], more: list[str], bos: bool) -> PreTrainedTokenizerFast:
-    vocabulary = {word: n for n, word in enumerate([*SPECIAL.values(), *extra.values(), *more, *WORDS])}
-    raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = Whitespace()
-    if bos:
-        raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, extra_special_tokens=extra, padding_side="left", **SPECIAL)
-
-
-def liven(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights large enough that tokens differ from one another."""
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2 and "vision_model" not in name:
-            weight.data.normal_(std=weight.shape[1] ** -0.5 * (0.6 if "head" in name else 1.5))
-    return model.eval()
+SIZE = {"height": 16, "width": 24}  # two rows of three tokens
 
 
 @pytest.fixture(scope="module")
 def janus(tmp_path_factory) -> Path:
-    """A folder as transformers saves it: 32 x 32 pictures of 16 tokens, 64 codes."""
-    tokens = tokenizer_of({"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}, [], bos=True)
-    sight = JanusImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    processor = JanusProcessor(sight, tokens, chat_template=CHAT, num_image_tokens=16)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    config = JanusConfig(
-        text_config=LlamaConfig(
-            vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, **ids,
-        ).to_dict(),
-        vision_config=JanusVisionConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=32,
-            num_image_tokens=16,
-        ),
-        vq_config=JanusVQVAEConfig(
-            embed_dim=8, num_embeddings=64, latent_channels=32, base_channels=32, channel_multiplier=[1, 1, 1, 1],
-            num_res_blocks=1, projection_dim=32, image_token_embed_dim=32,
-        ),
-        image_token_id=tokens.image_token_id,
-    )  # fmt: skip
-    model = liven(JanusForConditionalGeneration(config))
-    model.generation_config = GenerationConfig(**ids, guidance_scale=5.0)
-    model.generation_config.generation_kwargs = {"boi_token_id": tokens.boi_token_id}
-    folder = tmp_path_factory.mktemp("models") / "janus"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_janus(tmp_path_factory.mktemp("models") / "janus")
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +197,22 @@ def test_what_cannot_be_answered_is_told(reading):
         reading(noise(0), max_words=0)
 
 
+def test_the_command_line_draws_and_reads(janus, tmp_path):
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(mm.cli.app, [str(a) for a in (*arguments, "--model", janus)])
+
+    drawn = run("generate", "a red cat", "--mode", "codes", "--seed", "3", "-o", tmp_path)
+    assert drawn.exit_code == 0, drawn.output
+    assert Image.open(tmp_path / "00000.png").size == (32, 32)
+    read = run("describe", tmp_path / "00000.png", "--json", tmp_path / "said.json")
+    assert read.exit_code == 0, read.output
+    (row,) = json.loads((tmp_path / "said.json").read_text())
+    assert row["answer"] and row["outside"] is False
+    refused = run("generate", "a red cat", "-o", tmp_path)
+    assert refused.exit_code == 1
+    assert "--mode codes" in refused.stderr
+
+
 def test_wrong_folders_are_told(janus, tmp_path):
     for kind, lacks in (("ImageEditPipeline", "cannot edit"), ("InterleavedPipeline", "cannot converse")):
         with pytest.raises(UserError, match=lacks):
@@ -292,37 +243,30 @@ def test_missing_tensors_are_told(janus, tmp_path):
         mm.TextToImagePipeline.from_pretrained(copy)
 
 
-VISUAL = [f"<|visual token {n:06d}|>" for n in range(32)]
-EMU3_TOKENS = {
-    "image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>",
-    "image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>",
-}  # fmt: skip
-SIZE = {"height": 16, "width": 24}  # two rows of three tokens
+def first_logits(pipe: UnifiedTextToImagePipeline) -> torch.Tensor:
+    """Of the first code, for both prompts."""
+    inputs = drawing_inputs(pipe, PROMPTS)
+    features = pipe.model.model.language_model(**inputs).last_hidden_state[:, -1]
+    return pipe.model.model.generation_head(features).float()
+
+
+@torch.no_grad()
+def test_a_4_bit_copy_is_loaded_as_any_other_folder(janus, drawing, tmp_path):
+    report = quantize_folder(janus, tmp_path / "small", SVDQuantConfig(rank=16, steps=1), prompts=PROMPTS, pictures=1)
+    assert {layer.path.split(".")[2] for layer in report.layers} == {"language_model"}
+    assert len(report.layers) == 14
+    small = mm.TextToImagePipeline.from_pretrained(tmp_path / "small")
+    assert isinstance(small.model.model.language_model.layers[0].mlp.up_proj, BranchedLinear)
+    both = torch.stack([first_logits(drawing).flatten(), first_logits(small).flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.9
+    assert not torch.equal(*both)
+    reader = mm.UnderstandingPipeline.from_pretrained(tmp_path / "small")
+    assert reader.describe([noise(0)]) == UnifiedUnderstandingPipeline(**small.components).describe([noise(0)])
 
 
 @pytest.fixture(scope="module")
 def emu3(tmp_path_factory) -> Path:
-    """A folder as transformers saves it: 8 pixels a token, 32 codes."""
-    tokens = tokenizer_of(EMU3_TOKENS, ["<|extra_200|>", *VISUAL], bos=False)
-    sight = Emu3ImageProcessor(min_pixels=16 * 16, max_pixels=64 * 64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    config = Emu3Config(
-        text_config=Emu3TextConfig(
-            vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, **ids,
-        ).to_dict(),
-        vq_config=Emu3VQVAEConfig(
-            codebook_size=32, embed_dim=4, base_channels=32, channel_multiplier=[1, 1, 1, 1], num_res_blocks=1,
-            hidden_size=32, attn_resolutions=[3], temporal_downsample_factor=2,
-        ).to_dict(),
-        vocabulary_map=tokens.get_vocab(),
-    )  # fmt: skip
-    model = liven(Emu3ForConditionalGeneration(config))
-    model.generation_config = GenerationConfig(**ids)
-    folder = tmp_path_factory.mktemp("models") / "emu3"
-    model.save_pretrained(folder)
-    Emu3Processor(sight, tokens, chat_template=CHAT).save_pretrained(folder)
-    return folder
+    return save_emu3(tmp_path_factory.mktemp("models") / "emu3")
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +350,16 @@ def test_emu3_answers_are_transformers_own(emu3):
     theirs = [text.strip() for text in pipe.processor.batch_decode(said, skip_special_tokens=True)]
     assert pipe.answer(pictures, questions) == theirs
     assert theirs[0] != theirs[1]
+
+
+def test_emu3_has_a_hash_of_its_base(emu3_drawing):
+    """Its decoder counts batches in tensors without a dimension."""
+    before = base_hash(emu3_drawing.model)
+    counter = next(t for t in emu3_drawing.model.buffers() if t.ndim == 0 and not t.is_floating_point())
+    counter.add_(1)
+    assert base_hash(emu3_drawing.model) != before
+    counter.sub_(1)
+    assert base_hash(emu3_drawing.model) == before
 
 
 def test_emu3_tells_what_it_cannot_draw(emu3_drawing):
