@@ -106,12 +106,23 @@ class Compiler:
         self.launch = launch
 
     def __call__(
-        self, capability, tokens, *, outputs=3072, inputs=3072, rank=32, group=0, bits=8, extras=True, only=None
+        self,
+        capability,
+        tokens,
+        *,
+        outputs=3072,
+        inputs=3072,
+        rank=32,
+        group=0,
+        bits=8,
+        extras=True,
+        only=None,
+        dtype=torch.bfloat16,
     ) -> dict[str, str]:
         """PTX of one layer's kernels (`only` some), each of which must fit into the shared memory of the GPU."""
         self.capability, self.wanted, self.found = capability, only, {}
 
-        def empty(*shape, dtype=torch.bfloat16):
+        def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype)
 
         ready = self.launch.quantize_activations(
@@ -121,7 +132,7 @@ class Compiler:
         self.launch.lowbit_linear(
             *ready[:2], empty(outputs, groups * 32, dtype=torch.uint8), empty(outputs, groups),
             empty(outputs) if extras else None, ready[2] if rank else None, empty(outputs, rank) if rank else None,
-            empty(rank, dtype=torch.float32) if rank and extras else None, torch.bfloat16,
+            empty(rank, dtype=torch.float32) if rank and extras else None, dtype,
         )  # fmt: skip
         for name, kernel in self.found.items():
             assert kernel.metadata.shared <= SHARED_MEMORY[capability], name
@@ -166,6 +177,12 @@ def test_sizes_of_one_compile(compiler):
     assert set(compiler(90, 1, outputs=1, inputs=40, rank=0)) == {"survey", "round_rows", "grouped_few"}
     parts = compiler(90, 64, outputs=64, inputs=600, only={"grouped_few", "combine"})
     assert set(parts) == {"grouped_few", "combine"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_high_ranks_fit_into_the_least_shared_memory(compiler, dtype):
+    for tokens, name in ((16, "survey"), (1024, "folded")):
+        assert name in compiler(89, tokens, rank=320, dtype=dtype, only={name})
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100])

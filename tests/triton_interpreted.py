@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from test_kernels import ROUNDINGS, close, make
 from mm import kernels
 from mm.kernels.triton import launch, plans
 
+ROOT = Path(__file__).parent.parent
 assert launch.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
 
 
@@ -192,3 +196,17 @@ def test_spans_cover_a_length_and_none_is_empty():
         for splits in (1, 2, 7, 100):
             each, parts = plans.span(length, splits)
             assert each * parts >= length > each * (parts - 1)
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    """Its whole path but the CUDA graph, with both products of many tokens."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(plans, "FOLD_FROM", 70)
+    file = tmp_path / "linear.json"
+    import linear_gpu
+
+    linear_gpu.main(f"--device cpu --shapes 48x128 --tokens 1 70 --rounds 1 --json {file}".split())
+    few, many = json.loads(file.read_text())["rows"]
+    assert few["tokens"] == 1 and set(few["speedup"]) == set(linear_gpu.METHODS)
+    assert few["off_reference"]["mm, fused branch"] < 0.006 and many["off_reference"]["mm, scaled by group"] < 0.006
+    assert 0.001 < many["off_reference"]["mm, fused branch"] < 0.02

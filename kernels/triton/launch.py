@@ -69,7 +69,7 @@ def quantize_activations(
     if not rows:
         return values, scales, x.new_empty(rows, rank, dtype=torch.float32)
     down = down if rank else None
-    tiles = plans.rounding(rows, wide, rank, group)
+    tiles = plans.rounding(rows, wide, rank, group, 2 if down is None else down.element_size())
     each, splits = plans.span(plans.blocks(wide, tiles.depth), tiles.splits)
     absmax_SM = None if group else scales.new_empty(splits, rows)
     low_SMR = scales.new_empty(splits, rows, rank)
@@ -164,7 +164,7 @@ def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: i
     values, scales, packed, weight_scales = operands
     (rows, wide), outputs = values.shape, y.shape[1]
     weight, channel_scales = fold(packed, weight_scales)
-    tiles = plans.folded(outputs, wide, _capability(y))
+    tiles = plans.folded(outputs, wide, _capability(y), y.element_size())
     count = plans.blocks(rows, tiles.rows) * plans.blocks(outputs, tiles.columns)
     taken = (values, scales, weight, channel_scales, *ends, y, rows, outputs, wide // GROUP, rank)
     _launch(folded, (count,), taken, BLOCK_K=tiles.depth, BAND=8, **_options(y, rank, tiles))

@@ -47,9 +47,9 @@ def span(length: int, splits: int) -> tuple[int, int]:
     return each, blocks(length, each)
 
 
-def rounding(tokens: int, wide: int, rank: int, group: int) -> Tiles:
-    """`survey` and `round_rows`; columns are those of the branch."""
-    columns = min(128, max(16, power(rank)))
+def rounding(tokens: int, wide: int, rank: int, group: int, itemsize: int = 2) -> Tiles:
+    """`survey` and `round_rows`; columns are those of the branch, whose factor has elements of `itemsize` bytes."""
+    columns = min(128 // itemsize, max(16, power(rank)))
     depth = group or 128
     programs = blocks(tokens, _LEAST_ROWS) * max(1, blocks(rank, columns))
     splits = min(max(1, 2 * _PROGRAMS // programs), blocks(wide, 2 * depth))
@@ -71,8 +71,9 @@ def grouped(tokens: int) -> Tiles:
     return Tiles(rows=128 if tokens > 128 else 64, columns=128, warps=8 if tokens > 128 else 4)
 
 
-def folded(outputs: int, wide: int, capability: tuple[int, int]) -> Tiles:
-    """The product of int8 matrices: 128 x 256 where the chip has shared memory for it and the layer is wide."""
+def folded(outputs: int, wide: int, capability: tuple[int, int], itemsize: int = 2) -> Tiles:
+    """The product of int8 matrices: 128 x 256 where the chip has shared memory for it, the layer is wide, and outputs
+    are of 16 bits (`itemsize` bytes: with fp32 the branch needs registers that the sums hold)."""
     depth = 128 if wide % 128 == 0 else 64
-    large = capability[0] in (9, 10) and outputs >= 256
-    return Tiles(rows=128, columns=256 if large else 128, depth=depth, warps=8, stages=3)
+    large = capability[0] in (9, 10) and outputs >= 256 and itemsize == 2
+    return Tiles(rows=128, columns=256 if large else 128, depth=depth, warps=8)
