@@ -30,6 +30,7 @@ from torch import nn
 
 import mm
 from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
+from mm.evaluation.report import paired_change
 from mm.files import write_json
 from mm.linear import swap
 from mm.patch import Entry, Patch
@@ -159,9 +160,8 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def change(before: list[bool], after: list[bool], draws: int = 2000) -> tuple[float, float, float]:
     """Mean change of paired verdicts with a 95 % bootstrap interval, in points."""
-    rng, pairs = random.Random(0), [100 * (b - a) for a, b in zip(before, after, strict=True)]
-    means = sorted(sum(rng.choices(pairs, k=len(pairs))) / len(pairs) for _ in range(draws))
-    return sum(pairs) / len(pairs), means[int(0.025 * draws)], means[int(0.975 * draws)]
+    mean, low, high = paired_change(before, after, range(len(before)), draws)
+    return 100 * mean, 100 * low, 100 * high
 
 
 def train_lora(pipe: Pipe, steps: int) -> Patch:

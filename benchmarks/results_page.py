@@ -2,9 +2,9 @@
 
     python benchmarks/results_page.py runs/ docs/results.md
 
-`runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json, edit.json
-(the commands of those names), generate.json, linear.json and quantized.json (`benchmarks/`); what is missing is left
-out of the page.
+`runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json, edit.json,
+chat.json (the commands of those names), ett.json and encoders.json (`mm.training.studies`), generate.json, linear.json
+and quantized.json (`benchmarks/`); what is missing is left out of the page.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def compose_section(report: dict[str, Any]) -> str:
     rows.append(["**overall**", f"**{report['overall']:.3f}**", "", str(report["n"]), *tops])
     for name in ("style", "background", "invalid"):
         row = report[name]
+        if row["n"] == 0:  # no prompt names one
+            continue
         rows.append([name, f"{row['score']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", str(row["n"]), "", ""])
     head = ["task", "score", "95 % interval", "n", "ceiling: renders", "reconstructed"]
     return f"## Compose, {s['mode']} mode\n\n`{command}`\n\n{table(head, rows)}"
@@ -119,6 +121,55 @@ def edit_section(report: dict[str, Any]) -> str:
     return f"## Editing\n\n{command}\n\n{table(head, rows)}"
 
 
+def chat_section(report: dict[str, Any]) -> str:
+    """Conversations."""
+    rows = [
+        [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])]
+        for k, t in (report["tasks"] | {"conversations without a fault": report["faultless"]}).items()
+    ]
+    text = f"`mm eval chat --seed {report['settings']['seed']}`: {len(report['turns']) // 4} scripts of four turns; "
+    text += f"one who draws the renderer's truth gets {report['ceiling']:.3f} of all turns right by the judge."
+    return f"## Conversations\n\n{text}\n\n{table(['turns', 'right', '95 % interval', 'n'], rows)}"
+
+
+def _share_cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['score']:.3f} ({row['low']:.3f} - {row['high']:.3f})"
+
+
+def _change_cell(change: list[float] | None) -> str:
+    return "" if change is None else f"{100 * change[0]:+.1f} [{100 * change[1]:+.1f}, {100 * change[2]:+.1f}]"
+
+
+def ett_section(report: dict[str, Any]) -> str:
+    """End-to-end tuning of the tokenizer."""
+    s = report["settings"]
+    rows = [
+        [name, _share_cell(arm["understanding"]), _change_cell(arm.get("change")), f"{arm['reconstruction']:.2f}",
+         _share_cell(arm.get("drawing")), _change_cell(arm.get("drawing_change")), str(arm["seconds"])]
+        for name, arm in report["arms"].items()
+    ]  # fmt: skip
+    head = ["arm", "questions right", "against frozen, points", "PSNR through the bridge, dB", "drawn right"]
+    head += ["against frozen, points", "seconds"]
+    text = f"`python -m mm.training.studies.ett --out runs/ett --samples {s['samples']} --drawn {s['drawn']}`: "
+    text += f"{report['n']} questions on held-out scenes through the generation tokenizer's codes, width {s['width']}, "
+    text += "paired, 95 % intervals from resampling scenes."
+    return f"## Tuning the tokenizer end to end (ETT)\n\n{text}\n\n{table(head, rows)}"
+
+
+def encoders_section(report: dict[str, Any]) -> str:
+    """One encoder or two."""
+    s = report["settings"]
+    rows = [
+        [name, _share_cell(arm["understanding"]), _change_cell(arm.get("change")), _share_cell(arm["drawing"]),
+         _change_cell(arm.get("drawing_change")), str(arm["seconds"])]
+        for name, arm in report["arms"].items()
+    ]  # fmt: skip
+    head = ["arm", "questions right", "against shared, points", "drawn right", "against shared, points", "seconds"]
+    text = f"`python -m mm.training.studies.encoders --out runs/encoders --samples {s['samples']}`: "
+    text += f"{report['n']} questions, paired, 95 % intervals from resampling scenes and prompts."
+    return f"## One encoder or two\n\n{text}\n\n{table(head, rows)}"
+
+
 def linear_section(report: dict[str, Any]) -> str:
     """Linear layers against peers: times as fast as torch's bf16."""
     names = [n for n in report["rows"][0]["speedup"] if n != "torch bf16"]
@@ -161,6 +212,9 @@ def main() -> None:
         "reconstruct": reconstruct_section,
         "understand": understand_section,
         "edit": edit_section,
+        "chat": chat_section,
+        "ett": ett_section,
+        "encoders": encoders_section,
         "generate": generate_section,
         "quantized": quantized_section,
         "linear": linear_section,

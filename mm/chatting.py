@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.drawing import save_numbered
 from mm.errors import UserError
-from mm.metadata import png_bytes
+from mm.metadata import drawing_settings, png_bytes
 from mm.models.dialogue import spoken
 from mm.paths import resolve_model
 
@@ -51,7 +51,7 @@ def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[st
             elif words.startswith("/"):
                 raise UserError(f"unknown command {words.split()[0]!r}; there are /image FILE, /new, /quit")
             elif words:
-                _turn(pipe, conversation, words, picture, out, seed, steps)
+                _turn(pipe, conversation, words, picture, out, seed, steps, model)
                 picture = None
         except UserError as error:
             failed = True
@@ -65,7 +65,14 @@ def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[st
 
 
 def _turn(
-    pipe: InterleavedPipeline, conversation: Any, words: str, picture: Any, out: Path, seed: int, steps: int
+    pipe: InterleavedPipeline,
+    conversation: Any,
+    words: str,
+    picture: Any,
+    out: Path,
+    seed: int,
+    steps: int,
+    model: str,
 ) -> None:
     said: list[str] = []
     for event in pipe.turn(conversation, words, picture, seed=seed, steps=steps):
@@ -75,7 +82,6 @@ def _turn(
             print(spoken(said)[len(before) :], end="", flush=True)
         elif event.picture is not None:
             used = seed + conversation.pictures - 1
-            settings = {"prompt": words, "seed": used, "steps": steps, "mode": "flow"}
-            settings |= {"width": event.picture.width, "height": event.picture.height}
+            settings = drawing_settings(prompt=words, seed=used, steps=steps, mode="flow", model=model)
             print(f"[{save_numbered(out, png_bytes(event.picture, settings))}]", end="", flush=True)
     print(flush=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mm.files import write_new_bytes
-from mm.metadata import png_bytes
+from mm.metadata import drawing_settings, png_bytes
 from mm.paths import resolve_model
 
 
@@ -71,7 +71,8 @@ def draw_to_folder(
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         ).images
         for used, picture in zip(seeds, pictures, strict=True):
-            settings = {"prompt": prompt, "seed": used, "steps": steps, "mode": mode, "guidance": guidance}
-            settings |= {"width": picture.width, "height": picture.height, "model": model}
-            settings |= {"quantized": True} if quantized else {}
+            settings = drawing_settings(
+                prompt=prompt, seed=used, steps=steps, mode=mode, guidance=guidance, model=model,
+                **({"quantized": True} if quantized else {}),
+            )  # fmt: skip
             yield save_numbered(folder, png_bytes(picture, settings if metadata else None)), used

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mm.errors import UserError
 from mm.files import write_new_bytes
-from mm.metadata import png_bytes
+from mm.metadata import drawing_settings, png_bytes
 from mm.paths import resolve_model
 
 
@@ -43,8 +43,9 @@ def edit_to_file(
         source, instruction, mask_image=chosen, num_inference_steps=steps, guidance_scale=guidance,
         image_guidance_scale=image_guidance, mode=mode, generator=torch.Generator().manual_seed(seed),
     ).images[0]  # fmt: skip
-    settings = {"prompt": instruction, "seed": seed, "steps": steps, "mode": mode, "guidance": guidance}
-    settings |= {"image_guidance": image_guidance, "source": picture.name, "model": model}
-    settings |= {"width": made.width, "height": made.height}
+    settings = drawing_settings(
+        prompt=instruction, seed=seed, steps=steps, mode=mode, guidance=guidance, model=model,
+        image_guidance=image_guidance, source=picture.name,
+    )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     write_new_bytes(out, png_bytes(made, settings))

@@ -55,10 +55,19 @@ def _number(text: str) -> int | float | str:
     return text
 
 
+def drawing_settings(
+    *, prompt: str, seed: int, steps: int, mode: str, guidance: float | None = None, model: str, **more: Any
+) -> dict[str, Any]:
+    """What a picture was drawn with, under the names that every door of mm writes and reads; `more` as it is."""
+    settings = {"prompt": prompt, "seed": seed, "steps": steps, "mode": mode}
+    return settings | ({} if guidance is None else {"guidance": guidance}) | {"model": model} | more
+
+
 def png_bytes(picture: Image.Image, settings: dict[str, Any] | None) -> bytes:
-    """The picture as PNG; with `settings` None it carries none."""
+    """The picture as PNG with its settings and size; with `settings` None it carries none."""
     chunks = PngImagePlugin.PngInfo()
     if settings is not None:
+        settings = settings | {"width": picture.width, "height": picture.height}
         chunks.add_text("parameters", to_a1111(settings))
         chunks.add_text("mm", json.dumps(settings, ensure_ascii=True))
     out = io.BytesIO()

@@ -3,7 +3,8 @@
 Design choices
 - Any diffusers folder or hub name: mm's own pipelines and diffusers' alike, and folders of public unified models. The
   copy is an ordinary folder of the same kind with `report.json` and `report.png` in it.
-- Pictures of a few prompts are drawn before and after, from the same seeds; their PSNR is the report's headline.
+- Pictures of a few prompts are drawn before and after, from the same seeds; their PSNR is the report's headline. For a
+  model of our world the judge also scores tuning prompts before and after, picture by picture.
 - Finished layers are kept beside the target until all is done, so that a stopped run goes on where it was.
 - The embedded 4-bit model is made once and kept in the user's cache, under the hash of what it was made from: shipping
   it would cost more megabytes than making it costs seconds.
@@ -85,10 +86,14 @@ def quantize_folder(
     *,
     prompts: Sequence[str] | None = None,
     pictures: int = 8,
+    compose: int = 4,
     components: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Report:
-    """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else."""
+    """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else.
+
+    `pictures`: compared by PSNR; `compose`: prompts of each task judged, where the model draws our world; 0 for none.
+    """
     import torch
 
     from mm.quantization.plot import draw
@@ -103,6 +108,7 @@ def quantize_folder(
     chosen = list(prompts) if prompts else world_prompts(32, config.seed) if ours else list(PROMPTS)
     shown = chosen[:pictures]
     before = _pictures(pipe, shown, config) if pictures and not config.data_free else None
+    judged = _verdicts(pipe, compose) if compose and ours and not config.data_free else None
     try:
         report = quantize(
             pipe,
@@ -118,6 +124,8 @@ def quantize_folder(
         raise
     if before is not None:
         report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
+    if judged is not None:
+        report.whole["compose"] = _judged_change(judged, _verdicts(pipe, compose))
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
     report.save(out / "report.json")
@@ -179,6 +187,28 @@ def _compare(before: Any, after: Any) -> dict[str, Any]:
     return {"psnr": sum(each) / len(each), "psnr_each": [round(x, 2) for x in each], "pictures": len(each)}
 
 
+def _verdicts(pipe: Any, limit: int) -> list[bool]:
+    """The judge's verdicts on two pictures of each of `limit` tuning prompts a task."""
+    from mm.evaluation import compose as c
+    from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
+    from mm.world.judge import Judge
+    from mm.world.tasks import satisfies
+
+    pipe.set_progress_bar_config(disable=True)
+    prompts = c.limited(load_prompts(COMPOSE_TUNE), limit)
+    jobs = [(p, c.picture_seed(0, p.id, i)) for p in prompts for i in range(2)]
+    readings = Judge.from_pretrained().read(c.draw(pipe, jobs, c.ComposeConfig(), None))
+    return [satisfies(r, p.wanted).ok for r, (p, _) in zip(readings, jobs, strict=True)]
+
+
+def _judged_change(before: list[bool], after: list[bool]) -> dict[str, Any]:
+    from mm.evaluation.report import paired_change
+
+    change, low, high = paired_change(before, after, [i // 2 for i in range(len(before))])
+    shares = {"before": sum(before) / len(before), "after": sum(after) / len(after)}
+    return shares | {"change": change, "low": low, "high": high, "pictures": len(before)}
+
+
 def cache_dir() -> Path:
     """Where things are kept that can be made again: MM_CACHE, or the user's cache folder."""
     base = os.environ.get("MM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mm")
@@ -198,5 +228,5 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
         digest.update(path.read_bytes())
     folder = cache_dir() / "quantized" / f"{where.name}-{digest.hexdigest()[:16]}"
     if not (folder / "report.json").is_file():
-        quantize_folder(model, folder, config, progress=progress, pictures=0)
+        quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
     return folder

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from mm.evaluation.report import paired_change
 from mm.models import layers
 from mm.models.connectors import Connector
 from mm.tokenizers import Autoencoder, Bridge
@@ -38,20 +39,20 @@ def test_a_paired_change_is_the_mean_difference_and_its_interval_that_of_cluster
     rng = random.Random(0)
     before = [rng.random() < 0.5 for _ in range(4000)]
     after = [b or rng.random() < 0.2 for b in before]
-    mean, low, high = common.paired_change(before, after, range(4000))
+    mean, low, high = paired_change(before, after, range(4000))
     change = [float(a) - float(b) for a, b in zip(after, before, strict=True)]
     assert mean == pytest.approx(sum(change) / 4000)
     spread = 1.96 * math.sqrt(sum((c - mean) ** 2 for c in change) / 4000 / 4000)
     assert (low, high) == pytest.approx((mean - spread, mean + spread), abs=0.2 * spread)
     # ten questions a scene that all change together: the interval is that of the scenes
     ten = [[x for x in verdicts[:400] for _ in range(10)] for verdicts in (before, after)]
-    wide = common.paired_change(*ten, [i for i in range(400) for _ in range(10)])
-    assert wide == pytest.approx(common.paired_change(before[:400], after[:400], range(400)))
+    wide = paired_change(*ten, [i for i in range(400) for _ in range(10)])
+    assert wide == pytest.approx(paired_change(before[:400], after[:400], range(400)))
 
 
 def test_unequal_verdicts_are_refused():
     with pytest.raises(ValueError, match="cannot be paired"):
-        common.paired_change([True], [True, False], [0])
+        paired_change([True], [True, False], [0])
 
 
 def test_the_exam_is_held_out_and_training_is_not(pool):

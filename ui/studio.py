@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mm.errors import UserError
-from mm.metadata import save_png
+from mm.metadata import drawing_settings, save_png
 
 if TYPE_CHECKING:
     from mm import TextToImagePipeline
@@ -127,7 +127,10 @@ class Studio:
                 notes.append(f"stopped after {k} of {order.count} pictures")
                 yield Progress(done=k, files=tuple(files), notes=tuple(notes))
                 return
-            settings = self._settings(order, first + k, picture)
+            settings = drawing_settings(
+                prompt=order.prompt, seed=first + k, steps=order.steps, mode=order.mode, guidance=order.guidance,
+                model=self.model,
+            )  # fmt: skip
             path = self.folder / f"{secrets.token_hex(8)}-s{first + k}.png"
             save_png(path, picture, settings)
             files.append(str(path))
@@ -148,8 +151,3 @@ class Studio:
             mode=order.mode,
             callback_on_step_end=watch,
         ).images[0]
-
-    def _settings(self, order: Order, seed: int, picture: Any) -> dict[str, Any]:
-        settings = {"prompt": order.prompt, "seed": seed, "steps": order.steps, "mode": order.mode}
-        settings |= {"guidance": order.guidance, "width": picture.width, "height": picture.height}
-        return settings | {"model": self.model}

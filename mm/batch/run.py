@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
 from mm.errors import UserError
-from mm.metadata import png_bytes
+from mm.metadata import drawing_settings, png_bytes
 from mm.paths import resolve_model
 
 if TYPE_CHECKING:
@@ -136,16 +136,10 @@ def pictures(row: Row, model: str, weights: str | None, run_seed: int) -> Iterat
     """A row's pictures, each with all settings that it depends on."""
     body = row.body
     for index in range(body.n):
-        settings: dict[str, Any] = {
-            "task": row.task,
-            "model": model,
-            "model_hash": weights,
-            "prompt": body.prompt,
-            "seed": picture_seed(row, index, run_seed),
-            "steps": body.steps,
-            "mode": body.mode,
-            "guidance": float(body.guidance),
-        }
+        settings = drawing_settings(
+            prompt=body.prompt, seed=picture_seed(row, index, run_seed), steps=body.steps, mode=body.mode,
+            guidance=float(body.guidance), model=model, model_hash=weights, task=row.task,
+        )  # fmt: skip
         yield Picture(line=row.line, custom_id=row.custom_id, index=index, settings=settings)
 
 
@@ -218,7 +212,6 @@ def _draw_batch(
         if stop():
             raise _StoppedError
         settings = {key: value for key, value in picture.settings.items() if key != "task"}
-        settings |= {"width": image.width, "height": image.height}
         store.save(picture, png_bytes(image, settings), notes)
         report.drawn += 1
 

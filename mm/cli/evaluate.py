@@ -140,6 +140,8 @@ def chat(
     report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=told)
     print(f"overall {report['overall']:.3f} of {report['n']} turns (ceiling {report['ceiling']:.3f})")
     for name, task in (report["tasks"] | {"faultless": report["faultless"]}).items():
+        if task["n"] == 0:
+            continue
         print(f"{name:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
 
 
@@ -193,5 +195,7 @@ def _compose_table(report: dict[str, Any]) -> Any:
     table.add_row("overall", f"{report['overall']:.3f}", "", str(report["n"]), *tops, style="bold")
     for name in ("style", "background", "invalid"):
         row = report[name]
+        if row["n"] == 0:  # no prompt names one
+            continue
         table.add_row(name, f"{row['score']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", str(row["n"]), "", "")
     return table

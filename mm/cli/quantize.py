@@ -24,6 +24,9 @@ def quantize(
     prompts: Annotated[Path | None, typer.Option(help="Calibration prompts, one a line (default: built in).")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of calibration pictures.")] = 8,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures compared before and after.")] = 8,
+    compose: Annotated[
+        int, typer.Option(min=0, help="Prompts a task judged before and after (models of our world).")
+    ] = 4,
     component: Annotated[
         list[str] | None, typer.Option(help="Only this part of the pipeline; may be repeated.")
     ] = None,
@@ -54,7 +57,10 @@ def quantize(
         if not lines:
             raise UserError(f"{prompts} holds no prompt; give one a line")
     report = quantize_folder(
-        model, out, config, prompts=lines, pictures=pictures, components=component or None, progress=True
+        model, out, config, prompts=lines, pictures=pictures, compose=compose, components=component or None
     )
     psnr = f", {report.whole['psnr']:.1f} dB to the 16-bit pictures" if "psnr" in report.whole else ""
+    if judged := report.whole.get("compose"):
+        psnr += f", compose {judged['before']:.2f} -> {judged['after']:.2f} ({100 * judged['change']:+.1f} points, "
+        psnr += f"95 % {100 * judged['low']:+.1f} to {100 * judged['high']:+.1f})"
     print(f"{out}: {len(report.layers)} layers, {report.ratio:.2f} times smaller, {report.seconds:.0f} s{psnr}")

@@ -198,23 +198,6 @@ def sit(trunk: Trunk, looks_of: Callable[[torch.Tensor], torch.Tensor], paper: E
     return out
 
 
-def paired_change(
-    before: Sequence[bool], after: Sequence[bool], clusters: Sequence[int], draws: int = 2000
-) -> tuple[float, float, float]:
-    """Mean change and its 95 % interval, from resampling whole clusters."""
-    if not len(before) == len(after) == len(clusters):
-        raise ValueError(f"{len(before)}, {len(after)} and {len(clusters)} verdicts cannot be paired")
-    index = torch.tensor(list(clusters))
-    names, index = torch.unique(index, return_inverse=True)
-    change = torch.tensor(list(after), dtype=torch.float64) - torch.tensor(list(before), dtype=torch.float64)
-    sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, change)
-    sizes = torch.bincount(index, minlength=len(names)).double()
-    picks = torch.randint(len(names), (draws, len(names)), generator=torch.Generator().manual_seed(0))
-    means = sums[picks].sum(1) / sizes[picks].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(change.mean()), low, high
-
-
 def drawing_module(config: StudyConfig, bridge: Any, trunk: Trunk | None = None) -> Drawing:
     """A small model that draws by flow, around `trunk` or a fresh one."""
     from mm.models.codes import CodeHead

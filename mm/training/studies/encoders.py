@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mm.evaluation.report import share
+from mm.evaluation.report import paired_change, share
 from mm.files import write_json
 from mm.models import layers
 from mm.models.connectors import Connector
@@ -167,7 +167,7 @@ def summary(results: dict[str, Any], paper: Exam, config: StudyConfig) -> dict[s
             places: Sequence[int] = [i // 4 for i in range(len(result["drawing"]))]
             pairs = (("answers", "change", clusters), ("drawing", "drawing_change", places))
             for key, called, groups in pairs:
-                row[called] = [round(x, 4) for x in common.paired_change(base[key], result[key], groups)]
+                row[called] = [round(x, 4) for x in paired_change(base[key], result[key], groups)]
         rows[name] = row
     return {"arms": rows, "n": len(paper.asked), "settings": asdict(config) | {"aia_weight": AIA_WEIGHT}}
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm.evaluation.report import share
+from mm.evaluation.report import paired_change, share
 from mm.files import write_json
 from mm.models.connectors import Connector
 from mm.models.trunk import Trunk
@@ -233,10 +233,10 @@ def summary(results: dict[str, Any], paper: Exam, config: StudyConfig) -> dict[s
         if "drawing" in result:
             row["drawing"] = share(result["drawing"])
         if base is not None and name != "frozen":
-            row["change"] = [round(x, 4) for x in common.paired_change(base["answers"], result["answers"], clusters)]
+            row["change"] = [round(x, 4) for x in paired_change(base["answers"], result["answers"], clusters)]
             if "drawing" in result:
                 places = [i // 4 for i in range(len(result["drawing"]))]
-                change = common.paired_change(base["drawing"], result["drawing"], places)
+                change = paired_change(base["drawing"], result["drawing"], places)
                 row["drawing_change"] = [round(x, 4) for x in change]
         rows[name] = row
     return {"arms": rows, "n": len(paper.asked), "settings": asdict(config) | {"stages": STAGES}}
