@@ -196,10 +196,10 @@ def make_layer(rng, n, k, *, fp4=False, unsigned=False, rank=16, lite=False):
         steps = micro.repeat(16, 1) * rows[:, None] * whole
     else:
         codes = rng.integers(-8, 8, (n, k))
-        scales = sixteen(rng.uniform(0.01, 0.03, (n, k // 64)))
+        scales = sixteen(rng.uniform(0.01, 0.03, (n, -(-k // 64))))
         padded = pad(scales, n, up128(k) // 64, 1)
         fields |= {"qweight": pack_codes((codes % 16).astype(np.uint8)), "wscales": pack_scales(padded, bf16)}
-        steps = scales.repeat(64, 1)
+        steps = scales.repeat(64, 1)[:, :k]
     if not lite:
         fields["smooth_factor_orig"] = fields["smooth_factor"].clone()
     return Layer(codes, steps, smooth, down, up, bias, fields, unsigned and not fp4)

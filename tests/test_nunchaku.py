@@ -8,7 +8,7 @@ import numpy as np
 import nunchaku_packer as packer
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from nunchaku_packer import make_layer, make_modulation
 from safetensors.torch import save_file
 
@@ -58,7 +58,7 @@ def test_places_that_the_format_is_known_by():
 
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
-SIZES = [(192, 64), (128, 128), (256, 384)]
+SIZES = [(192, 64), (128, 128), (256, 384), (64, 170)]
 
 
 def read(fields, n, k, **options):
@@ -83,7 +83,7 @@ def test_int4_is_taken_over_exactly_and_computes_the_definition(n, k, unsigned):
     assert plain(torch.from_numpy(x)).numpy() == pytest.approx(want, rel=1e-6, abs=1e-6)  # that bias is summed in fp32
 
 
-@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize(("n", "k"), SIZES[:3])
 def test_fp4_errs_less_than_a_hundredth(n, k):
     rng = np.random.default_rng(n)
     made = make_layer(rng, n, k, fp4=True)
@@ -264,110 +264,6 @@ def test_scales_and_integers_of_fused_layers_are_those_of_the_file(first):
     assert out.activation == ActivationRule(bits=8, group=64)
     down = model.transformer_blocks[0].ff.net[2]
     assert down.activation == ActivationRule(bits=4, group=64, unsigned=True, shift=0.171875)
-
-
-def test_a_qwen_image_file(tmp_path):
-    torch.manual_seed(0)
-    rng = np.random.default_rng(1)
-    model = QwenImageTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(8, 12, 12),
-    ).eval()  # fmt: skip
-    tensors, path = {}, "transformer_blocks.0"
-    three = {"attn.to_qkv": "to_q to_k to_v", "attn.add_qkv_proj": "add_q_proj add_k_proj add_v_proj"}
-    one = "attn.to_out.0 attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2".split()
-    for name, targets in [(n, [f"attn.{t}" for t in ts.split()]) for n, ts in three.items()] + [(n, [n]) for n in one]:
-        linears = [model.get_submodule(f"{path}.{t}") for t in targets]
-        n, k = linears[0].out_features, linears[0].in_features
-        made = make_layer(rng, n * len(linears), k, unsigned=name.endswith("net.2"))
-        tensors |= {f"{path}.{name}.{field}": tensor for field, tensor in made.fields.items()}
-        for i, target in enumerate(targets):
-            rows = slice(i * n, (i + 1) * n)
-            put(model, f"{path}.{target}", made.dense[rows], made.plain_bias[rows])
-    for name in ("img_mod.1", "txt_mod.1"):
-        dense, bias, fields = make_modulation(rng, 6 * 64, 64, 6)
-        tensors |= {f"{path}.{name}.{field}": tensor for field, tensor in fields.items()}
-        put(model, f"{path}.{name}", dense, bias)
-    taken = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
-    tensors |= {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] not in taken}
-    config = {"_class_name": "NunchakuQwenImageTransformer2DModel"} | dict(model.config)
-    save_file(tensors, tmp_path / "q.safetensors", metadata={"config": json.dumps(config)})
-    got = mm.load_nunchaku(tmp_path / "q.safetensors", dtype=torch.float32, activation_bits=16)
-    g = torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 4, generator=g),
-        "encoder_hidden_states": torch.randn(1, 5, 32, generator=g),
-        "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.bool),
-        "timestep": torch.tensor([0.5]),
-        "img_shapes": [(1, 4, 4)],
-    }
-    with torch.no_grad():
-        assert relative(got(**inputs).sample, model(**inputs).sample) < 1e-4
-
-
-# ---- nunchaku_lite --------------------------------------------------------------------------------------------------
-
-
-def lite_folder(folder, *, fp4=False, change=None):
-    """A folder as diffusers documents it, of a Flux whose widths are whole tiles; and the model it means."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(2)
-    model = FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[16, 24, 24],
-    ).eval()  # fmt: skip
-    low = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out"]
-    modulation = ["transformer_blocks.0.norm1.linear"]
-    tensors = {}
-    for path in low + modulation:
-        linear = model.get_submodule(path)
-        if path in modulation:
-            dense, bias, fields = make_modulation(rng, linear.out_features, linear.in_features, 1)
-        else:
-            made = make_layer(rng, linear.out_features, linear.in_features, fp4=fp4, lite=True)
-            dense, bias, fields = made.dense, made.bias, made.fields
-        put(model, path, dense, bias)
-        tensors |= {f"{path}.{name}": tensor for name, tensor in fields.items()}
-    for key, tensor in model.state_dict().items():
-        if key.rpartition(".")[0] not in low + modulation:
-            tensors[key] = tensor.copy_(tensor.bfloat16()).bfloat16()
-    kinds = {"precision": "nvfp4" if fp4 else "int4", "group_size": 16 if fp4 else 64, "rank": 16, "targets": low}
-    quantization = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16", "svdq_w4a4": kinds}
-    quantization["awq_w4a16"] = {"precision": "int4", "group_size": 64, "targets": modulation}
-    config = {"_class_name": "FluxTransformer2DModel"} | dict(model.config) | {"quantization_config": quantization}
-    (folder / "config.json").write_text(json.dumps(config, default=list))
-    save_file(change(tensors) if change else tensors, folder / "diffusion_pytorch_model.safetensors")
-    return model
-
-
-@pytest.mark.parametrize("fp4", [False, True])
-def test_a_nunchaku_lite_folder(tmp_path, fp4):
-    meant = lite_folder(tmp_path, fp4=fp4)
-    near = mm.load_nunchaku(tmp_path, dtype=torch.float32, activation_bits=16)
-    assert relative(run(near), run(meant)) < (0.02 if fp4 else 1e-4)
-    as_it_is = mm.load_nunchaku(tmp_path, dtype=torch.float32)
-    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
-    assert torch.equal(run(loaded), run(as_it_is))
-    loaded.save_pretrained(tmp_path / "ours")
-    assert (
-        json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]["quant_method"] == "svdquant"
-    )
-    assert torch.equal(run(FluxTransformer2DModel.from_pretrained(tmp_path / "ours")), run(as_it_is))
-
-
-@pytest.mark.parametrize("how", ["mm", "diffusers"])
-def test_nunchaku_lite_folders_that_do_not_fit(tmp_path, how):
-    def load():
-        if how == "mm":
-            return mm.load_nunchaku(tmp_path)
-        return FluxTransformer2DModel.from_pretrained(tmp_path)
-
-    lite_folder(tmp_path, change=lambda tensors: tensors | {"nowhere.qweight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"does not fit FluxTransformer2DModel: nowhere(\.qweight \(no such| belongs)"):
-        load()
-    lite_folder(tmp_path, change=lambda t: {k: x for k, x in t.items() if k != "x_embedder.weight"})
-    with pytest.raises(UserError, match=r"x_embedder\.weight is not in the f"):
-        load()
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------

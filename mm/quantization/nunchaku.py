@@ -98,10 +98,10 @@ class _Part:
 
 @dataclass(kw_only=True)
 class _Plan:
-    """layers: targets that share parts -> the parts side by side; plain: tensors by the model's names."""
+    """layers: targets that share parts -> the parts side by side. plain: name in the model -> key and first row."""
 
     layers: dict[tuple[str, ...], list[_Part]]
-    plain: dict[str, str]
+    plain: dict[str, tuple[str, int]]
 
 
 def read_nunchaku(source: str | Path, model: nn.Module, *, activation_bits: InputBits = 4) -> Applied:
@@ -163,13 +163,16 @@ def _plan(opened: _Source, model: nn.Module, rules: tuple[names.Rule, ...]) -> _
     own = model.state_dict()
     covered = {f"{target}.{name}" for targets in plan.layers for target in targets for name in ("weight", "bias")}
     for key in rest:
-        name = names.plain_name(key)
-        if name not in own or name in covered:
+        targets = names.plain_names(rules, key, own)
+        shape = opened.headers[key][0]
+        if any(name not in own or name in covered for name in targets):
             bad.append(f"{key} (no such tensor in this model)")
-        elif tuple(own[name].shape) != opened.headers[key][0]:
-            bad.append(f"{key} has shape {list(opened.headers[key][0])}, not {list(own[name].shape)}")
-        else:
-            plan.plain[name] = key
+            continue
+        rows = [own[name].shape[0] if own[name].ndim else 0 for name in targets]
+        want = (sum(rows), *own[targets[0]].shape[1:]) if own[targets[0]].ndim else ()
+        if shape != want:
+            bad.append(f"{key} has shape {list(shape)}, not {list(want)}")
+        plan.plain |= {name: (key, sum(rows[:i])) for i, name in enumerate(targets)}
     bad += [f"{name} is not in the file" for name in own if name not in covered and name not in plan.plain]
     bad += [f"{t[0]} is there in part only" for t, parts in plan.layers.items() if not _whole(model, t, parts)]
     if bad or not found:
@@ -232,9 +235,13 @@ def _fill(opened: _Source, model: nn.Module, plan: _Plan, activation_bits: Input
             swap(model, target, layer.build(piece, rule, old.weight.dtype, device).train(old.training))
             start += old.out_features
     own = model.state_dict()
-    for name, key in plan.plain.items():
+    for name, (key, row) in plan.plain.items():
         device = torch.device("cpu") if own[name].is_meta else own[name].device
-        model.load_state_dict({name: opened.get(key).to(device, own[name].dtype)}, strict=False, assign=True)
+        tensor = opened.get(key)
+        tensor = tensor[row : row + len(own[name])] if tensor.ndim else tensor
+        # A copy: a tensor of the file lies in the file, which may go.
+        made = tensor.to(device, own[name].dtype, copy=True)
+        model.load_state_dict({name: made}, strict=False, assign=True)
     record(model, SVDQuantConfig(rank=rank, activation_bits=activation_bits), base="")
     return Applied(tensors=len(opened.headers), layers=sum(len(targets) for targets in plan.layers))
 

@@ -12,7 +12,7 @@ This module does not know tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,7 +69,18 @@ _QWEN = (
     Rule(r"(.*\.(?:img|txt)_mlp\.net\.2)", after_gelu=True),
     Rule(r"(.*\.(?:img|txt)_mod\.1)", splits=6),
 )
-FAMILIES: dict[str, tuple[Rule, ...]] = {"FluxTransformer2DModel": _FLUX, "QwenImageTransformer2DModel": _QWEN}
+# Z-Image's gate, silu(w1 x) * (w3 x), is stored as diffusers' SwiGLU has it: what is gated first, then the gate.
+_Z_IMAGE = (
+    Rule(r"(.*\.attention)\.to_qkv", _QKV),
+    Rule(r"(.*\.attention\.to_out\.0)"),
+    Rule(r"(.*\.feed_forward)\.net\.0\.proj", ("{1}.w3", "{1}.w1")),
+    Rule(r"(.*\.feed_forward)\.net\.2", ("{1}.w2",)),
+)
+FAMILIES: dict[str, tuple[Rule, ...]] = {
+    "FluxTransformer2DModel": _FLUX,
+    "QwenImageTransformer2DModel": _QWEN,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
 # nunchaku_lite: diffusers' own layers, unfused, unsplit and without shifts
 LITE = (Rule("(.*)"),)
 
@@ -96,9 +107,14 @@ def find(rules: tuple[Rule, ...], path: str) -> tuple[Rule, tuple[str, ...]] | N
     return None
 
 
-def plain_name(key: str) -> str:
-    """diffusers' name of a tensor that is not quantized."""
-    return _NORMS.sub(r"\1.attn.\2", key)
+def plain_names(rules: tuple[Rule, ...], key: str, own: Container[str]) -> tuple[str, ...]:
+    """The model's tensors that a tensor of the file holds one below the other, where it is not quantized."""
+    name = _NORMS.sub(r"\1.attn.\2", key)
+    path, _, field = key.rpartition(".")
+    match = None if name in own else find(rules, path)
+    if match and match[0].columns == "all" and match[0].splits == 1:
+        return tuple(f"{target}.{field}" for target in match[1])
+    return (name,)
 
 
 def quantized_fields(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
