@@ -44,10 +44,10 @@ class Emu3(PublicModel):
         """Any size in whole tokens; the processor's square where none is given."""
         step = self.processor.downsample_ratio
         side = round(self.processor.image_area**0.5 / step) * step
-        height, width = height or side, width or side
-        if height < step or width < step or height % step or width % step:
-            raise UserError(f"Emu3 draws sizes in steps of {step}, not {width} x {height}")
-        return height, width
+        size = side if height is None else height, side if width is None else width
+        if any(n < step or n % step for n in size):
+            raise UserError(f"Emu3 draws sizes in steps of {step}, not {size[1]} x {size[0]}")
+        return size
 
     def length(self, size: tuple[int, int]) -> int:
         """How many visual tokens a picture has."""

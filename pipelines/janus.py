@@ -31,7 +31,7 @@ class Janus(PublicModel):
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The one size that the model draws."""
         side = self.model.config.vision_config.image_size
-        if (height or side, width or side) != (side, side):
+        if not {height, width} <= {side, None}:
             raise UserError(f"this Janus draws {side} x {side} pictures, not {width} x {height}; leave the size out")
         return side, side
 

@@ -30,10 +30,9 @@ from mm.errors import UserError
 from mm.paths import UNIFIED, unified_type
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
-from mm.pipelines.understanding import UnderstandingOutput
+from mm.pipelines.understanding import DESCRIBE, UnderstandingOutput
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-DESCRIBE = "Describe the picture."
 MAX_GUIDANCE = 100
 
 

@@ -197,17 +197,18 @@ def test_what_cannot_be_answered_is_told(reading):
         reading(noise(0), max_words=0)
 
 
-def test_the_command_line_draws_and_reads(janus, tmp_path):
+def test_the_command_line_draws_and_reads(janus, reading, tmp_path):
     def run(*arguments: str | Path) -> Result:
         return CliRunner().invoke(mm.cli.app, [str(a) for a in (*arguments, "--model", janus)])
 
-    drawn = run("generate", "a red cat", "--mode", "codes", "--seed", "3", "-o", tmp_path)
+    drawn = run("generate", "a red cat", "--mode", "codes", "--seed", "4", "-o", tmp_path)
     assert drawn.exit_code == 0, drawn.output
     assert Image.open(tmp_path / "00000.png").size == (32, 32)
     read = run("describe", tmp_path / "00000.png", "--json", tmp_path / "said.json")
     assert read.exit_code == 0, read.output
     (row,) = json.loads((tmp_path / "said.json").read_text())
-    assert row["answer"] and row["outside"] is False
+    assert row["answer"] == reading.describe([tmp_path / "00000.png"])[0]
+    assert row["outside"] is False
     refused = run("generate", "a red cat", "-o", tmp_path)
     assert refused.exit_code == 1
     assert "--mode codes" in refused.stderr
