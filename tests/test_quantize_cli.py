@@ -31,7 +31,9 @@ def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on grass\n\ntwo red dogs\n")
     out = tmp_path / "small"
-    done = mm("quantize", model, "-o", out, "--prompts", prompts, "--steps", 2, "--pictures", 2, "--compose", 1, "--rank", 2)
+    done = mm(
+        "quantize", model, "-o", out, "--prompts", prompts, "--steps", 2, "--pictures", 2, "--compose", 1, "--rank", 2
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert f"{len(report['layers'])} layers" in done.stdout

@@ -23,6 +23,7 @@ import gradio as gr
 
 from mm.errors import UserError
 from mm.ui.studio import MAX_COUNT, MAX_STEPS, Order, Session, Studio
+from mm.ui.talk import Message, Talker, Visit
 
 EXAMPLES = [
     "two red cats on grass, watercolor style",
@@ -38,6 +39,7 @@ footer {display: none !important}
 #pictures .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
 #earlier .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
 #pictures .thumbnail-lg, #earlier .thumbnail-lg {width: 100% !important; height: auto !important}
+#chat button[title="Share"], #chat button[aria-label="Share"] {display: none !important}
 #pictures {height: min(640px, 100vw + 30px) !important}
 """
 _THEME_FONTS = ["system-ui", "sans-serif"]
@@ -74,8 +76,63 @@ def _whole(name: str, value: float) -> int:
     return int(value)
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """The page for a studio."""
+def _as_chat(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as the chat box takes them; a message with words and a picture becomes two."""
+    out: list[dict[str, Any]] = []
+    for message in messages:
+        if message["file"]:
+            # by default there is a button that shares on a website
+            shown = gr.Image(message["file"], buttons=["download", "fullscreen"], show_label=False)
+            out.append({"role": message["role"], "content": shown})
+        if message["text"]:
+            out.append({"role": message["role"], "content": _plain(message["text"])})
+    return out
+
+
+def _talk_tab(talker: Talker) -> None:
+    """The tab in which one converses."""
+
+    def say(words: str, picture: str | None, visit: Visit) -> Iterator[tuple[list[dict[str, Any]], str, None]]:
+        """One turn of a conversation: words, and a picture if wanted."""
+        try:
+            for messages in talker.say(words, picture, visit):
+                yield _as_chat(messages), "", None
+        except UserError as error:
+            raise gr.Error(_plain(str(error)), print_exception=False) from error
+
+    def shown(visit: Visit) -> list[dict[str, Any]]:
+        return _as_chat(visit.messages)
+
+    def stop(visit: Visit) -> None:
+        visit.stopped.set()
+
+    def anew(visit: Visit) -> list[dict[str, Any]]:
+        visit.forget()
+        return []
+
+    visit = gr.State(Visit(), time_to_live=86400, delete_callback=Visit.forget)
+    chat = gr.Chatbot(label="Conversation", elem_id="chat", height=480, buttons=["copy"])
+    with gr.Row():
+        words = gr.Textbox(
+            label="Say", placeholder="draw a tree at night / add an owl above it / how many animals are there?",
+            scale=4, max_length=400, min_width=240, elem_id="say",
+        )  # fmt: skip
+        picture = gr.Image(label="Picture", type="filepath", sources=["upload"], height=140, scale=1, min_width=120)
+    with gr.Row():
+        send = gr.Button("Send", variant="primary", min_width=80)
+        halt = gr.Button("Stop", min_width=80)
+        new = gr.Button("New conversation", min_width=80)
+    private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    lane: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+    for start, seen in ((send.click, {"api_name": "say"}), (words.submit, {"api_visibility": "private"})):
+        start(say, [words, picture, visit], [chat, words, picture], **lane, **seen).then(shown, visit, chat, **private)
+    halt.click(stop, visit, None, **private)
+    new.click(anew, visit, chat, **private)
+    chat.clear(anew, visit, chat, **private)
+
+
+def build(studio: Studio, talker: Talker | None = None) -> gr.Blocks:
+    """The page for a studio; with a talker, it has a Talk tab."""
 
     def draw(
         prompt: str,
@@ -160,6 +217,9 @@ def build(studio: Studio) -> gr.Blocks:
                 again = gr.Button("Use these settings", size="sm")
                 gr.Markdown("Drawn in this session")
                 history = gr.Gallery(label="Drawn in this session", elem_id="earlier", height=180, **shown)
+        if talker is not None:
+            with gr.Tab("Talk"):
+                _talk_tab(talker)
         inputs = [prompt, seed, count, steps, mode, guidance, session]
         private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         starts: list[tuple[Any, dict[str, str]]] = [
@@ -167,7 +227,8 @@ def build(studio: Studio) -> gr.Blocks:
             (prompt.submit, {"api_visibility": "private"}),
         ]
         for start, seen in starts:
-            drawn = start(
+            # A cancel counts from the press of the button on, also while the order still stands in the queue.
+            drawn = start(lambda session: session.cancelled.clear(), session, None, **private).then(
                 draw,
                 inputs,
                 [gallery, status],
@@ -185,10 +246,17 @@ def build(studio: Studio) -> gr.Blocks:
     return page.queue(max_size=32)
 
 
-def launch(studio: Studio, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
+def launch(
+    studio: Studio,
+    *,
+    talker: Talker | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    block: bool = True,
+) -> gr.Blocks:
     """Serves the page; returns it when `block` is False."""
     theme = gr.themes.Soft(font=_THEME_FONTS, font_mono=["monospace"])
-    page = build(studio)
+    page = build(studio, talker)
     try:
         page.launch(
             server_name=host,

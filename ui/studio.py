@@ -113,19 +113,20 @@ class Studio:
 
         `on_step` is called after every step with the number of the picture in the making and of the step, from 0.
         """
-        session.cancelled.clear()
         session.latest = []
         first = secrets.randbelow(2**31) if order.seed is None else order.seed
         files: list[str] = []
         notes: list[str] = []
         for k in range(order.count):
+            if session.cancelled.is_set():  # while the order stood in the queue, or between two pictures
+                yield self._stopped(session, order, files, notes)
+                return
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 picture = self._one(order, first + k, session, partial(on_step, k))
             notes += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and k == 0]
             if session.cancelled.is_set():
-                notes.append(f"stopped after {k} of {order.count} pictures")
-                yield Progress(done=k, files=tuple(files), notes=tuple(notes))
+                yield self._stopped(session, order, files, notes)
                 return
             settings = drawing_settings(
                 prompt=order.prompt, seed=first + k, steps=order.steps, mode=order.mode, guidance=order.guidance,
@@ -136,6 +137,13 @@ class Studio:
             files.append(str(path))
             session.keep(str(path), settings)
             yield Progress(done=k + 1, files=tuple(files), notes=tuple(notes), settings=settings)
+
+    @staticmethod
+    def _stopped(session: Session, order: Order, files: list[str], notes: list[str]) -> Progress:
+        """What there is when an order was cancelled; the next one starts with a clean flag."""
+        session.cancelled.clear()
+        told = (*notes, f"stopped after {len(files)} of {order.count} pictures")
+        return Progress(done=len(files), files=tuple(files), notes=told)
 
     def _one(self, order: Order, seed: int, session: Session, on_step: Callable[[int], None]) -> Any:
         def watch(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:

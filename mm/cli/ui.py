@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,20 @@ def ui(
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's & had switched it off
         print(f"mm is at http://{host}:{port} (stop with Ctrl+C)", flush=True)
         try:
-            launch(Studio(pipe, model, Path(folder)), host=host, port=port)
+            launch(Studio(pipe, model, Path(folder)), talker=_talker(pipe, model, folder), host=host, port=port)
         finally:
             os.chdir("/")
+
+
+def _talker(pipe: Any, model: str, folder: str) -> Any:
+    """The Talk tab's half, sharing the drawing pipeline's parts; None for a model that only draws."""
+    from mm import InterleavedPipeline
+    from mm.errors import UserError
+    from mm.ui.talk import Talker
+
+    try:
+        both = InterleavedPipeline.from_pretrained(model, **pipe.components)
+    except UserError:
+        return None
+    both.to(pipe.device)
+    return Talker(both, Path(folder), model)
