@@ -181,8 +181,7 @@ def test_sizes_of_one_compile(compiler):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_high_ranks_fit_into_the_least_shared_memory(compiler, dtype):
-    for tokens, name in ((16, "survey"), (1024, "folded")):
-        assert name in compiler(89, tokens, rank=320, dtype=dtype, only={name})
+    assert "survey" in compiler(89, 16, rank=320, dtype=dtype, only={"survey"})
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100])

@@ -17,6 +17,8 @@ from test_kernels import ROUNDINGS, close, make
 from mm import kernels
 from mm.kernels.triton import launch, plans
 
+# numpy says of every NaN that it met one
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROOT = Path(__file__).parent.parent
 assert launch.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
 
@@ -35,7 +37,7 @@ def reference(op, *arguments, **named):
 @pytest.mark.parametrize("bits, group, unsigned, shift", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_equals_the_reference_to_the_bit(bits, group, unsigned, shift, dtype):
-    for seed, (tokens, inputs, rank) in enumerate([(1, 64, 16), (9, 200, 0), (18, 640, 48)]):
+    for seed, (tokens, inputs, rank) in enumerate([(1, 64, 16), (9, 200, 0), (18, 320, 48)]):
         layer = make(tokens, 4, inputs, rank=rank, dtype=dtype, seed=seed, extras=seed > 0)
         arguments = (layer.x, layer.smooth, layer.down, bits, group, unsigned, shift)
         values, scales, low = kernels.quantize_activations(*arguments)
@@ -54,7 +56,7 @@ def test_rounding_splits_long_rows_and_high_ranks():
         close(got[2], want[2], dtype=torch.float32)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(
     tokens=st.one_of(st.integers(1, 20), st.integers(60, 140)),
     outputs=st.integers(1, 140),
@@ -76,7 +78,7 @@ def test_layers_of_any_shape_equal_the_reference(tokens, outputs, inputs, rank, 
     close(got, reference(kernels.branched_linear, **arguments), dtype=dtype)
 
 
-@pytest.mark.parametrize("tokens, outputs, inputs", [(2, 20, 2100), (40, 70, 1100), (70, 20, 640), (200, 130, 128)])
+@pytest.mark.parametrize("tokens, outputs, inputs", [(2, 20, 2100), (20, 40, 1100), (70, 20, 640), (200, 130, 128)])
 def test_every_exact_kernel_equals_the_reference(tokens, outputs, inputs):
     """Parts along the inputs, and more than one tile of each kernel."""
     if tokens <= plans.FEW:
@@ -110,7 +112,7 @@ def folded(monkeypatch, layer):
     return kernels.lowbit_linear(*arguments, dtype=torch.float32), want, bound
 
 
-@pytest.mark.parametrize("tokens, outputs, inputs, rank", [(3, 5, 40, 0), (130, 270, 200, 48), (20, 40, 1024, 16)])
+@pytest.mark.parametrize("tokens, outputs, inputs, rank", [(3, 5, 40, 0), (130, 140, 200, 48), (20, 40, 640, 16)])
 def test_folding_stays_within_its_bound(monkeypatch, tokens, outputs, inputs, rank):
     layer = make(tokens, outputs, inputs, rank=rank, seed=tokens)
     got, want, bound = folded(monkeypatch, layer)
