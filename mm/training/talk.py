@@ -4,6 +4,8 @@ Design choices
 - A conversation starts with a picture from outside or with one that was drawn, may change it by an edit, and asks
   questions about what is there now; one row of tokens carries half a dozen answers, each with its own truth.
 - Asking for a description gets the plain, full caption: everything that shows, in one wording.
+- Questions are drawn twice a scene, and those on style and background seldom: what takes looking for one thing among
+  others (is it there, how many, what colour, where) is learned slowest, and one row of looks serves many questions.
 - A third of the questions that need no picture are small talk; questions without a picture are answered by saying so.
 - What stands alone in a picture may be called "it", in questions' and edits' words alike.
 
@@ -47,10 +49,12 @@ NO_PICTURE = "sorry, there is no picture. what can i draw for you?"
 
 def ask(dialogue: Dialogue, scene: Scene, rng: random.Random, most: int) -> Dialogue:
     """Up to `most` questions about `scene` with their answers, and now and then a description."""
-    turns = [(qa.question, qa.answer) for qa in questions(scene, rng)]
+    asked = {qa.question: qa for _ in range(2) for qa in questions(scene, rng)}
+    easy = ("style", "background")
+    turns = [(q, qa.answer) for q, qa in asked.items() if qa.kind not in easy or rng.random() < 0.3]
     rng.shuffle(turns)
     turns = turns[:most]
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         # Later answers could be read off a description, so most of the time it comes last.
         place = len(turns) if rng.random() < 0.8 else rng.randrange(len(turns) + 1)
         turns.insert(place, (rng.choice(DESCRIBE), caption(scene, rng, detail="plain")))
@@ -94,7 +98,7 @@ def reading(new: NewDialogue, scene: Scene, rng: random.Random) -> Dialogue:
     if rng.random() < 0.03:
         nothing = new().user(rng.choice([*DESCRIBE, questions(scene, rng)[0].question])).says(NO_PICTURE)
         return begin(nothing, scene, rng, drawn=True)
-    return ask(begin(new(), scene, rng, drawn=rng.random() < 0.4), scene, rng, most=5)
+    return ask(begin(new(), scene, rng, drawn=rng.random() < 0.4), scene, rng, most=9)
 
 
 def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
@@ -103,7 +107,7 @@ def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
     if rng.random() < 0.3:
         ask(dialogue, edit.source, rng, most=1)
     dialogue.user(with_pronoun(edit, rng)).starts_drawing().has_drawn(edit.target)
-    return ask(dialogue, edit.target, rng, most=3)
+    return ask(dialogue, edit.target, rng, most=4)
 
 
 def edit_prompt(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:

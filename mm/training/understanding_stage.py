@@ -3,8 +3,9 @@
 Design choices
 - CLIP's symmetric contrastive loss (Radford et al. 2021, arXiv 2103.00020) through open_clip's `ClipLoss`. Captions in
   a batch are full ones, so that two pictures rarely share one.
-- The renderer's truth is there for nothing, so a linear readout of each token also names its cell's object and colour:
-  places and counts, which a pooled vector hardly holds. The readout is training state and is not published.
+- The renderer's truth is there for nothing, so linear readouts of each token also name its cell's object and colour,
+  and whose centre lies in it: places and counts, which a pooled vector hardly holds. A readout of the tokens' mean
+  names style and background. Readouts are training state and are not published.
 
 This module does not know the loop, files or the trunk.
 Legend: B pictures, T words, L = 64 tokens, W width.
@@ -20,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mm.models.dialogue import IGNORED
 from mm.models.understanding import UnderstandingEncoder
+from mm.world import vocabulary as v
 from mm.world.captions import caption
-from mm.world.render import cell_labels
+from mm.world.render import cell_labels, centre_labels
 from mm.world.scene import Scene
 from mm.world.vocabulary import ALL_OBJECTS, COLOURS
 
@@ -34,6 +37,8 @@ class UnderstandingConfig:
     pictures: int = 10  # shards
     contrast_weight: float = 0.5
     cells_weight: float = 1.0
+    centres_weight: float = 1.0
+    whole_weight: float = 0.3
 
     def __post_init__(self) -> None:
         if self.pictures < 1:
@@ -48,6 +53,9 @@ class UnderstandingBatch:
     ids_BT: torch.Tensor
     objects_BL: torch.Tensor
     colours_BL: torch.Tensor
+    centres_BL: torch.Tensor
+    styles_B: torch.Tensor
+    backgrounds_B: torch.Tensor
 
 
 def captions_for(scenes: Sequence[Scene], rng: random.Random) -> list[str]:
@@ -58,8 +66,15 @@ def captions_for(scenes: Sequence[Scene], rng: random.Random) -> list[str]:
 def make_batch(pictures: torch.Tensor, scenes: Sequence[Scene], ids_BT: torch.Tensor) -> UnderstandingBatch:
     """A batch with its cells' truth."""
     objects, colours = cell_labels(scenes)
+    grounds = [v.BACKGROUNDS.index(s.background) if v.shows_background(s.style) else IGNORED for s in scenes]
     return UnderstandingBatch(
-        pictures_BCHW=pictures, ids_BT=ids_BT, objects_BL=objects.flatten(1), colours_BL=colours.flatten(1)
+        pictures_BCHW=pictures,
+        ids_BT=ids_BT,
+        objects_BL=objects.flatten(1),
+        colours_BL=colours.flatten(1),
+        centres_BL=centre_labels(scenes).flatten(1),
+        styles_B=torch.tensor([v.STYLES.index(s.style) for s in scenes]),
+        backgrounds_B=torch.tensor(grounds),
     )
 
 
@@ -72,7 +87,14 @@ class Understanding(nn.Module):
 
         self.config, self.encoder = config, encoder
         self.readout = nn.Linear(encoder.config.width, len(ALL_OBJECTS) + 1 + len(COLOURS) + 2)
+        self.readout_centres = nn.Linear(encoder.config.width, len(ALL_OBJECTS) + 1)
+        self.readout_whole = nn.Linear(encoder.config.width, len(v.STYLES) + len(v.BACKGROUNDS))
         self.loss = ClipLoss()
+        # Few cells hold a centre.
+        weights = torch.ones(len(ALL_OBJECTS) + 1)
+        weights[0] = 0.2
+        self.register_buffer("rarity", weights, persistent=False)
+        self.rarity: torch.Tensor
 
     def forward(self, batch: UnderstandingBatch) -> dict[str, torch.Tensor]:
         """Named losses; names with a leading underscore are only watched."""
@@ -84,9 +106,20 @@ class Understanding(nn.Module):
         objects, colours = self.readout(tokens).float().split([len(ALL_OBJECTS) + 1, len(COLOURS) + 2], -1)
         cells = F.cross_entropy(objects.flatten(0, 1), batch.objects_BL.flatten())
         cells = cells + F.cross_entropy(colours.flatten(0, 1), batch.colours_BL.flatten())
+        centres = self.readout_centres(tokens).float().flatten(0, 1)
+        centred = F.cross_entropy(centres, batch.centres_BL.flatten(), self.rarity)
         right = (objects.argmax(-1) == batch.objects_BL)[batch.objects_BL > 0].float().mean()
         return {
             "contrast": self.config.contrast_weight * contrast,
             "cells": self.config.cells_weight * cells,
+            "centres": self.config.centres_weight * centred,
+            "whole": self.config.whole_weight * self._whole(tokens, batch),
             "_right": right,
         }
+
+    def _whole(self, tokens: torch.Tensor, batch: UnderstandingBatch) -> torch.Tensor:
+        styles, grounds = self.readout_whole(tokens.mean(1)).float().split([len(v.STYLES), len(v.BACKGROUNDS)], -1)
+        loss = F.cross_entropy(styles, batch.styles_B)
+        return loss + F.cross_entropy(grounds, batch.backgrounds_B, ignore_index=IGNORED, reduction="sum") / len(
+            grounds
+        )

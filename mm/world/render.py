@@ -144,3 +144,16 @@ def cell_labels(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
             objects[b][wins] = _OBJECT[s.object] + 1
             colours[b][wins] = 1 if s.colour is None else _COLOUR[s.colour] + 1
     return objects, colours
+
+
+def centre_labels(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Per 16-pixel cell the object whose centre lies in it, int64 (B, 8, 8): 0 = none, else as in `cell_labels`.
+
+    No two sprites of a scene share a cell, nor a square of two by two cells with even corner: they would overlap.
+    """
+    side = v.SIZE // v.CELL
+    out = torch.zeros(len(scenes), side, side, dtype=torch.int64)
+    for b, scene in enumerate(scenes):
+        for s in scene.sprites:
+            out[b, s.y // v.CELL, s.x // v.CELL] = _OBJECT[s.object] + 1
+    return out
