@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mm.files import write_new_bytes
-from mm.metadata import drawing_settings, png_bytes
+from mm.metadata import drawing_settings, png_bytes, steps_for
 from mm.paths import resolve_model
 
 
@@ -36,7 +36,7 @@ def draw_to_folder(
     *,
     count: int = 1,
     seed: int | None = None,
-    steps: int = 12,
+    steps: int | None = None,
     mode: str = "flow",
     guidance: float = 4.0,
     model: str = "mm-tiny",
@@ -50,6 +50,7 @@ def draw_to_folder(
 
     from mm import TextToImagePipeline
 
+    steps = steps_for(mode, steps)
     first = secrets.randbelow(2**31) if seed is None else seed
     folder.mkdir(parents=True, exist_ok=True)
     if quantized:

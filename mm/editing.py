@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mm.errors import UserError
 from mm.files import write_new_bytes
-from mm.metadata import drawing_settings, png_bytes
+from mm.metadata import drawing_settings, png_bytes, steps_for
 from mm.paths import resolve_model
 
 
@@ -20,7 +20,7 @@ def edit_to_file(
     *,
     mask: Path | None = None,
     seed: int = 0,
-    steps: int = 12,
+    steps: int | None = None,
     guidance: float = 4.0,
     image_guidance: float = 1.5,
     mode: str = "flow",
@@ -28,6 +28,7 @@ def edit_to_file(
 ) -> None:
     """Writes the edited picture to `out`, a PNG with its settings. Raises UserError when `out` exists."""
     resolve_model(model)
+    steps = steps_for(mode, steps)
     if out.exists():
         raise UserError(f"{out} exists; choose another name, or remove it first")
     import torch

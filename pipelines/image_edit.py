@@ -29,6 +29,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from mm.errors import UserError
+from mm.metadata import steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
@@ -81,7 +82,7 @@ class ImageEditPipeline(TextToImagePipeline):
         prompt: str | Sequence[str],
         *,
         mask_image: Any = None,
-        num_inference_steps: int = 12,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         mode: str = "flow",
@@ -101,6 +102,7 @@ class ImageEditPipeline(TextToImagePipeline):
         guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        num_inference_steps = steps_for(mode, num_inference_steps)
         pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
         if len(pictures) != len(prompts):
             raise UserError(f"{len(pictures)} pictures and {len(prompts)} instructions; give as many")

@@ -51,10 +51,12 @@ def gumbel_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) 
 
 def masked_steps(tokens: int, steps: int) -> list[int]:
     """How many tokens are still masked after each of `steps` steps; the last is 0, and each step draws at least one."""
-    left = [math.floor(tokens * math.cos(math.pi / 2 * (s + 1) / steps)) for s in range(steps)]
-    left[-1] = 0
-    before = [tokens, *left[:-1]]
-    return [max(0, min(now, old - 1)) for now, old in zip(left, before, strict=True)]
+    left, before = [], tokens
+    for s in range(steps):
+        planned = 0 if s == steps - 1 else math.floor(tokens * math.cos(math.pi / 2 * (s + 1) / steps))
+        before = max(0, min(planned, before - 1))
+        left.append(before)
+    return left
 
 
 def code_steps(

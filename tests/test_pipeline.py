@@ -115,6 +115,10 @@ def test_masked_steps_follow_the_cosine() -> None:
     assert left[-1] == 0
     assert left[0] == 63
     assert left[5] == 45
+    for steps in (32, 63, 64, 100):
+        left = [64, *masked_steps(64, steps)]
+        assert left[-1] == 0
+        assert all(a > b or a == 0 for a, b in itertools.pairwise(left)), "a step without a token"
     assert masked_steps(4, 12)[-1] == 0
     assert all(a >= b for a, b in itertools.pairwise(left))
 

@@ -22,6 +22,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from mm.errors import UserError
+from mm.metadata import steps_for
 from mm.ui.studio import MAX_COUNT, MAX_STEPS, Order, Session, Studio
 from mm.ui.talk import Message, Talker, Visit
 
@@ -238,6 +239,7 @@ def build(studio: Studio, talker: Talker | None = None) -> gr.Blocks:
                 **seen,
             )
             drawn.then(show, session, [history, details], **private)
+        mode.change(steps_for, mode, steps, **private)
         cancel.click(stop, session, None, **private)
         dice.click(lambda: str(secrets.randbelow(2**31)), None, seed, **private)
         gallery.select(choose_latest, session, details, **private)

@@ -31,12 +31,12 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The body of a "generate" row, with the defaults of `mm generate`. Without a seed, from the run's."""
+    """The body of a "generate" row, with the defaults of `mm generate`. Seed None: from the run's; steps: the mode's."""
 
     prompt: str
     n: int = 1
     seed: int | None = None
-    steps: int = 12
+    steps: int | None = None
     mode: str = "flow"
     guidance: float = 4.0
 
@@ -48,7 +48,8 @@ class Generate:
         _whole("n", self.n, 1, MAX_PICTURES)
         if self.seed is not None:
             _whole("seed", self.seed, 0, MAX_SEED - self.n + 1)
-        _whole("steps", self.steps, 1, 1000)
+        if self.steps is not None:
+            _whole("steps", self.steps, 1, 1000)
         if self.mode not in MODES:
             raise UserError(f"mode is {_shown(self.mode)}; take one of {', '.join(MODES)}")
         guidance = self.guidance

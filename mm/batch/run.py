@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
 from mm.errors import UserError
-from mm.metadata import drawing_settings, png_bytes
+from mm.metadata import drawing_settings, png_bytes, steps_for
 from mm.paths import resolve_model
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ def pictures(row: Row, model: str, weights: str | None, run_seed: int) -> Iterat
     body = row.body
     for index in range(body.n):
         settings = drawing_settings(
-            prompt=body.prompt, seed=picture_seed(row, index, run_seed), steps=body.steps, mode=body.mode,
-            guidance=float(body.guidance), model=model, model_hash=weights, task=row.task,
+            prompt=body.prompt, seed=picture_seed(row, index, run_seed), steps=steps_for(body.mode, body.steps),
+            mode=body.mode, guidance=float(body.guidance), model=model, model_hash=weights, task=row.task,
         )  # fmt: skip
         yield Picture(line=row.line, custom_id=row.custom_id, index=index, settings=settings)
 

@@ -31,7 +31,7 @@ def edit(
         Path | None, typer.Option(help="White where pixels may change; the rest stays bit for bit.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same picture.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 12,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(min=0, max=100, help="How strictly the words are followed.")] = 4.0,
     image_guidance: Annotated[float, typer.Option(min=0, max=100, help="How closely the source is followed.")] = 1.5,
     mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,

@@ -35,7 +35,7 @@ def compose(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 12,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = 4.0,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,

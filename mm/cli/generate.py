@@ -27,7 +27,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; picture k has seed + k.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 12,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
     mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")

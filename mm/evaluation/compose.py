@@ -26,6 +26,7 @@ from mm.errors import UserError
 from mm.evaluation.prompts import COMPOSE, Prompt, load_prompts
 from mm.evaluation.report import save_grid, share
 from mm.files import write_json
+from mm.metadata import steps_for
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
 from mm.world.render import render
@@ -40,17 +41,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeConfig:
-    """How a compose run draws. `limit` takes the first prompts of each task; None takes all."""
+    """How a compose run draws. `limit` takes the first prompts of each task, None all; `steps` None: the mode's."""
 
     mode: str = "flow"
     seed: int = 0
     limit: int | None = None
     pictures: int = 4
-    steps: int = 12
+    steps: int | None = None
     guidance: float = 4.0
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", steps_for(self.mode, self.steps))
         for name in ("pictures", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
@@ -115,12 +117,14 @@ def draw(
 
 
 @torch.no_grad()
-def reconstruct(pipe: TextToImagePipeline, pictures: torch.Tensor) -> torch.Tensor:
-    """What the tokenizer leaves of uint8 pictures."""
+def reconstruct(pipe: TextToImagePipeline, pictures: torch.Tensor, mode: str = "flow") -> torch.Tensor:
+    """What the tokenizer leaves of uint8 pictures; in codes mode through the bridge, too."""
     parts = []
     for batch in pictures.split(64):
         images = (batch.to(pipe.device).float() / 127.5 - 1).to(pipe.autoencoder.dtype)
-        decoded = pipe.autoencoder.decode(pipe.autoencoder.encode(images)).float()
+        latents = pipe.autoencoder.encode(images)
+        latents = pipe.bridge(latents.float()).to(latents.dtype) if mode == "codes" and pipe.bridge else latents
+        decoded = pipe.autoencoder.decode(latents).float()
         parts.append(((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
     return torch.cat(parts)
 
@@ -161,7 +165,7 @@ def evaluate_compose(
 
     renders = render([true_scene(p, config.seed) for p in chosen])
     ceilings = []
-    for true in (renders, reconstruct(pipe, renders)):
+    for true in (renders, reconstruct(pipe, renders, config.mode)):
         ceilings.append(score([satisfies(r, p.wanted) for r, p in zip(judge.read(true), chosen, strict=True)], chosen))
     report = score(verdicts, asked) | {
         "ceiling": ceilings[0]["overall"],
