@@ -31,7 +31,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The body of a "generate" row, with the defaults of `mm generate`. Seed None: from the run's; steps: the mode's."""
+    """The body of a "generate" row with the defaults of `mm generate`; seed None: the run's, steps None: the mode's."""
 
     prompt: str
     n: int = 1
