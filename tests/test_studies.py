@@ -189,5 +189,5 @@ def test_the_judge_scores_a_small_models_drawings(tokenizer):
     """Untrained, nothing is there: every object and colour was asked, and none is credited."""
     module = common.drawing_module(TINY, tokenizer[1])
     verdicts = common.drawing_verdicts(module, tokenizer[0], Judge.from_pretrained("weights/judge"), each=1)
-    assert len(verdicts) == len(common.OBJECTS) * 9
+    assert len(verdicts) == len(common.OBJECTS) * len(common.TINTS)
     assert sum(verdicts) < 10

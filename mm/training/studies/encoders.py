@@ -116,7 +116,7 @@ def train_arm(
                 total = common.reading_loss(model.drawing.trunk, (ids, mask, said), model.looks(pictures))
                 masses.looks_BT = masses.said_BT = None
             else:
-                index = [rng.randrange(len(latents)) for _ in range(config.batch_size)]
+                index = [rng.randrange(len(latents)) for _ in range(common.DRAWN_BATCH)]
                 batch = common.drawing_batch(latents[index], [drawn.scenes[i] for i in index], rng)
                 total = torch.stack(list(model.drawing(batch).values())).sum()
         now = masses.take()
@@ -177,11 +177,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the arms' results; the table is OUT.json")
     parser.add_argument("--model", default="mm-tiny", help="published model whose encoders are used")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--samples", type=int, default=StudyConfig.samples, help="read, and as many drawn")
+    parser.add_argument(
+        "--samples", type=int, default=StudyConfig.samples, help="read; drawn in as many, smaller batches"
+    )
     parser.add_argument("--questions", type=int, default=StudyConfig.questions)
     parser.add_argument("--pool", type=int, default=StudyConfig.pool)
     args = parser.parse_args()
-    config = StudyConfig(samples=args.samples, drawn=args.samples, questions=args.questions, pool=args.pool)
+    config = StudyConfig(samples=args.samples, questions=args.questions, pool=args.pool)
     folder = Path(resolve_model(args.model))
     autoencoder = Autoencoder.from_pretrained(folder / "autoencoder").float()
     bridge = Bridge.from_pretrained(folder / "bridge").float()

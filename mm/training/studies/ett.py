@@ -188,11 +188,11 @@ def drawing_score(autoencoder: Autoencoder, bridge: Bridge, judge: Judge, config
 
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(f"study drawing {config.seed} {step}")
-        index = [rng.randrange(len(latents)) for _ in range(config.batch_size)]
+        index = [rng.randrange(len(latents)) for _ in range(common.DRAWN_BATCH)]
         batch = common.drawing_batch(latents[index], [pool.scenes[i] for i in index], rng)
         return torch.stack(list(module(batch).values())).sum()
 
-    common.fit([(module, config.rate)], loss, max(1, config.drawn // config.batch_size))
+    common.fit([(module, config.rate)], loss, max(1, config.drawn // common.DRAWN_BATCH))
     return common.drawing_verdicts(module, autoencoder, judge)
 
 
