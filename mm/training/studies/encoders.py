@@ -3,9 +3,10 @@
     python -m mm.training.studies.encoders --out runs/encoders [--samples 30000] [--arms decoupled,shared,shared-aia]
 
 Design choices
-- Three arms with one budget; each trains a small trunk to read (the whole world) and to draw (the small world) in turn.
-  `shared`: the generation tokenizer's latents are also what is read. `decoupled`: reading goes through the published
-  understanding encoder. Both encoders are frozen, as they are in the published model's joint stage.
+- Three arms with one budget; each trains a small trunk to read (the whole world) and to draw (the small world), three
+  steps of drawing for one of reading. `shared`: the generation tokenizer's latents are also what is read. `decoupled`:
+  reading goes through the published understanding encoder. Both encoders are frozen, as they are in the published
+  model's joint stage.
 - `shared-aia`: shared, plus attention-interaction alignment (AIA, arXiv 2511.22663): in every layer the attention mass
   that crosses modalities is pulled to a target by a Huber loss of weight 40. The targets are what the decoupled arm had
   at its end, so that arm runs first.
@@ -101,13 +102,13 @@ def train_arm(
 ) -> dict[str, list[float]]:
     """Reads and draws in turn; returns the mean masses of the last fifth of the steps."""
     reading, drawn, latents = pools
-    steps = 2 * (config.samples // config.batch_size)
+    steps = 4 * (config.samples // config.batch_size)
     late: dict[str, list[torch.Tensor]] = {"read": [], "draw": []}
     masses = Masses()
 
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(f"study encoders {config.seed} {step}")
-        task = ("read", "draw")[step % 2]
+        task = "draw" if step % 4 else "read"
         with layers.watching(masses.told):
             if task == "read":
                 pictures, scenes = reading.draw(config.batch_size, rng)
@@ -120,7 +121,7 @@ def train_arm(
                 batch = common.drawing_batch(latents[index], [drawn.scenes[i] for i in index], rng)
                 total = torch.stack(list(model.drawing(batch).values())).sum()
         now = masses.take()
-        if step >= min(0.8 * steps, steps - 2):
+        if step >= min(0.8 * steps, steps - 4):
             late[task].append(now.detach())
         return total if targets is None else total + AIA_WEIGHT * F.huber_loss(now, targets[task])
 
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--model", default="mm-tiny", help="published model whose encoders are used")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument(
-        "--samples", type=int, default=StudyConfig.samples, help="read; drawn in as many, smaller batches"
+        "--samples", type=int, default=StudyConfig.samples, help="read; three smaller batches are drawn for each"
     )
     parser.add_argument("--questions", type=int, default=StudyConfig.questions)
     parser.add_argument("--pool", type=int, default=StudyConfig.pool)
