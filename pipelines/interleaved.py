@@ -114,7 +114,7 @@ class InterleavedPipeline(ImageEditPipeline):
         steps: int = 12,
         guidance_scale: float | None = None,
         max_words: int = 48,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """The model's reply to `words` (and a picture), event by event. Stopping in between leaves the turn unsaid.
 
         Picture k of the conversation has seed + k. Raises UserError when the conversation has no room left.

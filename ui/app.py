@@ -125,7 +125,11 @@ def _talk_tab(talker: Talker) -> None:
         new = gr.Button("New conversation", min_width=80)
     private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
     lane: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
-    for start, seen in ((send.click, {"api_name": "say"}), (words.submit, {"api_visibility": "private"})):
+    starts: list[tuple[Any, dict[str, Any]]] = [
+        (send.click, {"api_name": "say"}),
+        (words.submit, {"api_visibility": "private"}),
+    ]
+    for start, seen in starts:
         start(say, [words, picture, visit], [chat, words, picture], **lane, **seen).then(shown, visit, chat, **private)
     halt.click(stop, visit, None, **private)
     new.click(anew, visit, chat, **private)
@@ -223,7 +227,7 @@ def build(studio: Studio, talker: Talker | None = None) -> gr.Blocks:
                 _talk_tab(talker)
         inputs = [prompt, seed, count, steps, mode, guidance, session]
         private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        starts: list[tuple[Any, dict[str, str]]] = [
+        starts: list[tuple[Any, dict[str, Any]]] = [
             (go.click, {"api_name": "draw"}),
             (prompt.submit, {"api_visibility": "private"}),
         ]
