@@ -87,17 +87,22 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8, help="calibration calls, over the timesteps")
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--kinds", nargs="+", choices=("single", "double"), default=["single", "double"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = {"double": measure(1, 0, args), "single": measure(0, 1, args)}
-    whole = DOUBLE * rows["double"]["seconds"] + SINGLE * rows["single"]["seconds"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    report = rows | {"flux_hours": round(whole / 3600, 2), "peak_gib": round(peak, 2)}
-    report |= {"threads": torch.get_num_threads(), "rank": args.rank, "tokens": args.tokens + args.words}
-    for name, row in rows.items():
+    rows: dict[str, Any] = {}
+    for name in args.kinds:
+        row = rows[name] = measure(int(name == "double"), int(name == "single"), args)
         print(f"{name}: {row['seconds']:.0f} s for {row['layers']} layers ({row['ratio']:.2f} times smaller, "
-              f"{row['turns']} turns of the branch)")  # fmt: skip
-    print(f"all of FLUX (19 + 38 blocks): {whole / 3600:.1f} h; peak memory {peak:.1f} GiB")
+              f"{row['turns']} turns of the branch)", flush=True)  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    report = rows | {"peak_gib": round(peak, 2), "threads": torch.get_num_threads(), "rank": args.rank}
+    report |= {"tokens": args.tokens + args.words, "calls": args.steps}
+    if len(rows) == 2:
+        whole = DOUBLE * rows["double"]["seconds"] + SINGLE * rows["single"]["seconds"]
+        report["flux_hours"] = round(whole / 3600, 2)
+        print(f"all of FLUX (19 + 38 blocks): {whole / 3600:.1f} h")
+    print(f"peak memory {peak:.1f} GiB")
     if args.json:
         write_json(args.json, report)
 
