@@ -30,7 +30,7 @@ def block(double: int, single: int) -> FluxTransformer2DModel:
     """FLUX with so many blocks, random bf16 weights."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+        model: Any = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
