@@ -19,7 +19,7 @@ import torch
 
 from mm.errors import UserError
 from mm.pipelines.public import PublicModel
-from mm.pipelines.token_sampling import Sampling, sample_codes
+from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
 from mm.pipelines.unified import Defaults
 
 
@@ -70,14 +70,7 @@ class Janus(PublicModel):
         self, new_RND: torch.Tensor, mask_RT: torch.Tensor, positions_RN: torch.Tensor, past: Any
     ) -> tuple[torch.Tensor, Any]:
         """Features (R, D) of the last token, and the cache."""
-        out = self.model.model.language_model(
-            inputs_embeds=new_RND,
-            attention_mask=mask_RT,
-            position_ids=positions_RN,
-            past_key_values=past,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1], out.past_key_values
+        return last_features(self.model.model.language_model, new_RND, mask_RT, positions_RN, past)
 
     def score(self, features_RD: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) of the next code."""

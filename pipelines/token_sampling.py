@@ -97,3 +97,17 @@ def sample_codes(
         if progress is not None:
             progress.update()
     return torch.stack(codes, 1)
+
+
+def last_features(
+    language_model: Any, new_RND: torch.Tensor, mask_RT: torch.Tensor, positions_RN: torch.Tensor, past: Any
+) -> tuple[torch.Tensor, Any]:
+    """Features (R, D) of the last token that a transformers decoder reads, and its cache."""
+    out = language_model(
+        inputs_embeds=new_RND,
+        attention_mask=mask_RT,
+        position_ids=positions_RN,
+        past_key_values=past,
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1], out.past_key_values

@@ -32,7 +32,7 @@ from mm.evaluation.prompts import FOLDER, Prompt
 from mm.evaluation.report import save_grid, share
 from mm.files import write_json, write_text
 from mm.world import vocabulary as v
-from mm.world.captions import BACKGROUND_PHRASES, group_phrase
+from mm.world.captions import BACKGROUND_PHRASES, article, group_phrase
 from mm.world.edits import edit_scene
 from mm.world.judge import Judge, Reading
 from mm.world.render import render
@@ -213,8 +213,7 @@ def _question_turn(scene: Scene, rng: random.Random) -> dict[str, Any]:
         return {"say": "how many animals are there?", "asks": ["count", "animals"]}
     if kind == "existence":
         name = rng.choice((name, rng.choice(v.OBJECTS)))
-        article = "an" if name[0] in "aeiou" else "a"
-        return {"say": f"is there {article} {name} in the picture?", "asks": ["existence", name]}
+        return {"say": f"is there {article(name)} {name} in the picture?", "asks": ["existence", name]}
     tinted = [g.object for g in groups(scene) if g.colour is not None and g.count == 1]
     if kind == "colour" and tinted:
         return {"say": f"what colour is the {tinted[0]}?", "asks": ["colour", tinted[0]]}

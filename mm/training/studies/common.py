@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,13 +104,9 @@ def new_dialogue() -> Dialogue:
     return Dialogue(_tokenizer())
 
 
-_TOKENIZERS: list[Any] = []
-
-
+@cache
 def _tokenizer() -> Any:
-    if not _TOKENIZERS:
-        _TOKENIZERS.append(build_text_tokenizer())
-    return _TOKENIZERS[0]
+    return build_text_tokenizer()
 
 
 def small_trunk(config: StudyConfig) -> Trunk:
