@@ -120,7 +120,7 @@ class InterleavedPipeline(ImageEditPipeline):
         Picture k of the conversation has seed + k. Raises UserError when the conversation has no room left.
         """
         check_prompts([words], self.text_tokenizer)
-        said, learned = len(conversation.dialogue.ids), len(conversation.dialogue.pictures)
+        said, pictured = len(conversation.dialogue), len(conversation.dialogue.pictures)
         before = (conversation.state, conversation.read, conversation.latents, conversation.pictures)
         done = False
         try:
@@ -129,7 +129,11 @@ class InterleavedPipeline(ImageEditPipeline):
             done = True
         finally:
             if not done:  # stopped or failed: as if the turn had never begun
-                del conversation.dialogue.ids[said:], conversation.dialogue.learned[said:]
+                del (
+                    conversation.dialogue.ids[said:],
+                    conversation.dialogue.learned[said:],
+                    conversation.dialogue.about[said:],
+                )
                 del conversation.dialogue.pictures[learned:]
                 conversation.state, conversation.read, conversation.latents, conversation.pictures = before
 

@@ -11,12 +11,12 @@ import torch
 from tiny import tiny_reader
 
 from mm.models.dialogue import IGNORED
-from mm.training import joint, joint_run
-from mm.training.drawing import DrawingBatch
+from mm.training import joint, joint_run, run
+from mm.training.drawing import Drawing, DrawingBatch
 from mm.training.joint import EditBatch, Joint, JointConfig, ReadBatch
 from mm.training.latents import write_shard
 
-CONFIG = JointConfig(codes_share=0.5, align_layer=1, codes_tokens=4)
+CONFIG = JointConfig(codes_share=0.5, align_layer=1, codes_tokens=4, nouns_layer=0)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +113,37 @@ def test_what_changes_counts_more(state):
     look = maker._latents([e.source for e in edits], source, torch.Generator().manual_seed(0))
     config = replace(CONFIG, drop_words=0.0, drop_source=0.0)
     made = joint.edit_batch(
-        edits, source, target, maker.new, look, random.Random(1), torch.Generator().manual_seed(1), config
+        edits, source, target, maker.new, maker.nouns, look, random.Random(1), torch.Generator().manual_seed(1), config
     )
     moved = (target - source).abs().mean(1) > 0.1
     if moved.any() and not moved.all():
         ratio = made.weights_BHW[moved].mean() / made.weights_BHW[~moved].mean()
         assert ratio == pytest.approx(1 + config.changed_weight, rel=1e-4)
     assert made.weights_BHW.mean() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_nouns_reach_the_text_below_their_readout_in_all_three_tasks(state, module):
+    for read, edit, name in ((1.0, 0.0, "read_nouns"), (0.0, 1.0, "edit_nouns"), (0.0, 0.0, "nouns")):
+        module.zero_grad(set_to_none=True)
+        module(batches(state, read_share=read, edit_share=edit)(3))[name].backward()
+        layers = module.trunk.text_layers
+        assert layers[0].ff.down.weight.grad.abs().sum() > 0
+        assert all(p.grad is None for layer in layers[1:] for p in layer.parameters())
+        assert module.grounding.readout.weight.grad is not None
+
+
+def test_a_run_from_published_weights_starts_with_their_connectors_and_encoder(parts, tmp_path):
+    """Fresh connectors would make a model that reads forget how."""
+    drawing = Drawing(*(parts[name] for name in ("trunk", "velocity_decoder", "code_head", "bridge")), CONFIG)
+    sizes = {n: parts["trunk"].config[n] for n in ("vocabulary_size", "width", "depth", "heads", "latent_channels")}
+    for name in ("autoencoder", "bridge", "understanding_encoder", "look_connector", "latent_connector"):
+        parts[name].save_pretrained(tmp_path / "published" / name)
+    encoder = parts["understanding_encoder"]
+    made = joint_run.build({"models": {"trunk": sizes}}, drawing, encoder, CONFIG, tmp_path / "published")
+    assert torch.equal(made.look_connector.up.weight, parts["look_connector"].up.weight)
+    assert torch.equal(made.latent_connector.place, parts["latent_connector"].place)
+    run._borrow(tmp_path / "published", tmp_path / "model")
+    assert (tmp_path / "model" / "understanding_encoder" / "config.json").is_file()
 
 
 def test_bad_shares_are_named():

@@ -57,6 +57,45 @@ def test_text_is_causal(trunk):
     assert not same(before.keys[-1][:, 5], after.keys[-1][:, 5])
 
 
+def test_with_whole_turns_a_prompt_sees_itself_whole_and_a_reply_stays_causal():
+    """Layer by layer: does the key of token `at` feel a change of token `moved`?"""
+    torch.manual_seed(0)
+    trunk = awake(Trunk(**CONFIG, whole_turns=True))
+    bos, user, reply, end = 2, 7, 8, 9
+    ids = torch.tensor([[bos, user, 20, 21, reply, 22, 23, end, user, 24, 25, reply]])
+
+    def feels(at: int, moved: int) -> bool:
+        changed = ids.clone()
+        changed[:, moved] += 10
+        return not same(trunk.encode_text(ids).keys[-1][:, at], trunk.encode_text(changed).keys[-1][:, at])
+
+    assert feels(2, 3)  # earlier words of a turn see later ones
+    assert feels(3, 2)
+    assert not feels(3, 5)  # nobody sees a reply before it is said
+    assert not feels(5, 6)  # nor does a reply see what it says later
+    assert feels(6, 5)
+    assert feels(9, 10)  # the second turn likewise
+    assert not feels(3, 9)  # and the first does not see the second
+    assert feels(9, 3)
+
+
+def test_with_whole_turns_a_prompt_pads_and_goes_on_as_before():
+    torch.manual_seed(0)
+    trunk = awake(Trunk(**CONFIG, whole_turns=True, reads=True))
+    prompt = torch.tensor([[2, 20, 21, 22, 3]])
+    padded = torch.cat([prompt, torch.zeros(1, 3, dtype=torch.int64)], 1)
+    mask = torch.arange(8)[None] < 5
+    short, long = trunk.encode_text(prompt), trunk.encode_text(padded, mask)
+    for a, b in zip(short.keys + short.values, long.keys + long.values, strict=True):
+        assert same(a, b[:, :5])
+    turns = torch.tensor([[2, 7, 20, 21, 8, 22, 9, 7, 24, 25, 8]])
+    whole = trunk.read(turns)[0]
+    first, state = trunk.read(turns[:, :5])
+    reply, state = trunk.read(turns[:, 5:7], past=state)
+    second, _ = trunk.read(turns[:, 7:], past=state)
+    assert same(whole, torch.cat([first, reply, second], 1))
+
+
 def test_padding_changes_nothing(trunk):
     """Neither the prompt's own tokens nor what a picture reads of it, whatever stands in the padding."""
     ids, latents, sigma = some_ids(2, 5), some_latents(2), torch.tensor([0.3, 0.9])

@@ -26,13 +26,17 @@ _TIGHT = {",", ".", "?", "!", ":", ";", ")", "'"}
 
 
 class Dialogue:
-    """A conversation that grows turn by turn. `ids` are its tokens, `learned` which of them the model says itself."""
+    """A conversation that grows turn by turn.
+
+    `ids` are its tokens, `learned` which of them the model says itself, `about` what the words of a turn speak of.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, looks: int = 16) -> None:
         self.tokenizer, self.looks = tokenizer, looks
         self.ids: list[int] = []
         self.learned: list[bool] = []
         self.pictures: list[Any] = []
+        self.about: list[Any] = []
         self.add([self.token("<bos>")])
 
     def __len__(self) -> int:
@@ -42,14 +46,15 @@ class Dialogue:
         """The id of a special token."""
         return int(self.tokenizer.convert_tokens_to_ids(name))  # pyright: ignore[reportArgumentType]
 
-    def user(self, text: str, *pictures: Any) -> Dialogue:
-        """The user's turn, up to where the reply begins."""
+    def user(self, text: str, *pictures: Any, about: Any = None) -> Dialogue:
+        """The user's turn, up to where the reply begins; `about` is whatever its words speak of."""
         self.add([self.token("<user>")])
         for picture in pictures:
             self._look(picture)
             if len(pictures) > 1:
                 self.add(self._words(","))  # looks of two pictures must not run together
-        self.add([*self._words(text), self.token("<mm>")])
+        self.add(self._words(text), about=about)
+        self.add([self.token("<mm>")])
         return self
 
     def says(self, text: str) -> Dialogue:
@@ -75,10 +80,15 @@ class Dialogue:
     def _words(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def add(self, ids: Sequence[int], learned: bool = False) -> None:
+    def add(self, ids: Sequence[int], learned: bool = False, about: Any = None) -> None:
         """Tokens as they are."""
         self.ids += ids
         self.learned += [learned] * len(ids)
+        self.about += [about] * len(ids)
+
+    def rewind(self, tokens: int, pictures: int) -> None:
+        """Back to when it was `tokens` long and had `pictures`."""
+        del self.ids[tokens:], self.learned[tokens:], self.about[tokens:], self.pictures[pictures:]
 
 
 def stack(dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,9 @@
 Design choices
 - Two streams a layer. Text is causal, has no timestep and never sees a noisy picture, so a prompt's keys and values are
   computed once (`encode_text` -> `PromptCache`) and reused at every step and for every picture of that prompt.
+- With `whole_turns` a prompt, or what the user says in one turn, sees itself whole (a prefix LM, Raffel et al. 2019,
+  arXiv 1910.10683): in "a cat left of a dog" the cat must know of the dog. Replies stay causal. A turn must then be
+  read in one call.
 - Pictures read text through maps of their own (`to_k_pic`, `to_v_pic`): the edit sites of erasure and customization,
   apart from the maps through which text reads text.
 - Within a picture attention is bidirectional. The timestep is per picture token (adaLN-single as in PixArt, arXiv
@@ -138,6 +141,9 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         max_text: int = 128,
         reads: bool = False,
         look_token: int = 6,
+        whole_turns: bool = False,
+        turn_tokens: tuple[int, ...] = (2, 7),
+        reply_token: int = 8,
     ) -> None:
         super().__init__()
         if width % heads or (width // heads) % 4:
@@ -243,15 +249,29 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return x_BTD.masked_scatter(places_BT[..., None], looks_NSD.to(x_BTD.dtype))
 
     def _text_mask(self, ids_BT: torch.Tensor, seen_BT: torch.Tensor, before: int) -> torch.Tensor:
-        """(B, 1, T, all): causal, but a picture's looks see each other; padding sees itself, so no row is empty."""
+        """(B, 1, T, all): causal, but a picture's looks see each other, and so do the words of a turn where
+        `whole_turns` says so; padding sees itself, so no row is empty."""
         length, total = ids_BT.shape[1], seen_BT.shape[1]
         order = torch.arange(total, device=ids_BT.device)
         itself = order[None] == order[before:, None]
         look_BT = ids_BT == self.config.look_token
         run_BT = (look_BT & ~F.pad(look_BT[:, :-1], (1, 0))).cumsum(1) * look_BT
-        together = (run_BT[:, :, None] == run_BT[:, None, :]) & look_BT[:, :, None]
+        together = _same(run_BT)
+        if self.config.whole_turns:
+            together = together | _same(self._turns(ids_BT))
         causal = (order[None] <= order[before:, None]) | F.pad(together, (total - length, 0))
         return ((causal & seen_BT[:, None, :]) | itself)[:, None]
+
+    def _turns(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T): the number of the turn, or prompt, that a token stands in; 0 in replies."""
+        starts = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for token in self.config.turn_tokens:
+            starts |= ids_BT == token
+        place = torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device).expand_as(ids_BT)
+        started, replied = (
+            torch.where(marks, place, 0).cummax(1).values for marks in (starts, ids_BT == self.config.reply_token)
+        )
+        return torch.where(started > replied, started, 0)
 
     @apply_forward_hook
     def encode_picture(self, latents_BCHW: torch.Tensor, prompt: PromptCache) -> PromptCache:
@@ -331,3 +351,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             run: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
             return run(layer, *args)
         return layer(*args)
+
+
+def _same(group_BT: torch.Tensor) -> torch.Tensor:
+    """(B, T, T): whether two tokens are of one group; group 0 is none."""
+    return (group_BT[:, :, None] == group_BT[:, None, :]) & (group_BT[:, :, None] > 0)

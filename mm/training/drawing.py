@@ -30,6 +30,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
+from mm.training.grounding import Nouns
 from mm.world.captions import Detail, caption
 from mm.world.render import cell_labels
 from mm.world.scene import Scene
@@ -61,7 +62,8 @@ class DrawingConfig:
 class DrawingBatch:
     """Clean latents, noise and levels, prompts and cell truth; `codes` batches carry which tokens are masked.
 
-    `weights` (mean about one): how much each latent's velocity counts (default: all the same).
+    `weights` (mean about one): how much each latent's velocity counts (default: all the same). `nouns`: the truth of
+    the prompts' nouns, where they are grounded.
     """
 
     latents_BCHW: torch.Tensor
@@ -74,6 +76,7 @@ class DrawingBatch:
     masked_BL: torch.Tensor | None = None
     chosen_BN: torch.Tensor | None = None
     weights_BHW: torch.Tensor | None = None
+    nouns: Nouns | None = None
 
 
 def words_for(scenes: Sequence[Scene], rng: random.Random, config: DrawingConfig) -> list[str]:

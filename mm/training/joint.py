@@ -8,6 +8,7 @@ Design choices
 - Editing sees the source twice: as looks among the words, and as clean latents at sigma 0. The instruction is dropped
   now and then, and the source too, so that text and picture can be guided apart (as in InstructPix2Pix, arXiv
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
+- In all three tasks the user's nouns are grounded in the scene they speak of (`mm.training.grounding`).
 
 This module does not know the loop, files or the judge.
 Legend: B rows, N pictures looked at, C = 16 channels, T tokens, V words.
@@ -33,6 +34,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
 from mm.training import talk
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
+from mm.training.grounding import Grounding, Nouns, find_nouns, tapped
 from mm.world.edits import Edit
 from mm.world.render import render
 from mm.world.scene import Scene
@@ -51,6 +53,8 @@ class JointConfig(DrawingConfig):
     drop_words: float = 0.08
     drop_source: float = 0.05
     look_noise: float = 0.1
+    nouns_layer: int = 3  # the text layer whose states are grounded
+    nouns_weight: float = 0.15
 
     def __post_init__(self) -> None:
         DrawingConfig.__post_init__(self)
@@ -77,6 +81,7 @@ class ReadBatch:
     mask_BT: torch.Tensor
     targets_BT: torch.Tensor
     seen: Seen
+    nouns: Nouns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,11 +98,12 @@ def render_floats(scenes: Sequence[Scene]) -> torch.Tensor:
     return render(scenes).float() / 127.5 - 1
 
 
-def read_batch(dialogues: Sequence[Dialogue], look: Callable[[list[Scene]], Seen]) -> ReadBatch:
+def read_batch(dialogues: Sequence[Dialogue], look: Callable[[list[Scene]], Seen], nouns: dict[int, str]) -> ReadBatch:
     """A batch of conversations; `look` turns their scenes into what is looked at."""
     ids, mask, targets = stack(dialogues)
     seen = look([scene for d in dialogues for scene in d.pictures])
-    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen)
+    named = find_nouns([d.ids for d in dialogues], [d.about for d in dialogues], ids.shape[1], nouns)
+    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen, nouns=named)
 
 
 def edit_batch(
@@ -105,6 +111,7 @@ def edit_batch(
     source: torch.Tensor,
     target: torch.Tensor,
     new: talk.NewDialogue,
+    nouns: dict[int, str],
     look: Callable[[list[Scene]], Seen],
     rng: random.Random,
     generator: torch.Generator,
@@ -118,6 +125,7 @@ def edit_batch(
     weights = 1 + config.changed_weight * changed_BHW
     fields: dict[str, Any] = {name: getattr(plain, name) for name in DrawingBatch.__slots__}
     fields["weights_BHW"] = weights / weights.mean()
+    fields["nouns"] = find_nouns([d.ids for d in prompts], [d.about for d in prompts], ids.shape[1], nouns)
     return EditBatch(
         **fields,
         seen=look([scene for d in prompts for scene in d.pictures]),
@@ -154,14 +162,18 @@ class Joint(Drawing):
         super().__init__(trunk, velocity_decoder, code_head, bridge, config)
         self.settings = config
         self.look_connector, self.latent_connector = look_connector, latent_connector
+        self.grounding = Grounding(trunk.config.width)
         # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.
         self._encoder = [encoder.requires_grad_(False).eval()]
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         """Named losses; names with a leading underscore are only watched."""
-        if isinstance(batch, ReadBatch):
-            return self._words(batch)
-        losses = super().forward(batch)
+        reads = isinstance(batch, ReadBatch)
+        with tapped(self.trunk.text_layers[self.settings.nouns_layer]) as states:
+            losses = self._words(batch) if reads else super().forward(batch)
+        if batch.nouns is not None:
+            nouns = self.settings.nouns_weight * self.grounding(states[0], batch.nouns)
+            losses["read_nouns" if reads else "nouns"] = nouns
         return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
 
     def prompt(self, batch: DrawingBatch) -> PromptCache:

@@ -11,6 +11,7 @@ This module does not know losses or the loop's inside.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from mm.models.understanding import UnderstandingEncoder
 from mm.tokenizers import Autoencoder
 from mm.training import joint, talk
 from mm.training.drawing import Drawing, make_batch, words_for
+from mm.training.grounding import Nouns, find_nouns, noun_ids
 from mm.training.latents import LatentCache, scene_from_json, scene_to_json
 from mm.training.loop import Loop, LoopConfig
 from mm.training.publishing import publish_drawing
@@ -110,6 +112,7 @@ class Batches:
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.scenes, self.edits = LatentCache(state / "latents"), EditCache(state / "edits")
         self.tokenizer = build_text_tokenizer()
+        self.nouns = noun_ids(lambda word: int(self.tokenizer.convert_tokens_to_ids(word)))  # pyright: ignore[reportArgumentType]
 
     def new(self) -> Dialogue:
         """An empty conversation."""
@@ -138,20 +141,23 @@ class Batches:
         ]
         padded = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         ids, mask = padded["input_ids"], padded["attention_mask"].bool()
-        return make_batch(latents, scenes, ids, mask, generator, self.config)
+        about = [[scene] * len(row) for scene, row in zip(scenes, rows, strict=True)]
+        batch = make_batch(latents, scenes, ids, mask, generator, self.config)
+        return dataclasses.replace(batch, nouns=find_nouns(rows, about, ids.shape[1], self.nouns))
 
     def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
         if rng.random() < self.config.outside_share:  # through the understanding encoder: fresh pictures
             scenes = [sample_scene(rng, default_weight=5, pair_share=0.2) for _ in range(self.batch_size)]
-            return joint.read_batch([talk.reading(self.new, scene, rng) for scene in scenes], _pictures)
+            dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
+            return joint.read_batch(dialogues, _pictures, self.nouns)
         if rng.random() < 0.5:
             latents, scenes = self.scenes.draw(self.batch_size, rng)
             dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
-            return joint.read_batch(dialogues, self._latents(scenes, latents, generator))
+            return joint.read_batch(dialogues, self._latents(scenes, latents, generator), self.nouns)
         edits, source, target = self.edits.draw(self.batch_size, rng)
         dialogues = [talk.changing(self.new, edit, rng) for edit in edits]
         scenes = [e.source for e in edits] + [e.target for e in edits]
-        return joint.read_batch(dialogues, self._latents(scenes, torch.cat([source, target]), generator))
+        return joint.read_batch(dialogues, self._latents(scenes, torch.cat([source, target]), generator), self.nouns)
 
     def _edit(self, rng: random.Random, generator: torch.Generator) -> joint.EditBatch:
         edits, source, target = self.edits.draw(self.batch_size, rng)
@@ -167,7 +173,7 @@ class Batches:
             )
             target[i] = target[i + others]
         look = _pictures if rng.random() < 0.5 else self._latents([e.source for e in edits], source, generator)
-        return joint.edit_batch(edits, source, target, self.new, look, rng, generator, self.config)
+        return joint.edit_batch(edits, source, target, self.new, self.nouns, look, rng, generator, self.config)
 
     def _latents(self, scenes: list[Scene], latents: torch.Tensor, generator: torch.Generator) -> Any:
         """A function from scenes to their latents, a little noisy."""
@@ -186,22 +192,34 @@ def _pictures(scenes: list[Scene]) -> joint.Seen:
 
 
 def build(
-    config: dict[str, Any], drawing: Drawing, encoder: UnderstandingEncoder, settings: joint.JointConfig
+    config: dict[str, Any],
+    drawing: Drawing,
+    encoder: UnderstandingEncoder,
+    settings: joint.JointConfig,
+    init_from: Path | None = None,
 ) -> joint.Joint:
-    """The joint module around what the drawing stage has trained, whose trunk may not have read before."""
+    """The joint module around what the drawing stage has trained, whose trunk may not have read before.
+
+    Connectors are fresh, or those of the published weights in `init_from`.
+    """
     torch.manual_seed(0)
     trunk = Trunk(**config["models"]["trunk"] | {"reads": True, "max_text": 256})
     trunk.load_state_dict(drawing.trunk.state_dict(), strict=False)
-    width, latents = trunk.config.width, trunk.config.latent_channels
+    width = trunk.config.width
+    channels = {"look_connector": encoder.config.width, "latent_connector": trunk.config.latent_channels}
+    connectors = {}
+    for name, count in channels.items():
+        known = init_from is not None and (init_from / name / "config.json").is_file()
+        fresh = Connector(in_channels=count, width=width)
+        connectors[name] = Connector.from_pretrained(init_from / name) if init_from and known else fresh
     return joint.Joint(
         trunk,
         drawing.velocity_decoder,
         drawing.code_head,
         drawing.bridge,
         encoder=encoder.float(),
-        look_connector=Connector(in_channels=encoder.config.width, width=width),
-        latent_connector=Connector(in_channels=latents, width=width),
         config=settings,
+        **connectors,
     ).float()
 
 
@@ -240,6 +258,6 @@ def moved(batch: Any, loop: Loop) -> Any:
     fields = {}
     for name in type(batch).__dataclass_fields__:
         value = getattr(batch, name)
-        nested = isinstance(value, joint.Seen)
+        nested = isinstance(value, joint.Seen | Nouns)
         fields[name] = moved(value, loop) if nested else value.to(device) if torch.is_tensor(value) else value
     return type(batch)(**fields)

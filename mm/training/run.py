@@ -172,7 +172,7 @@ def train_joint(
         joint_run.write_edit_shard(state / "edits", k, autoencoder)
     drawing = build_drawing(config, state, settings, init_from)
     encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder")
-    module = joint_run.build(config, drawing, encoder, settings)
+    module = joint_run.build(config, drawing, encoder, settings, init_from)
     folder = publish_to or state / "model"
     return joint_run.train(module, state, loop_config, settings, folder, lambda now: judged(now, state))
 
@@ -233,7 +233,8 @@ def run_stages(
 ) -> None:
     """Runs the named stages in order, each resuming from `state`.
 
-    `init_from` (a diffusers folder) lends its autoencoder and bridge, and its trunk and heads to start from.
+    `init_from` (a diffusers folder) lends its tokenizers and understanding encoder, and its trunk, heads and connectors
+    to start from.
     """
     config = read_config(name)
     state = Path(config["state"]) if state is None else state
@@ -262,8 +263,10 @@ def run_stages(
 
 
 def _borrow(source: Path, target: Path) -> None:
-    """Copies the frozen tokenizer parts of published weights, unless the state has its own."""
-    for part in ("autoencoder", "bridge"):
+    """Copies what later stages leave as it is from published weights, unless the state has its own."""
+    encoder = "understanding_encoder"
+    parts = ["autoencoder", "bridge"] + ([encoder] if (source / encoder / "config.json").is_file() else [])
+    for part in parts:
         if not (source / part / "config.json").is_file():
             raise UserError(f"--init-from {source}: no {part}/config.json there; give a folder such as weights/mm-tiny")
         if not (target / part).exists():

@@ -8,6 +8,7 @@ Design choices
   others (is it there, how many, what colour, where) is learned slowest, and one row of looks serves many questions.
 - A third of the questions that need no picture are small talk; questions without a picture are answered by saying so.
 - What stands alone in a picture may be called "it", in questions' and edits' words alike.
+- A turn keeps the scene that its words speak of (an edit's is its target), for `mm.training.grounding`.
 
 This module does not know tokens' numbers, latents or losses; the pictures it puts into a dialogue are scenes.
 """
@@ -59,7 +60,7 @@ def ask(dialogue: Dialogue, scene: Scene, rng: random.Random, most: int) -> Dial
         place = len(turns) if rng.random() < 0.8 else rng.randrange(len(turns) + 1)
         turns.insert(place, (rng.choice(DESCRIBE), caption(scene, rng, detail="plain")))
     for question, answer in turns:
-        dialogue.user(question).says(answer)
+        dialogue.user(question, about=scene).says(answer)
     return dialogue
 
 
@@ -86,11 +87,11 @@ def begin(dialogue: Dialogue, scene: Scene, rng: random.Random, *, drawn: bool) 
         words, reply = rng.choice(SMALL_TALK)
         dialogue.user(words).says(reply)
     if drawn:
-        return dialogue.user(draw_words(scene, rng)).starts_drawing().has_drawn(scene)
+        return dialogue.user(draw_words(scene, rng), about=scene).starts_drawing().has_drawn(scene)
     first = rng.choice(questions(scene, rng))
     if rng.random() < 0.5:
         return dialogue.user(rng.choice(DESCRIBE), scene).says(caption(scene, rng, detail="plain"))
-    return dialogue.user(first.question, scene).says(first.answer)
+    return dialogue.user(first.question, scene, about=scene).says(first.answer)
 
 
 def reading(new: NewDialogue, scene: Scene, rng: random.Random) -> Dialogue:
@@ -106,15 +107,15 @@ def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
     dialogue = begin(new(), edit.source, rng, drawn=rng.random() < 0.6)
     if rng.random() < 0.3:
         ask(dialogue, edit.source, rng, most=1)
-    dialogue.user(with_pronoun(edit, rng)).starts_drawing().has_drawn(edit.target)
+    dialogue.user(with_pronoun(edit, rng), about=edit.target).starts_drawing().has_drawn(edit.target)
     return ask(dialogue, edit.target, rng, most=4)
 
 
 def edit_prompt(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
     """What is read when the edit is drawn: the picture alone, or a conversation that led to it."""
     if rng.random() < 0.5:
-        return new().user(with_pronoun(edit, rng), edit.source).starts_drawing()
+        return new().user(with_pronoun(edit, rng), edit.source, about=edit.target).starts_drawing()
     dialogue = begin(new(), edit.source, rng, drawn=rng.random() < 0.8)
     if rng.random() < 0.3:
         ask(dialogue, edit.source, rng, most=1)
-    return dialogue.user(with_pronoun(edit, rng)).starts_drawing()
+    return dialogue.user(with_pronoun(edit, rng), about=edit.target).starts_drawing()

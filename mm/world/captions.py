@@ -116,7 +116,7 @@ def caption(scene: Scene, rng: random.Random, *, detail: Detail = "full") -> str
     parts = groups(scene)
     keep = 1.0 if detail != "partial" else 0.5
     body = None
-    if len(parts) == 2 and rng.random() < 0.7 * keep + (0.3 if plain else 0.0):
+    if len(parts) == 2 and rng.random() < 0.85 * keep + (0.15 if plain else 0.0):
         body = _related(scene, parts, rng, plain)
     body = body or _listed(scene, parts, rng, plain)
     if v.shows_background(scene.style) and rng.random() < keep:

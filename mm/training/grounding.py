@@ -1,0 +1,117 @@
+"""Grounding: a noun's state halfway through the text stream must know where, how many and of what colour its object is.
+
+Design choices
+- An answer teaches one word; the renderer knows everything about every noun that is said. So a linear readout of a
+  middle text layer names, for each noun of the user's: the object's number, the columns and rows of the picture that
+  hold its centres, and its colour. This is drawing's alignment of cells (`mm.training.drawing`) for words.
+- The scene is the one the words speak of: for a question the picture that was looked at, for a prompt the picture that
+  will be drawn (so "left of" must reach both nouns before pictures read them), for an edit the target (so that
+  "remove the cat" makes cat's number zero).
+- The readout is training state and is not published.
+
+This module does not know models, looks or losses other than its own.
+Legend: B rows, T tokens, N nouns, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mm.models import layers
+from mm.models.dialogue import IGNORED
+from mm.world import vocabulary as v
+from mm.world.scene import Scene
+
+CELLS = v.SIZE // v.CELL
+SIZES = (v.MAX_COUNT + 1, CELLS, CELLS, len(v.COLOURS) + 1)  # number, columns, rows, colour (the last is natural)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nouns:
+    """Where nouns stand in a batch of rows, flattened (N,), and the truth of each; `IGNORED` where nothing shows it."""
+
+    places_N: torch.Tensor
+    numbers_N: torch.Tensor
+    columns_NC: torch.Tensor
+    rows_NC: torch.Tensor
+    colours_N: torch.Tensor
+
+
+def noun_ids(number: Callable[[str], int]) -> dict[int, str]:
+    """Token id -> object, for singulars, plurals and synonyms; `number` gives a word's token id."""
+    words = {word: name for name in v.ALL_OBJECTS for word in (name, v.PLURALS[name], *v.SYNONYMS.get(name, ()))}
+    return {number(word): name for word, name in words.items()}
+
+
+def find_nouns(
+    rows: Sequence[Sequence[int]], about: Sequence[Sequence[Scene | None]], width: int, nouns: dict[int, str]
+) -> Nouns:
+    """The nouns of token rows that will be padded to `width`; `about` names the scene of each token."""
+    places: list[int] = []
+    truths: list[tuple[int, list[int], list[int], int]] = []
+    for row, (ids, scenes) in enumerate(zip(rows, about, strict=True)):
+        for place, (token, scene) in enumerate(zip(ids, scenes, strict=True)):
+            if scene is not None and token in nouns:
+                places.append(row * width + place)
+                truths.append(_truth(nouns[token], scene))
+    numbers, columns, lines, colours = zip(*truths, strict=True) if truths else ((), (), (), ())
+    return Nouns(
+        places_N=torch.tensor(places, dtype=torch.int64),
+        numbers_N=torch.tensor(numbers, dtype=torch.int64),
+        columns_NC=torch.tensor(columns, dtype=torch.float32).view(-1, CELLS),
+        rows_NC=torch.tensor(lines, dtype=torch.float32).view(-1, CELLS),
+        colours_N=torch.tensor(colours, dtype=torch.int64),
+    )
+
+
+def _truth(name: str, scene: Scene) -> tuple[int, list[int], list[int], int]:
+    found = [s for s in scene.sprites if s.object == name]
+    columns, rows = [0] * CELLS, [0] * CELLS
+    for sprite in found:
+        columns[sprite.x // v.CELL] = rows[sprite.y // v.CELL] = 1
+    colours = {s.colour for s in found}
+    colour = IGNORED
+    if len(colours) == 1 and v.shows_colour(scene.style):
+        only = colours.pop()
+        colour = len(v.COLOURS) if only is None else v.COLOURS.index(only)
+    return min(len(found), v.MAX_COUNT), columns, rows, colour
+
+
+class Grounding(nn.Module):
+    """The readout of nouns, with its loss."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = layers.Norm(width)  # token states have no scale of their own
+        self.readout = nn.Linear(width, sum(SIZES))
+
+    def forward(self, states_BTD: torch.Tensor, nouns: Nouns) -> torch.Tensor:
+        """The mean loss over nouns; zero, with a gradient path, where there are none."""
+        if not len(nouns.places_N):
+            return states_BTD.sum() * 0
+        out = self.readout(self.norm(states_BTD.flatten(0, 1)[nouns.places_N])).float()
+        numbers, columns, rows, colours = out.split(list(SIZES), -1)
+        here = (nouns.numbers_N > 0).float()  # an absent object stands nowhere: nothing to learn from it
+        grid = F.binary_cross_entropy_with_logits(columns, nouns.columns_NC, reduction="none")
+        grid = grid + F.binary_cross_entropy_with_logits(rows, nouns.rows_NC, reduction="none")
+        loss = F.cross_entropy(numbers, nouns.numbers_N) + (grid.sum(-1) * here).mean()
+        if bool((nouns.colours_N != IGNORED).any()):
+            loss = loss + F.cross_entropy(colours, nouns.colours_N, ignore_index=IGNORED)
+        return loss
+
+
+@contextmanager
+def tapped(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While it lasts, the token states that a text layer gives out are collected."""
+    states: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda _module, _args, out: states.append(out[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()

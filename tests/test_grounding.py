@@ -1,0 +1,95 @@
+"""Grounding: which words are nouns, what is true of them, and a readout that can learn it."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from mm.models.dialogue import IGNORED, Dialogue, stack
+from mm.models.text import build_text_tokenizer
+from mm.training import talk
+from mm.training.grounding import SIZES, Grounding, find_nouns, noun_ids, tapped
+from mm.world.edits import sample_edit
+from mm.world.scene import Scene, Sprite
+
+TOKENIZER = build_text_tokenizer()
+NOUNS = noun_ids(TOKENIZER.convert_tokens_to_ids)
+SCENE = Scene(
+    sprites=(
+        Sprite(object="cat", colour="red", x=24, y=40, size=28),
+        Sprite(object="cat", colour="red", x=104, y=40, size=28),
+        Sprite(object="dog", x=64, y=104, size=28),
+    )
+)
+
+
+def nouns_of(dialogue: Dialogue):
+    return find_nouns([dialogue.ids], [dialogue.about], len(dialogue), NOUNS)
+
+
+def test_a_noun_knows_number_place_and_colour():
+    found = nouns_of(Dialogue(TOKENIZER).user("two red kittens above a dog and an owl", about=SCENE))
+    assert found.numbers_N.tolist() == [2, 1, 0]  # a synonym in the plural, a singular, something absent
+    assert found.columns_NC.nonzero().tolist() == [[0, 1], [0, 6], [1, 4]]
+    assert found.rows_NC.nonzero().tolist() == [[0, 2], [1, 6]]
+    assert found.colours_N.tolist() == [0, 8, IGNORED]
+
+
+def test_only_words_that_speak_of_a_scene_are_nouns():
+    dialogue = Dialogue(TOKENIZER).user("is there a cat?", about=SCENE).says("a dog").user("a fox")
+    assert nouns_of(dialogue).numbers_N.tolist() == [2]
+
+
+def test_places_are_those_of_padded_rows():
+    rows = [Dialogue(TOKENIZER).user("a dog", about=SCENE), Dialogue(TOKENIZER).user("is there a cat?", about=SCENE)]
+    ids, _, _ = stack(rows)
+    found = find_nouns([d.ids for d in rows], [d.about for d in rows], ids.shape[1], NOUNS)
+    words = [TOKENIZER.convert_ids_to_tokens(int(i)) for i in ids.flatten()[found.places_N]]
+    assert words == ["dog", "cat"]
+
+
+def test_an_edit_speaks_of_its_target():
+    edit = sample_edit(random.Random(3), "remove")
+    dialogue = talk.edit_prompt(lambda: Dialogue(TOKENIZER), edit, random.Random(0))
+    gone = {s.object for s in edit.source.sprites} - {s.object for s in edit.target.sprites}
+    found = nouns_of(dialogue)
+    ids = torch.tensor(dialogue.ids)[found.places_N].tolist()
+    absent = {NOUNS[i] for i, n in zip(ids, found.numbers_N.tolist(), strict=True) if n == 0}
+    assert gone <= absent
+
+
+def test_without_nouns_the_loss_is_zero_and_still_has_a_gradient_path():
+    states = torch.randn(1, 4, 16, requires_grad=True)
+    loss = Grounding(16)(states, nouns_of(Dialogue(TOKENIZER).user("hello")))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert states.grad is not None
+
+
+def test_the_readout_learns_what_is_there():
+    torch.manual_seed(0)
+    found = nouns_of(Dialogue(TOKENIZER).user("two red kittens above a dog and an owl", about=SCENE))
+    states, module = torch.randn(1, 40, 16), Grounding(16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    first = float(module(states, found).detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = module(states, found)
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.1 * first
+    out = module.readout(module.norm(states[0, found.places_N]))
+    assert out[:, : SIZES[0]].argmax(-1).tolist() == [2, 1, 0]
+
+
+def test_a_tap_collects_while_it_lasts():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return x + 1, None
+
+    layer = Layer()
+    with tapped(layer) as states:
+        layer(torch.zeros(2))
+    layer(torch.zeros(2))
+    assert [s.tolist() for s in states] == [[1.0, 1.0]]
