@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,8 @@ def _resolve(module: str, target: Any) -> str | None:
     paths = {f"{name}.{path}".strip("."): None for name, root in roots.items() for path, _ in linears(root)}
     plain = {path.replace(".base_layer", ""): path for path in paths}
     candidates = [module, *(module.partition(".")[2:] if "" in roots else ())]
-    candidates += [f"{name}.{module}" for name in roots if name]
+    below = module.partition(".")[2]  # under another program's name for the part: "transformer.", "unet."
+    candidates += [f"{name}.{path}" for name in roots if name for path in (module, below)]
     for candidate in candidates:
         if candidate in plain:
             return plain[candidate]
@@ -152,10 +154,11 @@ def _strength(module: str, rank: int, tensors: Mapping[str, Tensor], settings: M
     for key in (f"{module}.alpha", f"base_model.model.{module}.alpha"):
         if key in tensors:
             return float(tensors[key]) / rank
-    prefix, _, below = module.partition(".")
+    prefix = module.partition(".")[0]
     own = {k.removeprefix(f"{prefix}."): v for k, v in settings.items() if k.startswith(f"{prefix}.")} or settings
     pattern = own.get("alpha_pattern") or {}
-    alpha = next((v for k, v in pattern.items() if below == k or below.endswith(f".{k}")), own.get("lora_alpha"))
+    named = (v for k, v in pattern.items() if re.fullmatch(rf"(.*\.)?({k})", module))  # peft's rule: ends of names
+    alpha = next(named, own.get("lora_alpha"))
     if alpha is None:
         return 1.0
     return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)

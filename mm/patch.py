@@ -269,7 +269,10 @@ def _misfit(entry: Entry, module: nn.Module) -> str:
         return f"a {type(module).__name__}, not a linear layer"
     outputs, inputs = module.out_features, module.in_features
     if entry.kind == "lowrank":
-        made = (entry.tensors["up"].shape[0], entry.tensors["down"].shape[1])
+        up, down = entry.tensors["up"].shape, entry.tensors["down"].shape
+        if up[1] != down[0]:
+            return f"rank {down[0]} down, rank {up[1]} up"
+        made = (up[0], down[1])
         return "" if made == (outputs, inputs) else f"made for {made}, this is {(outputs, inputs)}"
     if isinstance(module, BranchedLinear) and module.bits != 16:
         return f"{entry.kind} changes cannot go onto {module.bits}-bit weights; truncate them, or quantize again"

@@ -129,12 +129,7 @@ class InterleavedPipeline(ImageEditPipeline):
             done = True
         finally:
             if not done:  # stopped or failed: as if the turn had never begun
-                del (
-                    conversation.dialogue.ids[said:],
-                    conversation.dialogue.learned[said:],
-                    conversation.dialogue.about[said:],
-                )
-                del conversation.dialogue.pictures[learned:]
+                conversation.dialogue.rewind(said, pictured)
                 conversation.state, conversation.read, conversation.latents, conversation.pictures = before
 
     def chat(self, turns: Sequence[str], *, seed: int = 0, steps: int = 12) -> list[tuple[str, Image.Image | None]]:

@@ -1,121 +1,54 @@
 """LoRA on the trunk: load, scale, take off. What does not match raises; nothing loads silently without effect.
 
 Design choices
-- Files are in peft's / diffusers' layout: keys `trunk.<module>.lora_A.weight` and `lora_B.weight` (the prefix may be
-  missing). peft injects them through diffusers' `PeftAdapterMixin`.
-- Before anything is injected every key is matched against the trunk's linears, with shapes. The error names the first
-  that do not fit and says "N of M tensors match".
-- How strongly an adapter acts (alpha / rank) is not in its tensors. It is written where diffusers keeps it, in the
-  file's metadata, for every layer; a file without it acts at full strength, as in diffusers.
+- An adapter is a patch (`mm.patch`) whose low-rank entries become live branches of the trunk's linears: nothing is
+  injected or wrapped, 16-bit and 4-bit layers take them alike, and taking them off leaves the trunk bit for bit as it
+  was. Files of peft, diffusers and kohya are read by `mm.lora_formats`, with each program's alpha.
+- A load says "N of N tensors applied to M layers" through `Applied`, or raises; nothing is applied in part.
+- How strongly an adapter acts is its weight, whether it is active and the call's own scale, multiplied onto each
+  layer's alpha / rank. The table of adapters sits on the trunk: pipelines that share a trunk share its adapters.
+- Fusing adds to 16-bit weights and keeps what was there, so that unfusing is exact; a 4-bit weight takes no fusing.
 - diffusers' own `LoraBaseMixin` is not inherited: it costs every cold start a third of a second, for text encoders.
 
-This module does not know how adapters are trained.
+This module does not know how adapters are trained, or their files' layouts.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from mm.errors import UserError
-from mm.files import write_bytes
 
 if TYPE_CHECKING:
     from mm.models.trunk import Trunk
+    from mm.patch import Applied, Patch
 
 _FILE = "pytorch_lora_weights.safetensors"
-_SETTINGS = "lora_adapter_metadata"  # diffusers' key in a file's metadata
-_PREFIXES = ("transformer.", "trunk.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Tensors by the trunk's module names, and the settings that came with them (empty when there were none)."""
+@dataclass(kw_only=True, eq=False)
+class Adapter:
+    """A loaded LoRA. Once fused (at `fused`), `kept` holds the weights as they were before, by path."""
 
-    tensors: dict[str, torch.Tensor]
-    settings: dict[str, Any]
-
-    def ranks(self) -> dict[str, int]:
-        """The rank of every layer."""
-        end = ".lora_A.weight"
-        return {name.removesuffix(end): t.shape[0] for name, t in self.tensors.items() if name.endswith(end)}
-
-    def alphas(self) -> dict[str, float]:
-        """Alpha of every layer, such that it acts with alpha / rank."""
-        from peft.utils.other import get_pattern_key
-
-        pattern, default = self.settings.get("alpha_pattern") or {}, self.settings.get("lora_alpha")
-        found = {}
-        for name, rank in self.ranks().items():
-            alpha = pattern.get(get_pattern_key(list(pattern), name), default)
-            root = math.sqrt(rank) if self.settings.get("use_rslora") else 1.0
-            found[name] = rank if alpha is None else float(alpha) * root
-        return found
+    patch: Patch
+    weight: float = 1.0
+    active: bool = True
+    fused: float = 1.0
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def read_lora(source: str | Path | Mapping[str, torch.Tensor], weight_name: str = _FILE) -> Lora:
-    """A LoRA from a file, from `weight_name` in a folder, or from a dict of tensors."""
-    if isinstance(source, Mapping):
-        return Lora(tensors={_bare(name): t for name, t in source.items()}, settings={})
-    path = Path(source)
-    path = path / weight_name if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"no LoRA at {path}; give a .safetensors file or a folder holding {weight_name}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {_bare(name): file.get_tensor(name) for name in file.keys()}
-            settings = json.loads((file.metadata() or {}).get(_SETTINGS, "{}"))
-            return Lora(tensors=tensors, settings={_bare(name): value for name, value in settings.items()})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); pickled adapters are not read") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its {_SETTINGS} cannot be read ({error}); save the adapter again") from error
+@dataclass(kw_only=True)
+class Adapters:
+    """A trunk's adapters in the order of loading, and whether they are switched on at all."""
 
-
-def _bare(name: str) -> str:
-    """A name without the component it belongs to."""
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def check_match(tensors: Mapping[str, torch.Tensor], trunk: Trunk) -> None:
-    """Raises UserError unless every tensor is half of a pair that fits a linear of the trunk."""
-    # Where an adapter is loaded already, peft keeps the trunk's own linear as `base_layer`.
-    linears = {
-        name.removesuffix(".base_layer"): m
-        for name, m in trunk.named_modules()
-        if isinstance(m, torch.nn.Linear) and ".lora_" not in name
-    }
-    bad = [name for name, tensor in tensors.items() if not _fits(name, tensor, linears, tensors)]
-    if bad or not tensors:
-        shown = ", ".join(bad[:3]) or "the file is empty"
-        raise UserError(f"{len(tensors) - len(bad)} of {len(tensors)} LoRA tensors match this trunk; not: {shown}")
-
-
-def _fits(
-    name: str, tensor: torch.Tensor, linears: Mapping[str, torch.nn.Linear], tensors: Mapping[str, torch.Tensor]
-) -> bool:
-    for mine, other, side in ((".lora_A.weight", ".lora_B.weight", 1), (".lora_B.weight", ".lora_A.weight", 0)):
-        if name.endswith(mine):
-            linear, pair = linears.get(name.removesuffix(mine)), tensors.get(name.removesuffix(mine) + other)
-            return (
-                linear is not None
-                and pair is not None
-                and tensor.ndim == 2
-                and tensor.shape[side] == linear.weight.shape[side]
-                and tensor.shape[1 - side] == pair.shape[side]
-            )
-    return False
+    by_name: dict[str, Adapter] = field(default_factory=dict)
+    enabled: bool = True
 
 
 class TrunkLoraMixin:
@@ -129,103 +62,103 @@ class TrunkLoraMixin:
         adapter_name: str = "default",
         *,
         weight_name: str = _FILE,
-    ) -> None:
-        """Loads a LoRA and makes it the active one. Raises UserError when any tensor does not match."""
-        from peft import LoraConfig
+        truncate_to: int | None = None,
+    ) -> Applied:
+        """Loads a LoRA and makes it the active one; says what was applied.
+
+        `source` is a file, a folder holding `weight_name`, or tensors by name. `truncate_to` is a rank for LoKr, LoHa
+        and DoRA, which are refused without it. Raises UserError when any tensor does not match.
+        """
+        from mm.lora_formats import read_lora
 
         if not adapter_name or "." in adapter_name:
             raise UserError(f"adapter_name is {adapter_name!r}; give a name without dots")
-        if adapter_name in self._loaded():
+        if adapter_name in self._adapters.by_name:
             raise UserError(f"an adapter {adapter_name!r} is loaded already; unload it or choose another adapter_name")
-        lora = read_lora(source, weight_name)
-        check_match(lora.tensors, self.trunk)
-        ranks, alphas = lora.ranks(), lora.alphas()
-        rank = next(iter(ranks.values()))
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,  # of no layer: the patterns name them all
-            rank_pattern=dict(ranks),
-            alpha_pattern=dict(alphas),
-            target_modules=list(ranks),
-            init_lora_weights=False,
-        )
-        self.trunk.add_adapter(config, adapter_name=adapter_name)
-        parameters = dict(self.trunk.named_parameters())
-        for name, tensor in lora.tensors.items():
-            parameters[name.replace(".weight", f".{adapter_name}.weight")].data.copy_(tensor)
+        patch = read_lora(_file(source, weight_name), self, name=adapter_name, truncate_to=truncate_to)
+        applied = patch.apply(self)
+        for adapter in self._adapters.by_name.values():
+            adapter.active = False
+        self._adapters.by_name[adapter_name] = Adapter(patch=patch)
+        self._adapters.enabled = True
+        self._rescale()
+        return applied
 
     def save_lora_weights(self, folder: str | Path, adapter_name: str = "default", *, weight_name: str = _FILE) -> Path:
-        """Writes an adapter with its settings to `weight_name` in `folder`."""
-        self._known([adapter_name])
-        mark = f".{adapter_name}.weight"
-        found = {n: p for n, p in self.trunk.named_parameters() if ".lora_" in n and n.endswith(mark)}
-        tensors = {f"trunk.{n.removesuffix(mark)}.weight": p.detach().contiguous() for n, p in found.items()}
-        settings = {f"trunk.{key}": value for key, value in self._settings(adapter_name).items()}
-        path = Path(folder) / weight_name
-        write_bytes(path, save(tensors, metadata={"format": "pt", _SETTINGS: json.dumps(settings, sort_keys=True)}))
-        return path
+        """Writes an adapter in diffusers' layout to `weight_name` in `folder`."""
+        from mm.lora_formats import write_lora
 
-    def _settings(self, adapter_name: str) -> dict[str, Any]:
-        """What of an adapter's peft config its tensors do not tell, layer by layer."""
-        layers = {name: m for name, m in self._lora_layers().items() if adapter_name in m.lora_A}
-        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-        alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
-        config: Any = self.trunk.peft_config[adapter_name]
-        if config.use_rslora:  # acts with alpha / sqrt(rank); told as alpha / rank
-            alphas = {name: alpha * math.sqrt(ranks[name]) for name, alpha in alphas.items()}
-        return {
-            "r": next(iter(ranks.values())),
-            "lora_alpha": next(iter(alphas.values())),
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
-            "target_modules": sorted(ranks),
-        }
+        [adapter] = self._known([adapter_name])
+        path = Path(folder) / weight_name
+        write_lora(adapter.patch, path)
+        return path
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activates adapters, each with its weight (1 by default)."""
+        """Activates adapters, each with its weight (1 by default); the others do nothing until they are named again."""
         chosen = self._known(adapter_names)
-        weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else adapter_weights
-        if isinstance(weights, list) and len(weights) != len(chosen):
+        weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(chosen)
+        if len(weights) != len(chosen):
             raise UserError(f"{len(weights)} adapter_weights for {len(chosen)} adapters; give one for each")
-        self.trunk.set_adapters(chosen, weights)
+        for adapter in self._adapters.by_name.values():
+            adapter.active = False
+        for adapter, weight in zip(chosen, weights, strict=True):
+            adapter.active, adapter.weight = True, 1.0 if weight is None else float(weight)
+        self._rescale()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Takes adapters off for good; the others stay."""
-        self.trunk.delete_adapters(self._known(adapter_names))
+        chosen = self._known(adapter_names)
+        self._unfuse(chosen)
+        for adapter in chosen:
+            adapter.patch.undo(self)
+            del self._adapters.by_name[adapter.patch.name]
 
     def disable_lora(self) -> None:
         """Switches all adapters off without taking them off."""
-        self._known([])
-        self.trunk.disable_lora()
+        self._switch(False)
 
     def enable_lora(self) -> None:
         """Switches the active adapters on again."""
-        self._known([])
-        self.trunk.enable_lora()
+        self._switch(True)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of the loaded adapters by component, active or not."""
-        return {"trunk": self._loaded()} if self._loaded() else {}
+        return {"trunk": list(self._adapters.by_name)} if self._adapters.by_name else {}
 
     def get_active_adapters(self) -> list[str]:
         """Names of the active adapters."""
-        return list(self.trunk.active_adapters()) if getattr(self.trunk, "peft_config", None) else []
+        return [name for name, adapter in self._adapters.by_name.items() if adapter.active]
 
     def unload_lora_weights(self) -> None:
         """Takes all adapters off; the trunk is as it was."""
-        if getattr(self.trunk, "peft_config", None):
-            self.trunk.unload_lora()
+        if self._adapters.by_name:
+            self.delete_adapters(list(self._adapters.by_name))
 
+    @torch.no_grad()
     def fuse_lora(self, *, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
-        """Adds adapters to the weights: those named, or the active ones."""
-        chosen = self._known(adapter_names or [])
-        self.trunk.fuse_lora(lora_scale, adapter_names=chosen or None)
+        """Adds adapters to the 16-bit weights: those named, or the active ones."""
+        chosen = self._known(adapter_names or self.get_active_adapters())
+        layers = [(a, path, layer) for a in chosen for path, layer in self._layers(a)]
+        hard = next(((path, layer.bits) for _, path, layer in layers if layer.bits != 16), None)
+        if hard:
+            raise UserError(f"{hard[0]} has {hard[1]}-bit weights, which take no fusing; adapters run beside them")
+        twice = [a.patch.name for a in chosen if a.kept]
+        if twice:
+            raise UserError(f"adapter {twice[0]!r} is fused already; unfuse it first")
+        for adapter, path, layer in layers:
+            adapter.kept[path], adapter.fused = layer.weight.detach().clone(), lora_scale
+            entry = adapter.patch.entries[path]
+            up, down = (entry.tensors[k].to(layer.weight.device, torch.float32) for k in ("up", "down"))
+            change = lora_scale * adapter.weight * entry.scale * up @ down
+            layer.weight.copy_((layer.weight.float() + change).to(layer.weight.dtype))
+        self._rescale()
 
     def unfuse_lora(self) -> None:
-        """Takes fused adapters out of the weights again."""
-        self.trunk.unfuse_lora()
+        """Takes fused adapters out of the weights again, exactly, the last one first."""
+        self._unfuse(list(self._adapters.by_name.values()))
+        self._rescale()
 
     @contextmanager
     def scaled_lora(self, attention_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
@@ -237,29 +170,65 @@ class TrunkLoraMixin:
         if scale == 1.0:
             yield
             return
-        from diffusers.utils.peft_utils import scale_lora_layers
-
         self._known([])
-        # Kept and put back: dividing the scale out again would round, and forget the adapters' weights after scale 0.
-        kept = [(m, dict(m.scaling)) for m in self._lora_layers().values()]
-        scale_lora_layers(self.trunk, scale)
+        self._rescale(scale)
         try:
             yield
         finally:
-            for layer, scaling in kept:
-                layer.scaling.update(scaling)
+            self._rescale()
 
-    def _lora_layers(self) -> dict[str, Any]:
-        return {name: m for name, m in self.trunk.named_modules() if hasattr(m, "lora_A")}
+    @property
+    def _adapters(self) -> Adapters:
+        table = self.trunk.__dict__.get("mm_adapters")
+        if table is None:
+            table = self.trunk.__dict__["mm_adapters"] = Adapters()
+        return table
 
-    def _loaded(self) -> list[str]:
-        return list(getattr(self.trunk, "peft_config", None) or {})
+    def _layers(self, adapter: Adapter) -> list[tuple[str, Any]]:
+        places = ((path, *path.split(".", 1)) for path in adapter.patch.entries)
+        return [(path, getattr(self, component).get_submodule(below)) for path, component, below in places]
 
-    def _known(self, names: str | Sequence[str]) -> list[str]:
-        """The names as a list. Raises UserError when one of them, or any adapter at all, is not loaded."""
-        chosen, loaded = [names] if isinstance(names, str) else list(names), self._loaded()
+    def _rescale(self, call: float = 1.0) -> None:
+        """Tells every branch how strongly it acts now; what is fused acts through the weights."""
+        for name, adapter in self._adapters.by_name.items():
+            on = self._adapters.enabled and adapter.active and not adapter.kept
+            for path, layer in self._layers(adapter):
+                layer.set_scale(name, call * adapter.weight * adapter.patch.entries[path].scale if on else 0.0)
+
+    @torch.no_grad()
+    def _unfuse(self, adapters: Sequence[Adapter]) -> None:
+        # Weights that a later adapter was fused into hold the earlier one too: all come out, the others go in again.
+        fused = [a for a in self._adapters.by_name.values() if a.kept]
+        if not any(a.kept for a in adapters):
+            return
+        for adapter in reversed(fused):
+            for path, layer in self._layers(adapter):
+                layer.weight.copy_(adapter.kept[path])
+            adapter.kept = {}
+        for adapter in fused:
+            if adapter not in adapters:
+                self.fuse_lora(lora_scale=adapter.fused, adapter_names=[adapter.patch.name])
+
+    def _switch(self, on: bool) -> None:
+        self._known([])
+        self._adapters.enabled = on
+        self._rescale()
+
+    def _known(self, names: str | Sequence[str]) -> list[Adapter]:
+        """The named adapters. Raises UserError when one of them, or any adapter at all, is not loaded."""
+        chosen, loaded = [names] if isinstance(names, str) else list(names), self._adapters.by_name
         missing = [name for name in chosen if name not in loaded]
         if missing or not loaded:
             what = f"no adapter {missing[0]!r}" if missing else "no adapter"
             raise UserError(f"{what} is loaded; loaded: {', '.join(loaded) or 'none'}")
-        return chosen
+        return [loaded[name] for name in chosen]
+
+
+def _file(source: str | Path | Mapping[str, torch.Tensor], weight_name: str) -> Path | Mapping[str, torch.Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    path = path / weight_name if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no LoRA at {path}; give a .safetensors file or a folder holding {weight_name}")
+    return path

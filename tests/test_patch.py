@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_plugin import CONFIG, flux_inputs
@@ -186,6 +187,20 @@ def test_kohya_files_follow_alpha_and_find_flattened_names(model):
     read_lora(tensors, model).apply(model)
     with torch.no_grad():
         twin.get_submodule(place).weight += 2.0 / 4 * up @ down
+    torch.testing.assert_close(run(model), run(twin), atol=1e-4, rtol=1e-4)
+
+
+def test_kohyas_fused_qkv_of_flux_goes_onto_three_layers(model):
+    """One product over q, k and v, as BFL's layout has them; diffusers splits it, and the strength is alpha / rank."""
+    twin, pipe = copy.deepcopy(model), FluxPipeline(None, None, None, None, None, None, model)
+    down, up = torch.randn(4, 32), torch.randn(96, 4)
+    flat = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.alpha": torch.tensor(2.0)}
+    patch = read_lora(tensors, pipe)
+    assert str(patch.apply(pipe)) == "6 of 6 tensors applied to 3 layers"
+    with torch.no_grad():
+        for name, part in zip(("to_q", "to_k", "to_v"), (2.0 / 4 * up @ down).chunk(3), strict=True):
+            twin.get_submodule(f"transformer_blocks.0.attn.{name}").weight += part
     torch.testing.assert_close(run(model), run(twin), atol=1e-4, rtol=1e-4)
 
 
