@@ -61,9 +61,14 @@ def test_searched_scales_never_err_more():
     assert ((better - weight).square() * importance).sum() < ((plain - weight).square() * importance).sum()
 
 
-def test_output_error_is_the_error_of_outputs():
-    x, error = torch.randn(50, 30), torch.randn(7, 30)
-    assert n.output_error(error, x.T @ x / 50) == pytest.approx(float((x @ error.T).square().sum() / 50), rel=1e-4)
+@pytest.mark.parametrize("rows", [50, 20])  # more than inputs and fewer: H is formed, or never
+def test_output_error_is_the_error_of_outputs(rows):
+    x, error = torch.randn(rows, 30), torch.randn(7, 30)
+    gram, hessian, some = n.Gram(x), x.T @ x / rows, torch.tensor([7, 2, 9])
+    assert (gram.whole is None) == (rows < 30)
+    assert n.output_error(error, gram) == pytest.approx(float((x @ error.T).square().sum() / rows), rel=1e-4)
+    torch.testing.assert_close(gram.diagonal(), hessian.diagonal())
+    torch.testing.assert_close(gram.part(some), hessian[some][:, some])
 
 
 def naive_gptq(weight, scales, bits, hessian, damp=0.01):
@@ -90,13 +95,34 @@ def naive_gptq(weight, scales, bits, hessian, damp=0.01):
 
 def test_error_feedback_equals_the_textbook_and_beats_rounding():
     x, weight = correlated(400, 150), torch.randn(12, 150)
-    hessian = x.T @ x / 400
+    gram = n.Gram(x)
     scales = n.group_scales(weight, 4, torch.float32)
-    got = n.error_feedback(weight, scales, 4, hessian, block=32)
-    want = naive_gptq(weight, scales, 4, hessian)
+    got = n.error_feedback(weight, scales, 4, gram, block=32)
+    want = naive_gptq(weight, scales, 4, x.T @ x / 400)
     assert (got.values.double() != want).float().mean() < 0.01  # ties fall either way in other precision
-    nearest = n.round_to_nearest(weight, scales, 4)
-    assert n.output_error(weight - got.dense(), hessian) < 0.7 * n.output_error(weight - nearest.dense(), hessian)
+    nearest = n.output_error(weight - n.round_to_nearest(weight, scales, 4).dense(), gram)
+    assert n.output_error(weight - got.dense(), gram) < 0.7 * nearest
+    spans = n.error_feedback(weight, scales, 4, gram, block=32, span=64)  # cheaper, and still far better than nearest
+    assert n.output_error(weight - spans.dense(), gram) < 0.85 * nearest
+    assert not torch.equal(spans.values, got.values)
+
+
+def test_a_span_of_error_feedback_is_that_of_its_columns_alone():
+    x, weight = correlated(400, 128), torch.randn(5, 128)
+    scales = n.group_scales(weight, 4, torch.float32)
+    first = n.Gram(x).diagonal().argsort(descending=True, stable=True)[:64]
+    got = n.error_feedback(weight, scales, 4, n.Gram(x), span=64).values[:, first]
+    steps = scales.repeat_interleave(64, 1)[:, first]
+    hessian = (x.T @ x / 400)[first][:, first].double()
+    hessian += torch.eye(64, dtype=torch.float64) * (0.01 * float((x.square().sum(0) / 400).mean()) + 1e-8)
+    inverse, w = torch.linalg.inv(hessian), weight.double()[:, first]
+    want = torch.zeros_like(w)
+    for c in range(64):
+        want[:, c] = (w[:, c] / steps[:, c]).round().clamp(-7, 7)
+        w = w - ((w[:, c] - want[:, c] * steps[:, c]) / inverse[c, c])[:, None] * inverse[c]
+        inverse = inverse - torch.outer(inverse[:, c], inverse[c]) / inverse[c, c]
+        inverse[c, c] = 1
+    assert (got.double() != want).float().mean() < 0.02
 
 
 def test_rounded_inputs_are_those_of_the_kernels():

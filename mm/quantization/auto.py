@@ -69,8 +69,8 @@ def _weight(root: nn.Module, group: Group) -> torch.Tensor:
 
 def _errors(root: nn.Module, group: Group, rows: torch.Tensor | None, config: SVDQuantConfig) -> dict[int, float]:
     weight = _weight(root, group)
-    hessian = None if rows is None else rows.T @ rows / len(rows)
-    power = max(n.output_error(weight, hessian), 1e-30)
+    gram = None if rows is None else n.Gram(rows)
+    power = max(n.output_error(weight, gram), 1e-30)
     rank = 0 if group.first.precision == "weight_only" else config.rank
     out = {16: 0.0}
     for bits in (4, 8):
@@ -79,7 +79,7 @@ def _errors(root: nn.Module, group: Group, rows: torch.Tensor | None, config: SV
             up, down = n.low_rank(weight, rank, torch.Generator().manual_seed(config.seed))
             residual = weight - up @ down
         rounded = n.round_to_nearest(residual, n.group_scales(residual, bits, torch.float32), bits)
-        out[bits] = n.output_error(residual - rounded.dense(), hessian) / power
+        out[bits] = n.output_error(residual - rounded.dense(), gram) / power
     return out
 
 

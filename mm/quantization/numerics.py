@@ -2,7 +2,9 @@
 
 Design choices
 - Errors are measured through H = X^T X / M of the calibration rows: |X E^T|^2 / M = sum(E H * E). That is the output
-  error itself, for the price of one product, however many rows there were.
+  error itself, for the price of one product, however many rows there were; where the rows are fewer than the inputs,
+  they are the cheaper of the two and H is never formed (`Gram`): 15,360 inputs of FLUX would make it 0.9 GB.
+- GPTQ's factor costs the cube of its inputs, so error is fed back within spans of the most active `SPAN` columns.
 - Scales are searched a little below absmax: clipping the largest weight of a group often costs less than the coarser
   step that keeps it.
 - Randomized SVD (Halko et al. 2011, arXiv 0909.4061) with a generator of its own: same seed, same bytes.
@@ -22,6 +24,8 @@ from torch import Tensor
 from mm.kernels.packing import GROUP, pack_int4, padded
 
 LEVELS = {4: 7, 8: 127}
+SPAN = 4096  # columns that GPTQ treats together
+PORTION = 1 << 18  # weights treated together where temporaries count
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,19 @@ def _groups(weight_NK: Tensor) -> Tensor:
 
 def group_scales(weight_NK: Tensor, bits: int, dtype: torch.dtype, importance_K: Tensor | None = None) -> Tensor:
     """Scales (N, G): absmax over the largest level, or a little less where that errs less (weighted by importance)."""
-    weight_NGS = _groups(weight_NK.float())
+    weight_1GS = None if importance_K is None else _groups(importance_K.float()[None])
+    return torch.cat([_scales(_groups(rows.float()), bits, dtype, weight_1GS) for rows in _in_cache(weight_NK)])
+
+
+def _in_cache(matrix_NK: Tensor) -> tuple[Tensor, ...]:
+    """Rows in portions whose temporaries stay in a core's cache, far faster than the whole of a large matrix."""
+    return matrix_NK.split(max(1, PORTION // max(matrix_NK.shape[1], 1)))
+
+
+def _scales(weight_NGS: Tensor, bits: int, dtype: torch.dtype, weight_1GS: Tensor | None) -> Tensor:
     top = weight_NGS.abs().amax(-1) / LEVELS[bits]
-    if importance_K is None:
+    if weight_1GS is None:
         return top.to(dtype)
-    weight_1GS = _groups(importance_K.float()[None])
     best = torch.full_like(top, torch.inf)
     chosen = top.to(dtype)
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
@@ -69,9 +81,15 @@ def group_scales(weight_NK: Tensor, bits: int, dtype: torch.dtype, importance_K:
 
 def round_to_nearest(weight_NK: Tensor, scales_NG: Tensor, bits: int) -> Rounded:
     """Every weight to its nearest level."""
-    steps = scales_NG.float().repeat_interleave(GROUP, 1)[:, : weight_NK.shape[1]]
-    values = (weight_NK.float() / torch.where(steps == 0, 1, steps)).round_().clamp_(-LEVELS[bits], LEVELS[bits])
-    return Rounded(values.to(torch.int8), scales_NG)
+    values = torch.empty_like(weight_NK, dtype=torch.int8)
+    start = 0
+    for rows in _in_cache(weight_NK):
+        stop = start + len(rows)
+        steps = scales_NG[start:stop].float().repeat_interleave(GROUP, 1)[:, : weight_NK.shape[1]]
+        levels = (rows.float() / torch.where(steps == 0, 1, steps)).round_().clamp_(-LEVELS[bits], LEVELS[bits])
+        values[start:stop] = levels.to(torch.int8)
+        start = stop
+    return Rounded(values, scales_NG)
 
 
 def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator, turns: int = 2) -> tuple[Tensor, Tensor]:
@@ -88,40 +106,78 @@ def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator, turns: in
     return (basis @ left[:, :rank]) * root, right[:rank] * root[:, None]
 
 
-def output_error(error_NK: Tensor, hessian_KK: Tensor | None) -> float:
-    """Mean squared error a row that a weight error causes at the output; without a Hessian, that of white inputs."""
-    if hessian_KK is None:
-        return float(error_NK.square().sum())
-    return float(((error_NK @ hessian_KK) * error_NK).sum())
+class Gram:
+    """H = X^T X / M (K, K) of calibration rows X (M, K), as far as somebody asks for it."""
+
+    def __init__(self, rows_MK: Tensor) -> None:
+        count, columns = rows_MK.shape
+        self.rows_MK = rows_MK / max(count, 1) ** 0.5
+        self.whole = self.rows_MK.T @ self.rows_MK if count >= columns else None
+
+    def diagonal(self) -> Tensor:
+        """Each input's mean square (K,)."""
+        return self.rows_MK.square().sum(0)
+
+    def part(self, columns: Tensor) -> Tensor:
+        """H between some inputs."""
+        if self.whole is not None:
+            return self.whole[columns][:, columns]
+        rows = self.rows_MK[:, columns]
+        return rows.T @ rows
+
+    def error(self, error_NK: Tensor) -> float:
+        """Mean squared error a row that a weight error causes at the output."""
+        if self.whole is None:
+            return float((error_NK @ self.rows_MK.T).square().sum())
+        return float(((error_NK @ self.whole) * error_NK).sum())
+
+
+def output_error(error_NK: Tensor, gram: Gram | None) -> float:
+    """Mean squared error a row that a weight error causes at the output; without rows, that of white inputs."""
+    return float(error_NK.square().sum()) if gram is None else gram.error(error_NK)
 
 
 def error_feedback(
-    weight_NK: Tensor, scales_NG: Tensor, bits: int, hessian_KK: Tensor, *, damp: float = 0.01, block: int = 128
+    weight_NK: Tensor,
+    scales_NG: Tensor,
+    bits: int,
+    gram: Gram,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    span: int = SPAN,
 ) -> Rounded:
-    """GPTQ: columns are rounded one by one, most active first, and what each loses is made good by those to come."""
-    columns = weight_NK.shape[1]
-    diagonal = hessian_KK.diagonal()
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one by one, most active first, and what each
+    loses is made good by those to come within its span."""
+    diagonal = gram.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
-    hessian = hessian_KK[order][:, order].double()
-    hessian.diagonal().add_(damp * float(diagonal.mean()) + 1e-8)
-    # Upper Cholesky factor of the inverse: row c holds what column c's error asks of the columns after it.
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    weight = weight_NK.float()[:, order].clone()
-    steps = scales_NG.float().repeat_interleave(GROUP, 1)[:, :columns][:, order]
+    steps = scales_NG.float().repeat_interleave(GROUP, 1)[:, : len(order)]
     steps = torch.where(steps == 0, 1, steps)
-    values = torch.empty_like(weight)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.zeros(weight.shape[0], stop - start, device=weight.device)
+    values = torch.empty_like(weight_NK, dtype=torch.int8)
+    extra = damp * float(diagonal.mean()) + 1e-8
+    for columns in order.split(span):
+        hessian = gram.part(columns).double()
+        hessian.diagonal().add_(extra)
+        # Upper Cholesky factor of the inverse: row c holds what column c's error asks of the columns after it.
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+        weight = weight_NK.float()[:, columns]
+        values[:, columns] = _fed_back(weight, steps[:, columns], inverse, bits, block).to(torch.int8)
+    return Rounded(values, scales_NG)
+
+
+def _fed_back(weight_NC: Tensor, steps_NC: Tensor, inverse_CC: Tensor, bits: int, block: int) -> Tensor:
+    """Levels (N, C) of a span's columns; `weight` is used up."""
+    values = torch.empty_like(weight_NC)
+    for start in range(0, weight_NC.shape[1], block):
+        stop = min(start + block, weight_NC.shape[1])
+        errors = torch.zeros(weight_NC.shape[0], stop - start, device=weight_NC.device)
         for c in range(start, stop):
-            values[:, c] = (weight[:, c] / steps[:, c]).round().clamp(-LEVELS[bits], LEVELS[bits])
-            error = (weight[:, c] - values[:, c] * steps[:, c]) / inverse[c, c]
-            weight[:, c:stop].addr_(error, inverse[c, c:stop], alpha=-1)
+            values[:, c] = (weight_NC[:, c] / steps_NC[:, c]).round().clamp(-LEVELS[bits], LEVELS[bits])
+            error = (weight_NC[:, c] - values[:, c] * steps_NC[:, c]) / inverse_CC[c, c]
+            weight_NC[:, c:stop].addr_(error, inverse_CC[c, c:stop], alpha=-1)
             errors[:, c - start] = error
-        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
-    back = torch.empty_like(values)
-    back[:, order] = values
-    return Rounded(back.to(torch.int8), scales_NG)
+        weight_NC[:, stop:] -= errors @ inverse_CC[start:stop, stop:]
+    return values
 
 
 def rounded_inputs(x_MK: Tensor, bits: int, group: int = 0, unsigned: bool = False) -> Tensor:

@@ -117,10 +117,10 @@ def search_smooth(
 
 
 def alternate(
-    scaled_NK: Tensor, hessian_KK: Tensor | None, config: SVDQuantConfig, bits: int, dtype: torch.dtype
+    scaled_NK: Tensor, gram: n.Gram | None, config: SVDQuantConfig, bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, n.Rounded, int]:
     """Branch and rounding in turns: up (N, R), down (R, K), the rounded residual, and how many turns it took."""
-    importance = None if hessian_KK is None else hessian_KK.diagonal()
+    importance = None if gram is None else gram.diagonal()
     generator = torch.Generator().manual_seed(config.seed)
     rounded, best, kept = torch.zeros_like(scaled_NK), torch.inf, None
     turns = 0
@@ -131,18 +131,18 @@ def alternate(
         residual = scaled_NK - up @ down
         integers = n.round_to_nearest(residual, n.group_scales(residual, bits, dtype, importance), bits)
         rounded = integers.dense()
-        error = n.output_error(residual - rounded, hessian_KK)
+        error = n.output_error(residual - rounded, gram)
         if error >= best:
             break
         best, kept = error, (up, down, integers)
         if not config.rank:
             break
     assert kept is not None, "the weight is not finite"
-    if config.gptq and hessian_KK is not None:
+    if config.gptq and gram is not None:
         up, down, integers = kept
         residual = scaled_NK - up @ down
-        feedback = n.error_feedback(residual, integers.scales, bits, hessian_KK)
-        if n.output_error(residual - feedback.dense(), hessian_KK) < best:
+        feedback = n.error_feedback(residual, integers.scales, bits, gram)
+        if n.output_error(residual - feedback.dense(), gram) < best:
             kept = up, down, feedback
     return *kept, turns
 
@@ -163,14 +163,11 @@ def solve(
     if config.smooth and x_MK is not None and score is not None:
         smooth = search_smooth(weight_NK, x_MK, score, rule, config, bits).to(dtype).float()
     factors = torch.ones(weight_NK.shape[1], device=weight_NK.device) if smooth is None else smooth
-    hessian = None
-    if x_MK is not None:
-        # What the integers multiply: smoothed inputs as they are rounded.
-        seen = (_rounder(rule, factors)(x_MK)) / factors
-        hessian = seen.T @ seen / len(seen)
-    up, down, integers, turns = alternate(weight_NK * factors, hessian, config, bits, dtype)
+    # What the integers multiply: smoothed inputs as they are rounded.
+    gram = None if x_MK is None else n.Gram(_rounder(rule, factors)(x_MK) / factors)
+    up, down, integers, turns = alternate(weight_NK * factors, gram, config, bits, dtype)
     plain = n.round_to_nearest(weight_NK, n.group_scales(weight_NK, bits, dtype), bits).dense()
-    raw = None if x_MK is None else x_MK.T @ x_MK / len(x_MK)
+    raw = None if x_MK is None else n.Gram(x_MK)
     power = n.output_error(weight_NK, raw)
     acting = (integers.dense() + up @ down) / factors
     return Solution(
