@@ -6,6 +6,8 @@ Design choices
 - Codes are drawn as in MAR (Li et al. 2024, arXiv 2406.11838): positions in a random order, more of them a step as the
   picture fills, floor(L cos(pi/2 (s+1)/S)) still masked after step s. Gumbel noise is drawn for a whole picture at
   once, so that which step a token falls into changes nothing.
+- The last of the steps revise: a random quarter of the finished picture is masked and drawn again (remasking, Wang et
+  al. 2025, arXiv 2503.00307). What was drawn early, knowing little, gets a second look with everything around it known.
 
 This module does not know prompts or pipelines.
 Legend: B pictures, C = K = 16 channels, L = 64 tokens, V = 64 levels, D features, N tokens drawn at once.
@@ -20,6 +22,8 @@ import torch
 
 from mm.errors import UserError
 
+REVISING = 0.375  # share of the steps that revise
+REVISED = 0.25  # share of a picture's tokens that one of them draws again
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -59,15 +63,25 @@ def masked_steps(tokens: int, steps: int) -> list[int]:
     return left
 
 
+def revisions(steps: int) -> int:
+    """How many of `steps` revise a picture that is already full."""
+    return math.floor(steps * REVISING)
+
+
 def code_steps(
     generators: Sequence[torch.Generator], tokens: int, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-    """For each step: tokens still masked (B, L), the positions to draw now (B, N), and the share that is known."""
+    """For each step: tokens masked (B, L), the positions to draw now (B, N), and the share that is known."""
     order_BL = torch.stack([torch.randperm(tokens, generator=g) for g in generators])
     known = 0
-    for left in masked_steps(tokens, steps):
+    for left in masked_steps(tokens, steps - revisions(steps)):
         if known == tokens:
-            return
+            break
         masked_BL = torch.ones(order_BL.shape, dtype=torch.bool).scatter(1, order_BL[:, :known], False)
         yield masked_BL, order_BL[:, known : tokens - left], known / tokens
         known = tokens - left
+    again = max(1, round(tokens * REVISED))
+    for _ in range(revisions(steps)):
+        now_BN = torch.stack([torch.randperm(tokens, generator=g)[:again] for g in generators])
+        masked_BL = torch.zeros(order_BL.shape, dtype=torch.bool).scatter(1, now_BN, True)
+        yield masked_BL, now_BN, 1 - again / tokens

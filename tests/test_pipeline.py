@@ -15,7 +15,7 @@ from tiny import STEPS, draw, seeded, tiny_pipeline
 from mm import TextToImagePipeline
 from mm.errors import UserError
 from mm.models.cache import PromptCache
-from mm.pipelines.sampling import masked_steps
+from mm.pipelines.sampling import REVISED, code_steps, masked_steps, revisions
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,23 @@ def test_masked_steps_follow_the_cosine() -> None:
     assert all(a >= b for a, b in itertools.pairwise(left))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 32, 200])
+def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
+    plan = list(code_steps(seeded(1, 2), 64, steps))
+    filling, revising = plan[: len(plan) - revisions(steps)], plan[len(plan) - revisions(steps) :]
+    assert 1 <= len(filling) <= min(steps, 64)
+    for row in (0, 1):
+        first = torch.cat([now[row] for _, now, _ in filling])
+        assert sorted(first.tolist()) == list(range(64))  # each token once
+        for masked, now, known in plan:
+            assert masked[row, now[row]].all()  # only what is masked is drawn
+            assert masked[row].sum() == 64 - round(64 * known)
+        for masked, now, _ in revising:
+            assert len(now[row]) == 64 * REVISED == masked[row].sum()
+    alone = list(code_steps(seeded(2), 64, steps))
+    assert all(torch.equal(a[1][0], b[1][1]) for a, b in zip(alone, plan, strict=True))
+
+
 @pytest.mark.parametrize("kind", [FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler])
 def test_other_schedulers(kind: type) -> None:
     pipe = tiny_pipeline()
@@ -157,7 +174,7 @@ def test_stopped_codes_leave_the_rest_grey(pipe: TextToImagePipeline) -> None:
 
     latents = draw(pipe, mode="codes", num_inference_steps=4, output_type="latent", callback_on_step_end=stop)
     undrawn = (latents == 0).all(1).sum()  # latents of zero decode to the mean picture
-    assert undrawn == masked_steps(64, 4)[0]
+    assert undrawn == masked_steps(64, 4 - revisions(4))[0]
 
 
 def test_given_latents_and_prompt_lists(pipe: TextToImagePipeline) -> None:
