@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -41,8 +43,15 @@ def test_only_what_was_told_differs(edits: list[Edit]) -> None:
         same_ground = edit.source.background == edit.target.background
         same_style = edit.source.style == edit.target.style
         assert same_style == (edit.kind != "restyle")
-        assert same_ground == (edit.kind != "background")
-        if edit.kind in ("restyle", "background"):
+        if edit.kind != "restyle":
+            assert same_ground == (edit.kind != "background")
+        if edit.kind == "restyle":  # a style that shows less drops what it does not show, and nothing else
+            shown = v.shows_background(edit.target.style)
+            assert edit.target.background == (edit.source.background if shown else "plain")
+            for a, b in zip(edit.source.sprites, edit.target.sprites, strict=True):
+                colour = a.colour if v.shows_colour(edit.target.style) else None
+                assert b == dataclasses.replace(a, colour=colour)
+        elif edit.kind == "background":
             assert not gone
             assert not new
         elif edit.kind == "remove":
@@ -57,6 +66,14 @@ def test_only_what_was_told_differs(edits: list[Edit]) -> None:
             assert sorted(tuple(getattr(s, f) or "" for f in fields) for s in gone) == sorted(
                 tuple(getattr(s, f) or "" for f in fields) for s in new
             )
+
+
+def test_every_style_can_be_asked_of_a_picture() -> None:
+    """Also sketch and blueprint, which show neither tints nor grounds."""
+    rng = random.Random(0)
+    asked = Counter(sample_edit(rng, "restyle").target.style for _ in range(400))
+    assert set(asked) == set(v.STYLES)
+    assert min(asked["sketch"], asked["blueprint"]) > 20, asked
 
 
 def test_pixels_outside_the_touched_sprites_stay(edits: list[Edit]) -> None:

@@ -74,10 +74,8 @@ def test_sitting_the_exam_is_greedy_decoding():
     # A few steps, so that some answers are right.
     def loss(step: int) -> torch.Tensor:
         rows = paper.asked[:16]
-        ids, mask, targets = common.stack([common.new_dialogue().user(q.question, i).says(q.answer) for i, q in rows])
-        return common.reading_loss(
-            trunk, (ids, mask, targets), looks(paper.pool.pictures[[i for i, _ in rows]].float())
-        )
+        words = common.words_of([common.new_dialogue().user(q.question, i).says(q.answer) for i, q in rows])
+        return common.reading_loss(trunk, words, looks(paper.pool.pictures[[i for i, _ in rows]].float()))
 
     common.fit([(trunk, 2e-3), (connector, 2e-3)], loss, 40)
     part = common.Exam(pool=paper.pool, asked=paper.asked[:24])

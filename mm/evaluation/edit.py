@@ -76,8 +76,10 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, float]:
     source, target = edit.source, edit.target
     changed = [s for s in target.sprites if s not in source.sprites]
     gone = [s for s in source.sprites if s not in target.sprites]
-    kept = [s for s in target.sprites if s in source.sprites]
-    facts = [_there(reading.objects, s) for s in kept]
+    facts = [_there(reading.objects, s) for s in target.sprites if s in source.sprites]
+    if edit.kind == "restyle":  # a style without hue drops tints: a sprite stayed as it was or without
+        both = zip(source.sprites, target.sprites, strict=True)
+        facts = [any(_there(reading.objects, s) for s in pair) for pair in both]
     if edit.kind == "restyle":
         success = reading.style == target.style
     elif edit.kind == "background":

@@ -5,16 +5,20 @@
 Design choices
 - Nothing is typed by hand: data, steps, samples, seconds and curve are read from the logs of the runs that happened.
 - A curve is a dozen rows, evenly spaced over the log: enough to see whether more training would help.
+- A run that starts from published weights has another run's record before it: what FILE tells already of runs whose
+  logs are not in STATE is kept. A run is known by its first line.
 
 This module does not know models.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,68 +63,79 @@ def device() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}, {capability}), bf16 autocast"
 
 
-def journal(state: Path) -> str:
-    """The record as Markdown."""
+def _autoencoder(rows: list[dict[str, Any]]) -> str:
+    psnr, steps = ([row for row in rows if key in row] for key in ("psnr", "loss"))
+    return f"{table(thinned(steps))}\n\nPSNR (dB) on held-out renders:\n\n{table(thinned(psnr))}"
+
+
+def _judge(rows: list[dict[str, Any]]) -> str:
+    looks = [row for row in rows if "exact" in row]
+    return f"`exact`: share of held-out scenes read back without any error.\n\n{table(thinned(looks))}"
+
+
+def _loop(note: str) -> Callable[[list[dict[str, Any]]], str]:
+    """What a stage of `mm.training.loop` has logged."""
+
+    def tell(rows: list[dict[str, Any]]) -> str:
+        text = f"{note}\n\n{table(thinned([row for row in rows if 'compose' not in row]))}"
+        scores = [row for row in rows if "compose" in row]
+        if scores:
+            text += f"\n\nJudged on the way (a few tuning prompts, averaged weights):\n\n{table(scores)}"
+        return text
+
+    return tell
+
+
+STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
+    ("Autoencoder", "autoencoder/log.txt", _autoencoder),
+    ("Judge", "judge/log.txt", _judge),
+    ("Drawing", "drawing/log.jsonl", _loop("Losses are moving averages over about 50 steps.")),
+    (
+        "Understanding encoder",
+        "understanding/log.jsonl",
+        _loop("`_right`: share of object cells named right, on training pictures."),
+    ),
+    (
+        "Joint",
+        "joint/log.jsonl",
+        _loop(
+            "Goes on from drawing, or from the published weights; seconds and samples are the run's own. `_right`: "
+            "share of spoken words right. `nouns`: loss of what the user's nouns know of their scene."
+        ),
+    ),
+)
+
+
+def sections(record: str) -> dict[str, str]:
+    """The text below each "## " heading of a record."""
+    parts = [part.partition("\n") for part in record.split("\n## ")[1:]]
+    return {title.strip(): text.strip() for title, _, text in parts}
+
+
+def journal(state: Path, earlier: str = "") -> str:
+    """The record as Markdown. What an `earlier` record tells of runs whose logs are gone stays as it was told."""
+    known = sections(earlier)
     out = [
         "# How these weights were trained",
-        "",
         "Written by `python -m mm.training.journal` from the runs' own logs. Data: scenes of `mm/world`, drawn without "
         "end; compositions held out by `mm.world.scene.is_held_out` and the eight held-out objects were never shown.",
-        "",
         f"Device: {device()}, shared with other work: seconds are wall clock. torch {torch.__version__}.",
     ]
-    tokenizer = read_log(state / "autoencoder" / "log.txt")
-    psnr = [row for row in tokenizer if "psnr" in row]
-    steps = [row for row in tokenizer if "loss" in row]
-    out += [
-        "",
-        "## Autoencoder",
-        "",
-        table(thinned(steps)),
-        "",
-        "PSNR (dB) on held-out renders:",
-        "",
-        table(thinned(psnr)),
-    ]
-    judge = read_log(state / "judge" / "log.txt")
-    looks = [row for row in judge if "exact" in row]
-    out += [
-        "",
-        "## Judge",
-        "",
-        "`exact`: share of held-out scenes read back without any error.",
-        "",
-        table(thinned(looks)),
-    ]
-    drawing = read_log(state / "drawing" / "log.jsonl")
-    losses = [row for row in drawing if "flow" in row or "codes" in row]
-    scores = [row for row in drawing if "compose" in row]
-    out += ["", "## Drawing", "", "Losses are moving averages over about 50 steps.", "", table(thinned(losses))]
-    if scores:
-        out += ["", "Judged on the way (tuning prompts, averaged weights):", "", table(scores)]
-    for title, folder, note in (
-        (
-            "Understanding encoder",
-            "understanding",
-            "`_right`: share of object cells named right, on training pictures.",
-        ),
-        (
-            "Joint",
-            "joint",
-            "Goes on from drawing: seconds and samples count on. `_right`: share of spoken words right.",
-        ),
-    ):
-        rows = read_log(state / folder / "log.jsonl")
+    for title, log, tell in STAGES:
+        rows = read_log(state / log)
+        mark = f"Run {hashlib.blake2s(json.dumps(rows[0]).encode(), digest_size=4).hexdigest()}." if rows else ""
+        told = {k: text for k, text in known.items() if k.split(", ")[0] == title and not (mark and mark in text)}
+        out += [f"## {name}\n\n{text}" for name, text in told.items()]
         if rows:
-            out += ["", f"## {title}", "", note, "", table(thinned([row for row in rows if "compose" not in row]))]
-            if scores := [row for row in rows if "compose" in row]:
-                out += ["", "Judged on the way (a few tuning prompts, averaged weights):", "", table(scores)]
-    return "\n".join(out) + "\n"
+            number = f", run {len(told) + 1}" if told else ""
+            out.append(f"## {title}{number}\n\n{mark} {tell(rows)}")
+    return "\n\n".join(out) + "\n"
 
 
 def main() -> None:
     """The command."""
-    write_text(Path(sys.argv[2]), journal(Path(sys.argv[1])))
+    state, target = Path(sys.argv[1]), Path(sys.argv[2])
+    write_text(target, journal(state, target.read_text() if target.is_file() else ""))
 
 
 if __name__ == "__main__":

@@ -133,15 +133,21 @@ def _restyle(scene: Scene, rng: random.Random) -> Change | None:
         for style in v.STYLES
         if style != scene.style
         and v.smallest_sprite(style) <= smallest
-        and tints <= set(v.colours_in(style))
-        and (v.shows_background(style) or scene.background == "plain")
+        and (not v.shows_colour(style) or tints <= set(v.colours_in(style)))
+        # What the source does not show cannot be kept; a style that shows less drops it.
         and (v.shows_background(scene.style) or not v.shows_background(style) or scene.background == "plain")
     ]
     if not fitting:
         return None
     style = rng.choice(fitting)
+    ground = scene.background if v.shows_background(style) else "plain"
+    sprites = scene.sprites if v.shows_colour(style) else tuple(_tintless(s) for s in scene.sprites)
     wording = rng.choice(("make it {} style", "change the style to {}", "turn it into {} style", "in {} style"))
-    return dataclasses.replace(scene, style=style), wording.format(style)
+    return dataclasses.replace(scene, style=style, background=ground, sprites=sprites), wording.format(style)
+
+
+def _tintless(sprite: Sprite) -> Sprite:
+    return dataclasses.replace(sprite, colour=None)
 
 
 def _background(scene: Scene, rng: random.Random) -> Change | None:

@@ -7,6 +7,8 @@ Design choices
   greedy decoding giving exactly that answer, in one pass.
 - Drawing is measured on a small world (`OBJECTS` in `TINTS`, cartoon style, one object on plain ground): the budgets of
   a study would leave every model at zero on the whole one.
+- Nouns are grounded as in the published model's training (`mm.training.grounding`): without it no budget of a study
+  takes looking things up beyond chance, and then nothing can be compared but what needs no looking.
 - Muon and AdamW as in `mm.training.loop`, but by samples and not by minutes, and never resumed: a run takes minutes.
 
 This module does not know what is compared.
@@ -19,7 +21,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.training import talk
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
+from mm.training.grounding import Grounding, Nouns, find_nouns, noun_ids, tapped
 from mm.training.loop import LoopConfig, optimizers
 from mm.world import vocabulary as v
 from mm.world.captions import group_phrase
@@ -41,6 +44,7 @@ from mm.world.scene import Group, Scene, Sprite, colour_is_held_out, place, samp
 
 OBJECTS: tuple[str, ...] = v.OBJECTS[::4]
 TINTS: tuple[str | None, ...] = (None, "red", "green", "blue")
+NOUNS_WEIGHT = 0.3
 DRAWN_BATCH = 32  # many small steps draw better than few large ones
 
 
@@ -110,29 +114,51 @@ def _tokenizer() -> Any:
 
 
 def small_trunk(config: StudyConfig) -> Trunk:
-    """The trunk of a run, always from the same random weights."""
+    """The trunk of a run, always from the same random weights; its `grounding` is trained with it."""
     torch.manual_seed(config.seed)
     size: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": 4, "max_text": 256}
-    return Trunk(vocabulary_size=1024, text_ratio=3, picture_ratio=3, reads=True, **size)
+    trunk = Trunk(vocabulary_size=1024, text_ratio=3, picture_ratio=3, reads=True, whole_turns=True, **size)
+    trunk.add_module("grounding", Grounding(config.width))
+    return trunk
 
 
-def reading_words(scenes: Sequence[Scene], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, mask and targets of one picture's questions and description each."""
+class Words(NamedTuple):
+    """Ids, mask and targets (B, T) of conversations, and the truth of their nouns."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+    nouns: Nouns
+
+
+def reading_words(scenes: Sequence[Scene], rng: random.Random) -> Words:
+    """One picture's questions and description each."""
     rows = []
     for scene in scenes:
         first = rng.choice(questions(scene, rng))
-        row = new_dialogue().user(first.question, scene).says(first.answer)
+        row = new_dialogue().user(first.question, scene, about=scene).says(first.answer)
         rows.append(talk.ask(row, scene, rng, most=4))
-    return stack(rows)
+    return words_of(rows)
 
 
-def reading_loss(
-    trunk: Trunk, words: tuple[torch.Tensor, torch.Tensor, torch.Tensor], looks: torch.Tensor
-) -> torch.Tensor:
-    """Cross-entropy of what is to be said."""
-    ids, mask, targets = words
-    logits, _ = trunk.read(ids, mask, looks)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+def words_of(rows: Sequence[Dialogue]) -> Words:
+    """Conversations as a batch."""
+    ids, mask, targets = stack(rows)
+    return Words(ids, mask, targets, find_nouns([r.ids for r in rows], [r.about for r in rows], ids.shape[1], _nouns()))
+
+
+def reading_loss(trunk: Trunk, words: Words, looks: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of what is to be said, and the nouns' grounding halfway through the text."""
+    grounding: Any = trunk.grounding
+    with tapped(trunk.text_layers[len(trunk.text_layers) // 2 - 1]) as states:
+        logits, _ = trunk.read(words.ids, words.mask, looks)
+    said = F.cross_entropy(logits.float().flatten(0, 1), words.targets.flatten(), ignore_index=IGNORED)
+    return said + NOUNS_WEIGHT * grounding(states[0], words.nouns)
+
+
+@cache
+def _nouns() -> dict[int, str]:
+    return noun_ids(lambda word: int(_tokenizer().convert_tokens_to_ids(word)))
 
 
 def fit(

@@ -112,9 +112,9 @@ def train_arm(
         with layers.watching(masses.told):
             if task == "read":
                 pictures, scenes = reading.draw(config.batch_size, rng)
-                ids, mask, said = common.reading_words(scenes, rng)
-                masses.looks_BT, masses.said_BT = ids == LOOK, said >= 0
-                total = common.reading_loss(model.drawing.trunk, (ids, mask, said), model.looks(pictures))
+                words = common.reading_words(scenes, rng)
+                masses.looks_BT, masses.said_BT = words.ids == LOOK, words.targets >= 0
+                total = common.reading_loss(model.drawing.trunk, words, model.looks(pictures))
                 masses.looks_BT = masses.said_BT = None
             else:
                 index = [rng.randrange(len(latents)) for _ in range(common.DRAWN_BATCH)]
