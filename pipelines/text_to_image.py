@@ -43,7 +43,11 @@ from mm.tokenizers import Autoencoder, Bridge
 MODES = ("flow", "codes")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
-CODES_TEMPERATURE = 0.7  # chosen on tuning prompts: at 1 a third more pictures were unreadable
+# Chosen on 120 tuning prompts with revision: at temperature .45 and .7 fewer pictures were right, at 1 as many or fewer.
+CODES_TEMPERATURE = 0.9
+# Of `guidance_scale - 1`: mixed into features it acts more strongly than into velocity, so that one default serves both
+# modes (on tuning prompts codes scored .71 with 3, .60 with 4 and .27 with 7).
+CODES_GUIDANCE = 2 / 3
 Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
 
 
@@ -372,11 +376,11 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
     def _code_features(
         self, latents: torch.Tensor, masked_BL: torch.Tensor, reading: Reading, known: float
     ) -> torch.Tensor:
-        """The trunk's features with guidance, which grows with the share of known tokens."""
+        """The trunk's features with guidance, which grows with the share of known tokens to its full strength in codes."""
         times = len(reading.weights)
         several, masked = latents.repeat(times, 1, 1, 1), masked_BL.repeat(times, 1)
         features = self.trunk(several.to(self.trunk.dtype), masked.float(), reading.prompt, "codes", masked)
-        return reading.mix(features, known)
+        return reading.mix(features, CODES_GUIDANCE * known)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures in the wanted type."""
