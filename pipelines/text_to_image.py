@@ -43,7 +43,7 @@ from mm.tokenizers import Autoencoder, Bridge
 MODES = ("flow", "codes")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
-# Chosen on 120 tuning prompts with revision: at temperature .45 and .7 fewer pictures were right, at 1 as many or fewer.
+# Chosen on tuning prompts, with revision: at .45 and .7 fewer pictures were right, at 1 as many or fewer.
 CODES_TEMPERATURE = 0.9
 # Of `guidance_scale - 1`: mixed into features it acts more strongly than into velocity, so that one default serves both
 # modes (on tuning prompts codes scored .71 with 3, .60 with 4 and .27 with 7).
@@ -376,7 +376,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
     def _code_features(
         self, latents: torch.Tensor, masked_BL: torch.Tensor, reading: Reading, known: float
     ) -> torch.Tensor:
-        """The trunk's features with guidance, which grows with the share of known tokens to its full strength in codes."""
+        """The trunk's features with guidance, which grows with the share of known tokens up to codes' own strength."""
         times = len(reading.weights)
         several, masked = latents.repeat(times, 1, 1, 1), masked_BL.repeat(times, 1)
         features = self.trunk(several.to(self.trunk.dtype), masked.float(), reading.prompt, "codes", masked)
