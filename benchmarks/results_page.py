@@ -4,13 +4,14 @@
 
 `runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json, edit.json,
 chat.json (the commands of those names), ett.json and encoders.json (`mm.training.studies`), generate.json, linear.json
-and quantized.json (`benchmarks/`); what is missing is left out of the page.
+and quantized.json (`benchmarks/`). Where one is missing, the page keeps what it said: the section of an earlier report.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,24 +207,35 @@ def main() -> None:
         "# Results of weights/mm-tiny",
         "Written by `benchmarks/results_page.py` from reports; see docs/evaluation.md.",
     ]
-    makers = {
-        "compose-flow": compose_section,
-        "compose-codes": compose_section,
-        "reconstruct": reconstruct_section,
-        "understand": understand_section,
-        "edit": edit_section,
-        "chat": chat_section,
-        "ett": ett_section,
-        "encoders": encoders_section,
-        "generate": generate_section,
-        "quantized": quantized_section,
-        "linear": linear_section,
-    }
-    for name, make in makers.items():
+    kept = {part.split("\n")[0]: part for part in _sections(target)}
+    for name, (title, make) in MAKERS.items():
         report = read(folder, name)
         if report is not None:
             parts.append(make(report))
+        elif title in kept:
+            parts.append(kept[title])
     write_text(target, "\n\n".join(parts) + "\n")
+
+
+def _sections(page: Path) -> list[str]:
+    """The sections of a page that was written before."""
+    text = page.read_text() if page.is_file() else ""
+    return ["## " + part.strip() for part in text.split("\n## ")[1:]]
+
+
+MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "compose-flow": ("## Compose, flow mode", compose_section),
+    "compose-codes": ("## Compose, codes mode", compose_section),
+    "reconstruct": ("## Tokenizers", reconstruct_section),
+    "understand": ("## Reading", understand_section),
+    "edit": ("## Editing", edit_section),
+    "chat": ("## Conversations", chat_section),
+    "ett": ("## Tuning the tokenizer end to end (ETT)", ett_section),
+    "encoders": ("## One encoder or two", encoders_section),
+    "generate": ("## Speed on two CPU cores", generate_section),
+    "quantized": ("## mm-tiny in 4 bits", quantized_section),
+    "linear": ("## 4-bit linear layers on two CPU cores", linear_section),
+}
 
 
 if __name__ == "__main__":
