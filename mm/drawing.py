@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mm.files import write_new_bytes
-from mm.metadata import drawing_settings, png_bytes, steps_for
+from mm.metadata import GUIDANCE, drawing_settings, png_bytes, steps_for
 from mm.paths import resolve_model
 
 
@@ -38,7 +38,7 @@ def draw_to_folder(
     seed: int | None = None,
     steps: int | None = None,
     mode: str = "flow",
-    guidance: float = 4.0,
+    guidance: float = GUIDANCE,
     model: str = "mm-tiny",
     batch_size: int = 8,
     quantized: bool = False,

@@ -23,6 +23,8 @@ from mm.files import write_bytes
 
 # Steps where nobody says: codes that are drawn together do not see each other, so few steps cost more there.
 STEPS: dict[str, int] = {"flow": 12, "codes": 32}
+# How strictly a prompt is followed where nobody says: over 360 tuning pictures 4 gave .911, 5.5 .931, 7 .936.
+GUIDANCE = 5.5
 _A1111_NAMES = {"steps": "Steps", "mode": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model"}
 _PAIR = re.compile(r"([A-Z][\w ]*): ([^,]*)")
 

@@ -27,7 +27,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
 from mm.errors import UserError
-from mm.metadata import steps_for
+from mm.metadata import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
@@ -45,9 +45,9 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
 # Chosen on tuning prompts, with revision: at .45 and .7 fewer pictures were right, at 1 as many or fewer.
 CODES_TEMPERATURE = 0.9
-# Of `guidance_scale - 1`: mixed into features it acts more strongly than into velocity, so that one default serves both
-# modes (on tuning prompts codes scored .71 with 3, .60 with 4 and .27 with 7).
-CODES_GUIDANCE = 2 / 3
+# Share of `guidance_scale - 1` that counts in codes, where it is mixed into features: the default becomes 3 there (on
+# tuning prompts codes scored .71 with 3, .60 with 4 and .27 with 7).
+CODES_GUIDANCE = 2 / (GUIDANCE - 1)
 Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
 
 
@@ -216,7 +216,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = GUIDANCE,
         mode: str = "flow",
         temperature: float = CODES_TEMPERATURE,
         num_images_per_prompt: int = 1,

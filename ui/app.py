@@ -22,7 +22,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from mm.errors import UserError
-from mm.metadata import steps_for
+from mm.metadata import GUIDANCE, steps_for
 from mm.ui.studio import MAX_COUNT, MAX_STEPS, Order, Session, Studio
 from mm.ui.talk import Message, Talker, Visit
 
@@ -212,7 +212,7 @@ def build(studio: Studio, talker: Talker | None = None) -> gr.Blocks:
                 with gr.Accordion("More", open=False):
                     steps = gr.Slider(1, MAX_STEPS, value=12, step=1, label="Steps")
                     mode = gr.Radio(["flow", "codes"], value="flow", label="Mode")
-                    guidance = gr.Slider(0, 10, value=4, step=0.5, label="Guidance (1 = off)")
+                    guidance = gr.Slider(0, 10, value=GUIDANCE, step=0.5, label="Guidance (1 = off)")
                     dice = gr.Button("New random seed", size="sm")
                 gr.Examples(EXAMPLES, prompt, api_visibility="private")
             with gr.Column(scale=3, min_width=280):

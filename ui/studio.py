@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mm.errors import UserError
-from mm.metadata import drawing_settings, save_png
+from mm.metadata import GUIDANCE, drawing_settings, save_png
 
 if TYPE_CHECKING:
     from mm import TextToImagePipeline
@@ -43,7 +43,7 @@ class Order:
     count: int = 1
     steps: int = 12
     mode: str = "flow"
-    guidance: float = 4.0
+    guidance: float = GUIDANCE
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_COUNT:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.errors import UserError
+from mm.metadata import GUIDANCE
 
 TASKS = ("generate",)
 MODES = ("flow", "codes")
@@ -38,7 +39,7 @@ class Generate:
     seed: int | None = None
     steps: int | None = None
     mode: str = "flow"
-    guidance: float = 4.0
+    guidance: float = GUIDANCE
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mm.metadata import GUIDANCE
+
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report here, and a picture grid beside it.")]
@@ -36,7 +38,7 @@ def compose(
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: Json = None,

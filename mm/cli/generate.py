@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from mm.metadata import GUIDANCE
+
 app = typer.Typer(add_completion=False)
 
 
@@ -31,7 +33,7 @@ def generate(
     mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")
-    ] = 4.0,
+    ] = GUIDANCE,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes no picture.")] = 8,

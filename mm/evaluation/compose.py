@@ -26,7 +26,7 @@ from mm.errors import UserError
 from mm.evaluation.prompts import COMPOSE, Prompt, load_prompts
 from mm.evaluation.report import save_grid, share
 from mm.files import write_json
-from mm.metadata import steps_for
+from mm.metadata import GUIDANCE, steps_for
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
 from mm.world.render import render
@@ -48,7 +48,7 @@ class ComposeConfig:
     limit: int | None = None
     pictures: int = 4
     steps: int | None = None
-    guidance: float = 4.0
+    guidance: float = GUIDANCE
     batch_size: int = 16
 
     def __post_init__(self) -> None:
