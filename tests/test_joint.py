@@ -16,7 +16,7 @@ from mm.training.drawing import Drawing, DrawingBatch
 from mm.training.joint import EditBatch, Joint, JointConfig, ReadBatch
 from mm.training.latents import write_shard
 
-CONFIG = JointConfig(codes_share=0.5, align_layer=1, codes_tokens=4, nouns_layer=0)
+CONFIG = JointConfig(codes_share=0.5, align_layer=1, codes_tokens=4, nouns_layer=0, relations_layer=0)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,15 @@ Design choices
 - An answer teaches one word; the renderer knows everything about every noun that is said. So a linear readout of a
   middle text layer names, for each noun of the user's: the object's number, the columns and rows of the picture that
   hold its centres, and its colour. This is drawing's alignment of cells (`mm.training.drawing`) for words.
+- "Is the cat left of the dog?" is an exclusive or of a word, an order and two places, which no gradient of the answer
+  alone finds. So a later layer's readout names, for each of two nouns of a turn, how its object stands to the other.
 - The scene is the one the words speak of: for a question the picture that was looked at, for a prompt the picture that
   will be drawn (so "left of" must reach both nouns before pictures read them), for an edit the target (so that
   "remove the cat" makes cat's number zero).
-- The readout is training state and is not published.
+- The readouts are training state and are not published.
 
 This module does not know models, looks or losses other than its own.
-Legend: B rows, T tokens, N nouns, D width.
+Legend: B rows, T tokens, N nouns, D width, R = 4 relations.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +29,14 @@ from torch import nn
 from mm.models import layers
 from mm.models.dialogue import IGNORED
 from mm.world import vocabulary as v
-from mm.world.scene import Scene
+from mm.world.scene import Scene, group_relation, groups
 
 CELLS = v.SIZE // v.CELL
 SIZES = (v.MAX_COUNT + 1, CELLS, CELLS, len(v.COLOURS) + 1)  # number, columns, rows, colour (the last is natural)
+
+
+UNKNOWN = [0] * len(v.RELATIONS)
+_Truth = tuple[int, list[int], list[int], int, list[int] | None]  # number, columns, rows, colour, relations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +48,8 @@ class Nouns:
     columns_NC: torch.Tensor
     rows_NC: torch.Tensor
     colours_N: torch.Tensor
+    relations_NR: torch.Tensor  # of `v.RELATIONS`, which hold to the turn's other noun
+    paired_N: torch.Tensor  # whether there is another noun, and both are in the scene
 
 
 def noun_ids(number: Callable[[str], int]) -> dict[int, str]:
@@ -54,23 +63,33 @@ def find_nouns(
 ) -> Nouns:
     """The nouns of token rows that will be padded to `width`; `about` names the scene of each token."""
     places: list[int] = []
-    truths: list[tuple[int, list[int], list[int], int]] = []
+    truths: list[_Truth] = []
     for row, (ids, scenes) in enumerate(zip(rows, about, strict=True)):
-        for place, (token, scene) in enumerate(zip(ids, scenes, strict=True)):
-            if scene is not None and token in nouns:
-                places.append(row * width + place)
-                truths.append(_truth(nouns[token], scene))
-    numbers, columns, lines, colours = zip(*truths, strict=True) if truths else ((), (), (), ())
+        for turn, scene in _turns(scenes):
+            named = {place: nouns[ids[place]] for place in turn if ids[place] in nouns}
+            places += [row * width + place for place in named]
+            truths += [_truth(name, scene, set(named.values()) - {name}) for name in named.values()]
+    numbers, columns, lines, colours, relations = zip(*truths, strict=True) if truths else ((),) * 5
     return Nouns(
         places_N=torch.tensor(places, dtype=torch.int64),
         numbers_N=torch.tensor(numbers, dtype=torch.int64),
         columns_NC=torch.tensor(columns, dtype=torch.float32).view(-1, CELLS),
         rows_NC=torch.tensor(lines, dtype=torch.float32).view(-1, CELLS),
         colours_N=torch.tensor(colours, dtype=torch.int64),
+        relations_NR=torch.tensor([r or UNKNOWN for r in relations], dtype=torch.float32).view(-1, len(UNKNOWN)),
+        paired_N=torch.tensor([r is not None for r in relations], dtype=torch.bool),
     )
 
 
-def _truth(name: str, scene: Scene) -> tuple[int, list[int], list[int], int]:
+def _turns(scenes: Sequence[Scene | None]) -> Iterator[tuple[list[int], Scene]]:
+    """The places of each run of tokens that speak of one scene."""
+    for _, places in groupby(range(len(scenes)), lambda place: id(scenes[place])):
+        scene = scenes[(turn := list(places))[0]]
+        if scene is not None:
+            yield turn, scene
+
+
+def _truth(name: str, scene: Scene, others: set[str]) -> _Truth:
     found = [s for s in scene.sprites if s.object == name]
     columns, rows = [0] * CELLS, [0] * CELLS
     for sprite in found:
@@ -80,7 +99,38 @@ def _truth(name: str, scene: Scene) -> tuple[int, list[int], list[int], int]:
     if len(colours) == 1 and v.shows_colour(scene.style):
         only = colours.pop()
         colour = len(v.COLOURS) if only is None else v.COLOURS.index(only)
-    return min(len(found), v.MAX_COUNT), columns, rows, colour
+    return min(len(found), v.MAX_COUNT), columns, rows, colour, _relations(name, scene, others)
+
+
+def _relations(name: str, scene: Scene, others: set[str]) -> list[int] | None:
+    """Which relations hold to the one other noun of the turn; None where there is no such pair in the scene."""
+    if len(others) != 1:
+        return None
+    (other,) = others
+    held = [
+        group_relation(scene, a, b)
+        for a in groups(scene)
+        for b in groups(scene)
+        if a.object == name and b.object == other
+    ]
+    return [int(all(relation in h for h in held)) for relation in v.RELATIONS] if held else None
+
+
+class Relations(nn.Module):
+    """The readout of how two nouns stand to each other, with its loss."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = layers.Norm(width)
+        self.readout = nn.Linear(width, len(v.RELATIONS))
+
+    def forward(self, states_BTD: torch.Tensor, nouns: Nouns) -> torch.Tensor:
+        """The mean loss over paired nouns; zero, with a gradient path, where there are none."""
+        if not bool(nouns.paired_N.any()):
+            return states_BTD.sum() * 0
+        states = states_BTD.flatten(0, 1)[nouns.places_N[nouns.paired_N]]
+        logits = self.readout(self.norm(states)).float()
+        return F.binary_cross_entropy_with_logits(logits, nouns.relations_NR[nouns.paired_N])
 
 
 class Grounding(nn.Module):

@@ -8,7 +8,8 @@ Design choices
 - Editing sees the source twice: as looks among the words, and as clean latents at sigma 0. The instruction is dropped
   now and then, and the source too, so that text and picture can be guided apart (as in InstructPix2Pix, arXiv
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
-- In all three tasks the user's nouns are grounded in the scene they speak of (`mm.training.grounding`).
+- In all three tasks the user's nouns, and how they stand to each other, are grounded in the scene they speak of
+  (`mm.training.grounding`).
 
 This module does not know the loop, files or the judge.
 Legend: B rows, N pictures looked at, C = 16 channels, T tokens, V words.
@@ -34,7 +35,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
 from mm.training import talk
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
-from mm.training.grounding import Grounding, Nouns, find_nouns, tapped
+from mm.training.grounding import Grounding, Nouns, Relations, find_nouns, tapped
 from mm.world.edits import Edit
 from mm.world.render import render
 from mm.world.scene import Scene
@@ -55,6 +56,8 @@ class JointConfig(DrawingConfig):
     look_noise: float = 0.1
     nouns_layer: int = 3  # the text layer whose states are grounded
     nouns_weight: float = 0.15
+    relations_layer: int = 5  # a later one: it compares what the nouns know by then
+    relations_weight: float = 0.15
 
     def __post_init__(self) -> None:
         DrawingConfig.__post_init__(self)
@@ -162,18 +165,20 @@ class Joint(Drawing):
         super().__init__(trunk, velocity_decoder, code_head, bridge, config)
         self.settings = config
         self.look_connector, self.latent_connector = look_connector, latent_connector
-        self.grounding = Grounding(trunk.config.width)
+        self.grounding, self.relations = Grounding(trunk.config.width), Relations(trunk.config.width)
         # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.
         self._encoder = [encoder.requires_grad_(False).eval()]
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         """Named losses; names with a leading underscore are only watched."""
         reads = isinstance(batch, ReadBatch)
-        with tapped(self.trunk.text_layers[self.settings.nouns_layer]) as states:
+        layers, settings = self.trunk.text_layers, self.settings
+        with tapped(layers[settings.nouns_layer]) as early, tapped(layers[settings.relations_layer]) as late:
             losses = self._words(batch) if reads else super().forward(batch)
         if batch.nouns is not None:
-            nouns = self.settings.nouns_weight * self.grounding(states[0], batch.nouns)
-            losses["read_nouns" if reads else "nouns"] = nouns
+            prefix = "read_" if reads else ""
+            losses[f"{prefix}nouns"] = settings.nouns_weight * self.grounding(early[0], batch.nouns)
+            losses[f"{prefix}relations"] = settings.relations_weight * self.relations(late[0], batch.nouns)
         return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
 
     def prompt(self, batch: DrawingBatch) -> PromptCache:
