@@ -155,8 +155,9 @@ def solved(after: str | None = None, bits: int = 4, **settings):
     x, weight = correlated(300, 128), torch.randn(40, 128, generator=torch.Generator().manual_seed(2))
     x = x if after is None else {"gelu": F.gelu, "silu": F.silu}[after](x)
 
-    def score(dense, branch, rounder):
-        return float((rounder(x) @ dense.T + x @ branch.T - x @ weight.T).square().sum())
+    def score(dense, up, down, rounder, share):
+        rows = x[:: round(1 / share)]
+        return float((rounder(rows) @ dense.T + rows @ (up @ down).T - rows @ weight.T).square().sum())
 
     config = SVDQuantConfig(**{"rank": 8, "iterations": 20} | settings)
     return x, weight, search.solve(weight, x, score, after=after, config=config, bits=bits, dtype=torch.float32)

@@ -37,14 +37,20 @@ class Rounded:
 
     def dense(self) -> Tensor:
         """(N, K) in fp32."""
-        columns = self.values.shape[1]
-        return self.values.float() * self.scales.float().repeat_interleave(GROUP, 1)[:, :columns]
+        return _stretched(self.values.float(), self.scales)
 
     def packed(self, bits: int) -> Tensor:
         """As `BranchedLinear` keeps it: uint8 (N, C / 2) for 4 bits, int8 (N, C) for 8."""
         if bits == 4:
             return pack_int4(self.values)
         return F.pad(self.values, (0, padded(self.values.shape[1]) - self.values.shape[1]))
+
+
+def _stretched(values_NK: Tensor, scales_NG: Tensor) -> Tensor:
+    """Values times the scale of their group; changes float values in place where they fill whole groups."""
+    columns = values_NK.shape[1]
+    grouped = _groups(values_NK).mul_(scales_NG.float()[..., None])
+    return grouped.flatten(1)[:, :columns]
 
 
 def _groups(weight_NK: Tensor) -> Tensor:

@@ -283,19 +283,22 @@ def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
         weight = torch.cat([layer.weight.float() for layer in layers])
         wanted = rows @ weight.T
 
-        def own(dense: Tensor, branch: Tensor, rounder: search.Rounder) -> float:
-            return float((rounder(rows) @ dense.T + rows @ branch.T - wanted).square().sum())
+        def own(dense: Tensor, up: Tensor, down: Tensor, rounder: search.Rounder, share: float) -> float:
+            some = _some(range(len(rows)), share)
+            got = torch.addmm(rounder(rows[some]) @ dense.T, rows[some] @ down.T, up.T)
+            return float(got.sub_(wanted[some]).square().sum())
 
         return own
     parent = whole.get_submodule(group.first.parent)
 
-    def at_parent(dense: Tensor, branch: Tensor, rounder: search.Rounder) -> float:
-        parts = zip(layers, dense.split(sizes), branch.split(sizes), strict=True)
+    def at_parent(dense: Tensor, up: Tensor, down: Tensor, rounder: search.Rounder, share: float) -> float:
+        parts = zip(layers, dense.split(sizes), up.split(sizes), strict=True)
         error = 0.0
         try:
-            for layer, d, b in parts:
-                layer.__dict__["forward"] = _stand_in(layer, d, b, rounder)  # in front of the class's own
-            for args, kwargs, output in seen.calls:
+            for layer, d, u in parts:
+                layer.__dict__["forward"] = _stand_in(layer, d, u, down, rounder)  # in front of the class's own
+            for k in _some(range(len(seen.calls)), share):
+                args, kwargs, output = seen.calls[k]
                 for got, want in zip(cal.tensors_of(parent(*args, **kwargs)), cal.tensors_of(output), strict=True):
                     error += float((got.float() - want.float()).square().sum())
         finally:
@@ -306,10 +309,18 @@ def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
     return at_parent
 
 
-def _stand_in(layer: nn.Linear, dense: Tensor, branch: Tensor, rounder: search.Rounder) -> Callable[[Tensor], Tensor]:
+def _some(of: range, share: float) -> list[int]:
+    """A share of numbers, at least two of them, evenly spread: rows and calls come in the order of timesteps."""
+    count = min(len(of), max(2, round(share * len(of))))
+    return [of[int((i + 0.5) * len(of) / count)] for i in range(count)]
+
+
+def _stand_in(
+    layer: nn.Linear, dense: Tensor, up: Tensor, down: Tensor, rounder: search.Rounder
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         wide = x.float()
-        y = rounder(wide) @ dense.T + wide @ branch.T
+        y = rounder(wide) @ dense.T + (wide @ down.T) @ up.T
         return (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
 
     return forward

@@ -5,8 +5,8 @@ Design choices
   to 19/20. Each is tried with rounded inputs, the rank-R branch and a residual rounded to nearest, and scored where the
   group's parent module gives its output; without a parent, at the layers' own outputs.
 - Layers of a group are stacked: one lambda and one `down` serve q, k and v.
-- Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until the output error stops falling; GPTQ then
-  rounds the residual of the best turn, and is kept only where it errs less.
+- Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until a turn takes less than `WORTH` off the
+  output error; GPTQ then rounds the residual of the best turn, and is kept only where it errs less.
 
 This module does not know where inputs come from, nor how layers are replaced.
 Legend: M rows, N outputs of all layers of the group, K inputs, R rank.
@@ -27,8 +27,11 @@ from mm.quantization import numerics as n
 from mm.quantization.config import SVDQuantConfig
 
 Rounder = Callable[[Tensor], Tensor]
-# (integers' weight (N, K), branch's weight (N, K), rounder) -> squared error of y = rounder(x) integers^T + x branch^T.
-Score = Callable[[Tensor, Tensor, Rounder], float]
+# (integers' weight (N, K), branch's up (N, R) and down (R, K), rounder, share of what was seen)
+# -> squared error of y = rounder(x) integers^T + x down^T up^T.
+Score = Callable[[Tensor, Tensor, Tensor, Rounder, float], float]
+QUARTER = 0.25  # of the calls score all candidates; of the candidates are scored on all calls
+WORTH = 1e-3
 SHIFTS = {"gelu": 0.171875, "silu": 0.2734375}  # just above -min of the activation, exact in 16 bits
 
 
@@ -91,29 +94,30 @@ def _rounder(rule: ActivationRule, smooth: Tensor) -> Rounder:
     return run
 
 
-def _branch(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """up, down and their product, the factors as they are after rounding to 16 bits."""
+def _branch(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """up and down."""
     if not rank:
-        return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1]), torch.zeros_like(weight)
-    up, down = n.low_rank(weight, rank, generator)
-    return up, down, up @ down
+        return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
+    return n.low_rank(weight, rank, generator)
 
 
 def search_smooth(
     weight_NK: Tensor, x_MK: Tensor, score: Score, rule: ActivationRule, config: SVDQuantConfig, bits: int
 ) -> Tensor:
     """The candidate lambda (K,) with the smallest score."""
-    best, chosen = torch.inf, torch.ones(weight_NK.shape[1], device=weight_NK.device)
-    for _, _, factors in candidates(x_MK.abs().amax(0), weight_NK.abs().amax(0)):
-        generator = torch.Generator().manual_seed(config.seed)
-        scaled = weight_NK * factors
-        _, _, product = _branch(scaled, config.rank, generator)
-        residual = scaled - product
+    every = candidates(x_MK.abs().amax(0), weight_NK.abs().amax(0))
+    factors = torch.stack([found for _, _, found in every])
+
+    def scored(factors_K: Tensor, share: float) -> float:
+        scaled = weight_NK * factors_K
+        up, down = _branch(scaled, config.rank, torch.Generator().manual_seed(config.seed))
+        residual = scaled.addmm_(up, down, alpha=-1)
         dense = n.round_to_nearest(residual, n.group_scales(residual, bits, torch.float32), bits).dense()
-        value = score(dense / factors, product / factors, _rounder(rule, factors))
-        if value < best:
-            best, chosen = value, factors
-    return chosen
+        return score(dense.div_(factors_K), up, down / factors_K, _rounder(rule, factors_K), share)
+
+    first = torch.tensor([scored(each, QUARTER) for each in factors])
+    finalists = first.argsort(stable=True)[: -(-len(every) // 4)]
+    return factors[min(finalists.tolist(), key=lambda k: scored(factors[k], 1.0))]
 
 
 def alternate(
@@ -126,16 +130,17 @@ def alternate(
     turns = 0
     while turns < config.iterations:
         turns += 1
-        up, down, _ = _branch(scaled_NK - rounded, config.rank, generator)
+        up, down = _branch(scaled_NK - rounded, config.rank, generator)
         up, down = up.to(dtype).float(), down.to(dtype).float()
-        residual = scaled_NK - up @ down
+        residual = torch.addmm(scaled_NK, up, down, alpha=-1)
         integers = n.round_to_nearest(residual, n.group_scales(residual, bits, dtype, importance), bits)
         rounded = integers.dense()
         error = n.output_error(residual - rounded, gram)
         if error >= best:
             break
+        small = error > (1 - WORTH) * best
         best, kept = error, (up, down, integers)
-        if not config.rank:
+        if small or not config.rank:
             break
     assert kept is not None, "the weight is not finite"
     if config.gptq and gram is not None:
