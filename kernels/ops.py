@@ -88,9 +88,9 @@ def lowbit_linear(
     branch_scales: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """(M, N) in `dtype`: quantized activations times packed 4-bit weights, + bias + (low * branch_scales) up^T.
+    """(M, N) in `dtype`: quantized activations times 4- or 8-bit weights, + bias + (low * branch_scales) up^T.
 
-    weight is uint8 (N, C / 2) as `pack_int4` makes it, weight_scales (N, G), up (N, R).
+    weight is uint8 (N, C / 2) as `pack_int4` makes it, or int8 (N, C), padding zero; weight_scales (N, G), up (N, R).
     """
     _check_lowbit(values, scales, weight, weight_scales, bias, low, up, branch_scales, dtype)
     run = implementation("lowbit_linear", scales)
@@ -136,14 +136,17 @@ def branched_linear(
 ) -> Tensor:
     """y (..., N) = x W^T + bias + (x down^T * branch_scales) up^T for x (..., K), in x's dtype.
 
-    A weight with scales is packed 4-bit and x is quantized as `quantize_activations` says; without scales it is
-    (N, K) in floating point, and smooth, bits, group, unsigned and shift do not apply. All branches lie side by side in
-    down (R, K) and up (N, R), R a multiple of 16.
+    A weight with scales is 4- or 8-bit, as `lowbit_linear` takes it, and x is quantized as `quantize_activations` says,
+    or not at all with `bits` 16. Without scales it is (N, K) in floating point, and smooth, bits, group, unsigned and
+    shift do not apply. All branches lie side by side in down (R, K) and up (N, R), R a multiple of 16.
     """
     _check_branched(x, weight, weight_scales, bias, smooth, down, up, branch_scales, bits, group, unsigned)
     flat = x.reshape(-1, x.shape[-1])
     if weight_scales is None:
         y = implementation("dense_linear", x)(flat, weight, bias, down, up, branch_scales)
+    elif bits == 16:
+        run = implementation("weight_only_linear", x)
+        y = run(flat, weight, weight_scales, bias, smooth, down, up, branch_scales, shift)
     else:
         values, scales, low = implementation("quantize_activations", x)(
             flat, smooth, down, bits, group, unsigned, shift
@@ -222,10 +225,14 @@ def _check_outputs(
 
 
 def _check_weight(weight: Tensor, weight_scales: Tensor, wide: int) -> None:
-    _need(weight.dtype == torch.uint8, f"packed weights are uint8, not {weight.dtype}")
     _need(
-        weight.ndim == 2 and weight.shape[1] == wide // 2,
-        f"packed weights must have shape (N, {wide // 2}), not {tuple(weight.shape)}",
+        weight.dtype in (torch.uint8, torch.int8),
+        f"packed 4-bit weights are uint8 and 8-bit weights int8, not {weight.dtype}",
+    )
+    columns = wide // 2 if weight.dtype == torch.uint8 else wide
+    _need(
+        weight.ndim == 2 and weight.shape[1] == columns,
+        f"{weight.dtype} weights must have shape (N, {columns}), not {tuple(weight.shape)}",
     )
     want = (weight.shape[0], wide // GROUP)
     _need(tuple(weight_scales.shape) == want, f"weight_scales must have shape {want}, not {tuple(weight_scales.shape)}")
@@ -271,7 +278,8 @@ def _check_branched(
     group: int,
     unsigned: bool,
 ) -> None:
-    _check_rounding(bits, group, unsigned)
+    if bits != 16:
+        _check_rounding(bits, group, unsigned)
     _need(x.ndim >= 1 and x.shape[-1] > 0, f"x must have inputs in its last dimension, not shape {tuple(x.shape)}")
     _need(x.dtype in _FLOATS, f"x must be floating point, not {x.dtype}")
     inputs = x.shape[-1]

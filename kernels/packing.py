@@ -1,4 +1,4 @@
-"""The stored form of 4-bit weights, and how a matrix is rounded into it.
+"""The stored form of 4- and 8-bit weights, and how a matrix is rounded into 4 bits.
 
 Shapes: N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64 groups.
 
@@ -10,6 +10,7 @@ Design choices:
   whose first operand is unsigned, and 16-bit partial sums cannot overflow (15 * 127 * 2 < 2^15). Padding holds
   zero, that is 8.
 - Symmetric, [-7, 7] when rounded here; -8 is legal in a file made elsewhere.
+- 8-bit weights are int8 (N, C) as they are: the type tells the two apart.
 
 It does not know how scales or values are best chosen: `quantize_weight` rounds to nearest, mm.quantization does better.
 """
@@ -47,6 +48,11 @@ def unpack_int4(packed: Tensor) -> Tensor:
     groups = packed.view(packed.shape[0], -1, _HALF)
     both = torch.cat([groups & 15, groups >> 4], -1).to(torch.int8) - 8
     return both.view(packed.shape[0], -1)
+
+
+def integers_of(weight: Tensor) -> Tensor:
+    """int8 (N, C) of a stored weight, 4-bit (uint8) or 8-bit (int8)."""
+    return unpack_int4(weight) if weight.dtype == torch.uint8 else weight
 
 
 def quantize_weight(weight_NK: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:

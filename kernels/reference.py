@@ -9,7 +9,7 @@ Design choices:
   the format's.
 - `low` reads the raw x: `down` has 1 / smooth folded in, as published files have it.
 
-It does not know about speed: 4-bit weights are expanded to a full matrix.
+It does not know about speed: weights are expanded to a full matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm.kernels.packing import padded, unpack_int4
+from mm.kernels.packing import integers_of, padded
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,9 +58,10 @@ def lowbit_linear(
     branch_scales_R: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(M, N) in `dtype` from quantized activations, 4-bit weights, bias and branches."""
+    """(M, N) in `dtype` from quantized activations, 4- or 8-bit weights, bias and branches."""
     work = _work_dtype(scales.dtype)
-    y_MN = _by_group(values_MC, scales.to(work)) @ _by_group(unpack_int4(weight), weight_scales_NG.to(work)).T
+    weight_NC = _by_group(integers_of(weight), weight_scales_NG.to(work))
+    y_MN = _by_group(values_MC, scales.to(work)) @ weight_NC.T
     return _finish(y_MN, bias_N, low_MR, up_NR, branch_scales_R).to(dtype)
 
 
@@ -77,6 +78,26 @@ def dense_linear(
     x = x_MK.to(work)
     low_MR = x @ down_RK.to(work).T if down_RK is not None else None
     return _finish(x @ weight_NK.to(work).T, bias_N, low_MR, up_NR, branch_scales_R).to(x_MK.dtype)
+
+
+def weight_only_linear(
+    x_MK: Tensor,
+    weight: Tensor,
+    weight_scales_NG: Tensor,
+    bias_N: Tensor | None,
+    smooth_K: Tensor | None,
+    down_RK: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+    shift: float,
+) -> Tensor:
+    """(M, N) in x's dtype from 4- or 8-bit weights, inputs as they are."""
+    work = _work_dtype(x_MK.dtype)
+    x = x_MK.to(work)
+    v = x + shift if smooth_K is None else (x + shift) * (1 / smooth_K.to(work))
+    weight_NK = _by_group(integers_of(weight), weight_scales_NG.to(work))[:, : v.shape[1]]
+    low_MR = x @ down_RK.to(work).T if down_RK is not None else None
+    return _finish(v @ weight_NK.T, bias_N, low_MR, up_NR, branch_scales_R).to(x_MK.dtype)
 
 
 def _by_group(values: Tensor, scales: Tensor) -> Tensor:

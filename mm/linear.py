@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.errors import UserError
-from mm.kernels import branched_linear, unpack_int4
-from mm.kernels.packing import GROUP, padded
+from mm.kernels import branched_linear
+from mm.kernels.packing import GROUP, integers_of, padded
 
 RANK_STEP = 16
 Scope = Literal["text", "picture"]
@@ -48,7 +48,7 @@ def token_split(text_tokens: int) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationRule:
-    """How a 4-bit layer's input is rounded; 16 bits = not at all. See `mm.kernels.quantize_activations`."""
+    """How a quantized layer's input is rounded; 16 bits = not at all. See `mm.kernels.quantize_activations`."""
 
     bits: int = 8
     group: int = 0
@@ -198,8 +198,7 @@ class BranchedLinear(nn.Linear):
 
     def integers(self) -> Tensor:
         """int8 (N, K) of a quantized base."""
-        values = unpack_int4(self.qweight) if self.bits == 4 else self.qweight
-        return values[:, : self.in_features]
+        return integers_of(self.qweight)[:, : self.in_features]
 
     def base_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(N, K): what the base does to x, before rounding of x: smoothing undone, its SVD branch included."""
@@ -330,26 +329,22 @@ class BranchedLinear(nn.Linear):
         )
         if learns:
             return self._plain(input)
-        if self.bits == 4 and self.activation.bits != 16:
+        if self.bits != 16:
             rule = self.activation
             y = branched_linear(
                 input, self.qweight, self.weight_scales, self.bias, self.smooth, self._down, self._up, self._scales,
                 rule.bits, rule.group, rule.unsigned, rule.shift,
             )  # fmt: skip
         else:
-            y = self._weight_only(input)
+            y = self._sixteen_bit(input)
         return self._scoped(y, input)
 
-    def _weight_only(self, x: Tensor) -> Tensor:
-        """16-bit inputs: the base's weight in x's type, and the branches in the same op."""
-        if self.bits == 16:
-            weight = self.weight
-        else:
-            weight = self._dense(self.weight_scales.dtype)
-        bias = self._unlifted_bias()
+    def _sixteen_bit(self, x: Tensor) -> Tensor:
+        """The base's weight in x's type, and the branches in the same op."""
+        weight, bias = self.weight.to(x.dtype), self.bias
         if self._down is None:
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return branched_linear(x, weight.to(x.dtype), None, bias, None, self._down, self._up, self._scales)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return branched_linear(x, weight, None, bias, None, self._down, self._up, self._scales)
 
     def _plain(self, x: Tensor) -> Tensor:
         """The sum in plain torch, with gradients for x and for branches that want them."""

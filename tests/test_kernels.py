@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm import kernels
-from mm.kernels import dispatch
+from mm.kernels import dense, dispatch
+from mm.kernels.packing import integers_of
 
 CPU = dispatch.absence("cpu") is None
 ISAS = ["avx512", "avx2", "portable"]
@@ -37,7 +38,7 @@ class Layer:
         return dict(self.__dict__)
 
 
-def make(tokens, outputs, inputs, *, rank=16, dtype=torch.float32, seed=0, extras=True) -> Layer:
+def make(tokens, outputs, inputs, *, rank=16, dtype=torch.float32, seed=0, extras=True, weight_bits=4) -> Layer:
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -46,6 +47,10 @@ def make(tokens, outputs, inputs, *, rank=16, dtype=torch.float32, seed=0, extra
     weight, weight_scales = kernels.quantize_weight(
         normal(outputs, inputs, scale=inputs**-0.5), torch.float16 if seed % 2 else torch.bfloat16
     )
+    if weight_bits == 8:
+        weight = torch.randint(-128, 128, (outputs, 2 * weight.shape[1]), generator=rng, dtype=torch.int8)
+        weight[:, inputs:] = 0
+        weight_scales = weight_scales / 17
     return Layer(
         x=normal(tokens, inputs).to(dtype),
         weight=weight,
@@ -147,15 +152,18 @@ def test_quantizing_equals_the_reference(isa, bits, group, unsigned, shift, dtyp
     inputs=st.integers(1, 400),
     rank=st.sampled_from([0, 16, 48]),
     rounding=st.sampled_from(ROUNDINGS),
+    weight_bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     extras=st.booleans(),
     seed=st.integers(0, 99),
     path=st.sampled_from(ISAS),
 )
-def test_layers_of_any_shape_equal_the_reference(tokens, outputs, inputs, rank, rounding, dtype, extras, seed, path):
+def test_layers_of_any_shape_equal_the_reference(
+    tokens, outputs, inputs, rank, rounding, weight_bits, dtype, extras, seed, path
+):
     from mm.kernels.cpu import _native
 
-    layer = make(tokens, outputs, inputs, rank=rank, dtype=dtype, seed=seed, extras=extras)
+    layer = make(tokens, outputs, inputs, rank=rank, dtype=dtype, seed=seed, extras=extras, weight_bits=weight_bits)
     bits, group, unsigned, shift = rounding
     arguments = {**layer.arguments(), "bits": bits, "group": group, "unsigned": unsigned, "shift": shift}
     rounded = (layer.x, layer.smooth, None, bits, group, unsigned, shift)
@@ -174,15 +182,16 @@ def test_layers_of_any_shape_equal_the_reference(tokens, outputs, inputs, rank, 
     moved = (mine.int() - values.int()).abs()
     assert moved.max() <= 1 and moved.float().mean() <= 0.01
     steps = scales.double().repeat_interleave(moved.shape[1] // scales.shape[1], 1)
-    weight = kernels.unpack_int4(layer.weight).double() * layer.weight_scales.double().repeat_interleave(64, 1)
+    weight = integers_of(layer.weight).double() * layer.weight_scales.double().repeat_interleave(64, 1)
     close(got, want, dtype=dtype, ties=(moved * steps) @ weight.abs().T)
 
 
 @needs_cpu
+@pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize("tokens", [1, 3, 13, 64])
-def test_wider_layers_equal_the_reference(isa, tokens):
+def test_wider_layers_equal_the_reference(isa, tokens, weight_bits):
     """More than one block of rows and of columns."""
-    layer = make(tokens, 257, 1088, rank=32, seed=tokens)
+    layer = make(tokens, 257, 1088, rank=32, seed=tokens, weight_bits=weight_bits)
     with kernels.use_backend("reference"):
         want = kernels.branched_linear(**layer.arguments())
     close(kernels.branched_linear(**layer.arguments()), want, dtype=torch.float32)
@@ -194,7 +203,8 @@ def test_extreme_weights_and_activations_do_not_overflow(isa):
     low, high = (kernels.pack_int4(torch.full((33, 256), value)) for value in (-8, 7))
     x = torch.cat([torch.ones(1, 256), -torch.ones(1, 256)])
     ones = torch.ones_like(layer.weight_scales)
-    for weight, value in ((low, -8), (high, 7)):
+    widest = {value: torch.full((33, 256), value, dtype=torch.int8) for value in (-128, 127)}
+    for weight, value in ((low, -8), (high, 7), *((weight, value) for value, weight in widest.items())):
         y = kernels.branched_linear(x, weight, ones)
         torch.testing.assert_close(y, x[:, :1] * (256.0 * value) * torch.ones(1, 33))
 
@@ -209,6 +219,34 @@ def test_what_is_no_number_stays_none(isa, value):
         want = kernels.branched_linear(**layer.arguments())
     assert y[1].isnan().all() and want[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 11])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_inputs_that_are_not_rounded_err_less_than_16_bits_do(tokens, weight_bits):
+    """Against the closed form in float64; `dense`, which GPUs take, computes in x's type and is held to that."""
+    layer = make(tokens, 33, 200, weight_bits=weight_bits)
+    weight = (integers_of(layer.weight) * layer.weight_scales.double().repeat_interleave(64, 1))[:, :200]
+    x = layer.x.double()
+    want = (x + 0.25) / layer.smooth.double() @ weight.T + layer.bias.double()
+    want += ((x @ layer.down.double().T) * layer.branch_scales.double()) @ layer.up.double().T
+    arguments = {**layer.arguments(), "bits": 16, "shift": 0.25}
+    for backend, bound in (("reference", 1e-6), *([("cpu", 5e-5)] if CPU else [])):
+        with kernels.use_backend(backend):
+            got = kernels.branched_linear(**arguments)
+        assert (got - want).abs().max() <= bound * want.abs().max(), backend
+    got = dense.weight_only_linear(*layer.arguments().values(), 0.25)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_the_product_without_a_kernel_equals_the_reference():
+    layer = make(7, 33, 200, weight_bits=8)
+    rounded = kernels.quantize_activations(layer.x, layer.smooth, layer.down, group=64)
+    values, scales, low = rounded
+    rest = (layer.weight, layer.weight_scales, layer.bias, low, layer.up, layer.branch_scales, torch.float32)
+    with kernels.use_backend("reference"):
+        want = kernels.lowbit_linear(values, scales, *rest)
+    close(dense.expanded_lowbit_linear(values, scales, *rest), want, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -77,7 +77,7 @@ def test_the_effective_weight_is_what_the_layer_does(layer):
     bias = layer.bias
     with torch.no_grad():
         eye = layer(torch.eye(K)) - bias
-    exact = layer.bits == 16 or layer.activation.bits == 16 or layer.bits == 8
+    exact = 16 in (layer.bits, layer.activation.bits)
     torch.testing.assert_close(layer.effective_weight().T, eye, atol=1e-4 if exact else 0.03, rtol=1e-3)
 
 

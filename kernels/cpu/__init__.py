@@ -1,4 +1,4 @@
-"""The C++ backend: 4-bit storage, 8-bit products, branches fused; AVX512-VNNI, AVX2 and portable paths.
+"""The C++ backend: 4- or 8-bit storage, 8-bit products, branches fused; AVX512-VNNI, AVX2 and portable paths.
 
 Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
 
@@ -9,6 +9,8 @@ Design choices:
   for the cores. Hence torch is imported first, and `threads` is torch's number.
 - float16 x is read as it is and computed in fp32, as everything else is.
 - 16-bit weights go to torch's own product (`dense`).
+- Inputs that are not to be rounded are written as two digits of 8 bits a group, the second some 250 times finer: that
+  errs less than their own 16 bits, and integer products of packed weights do the rest.
 
 It does not know why a caller chose bits or groups, and it does not choose between backends (`dispatch`).
 """
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mm.kernels.dense import dense_linear
-from mm.kernels.packing import padded
+from mm.kernels.packing import GROUP, padded
 
 _native: ModuleType | None
 _absence: str | None = None
@@ -33,7 +35,7 @@ except ImportError as error:
     _native = None
     _absence = f"the C++ extension does not load ({error}); reinstall where there is a C++17 compiler"
 
-__all__ = ["absence", "dense_linear", "instruction_set", "lowbit_linear", "quantize_activations"]
+__all__ = ["absence", "dense_linear", "instruction_set", "lowbit_linear", "quantize_activations", "weight_only_linear"]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -105,6 +107,38 @@ def lowbit_linear(
     _native.linear(
         (values.data_ptr(), scales.data_ptr(), weight.data_ptr()), _at(weight_scales), _at(bias), _at(low), _at(up),
         _at(branch_scales), _at(y), (rows, outputs, wide, scales.shape[1], 0 if up is None else up.shape[1]),
-        torch.get_num_threads(),
+        4 if weight.dtype == torch.uint8 else 8, torch.get_num_threads(),
     )  # fmt: skip
     return y.to(dtype)
+
+
+def weight_only_linear(
+    x_MK: Tensor,
+    weight: Tensor,
+    weight_scales_NG: Tensor,
+    bias_N: Tensor | None,
+    smooth_K: Tensor | None,
+    down_RK: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+    shift: float,
+) -> Tensor:
+    """(M, N) in x's dtype; x is read as coarse + fine, each rounded to 8 bits a group."""
+    rows, columns = x_MK.shape
+    v = x_MK.float() + shift
+    v = v if smooth_K is None else v * (1 / smooth_K.float())
+    coarse, steps, _ = quantize_activations(v, None, None, 8, GROUP, False, 0.0)
+    left = v - (coarse.view(rows, -1, GROUP) * steps[..., None]).view(rows, -1)[:, :columns]
+    fine, fine_steps, _ = quantize_activations(left, None, None, 8, GROUP, False, 0.0)
+    both = lowbit_linear(
+        torch.cat([coarse, fine]), torch.cat([steps, fine_steps]), weight, weight_scales_NG, None, None, None, None,
+        torch.float32,
+    )  # fmt: skip
+    y = both[:rows] + both[rows:]
+    if bias_N is not None:
+        y += bias_N
+    if down_RK is not None and up_NR is not None:
+        low = x_MK.float() @ down_RK.float().T
+        low = low if branch_scales_R is None else low * branch_scales_R
+        y.addmm_(low, up_NR.float().T)
+    return y.to(x_MK.dtype)

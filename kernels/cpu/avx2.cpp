@@ -1,4 +1,5 @@
-// AVX2: 32 products per instruction in 16 bits (which cannot overflow here: see kernels/packing.py), summed in 32.
+// AVX2: 32 products per instruction in 16 bits (which cannot overflow here: for 4-bit weights see kernels/packing.py), summed
+// in 32.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -19,7 +20,15 @@ MM_TARGET inline __m256i dot32(const int8_t *x, const uint8_t *w) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-MM_TARGET inline void group_dots(const int8_t *x, const uint8_t *w, int64_t G, int32_t *sums) {
+// Signed weights: |w| times x with w's sign. 128 * 127 * 2 still fits into 16 bits, as activations stop at -127.
+MM_TARGET inline __m256i dot32(const int8_t *x, const int8_t *w) {
+    const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w));
+    const __m256i turned = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)), weights);
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), turned), _mm256_set1_epi16(1));
+}
+
+template <typename Weight>
+MM_TARGET inline void dots(const int8_t *x, const Weight *w, int64_t G, int32_t *sums) {
     for (int64_t g = 0; g < G; ++g, x += GROUP, w += GROUP) {
         const __m256i eight = _mm256_add_epi32(dot32(x, w), dot32(x + 32, w + 32));
         __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
@@ -27,6 +36,9 @@ MM_TARGET inline void group_dots(const int8_t *x, const uint8_t *w, int64_t G, i
         sums[g] = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
     }
 }
+
+MM_TARGET inline void group_dots(const int8_t *x, const uint8_t *w, int64_t G, int32_t *sums) { dots(x, w, G, sums); }
+MM_TARGET inline void signed_dots(const int8_t *x, const int8_t *w, int64_t G, int32_t *sums) { dots(x, w, G, sums); }
 
 #include "dots.h"
 

@@ -5,6 +5,7 @@
 //   as the tile reads it; activations are repacked once per call, 12 tokens side by side. 24 sums of 32 bits live in
 //   registers for one group of 64 columns, then join fp32 sums in the first-level cache with the group's scales.
 // - The + 8 of the storage costs nothing: a group's sums start at -8 * (sum of its activations) instead of zero.
+// - 8-bit weights go the same ways: read with their top bit turned they are value + 128.
 // - Few tokens: 4-bit rows are read as they lie, once, and multiplied with up to 4 tokens.
 // - The branch is added to the fp32 sums, in fp32.
 #if defined(__x86_64__)
@@ -65,10 +66,10 @@ MM_TARGET void project_down_wide(const QuantizeArgs &a, int64_t first, int64_t c
 
 // ---- what both products share
 
-// -8 * (sum of a group's activations), from one instruction per group.
-MM_TARGET inline int32_t offset_of(const int8_t *x) {
-    const __m512i eights = _mm512_set1_epi8(8);
-    return -_mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), eights, _mm512_loadu_si512(x)));
+// -8 (or -128) * (sum of a group's activations), from one instruction per group.
+MM_TARGET inline int32_t offset_of(const LinearArgs &a, const int8_t *x) {
+    const __m512i zeros = _mm512_set1_epi8(char(a.weight_bits == 4 ? 8 : 128));
+    return -_mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), zeros, _mm512_loadu_si512(x)));
 }
 
 inline std::vector<float> scaled_low(const LinearArgs &a) {
@@ -80,8 +81,10 @@ inline std::vector<float> scaled_low(const LinearArgs &a) {
 
 // ---- few tokens
 
-// A group of 64 weights + 8 in natural order, from its 32 bytes.
+// A group of 64 weights in natural order, + 8 from its 32 bytes or + 128 from its 64.
+template <int BITS>
 MM_TARGET inline __m512i expand_group(const uint8_t *packed) {
+    if constexpr (BITS == 8) return _mm512_xor_si512(_mm512_loadu_si512(packed), _mm512_set1_epi8(char(128)));
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(packed)));
     const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
     return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
@@ -98,22 +101,22 @@ MM_TARGET FewTokens prepare_few(const LinearArgs &a) {
         for (int64_t g = 0; g < a.G; ++g) {
             const float scale = a.scales[m * a.scale_columns + (a.grouped() ? g : 0)];
             few.scales[size_t(m * a.G + g)] = scale;
-            few.offsets[size_t(m * a.G + g)] = scale * float(offset_of(a.values + m * a.C + g * GROUP));
+            few.offsets[size_t(m * a.G + g)] = scale * float(offset_of(a, a.values + m * a.C + g * GROUP));
         }
     return few;
 }
 
 // One output for TOKENS tokens from `m` on; `weight_scales` are fp32.
-template <int TOKENS>
+template <int TOKENS, int BITS>
 MM_TARGET inline void row_dots(const LinearArgs &a, const FewTokens &few, int64_t m, int64_t n, const float *weight_scales,
                                float bias) {
-    const uint8_t *w = a.weight + n * a.C / 2;
+    const uint8_t *w = a.weight + n * a.row_bytes();
     const int8_t *x = a.values + m * a.C;
     const float *scales = few.scales.data() + m * a.G, *offsets = few.offsets.data() + m * a.G;
     __m512 sums[TOKENS];
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
     for (int64_t g = 0; g < a.G; ++g) {
-        const __m512i group = expand_group(w + g * GROUP / 2);
+        const __m512i group = expand_group<BITS>(w + g * (GROUP * BITS / 8));
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t) {
             const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), group, _mm512_loadu_si512(x + t * a.C + g * GROUP));
@@ -135,6 +138,7 @@ MM_TARGET inline void row_dots(const LinearArgs &a, const FewTokens &few, int64_
     }
 }
 
+template <int BITS>
 MM_TARGET void linear_few(const LinearArgs &a) {
     const FewTokens few = prepare_few(a);
 #pragma omp parallel num_threads(a.threads)
@@ -146,8 +150,8 @@ MM_TARGET void linear_few(const LinearArgs &a) {
             float bias = 0;
             if (a.bias) load_floats(a.bias.at(n), 1, &bias);
             int64_t m = 0;
-            for (; m + 4 <= a.M; m += 4) row_dots<4>(a, few, m, n, weight_scales.data(), bias);
-            for (; m < a.M; ++m) row_dots<1>(a, few, m, n, weight_scales.data(), bias);
+            for (; m + 4 <= a.M; m += 4) row_dots<4, BITS>(a, few, m, n, weight_scales.data(), bias);
+            for (; m < a.M; ++m) row_dots<1, BITS>(a, few, m, n, weight_scales.data(), bias);
         }
     }
 }
@@ -171,7 +175,7 @@ MM_TARGET void pack_block(const LinearArgs &a, const std::vector<float> &low, Bl
         const int8_t *x = a.values + m * a.C;
         int32_t *to = b.x.data() + block * quads * ROWS + i;
         for (int64_t q = 0; q < quads; ++q) std::memcpy(to + q * ROWS, x + 4 * q, 4);
-        for (int64_t g = 0; g < a.G; ++g) b.offsets[size_t((block * a.G + g) * ROWS + i)] = offset_of(x + g * GROUP);
+        for (int64_t g = 0; g < a.G; ++g) b.offsets[size_t((block * a.G + g) * ROWS + i)] = offset_of(a, x + g * GROUP);
         for (int64_t g = 0; g < a.scale_columns; ++g)
             b.scales[size_t((block * a.scale_columns + g) * ROWS + i)] = a.scales[m * a.scale_columns + g];
         for (int64_t r = 0; r < a.R; ++r) b.low[size_t((block * a.R + r) * ROWS + i)] = low[size_t(m * a.R + r)];
@@ -179,7 +183,7 @@ MM_TARGET void pack_block(const LinearArgs &a, const std::vector<float> &low, Bl
 }
 
 struct Panel {  // COLUMNS outputs; those past the end are zero
-    std::vector<uint8_t> w;            // (C / 4, COLUMNS, 4): value + 8
+    std::vector<uint8_t> w;            // (C / 4, COLUMNS, 4): value + 8 or + 128
     std::vector<float> scales;         // (G, COLUMNS)
     std::vector<float> up, bias, row;  // (R, COLUMNS), (COLUMNS), and a place for one row of either
     explicit Panel(const LinearArgs &a)
@@ -217,6 +221,17 @@ MM_TARGET inline void expand_tile(const uint8_t *packed, int64_t stride, int64_t
     }
 }
 
+// The same from rows of 64 bytes: a gather a quad, whose 16 lines stay in the cache for all of them.
+MM_TARGET inline void turn_tile(const uint8_t *bytes, int64_t stride, int64_t rows, uint8_t *to) {
+    const __mmask16 mask = rows >= 16 ? 0xffff : rows <= 0 ? 0 : __mmask16((1 << rows) - 1);
+    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(int(stride)));
+    for (int64_t q = 0; q < DEEP; ++q) {
+        const __m512i quad = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, places, bytes + 4 * q, 1);
+        _mm512_storeu_si512(to + q * COLUMNS * 4, _mm512_xor_si512(quad, _mm512_set1_epi8(char(128))));
+    }
+}
+
 MM_TARGET void transpose_rows(Array from, int64_t first, int64_t rows, int64_t length, float *row, float *to) {
     for (int64_t c = 0; c < rows; ++c) {
         load_floats(from.at((first + c) * length), length, row);
@@ -225,15 +240,20 @@ MM_TARGET void transpose_rows(Array from, int64_t first, int64_t rows, int64_t l
 }
 
 MM_TARGET void fill_panel(const LinearArgs &a, int64_t first, Panel &p) {
-    const int64_t rows = std::min(COLUMNS, a.N - first), stride = a.C / 2;
+    const int64_t rows = std::min(COLUMNS, a.N - first), stride = a.row_bytes();
     if (rows < COLUMNS) {
         std::fill(p.scales.begin(), p.scales.end(), 0.0f);
         std::fill(p.up.begin(), p.up.end(), 0.0f);
     }
     for (int64_t g = 0; g < a.G; ++g)
-        for (int64_t c = 0; c < COLUMNS; c += 16)
-            expand_tile(a.weight + (first + c) * stride + g * GROUP / 2, stride, rows - c,
-                        p.w.data() + g * GROUP * COLUMNS + c * 4);
+        for (int64_t c = 0; c < COLUMNS; c += 16) {
+            const uint8_t *from = a.weight + (first + c) * stride + g * GROUP * a.weight_bits / 8;
+            uint8_t *to = p.w.data() + g * GROUP * COLUMNS + c * 4;
+            if (a.weight_bits == 4)
+                expand_tile(from, stride, rows - c, to);
+            else
+                turn_tile(from, stride, rows - c, to);
+        }
     transpose_rows(a.weight_scales, first, rows, a.G, p.row.data(), p.scales.data());
     if (a.R) transpose_rows(a.up, first, rows, a.R, p.row.data(), p.up.data());
     std::fill(p.bias.begin(), p.bias.end(), 0.0f);
@@ -417,10 +437,12 @@ MM_TARGET void linear_many(const LinearArgs &a) {
 constexpr int64_t FEW = 8;  // at so many tokens both products take about as long
 
 MM_TARGET void linear(const LinearArgs &a) {
-    if (a.M <= FEW)
-        linear_few(a);
-    else
+    if (a.M > FEW)
         linear_many(a);
+    else if (a.weight_bits == 4)
+        linear_few<4>(a);
+    else
+        linear_few<8>(a);
 }
 
 bool runs_here() {

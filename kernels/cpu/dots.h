@@ -1,7 +1,9 @@
 // The product row by row, for the paths without a tile of their own: each 4-bit row is expanded once and multiplied with
 // every token. Included like rows.h; the includer has set MM_TARGET and defined
 //   void group_dots(const int8_t *x, const uint8_t *w, int64_t G, int32_t *sums)
-// which writes sum over k of x * (w + 8) for each group: the + 8 of the storage comes off through sums of x.
+// which writes sum over k of x * (w + 8) for each group: the + 8 of the storage comes off through sums of x; and
+//   void signed_dots(const int8_t *x, const int8_t *w, int64_t G, int32_t *sums)
+// for 8-bit weights, which are read as they lie.
 
 struct Prepared {  // what depends on the activations alone
     std::vector<float> scales, offsets, low;  // (M, G): scale, and -8 * scale * sum of x; (M, R) with branch scales
@@ -16,7 +18,7 @@ MM_TARGET inline Prepared prepare(const LinearArgs &a) {
             for (int64_t k = 0; k < GROUP; ++k) sum += a.values[m * a.C + g * GROUP + k];
             const float scale = a.scales[m * a.scale_columns + (a.grouped() ? g : 0)];
             p.scales[size_t(m * a.G + g)] = scale;
-            p.offsets[size_t(m * a.G + g)] = scale * float(-8 * sum);
+            p.offsets[size_t(m * a.G + g)] = a.weight_bits == 4 ? scale * float(-8 * sum) : 0.0f;
         }
     for (int64_t m = 0; m < a.M; ++m)
         for (int64_t r = 0; r < a.R; ++r)
@@ -50,13 +52,17 @@ MM_TARGET void linear(const LinearArgs &a) {
         std::vector<int32_t> sums(size_t(a.G));
 #pragma omp for schedule(dynamic, 16)
         for (int64_t n = 0; n < a.N; ++n) {
-            expand_row(a.weight + n * a.C / 2, a.G, w.data());
+            const uint8_t *row = a.weight + n * a.row_bytes();
+            if (a.weight_bits == 4) expand_row(row, a.G, w.data());
             load_floats(a.weight_scales.at(n * a.G), a.G, weight_scales.data());
             if (a.R) load_floats(a.up.at(n * a.R), a.R, up.data());
             float bias = 0;
             if (a.bias) load_floats(a.bias.at(n), 1, &bias);
             for (int64_t m = 0; m < a.M; ++m) {
-                group_dots(a.values + m * a.C, w.data(), a.G, sums.data());
+                if (a.weight_bits == 4)
+                    group_dots(a.values + m * a.C, w.data(), a.G, sums.data());
+                else
+                    signed_dots(a.values + m * a.C, reinterpret_cast<const int8_t *>(row), a.G, sums.data());
                 const float y = finish_dot(a, p, m, sums.data(), weight_scales.data(), up.data()) + bias;
                 store_floats(&y, 1, a.out.at(m * a.N + n));
             }

@@ -37,13 +37,15 @@ struct QuantizeArgs {
 struct LinearArgs {
     const int8_t *values;   // (M, C)
     const float *scales;    // (M, scale_columns)
-    const uint8_t *weight;  // (N, C / 2)
+    const uint8_t *weight;  // (N, C / 2) of 4-bit values + 8, or (N, C) of signed bytes
+    int weight_bits;        // 4 or 8
     Array weight_scales, bias, up;  // (N, G), (N), (N, R)
     const float *low, *branch_scales;  // (M, R), (R) or null
     Array out;  // (M, N), written
     int64_t M, N, C, G, R, scale_columns;
     int threads;
     bool grouped() const { return scale_columns > 1; }
+    int64_t row_bytes() const { return C * weight_bits / 8; }
 };
 
 struct Path {

@@ -55,11 +55,11 @@ void quantize(const Typed &x, const Typed &smooth, const Typed &down, std::tuple
 
 void linear(std::tuple<uintptr_t, uintptr_t, uintptr_t> in, const Typed &weight_scales, const Typed &bias, const Typed &low,
             const Typed &up, const Typed &branch_scales, const Typed &out,
-            std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int threads) {
+            std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int weight_bits, int threads) {
     const auto [values, scales, weight] = in;
     const auto [M, N, C, scale_columns, R] = sizes;
     const LinearArgs args{pointer<const int8_t>(values), pointer<const float>(scales), pointer<const uint8_t>(weight),
-                          array(weight_scales), array(bias), array(up), pointer<const float>(low.first),
+                          weight_bits, array(weight_scales), array(bias), array(up), pointer<const float>(low.first),
                           pointer<const float>(branch_scales.first), array(out), M, N, C, C / GROUP, R, scale_columns, threads};
     nb::gil_scoped_release release;
     chosen->linear(args);

@@ -73,25 +73,30 @@ MM_TARGET inline float dot(const float *a, const float *b, int64_t count) {
 }
 
 // One stretch of v that shares a scale. The largest magnitude is found among bit patterns, where anything that is no
-// number exceeds every number: it ends up in the scale, hence in the output, instead of vanishing.
+// number exceeds every number: it ends up in the scale, hence in the output, instead of vanishing. No loop here has a
+// branch: on signs of real data each would be guessed wrong half of the time, which took four fifths of the whole pass.
 MM_TARGET inline float round_stretch(const float *v, int64_t count, int top, bool is_unsigned, int8_t *values) {
     uint32_t most = 0;
+    const uint32_t drop = is_unsigned ? 0xffffffff : 0;
+#pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits = float_to_bits(v[i]);
-        const uint32_t magnitude = bits & 0x7fffffff;
-        const bool below = is_unsigned && (bits >> 31) && magnitude <= 0x7f800000;
-        bits = below ? 0 : magnitude;
-        most = bits > most ? bits : most;
+        const uint32_t bits = float_to_bits(v[i]), magnitude = bits & 0x7fffffff;
+        const uint32_t below = (0 - (bits >> 31)) & (0 - uint32_t(magnitude <= 0x7f800000)) & drop;
+        const uint32_t counts = magnitude & ~below;
+        most = counts > most ? counts : most;
     }
     const float absmax = bits_to_float(most), per_step = most == 0 ? 0.0f : float(top) / absmax;
     if (most >= 0x7f800000) {
         std::memset(values, 0, size_t(count));
         return absmax == absmax ? bits_to_float(0x7fc00000) : absmax;
     }
-    const int low = is_unsigned ? 0 : -top;
+    const float low = is_unsigned ? 0.0f : float(-top), high = float(top);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        const int q = int(__builtin_rintf(v[i] * per_step));
-        values[i] = int8_t(q < low ? low : q > top ? top : q);
+        float q = __builtin_rintf(v[i] * per_step);
+        q = q < low ? low : q;
+        q = q > high ? high : q;
+        values[i] = int8_t(int(q));
     }
     return absmax / float(top);
 }

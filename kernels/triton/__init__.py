@@ -1,4 +1,5 @@
-"""The Triton backend: NVIDIA GPUs from Ampere on, with 8-bit products (wgmma on Hopper) on 4-bit weights.
+"""The Triton backend: NVIDIA GPUs from Ampere on, with 8-bit products (wgmma on Hopper) on 4-bit weights;
+8-bit ones are expanded to 16 bits.
 
 Shapes: M tokens, N outputs, K inputs, R = ranks of all branches.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from mm.kernels.dense import dense_linear
+from mm.kernels.dense import dense_linear, weight_only_linear
 
 _missing: str | None = None
 try:
@@ -24,7 +25,7 @@ except ImportError as error:
 
 _LEAST = (8, 0)
 
-__all__ = ["absence", "dense_linear", "lowbit_linear", "quantize_activations"]
+__all__ = ["absence", "dense_linear", "lowbit_linear", "quantize_activations", "weight_only_linear"]
 
 
 def absence() -> str | None:

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mm.kernels.dense import expanded_lowbit_linear
 from mm.kernels.packing import GROUP, padded
 from mm.kernels.triton import plans
 from mm.kernels.triton.products import combine, expand, folded, grouped, grouped_few
@@ -114,6 +115,10 @@ def lowbit_linear(
     branch_scales_R: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    if weight.dtype == torch.int8:
+        return expanded_lowbit_linear(
+            values_MC, scales, weight, weight_scales_NG, bias_N, low_MR, up_NR, branch_scales_R, dtype
+        )
     y = values_MC.new_empty(values_MC.shape[0], weight.shape[0], dtype=torch.float32 if dtype.itemsize > 4 else dtype)
     if not y.numel():
         return y.to(dtype)

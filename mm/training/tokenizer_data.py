@@ -2,7 +2,8 @@
 
 Design choices
 - Scenes are rendered into a pool which grows a little every step; scene i depends on (seed, i) alone, so a resumed run
-  draws the same pool. Held-out scenes live in a seed namespace of their own.
+  draws the same pool. Held-out scenes live in a seed namespace of their own. Styles can be favoured: then every other
+  scene is in one of them.
 - Reconstruction: L1 + MSE + L1 of the image gradient, so that neither blur nor a wrong tone is cheap.
 - `SemanticHead` reads *noised* latents (RecTok, arXiv 2512.13421): object and colour in each cell, background and style
   of the whole. It makes latents easy to generate and is thrown away after training.
@@ -15,6 +16,7 @@ Legend: B batch, C channels, H height, W width, N pool.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,8 +40,8 @@ class Batch:
 class ScenePool:
     """Rendered training scenes in memory, as uint8; grows on demand and is picked from at random."""
 
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size, self.count = seed, size, 0
+    def __init__(self, seed: int, size: int, favoured: Sequence[str] = ()) -> None:
+        self.seed, self.size, self.count, self.favoured = seed, size, 0, favoured
         self.pictures = torch.empty(size, 3, 128, 128, dtype=torch.uint8)
         self.cells = torch.empty(size, 2, 8, 8, dtype=torch.uint8)
         self.globals = torch.empty(size, 2, dtype=torch.uint8)
@@ -49,12 +51,18 @@ class ScenePool:
         count = min(-(-count // chunk) * chunk, self.size)
         while self.count < count:
             stop = min(self.count + chunk, count)
-            scenes = [sample_scene(random.Random(f"tokenizer-{self.seed}-{i}")) for i in range(self.count, stop)]
+            scenes = [self._scene(i) for i in range(self.count, stop)]
             self.pictures[self.count : stop] = render(scenes)
             self.cells[self.count : stop] = torch.stack(cell_labels(scenes), 1).to(torch.uint8)
             named = [(BACKGROUNDS.index(scene.background), STYLES.index(scene.style)) for scene in scenes]
             self.globals[self.count : stop] = torch.tensor(named, dtype=torch.uint8)
             self.count = stop
+
+    def _scene(self, i: int) -> Scene:
+        rng = random.Random(f"tokenizer-{self.seed}-{i}")
+        if self.favoured and i % 2:
+            return sample_scene(rng, styles=self.favoured)
+        return sample_scene(rng)
 
     def pick(self, batch_size: int, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

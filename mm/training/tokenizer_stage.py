@@ -59,6 +59,7 @@ class TokenizerStageConfig:
     pool_size: int = 32768
     report_seconds: float = 120.0
     freeze_encoder: bool = False
+    favour: tuple[str, ...] = ()  # styles that half of the scenes are in
 
     def __post_init__(self) -> None:
         if self.minutes <= 0:
@@ -67,6 +68,8 @@ class TokenizerStageConfig:
             raise ValueError(f"kind is {self.kind!r}; give autoencoder, fsq or vq")
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer is {self.optimizer!r}; give muon or adamw")
+        if unknown := sorted(set(self.favour) - set(STYLES)):
+            raise ValueError(f"no style {', '.join(unknown)} to favour; there are {', '.join(STYLES)}")
         if self.pool_start < self.batch_size:
             raise ValueError(f"pool_start is {self.pool_start}, below the batch size of {self.batch_size}")
 
@@ -86,7 +89,7 @@ class Trainer:
             self.model.encoder.requires_grad_(False)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizers = self._optimizers()
-        self.pool = ScenePool(config.seed, config.pool_size)
+        self.pool = ScenePool(config.seed, config.pool_size, config.favour)
         self.step, self.elapsed = 0, 0.0
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -305,8 +308,10 @@ def parse() -> tuple[argparse.Namespace, TokenizerStageConfig]:
     parser.add_argument("--semantic-weight", type=float, default=0.01)
     parser.add_argument("--resume", action="store_true", help="go on from state.safetensors in the folder")
     parser.add_argument("--freeze-encoder", action="store_true", help="tune the decoder alone (starts from --init)")
+    parser.add_argument("--favour", nargs="+", default=(), metavar="STYLE", help="half of the scenes in these styles")
     parser.add_argument("--init", help="folder of a saved tokenizer to start from")
     args = parser.parse_args()
+    args.favour = tuple(args.favour)
     named = {k: v for k, v in vars(args).items() if k not in ("resume", "init")}
     return args, TokenizerStageConfig(**named)
 
