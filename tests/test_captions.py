@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 
@@ -96,3 +97,12 @@ def test_bad_scenes_are_refused_with_the_value() -> None:
         Sprite(object="cat", x=64, y=64, size=41)
     with pytest.raises(ValueError, match="cubist"):
         Scene(sprites=(), style="cubist")
+
+
+def test_a_scene_has_one_plain_caption():
+    for seed in range(60):
+        scene = sample_scene(random.Random(seed))
+        said = {caption(scene, random.Random(luck), detail="plain") for luck in range(5)}
+        assert len(said) == 1, said
+        turned = dataclasses.replace(scene, sprites=scene.sprites[::-1])
+        assert caption(turned, random.Random(9), detail="plain") in said

@@ -147,7 +147,7 @@ class Batches:
 
     def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
         if rng.random() < self.config.outside_share:  # through the understanding encoder: fresh pictures
-            scenes = [sample_scene(rng, default_weight=5, pair_share=0.4) for _ in range(self.batch_size)]
+            scenes = [sample_scene(rng, default_weight=5, pair_share=0.25) for _ in range(self.batch_size)]
             dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
             return joint.read_batch(dialogues, _pictures, self.nouns)
         if rng.random() < 0.5:

@@ -3,9 +3,9 @@
 Design choices
 - A conversation starts with a picture from outside or with one that was drawn, may change it by an edit, and asks
   questions about what is there now; one row of tokens carries half a dozen answers, each with its own truth.
-- Asking for a description gets the plain, full caption: everything that shows, in one wording.
-- Questions are drawn twice a scene, and those on style and background seldom: what takes looking for one thing among
-  others (is it there, how many, what colour, where) is learned slowest, and one row of looks serves many questions.
+- Asking for a description gets the plain, full caption: everything that shows, in one wording and one order.
+- Questions are drawn twice a scene, and those that are learned soon seldom: what takes looking for one thing among
+  others (how many, what colour, where) is learned slowest, and one row of looks serves many questions.
 - A third of the questions that need no picture are small talk; questions without a picture are answered by saying so.
 - What stands alone in a picture may be called "it", in questions' and edits' words alike.
 - A turn keeps the scene that its words speak of (an edit's is its target), for `mm.training.grounding`.
@@ -45,14 +45,14 @@ SMALL_TALK: tuple[tuple[str, str], ...] = (
     ("that is great", "thank you!"),
     ("nice", "thank you!"),
 )
+ASKED = {"style": 0.3, "background": 0.3, "existence": 0.5}  # how often, of what is learned soon
 NO_PICTURE = "sorry, there is no picture. what can i draw for you?"
 
 
 def ask(dialogue: Dialogue, scene: Scene, rng: random.Random, most: int) -> Dialogue:
     """Up to `most` questions about `scene` with their answers, and now and then a description."""
     asked = {qa.question: qa for _ in range(2) for qa in questions(scene, rng)}
-    easy = ("style", "background")
-    turns = [(q, qa.answer) for q, qa in asked.items() if qa.kind not in easy or rng.random() < 0.3]
+    turns = [(q, qa.answer) for q, qa in asked.items() if rng.random() < ASKED.get(qa.kind, 1.0)]
     rng.shuffle(turns)
     turns = turns[:most]
     if rng.random() < 0.4:

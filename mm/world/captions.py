@@ -13,6 +13,7 @@ This module does not know pictures, tokens or models.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from mm.world import vocabulary as v
@@ -84,24 +85,25 @@ def _named(group: Group, scene: Scene, rng: random.Random) -> Group:
     return group
 
 
-def _related(scene: Scene, parts: tuple[Group, ...], rng: random.Random, plain: bool) -> str | None:
-    """ "a cat left of a dog" for two groups, from either side; None when no relation holds."""
-    order = [0, 1]
-    rng.shuffle(order)
-    a, b = (parts[i] for i in order)
-    held = sorted(group_relation(scene, a, b))
+def _related(scene: Scene, parts: Sequence[Group], rng: random.Random, plain: bool) -> str | None:
+    """ "a cat left of a dog" for the two groups in order; None when no relation holds."""
+    a, b = parts
+    holds = group_relation(scene, a, b)
+    held = [r for r in v.RELATIONS if r in holds]
     if not held:
         return None
-    words = RELATION_PHRASES[rng.choice(held)]
+    words = RELATION_PHRASES[held[0] if plain else rng.choice(held)]
     link = words[0] if plain else rng.choice(words)
-    first, second = (group_phrase(_named(g, scene, rng), rng, plain=plain) for g in (a, b))
+    first, second = (_phrase(scene, g, rng, plain) for g in (a, b))
     return f"{first} {link} {second}"
 
 
-def _listed(scene: Scene, parts: tuple[Group, ...], rng: random.Random, plain: bool) -> str:
-    order = list(parts)
-    rng.shuffle(order)
-    phrases = [group_phrase(_named(g, scene, rng), rng, plain=plain) for g in order]
+def _phrase(scene: Scene, group: Group, rng: random.Random, plain: bool) -> str:
+    return group_phrase(group if plain else _named(group, scene, rng), rng, plain=plain)
+
+
+def _listed(scene: Scene, parts: Sequence[Group], rng: random.Random, plain: bool) -> str:
+    phrases = [_phrase(scene, g, rng, plain) for g in parts]
     if len(phrases) == 2 and not plain and rng.random() < 0.3:
         return f"{phrases[0]} {rng.choice(('with', 'next to', 'beside'))} {phrases[1]}"
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
@@ -110,10 +112,16 @@ def _listed(scene: Scene, parts: tuple[Group, ...], rng: random.Random, plain: b
 def caption(scene: Scene, rng: random.Random, *, detail: Detail = "full") -> str:
     """A caption of `scene`.
 
-    `full` names all that shows, `partial` leaves some of it out, `plain` is full in the first wording of each choice.
+    `full` names all that shows, `partial` leaves some of it out. `plain` is full in the first wording of each choice,
+    groups in the vocabulary's order and natural colours unsaid, so that a scene has one such caption: whoever learns to
+    say it need not guess which of several was meant.
     """
     plain = detail == "plain"
-    parts = groups(scene)
+    parts = list(groups(scene))
+    if plain:
+        parts.sort(key=lambda g: (v.ALL_OBJECTS.index(g.object), g.colour or "", g.count))
+    else:
+        rng.shuffle(parts)
     keep = 1.0 if detail != "partial" else 0.5
     body = None
     if len(parts) == 2 and rng.random() < 0.85 * keep + (0.15 if plain else 0.0):
