@@ -9,9 +9,10 @@ import torch
 from mm.models.dialogue import IGNORED, Dialogue, stack
 from mm.models.text import build_text_tokenizer
 from mm.training import talk
-from mm.training.grounding import SIZES, Grounding, find_nouns, noun_ids, tapped
+from mm.training.grounding import SIZES, Grounding, Relations, find_nouns, noun_ids, tapped
 from mm.world.edits import sample_edit
 from mm.world.scene import Scene, Sprite
+from mm.world.vocabulary import RELATIONS
 
 TOKENIZER = build_text_tokenizer()
 NOUNS = noun_ids(TOKENIZER.convert_tokens_to_ids)
@@ -93,3 +94,44 @@ def test_a_tap_collects_while_it_lasts():
         layer(torch.zeros(2))
     layer(torch.zeros(2))
     assert [s.tolist() for s in states] == [[1.0, 1.0]]
+
+
+def relations_of(text: str) -> list[list[str] | None]:
+    """What is true of each noun of a turn about SCENE, in words."""
+    found = nouns_of(Dialogue(TOKENIZER).user(text, about=SCENE))
+    return [
+        [name for name, holds in zip(RELATIONS, row, strict=True) if holds] if paired else None
+        for row, paired in zip(found.relations_NR.tolist(), found.paired_N.tolist(), strict=True)
+    ]
+
+
+def test_two_nouns_of_a_turn_know_how_they_stand_to_each_other():
+    assert relations_of("is the dog below the cats?") == [["below"], ["above"]]  # whatever the words claim
+    assert relations_of("is the cat left of the dog?") == [["above"], ["below"]]
+
+
+def test_only_a_pair_that_is_there_is_related():
+    assert relations_of("is there a dog?") == [None]
+    assert relations_of("is the cat left of the owl?") == [None, None]
+    assert relations_of("a cat, a dog and an owl") == [None, None, None]
+
+
+def test_turns_are_not_mixed():
+    dialogue = Dialogue(TOKENIZER).user("is there a dog?", about=SCENE).says("yes").user("is there a cat?", about=SCENE)
+    assert not nouns_of(dialogue).paired_N.any()
+
+
+def test_the_readout_learns_how_things_stand():
+    torch.manual_seed(0)
+    found = nouns_of(Dialogue(TOKENIZER).user("is the dog below the cats?", about=SCENE))
+    states, module = torch.randn(1, 40, 16), Relations(16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = module(states, found)
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.05
+    assert (module.readout(module.norm(states[0, found.places_N])) > 0).tolist() == found.relations_NR.bool().tolist()
+    alone = nouns_of(Dialogue(TOKENIZER).user("is there a dog?", about=SCENE))
+    assert float(module(states.requires_grad_(), alone).detach()) == 0

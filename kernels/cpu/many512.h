@@ -5,25 +5,39 @@
 
 constexpr int64_t ROWS = 6, COLUMNS = 32, DEEP = GROUP / 4;
 
+// Left as it comes: whoever fills it touches its pages first, in parallel.
+template <typename T>
+struct Raw {
+    std::unique_ptr<T[]> memory;
+    explicit Raw(int64_t count) : memory(new T[size_t(count)]) {}
+    T *data() const { return memory.get(); }
+};
+
 struct Blocks {  // activations, ROWS tokens side by side; the last block is filled up with zeros
-    std::vector<int32_t> x;        // (blocks, C / 4, ROWS): four columns of K each
-    std::vector<int32_t> offsets;  // (blocks, G, ROWS)
-    std::vector<float> scales;     // (blocks, scale_columns, ROWS)
-    std::vector<float> low;        // (blocks, R, ROWS)
+    Raw<int32_t> x;        // (blocks, C / 4, ROWS): four columns of K each
+    Raw<int32_t> offsets;  // (blocks, G, ROWS)
+    Raw<float> scales;     // (blocks, scale_columns, ROWS)
+    Raw<float> low;        // (blocks, R, ROWS)
     int64_t count;
 };
 
 MM_TARGET void pack_block(const LinearArgs &a, const std::vector<float> &low, Blocks &b, int64_t block) {
     const int64_t quads = a.C / 4;
+    if (a.M - block * ROWS < ROWS) {
+        std::fill_n(b.x.data() + block * quads * ROWS, quads * ROWS, 0);
+        std::fill_n(b.offsets.data() + block * a.G * ROWS, a.G * ROWS, 0);
+        std::fill_n(b.scales.data() + block * a.scale_columns * ROWS, a.scale_columns * ROWS, 0.0f);
+        std::fill_n(b.low.data() + block * a.R * ROWS, a.R * ROWS, 0.0f);
+    }
     for (int64_t i = 0; i < ROWS && block * ROWS + i < a.M; ++i) {
         const int64_t m = block * ROWS + i;
         const int8_t *x = a.values + m * a.C;
         int32_t *to = b.x.data() + block * quads * ROWS + i;
         for (int64_t q = 0; q < quads; ++q) std::memcpy(to + q * ROWS, x + 4 * q, 4);
-        for (int64_t g = 0; g < a.G; ++g) b.offsets[size_t((block * a.G + g) * ROWS + i)] = offset_of(a, x + g * GROUP);
+        for (int64_t g = 0; g < a.G; ++g) b.offsets.data()[(block * a.G + g) * ROWS + i] = offset_of(a, x + g * GROUP);
         for (int64_t g = 0; g < a.scale_columns; ++g)
-            b.scales[size_t((block * a.scale_columns + g) * ROWS + i)] = a.scales[m * a.scale_columns + g];
-        for (int64_t r = 0; r < a.R; ++r) b.low[size_t((block * a.R + r) * ROWS + i)] = low[size_t(m * a.R + r)];
+            b.scales.data()[(block * a.scale_columns + g) * ROWS + i] = a.scales[m * a.scale_columns + g];
+        for (int64_t r = 0; r < a.R; ++r) b.low.data()[(block * a.R + r) * ROWS + i] = low[size_t(m * a.R + r)];
     }
 }
 
@@ -273,8 +287,8 @@ MM_TARGET inline void run_tile(const LinearArgs &a, const Blocks &b, const Panel
 MM_TARGET void linear_many(const LinearArgs &a) {
     const std::vector<float> low = scaled_low(a);
     const int64_t count = (a.M + ROWS - 1) / ROWS, rows = count * ROWS;
-    Blocks b{std::vector<int32_t>(size_t(rows * a.C / 4)), std::vector<int32_t>(size_t(rows * a.G)),
-             std::vector<float>(size_t(rows * a.scale_columns)), std::vector<float>(size_t(rows * a.R)), count};
+    Blocks b{Raw<int32_t>(rows * a.C / 4), Raw<int32_t>(rows * a.G), Raw<float>(rows * a.scale_columns),
+             Raw<float>(rows * a.R), count};
 #pragma omp parallel num_threads(a.threads)
     {
 #pragma omp for schedule(static)
