@@ -198,6 +198,21 @@ def test_wider_layers_equal_the_reference(isa, tokens, weight_bits):
 
 
 @needs_cpu
+def test_tokens_beyond_the_cache_equal_the_reference():
+    """More tokens than are treated at once (12 MiB of them), in a layer of a few outputs."""
+    layer = make(1100, 5, 12288, seed=3)
+    with kernels.use_backend("reference"):
+        want = kernels.branched_linear(**layer.arguments())
+        wide = kernels.quantize_activations(layer.x, layer.smooth)[0]
+    moved = (kernels.quantize_activations(layer.x, layer.smooth)[0].int() - wide.int()).abs().double()
+    steps = (layer.x / layer.smooth).abs().amax(1, keepdim=True).double() / 127
+    weight = integers_of(layer.weight).double() * layer.weight_scales.double().repeat_interleave(64, 1)
+    close(
+        kernels.branched_linear(**layer.arguments()), want, dtype=torch.float32, ties=(moved * steps) @ weight.abs().T
+    )
+
+
+@needs_cpu
 def test_extreme_weights_and_activations_do_not_overflow(isa):
     layer = make(2, 33, 256, rank=0, extras=False)
     low, high = (kernels.pack_int4(torch.full((33, 256), value)) for value in (-8, 7))

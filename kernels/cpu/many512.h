@@ -1,9 +1,12 @@
 // The product for many tokens in AVX512. Weights of 32 outputs are expanded once per thread into a panel laid out as the tile
 // reads it; activations are repacked once per call, 6 tokens side by side. A tile's 12 integer sums and their 12 fp32 sums
 // live in registers: the former for one group of 64 columns, then they join the latter with the group's scales. (12 tokens
-// with fp32 sums in the first-level cache need fewer loads, and were slower by the stores.) Included like rows.h.
+// with fp32 sums in the first-level cache need fewer loads, and were slower by the stores.) Every panel meets as many tokens
+// as the last-level cache holds and as rows of the output have pages at hand, then the next so many: from memory they would
+// come too slowly, and so few as fit into a core's own cache have weights expanded too often. Included like rows.h.
 
 constexpr int64_t ROWS = 6, COLUMNS = 32, DEEP = GROUP / 4;
+constexpr int64_t NEAR = 12 << 20, PAGES = 1024;  // bytes of activations, and tokens, that are treated at once
 
 // Left as it comes: whoever fills it touches its pages first, in parallel.
 template <typename T>
@@ -13,24 +16,26 @@ struct Raw {
     T *data() const { return memory.get(); }
 };
 
-struct Blocks {  // activations, ROWS tokens side by side; the last block is filled up with zeros
+struct Blocks {  // activations from block `base` on, ROWS tokens side by side; the last block is filled up with zeros
     Raw<int32_t> x;        // (blocks, C / 4, ROWS): four columns of K each
     Raw<int32_t> offsets;  // (blocks, G, ROWS)
     Raw<float> scales;     // (blocks, scale_columns, ROWS)
     Raw<float> low;        // (blocks, R, ROWS)
-    int64_t count;
+    Blocks(const LinearArgs &a, int64_t count)
+        : x(count * ROWS * a.C / 4), offsets(count * a.G * ROWS), scales(count * a.scale_columns * ROWS),
+          low(count * a.R * ROWS) {}
 };
 
-MM_TARGET void pack_block(const LinearArgs &a, const std::vector<float> &low, Blocks &b, int64_t block) {
-    const int64_t quads = a.C / 4;
-    if (a.M - block * ROWS < ROWS) {
+MM_TARGET void pack_block(const LinearArgs &a, const std::vector<float> &low, Blocks &b, int64_t base, int64_t block) {
+    const int64_t quads = a.C / 4, left = a.M - (base + block) * ROWS;
+    if (left < ROWS) {
         std::fill_n(b.x.data() + block * quads * ROWS, quads * ROWS, 0);
         std::fill_n(b.offsets.data() + block * a.G * ROWS, a.G * ROWS, 0);
         std::fill_n(b.scales.data() + block * a.scale_columns * ROWS, a.scale_columns * ROWS, 0.0f);
         std::fill_n(b.low.data() + block * a.R * ROWS, a.R * ROWS, 0.0f);
     }
-    for (int64_t i = 0; i < ROWS && block * ROWS + i < a.M; ++i) {
-        const int64_t m = block * ROWS + i;
+    for (int64_t i = 0; i < std::min(ROWS, left); ++i) {
+        const int64_t m = (base + block) * ROWS + i;
         const int8_t *x = a.values + m * a.C;
         int32_t *to = b.x.data() + block * quads * ROWS + i;
         for (int64_t q = 0; q < quads; ++q) std::memcpy(to + q * ROWS, x + 4 * q, 4);
@@ -245,8 +250,8 @@ MM_TARGET inline void tile(const int32_t *x, const int32_t *offsets, const float
 
 // Scales of the tokens, branch and bias onto the sums; then out.
 template <int TOKENS>
-MM_TARGET inline void finish_tile(const LinearArgs &a, const Blocks &b, const Panel &p, int64_t block, int64_t first,
-                                  float *sums) {
+MM_TARGET inline void finish_tile(const LinearArgs &a, const Blocks &b, const Panel &p, int64_t base, int64_t block,
+                                  int64_t first, float *sums) {
     __m512 y[TOKENS][2];
     const __m512 b0 = _mm512_loadu_ps(p.bias.data()), b1 = _mm512_loadu_ps(p.bias.data() + 16);
     const float *scales = b.scales.data() + block * a.scale_columns * ROWS, *low = b.low.data() + block * a.R * ROWS;
@@ -266,43 +271,57 @@ MM_TARGET inline void finish_tile(const LinearArgs &a, const Blocks &b, const Pa
         }
     }
     const int64_t columns = std::min(COLUMNS, a.N - first);
-    for (int i = 0; i < TOKENS && block * ROWS + i < a.M; ++i) {
+    for (int i = 0; i < TOKENS && (base + block) * ROWS + i < a.M; ++i) {
         _mm512_store_ps(sums, y[i][0]);
         _mm512_store_ps(sums + 16, y[i][1]);
-        store_floats(sums, columns, a.out.at((block * ROWS + i) * a.N + first));
+        store_floats(sums, columns, a.out.at(((base + block) * ROWS + i) * a.N + first));
     }
 }
 
 template <int TOKENS>
-MM_TARGET inline void run_tile(const LinearArgs &a, const Blocks &b, const Panel &p, int64_t block, int64_t first) {
+MM_TARGET inline void run_tile(const LinearArgs &a, const Blocks &b, const Panel &p, int64_t base, int64_t block,
+                               int64_t first) {
     alignas(64) float sums[ROWS * COLUMNS];
     const int32_t *x = b.x.data() + block * (a.C / 4) * ROWS, *offsets = b.offsets.data() + block * a.G * ROWS;
     if (a.grouped())
         tile<TOKENS, true>(x, offsets, b.scales.data() + block * a.G * ROWS, p, a.G, sums);
     else
         tile<TOKENS, false>(x, offsets, nullptr, p, a.G, sums);
-    finish_tile<TOKENS>(a, b, p, block, first, sums);
+    finish_tile<TOKENS>(a, b, p, base, block, first, sums);
+}
+
+// Asks for large pages of an output that is about to be touched for the first time: small ones would be given one at a time,
+// which took a tenth of the whole product.
+inline void ask_for_large_pages(Array out, int64_t count) {
+#if defined(__linux__)
+    constexpr uintptr_t LARGE = 2 << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(out.data) + LARGE - 1) / LARGE * LARGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data) + uintptr_t(count * out.bytes())) / LARGE * LARGE;
+    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 MM_TARGET void linear_many(const LinearArgs &a) {
+    ask_for_large_pages(a.out, a.M * a.N);
     const std::vector<float> low = scaled_low(a);
-    const int64_t count = (a.M + ROWS - 1) / ROWS, rows = count * ROWS;
-    Blocks b{Raw<int32_t>(rows * a.C / 4), Raw<int32_t>(rows * a.G), Raw<float>(rows * a.scale_columns),
-             Raw<float>(rows * a.R), count};
+    const int64_t count = (a.M + ROWS - 1) / ROWS, most = std::max<int64_t>(1, std::min(NEAR / a.C, PAGES) / ROWS);
+    const int64_t stretches = std::max<int64_t>(1, (count + most / 2) / most), width = (count + stretches - 1) / stretches;
+    Blocks b(a, width);
 #pragma omp parallel num_threads(a.threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < count; ++block) pack_block(a, low, b, block);
         Panel panel(a);
+        for (int64_t base = 0; base < count; base += width) {
+            const int64_t blocks = std::min(width, count - base);
+#pragma omp for schedule(static)
+            for (int64_t block = 0; block < blocks; ++block) pack_block(a, low, b, base, block);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < a.N; first += COLUMNS) {
-            fill_panel(a, first, panel);
-            for (int64_t block = 0; block < count; ++block) {
-                const int64_t left = a.M - block * ROWS;
-                if (left > 3)
-                    run_tile<6>(a, b, panel, block, first);
-                else
-                    run_tile<3>(a, b, panel, block, first);
+            for (int64_t first = 0; first < a.N; first += COLUMNS) {
+                fill_panel(a, first, panel);
+                for (int64_t block = 0; block < blocks; ++block)
+                    if (a.M - (base + block) * ROWS > 3)
+                        run_tile<6>(a, b, panel, base, block, first);
+                    else
+                        run_tile<3>(a, b, panel, base, block, first);
             }
         }
     }
