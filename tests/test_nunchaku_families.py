@@ -7,7 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from nunchaku_packer import make_layer, make_modulation
 from safetensors.torch import save_file
 from test_nunchaku import put, relative, run
@@ -88,6 +93,40 @@ def test_a_z_image_file_with_refiners_at_16_bits(tmp_path):
     for name, linear in model.named_modules():
         if isinstance(linear, torch.nn.Linear):
             assert torch.allclose(got.get_submodule(name).weight, linear.weight, atol=1e-6), name
+
+
+def test_an_sdxl_file(tmp_path):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(5)
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        attention_head_dim=(2, 2), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+    ).eval()  # fmt: skip
+    tensors, ending = dict(model.state_dict()), ("attn1.to_q", "attn2.to_q", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    for path in [name for name, _ in model.named_modules() if name.endswith(ending)]:
+        targets = [path[:-1] + letter for letter in "qkv"] if path.endswith("attn1.to_q") else [path]
+        n, k = model.get_submodule(path).weight.shape
+        made = make_layer(rng, n * len(targets), k)
+        fields = dict(made.fields)
+        for i, target in enumerate(targets):
+            rows = slice(i * n, (i + 1) * n)
+            del tensors[f"{target}.weight"]
+            model.get_submodule(target).weight.data = torch.from_numpy(made.dense[rows]).float()
+            if tensors.pop(f"{target}.bias", None) is None:
+                fields.pop("bias", None)
+            else:
+                model.get_submodule(target).bias.data = torch.from_numpy(made.plain_bias[rows]).float()
+        name = path.replace("attn1.to_q", "attn1.to_qkv")
+        tensors |= {f"{name}.{field}": tensor for field, tensor in fields.items()}
+    config = {"_class_name": "NunchakuSDXLUNet2DConditionModel"} | dict(model.config)
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
+    got = mm.load_nunchaku(tmp_path / "x.safetensors", dtype=torch.float32, activation_bits=16)
+    assert len(quantized(got)) == 8 * 4  # of four transformer blocks
+    g = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(1, 4, 8, 8, generator=g), torch.tensor(3), torch.randn(1, 5, 32, generator=g))
+    with torch.no_grad():
+        assert relative(got(*inputs).sample, model(*inputs).sample) < 1e-4
 
 
 # ---- nunchaku_lite --------------------------------------------------------------------------------------------------

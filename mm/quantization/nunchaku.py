@@ -123,7 +123,8 @@ def load_nunchaku(
 
     opened = _open(source)
     name = str(opened.config.get("_class_name", ""))
-    kind = getattr(diffusers, name.removeprefix("Nunchaku").removesuffix("V2").replace("2dModel", "2DModel"), None)
+    plain = name.removeprefix("Nunchaku").removeprefix("SDXL").removesuffix("V2").replace("2dModel", "2DModel")
+    kind = getattr(diffusers, plain, None)
     if kind is None:
         raise UserError(
             f"{opened.where} does not say which model of diffusers it holds ({name or 'no _class_name'}); build the "

@@ -76,10 +76,18 @@ _Z_IMAGE = (
     Rule(r"(.*\.feed_forward)\.net\.0\.proj", ("{1}.w3", "{1}.w1")),
     Rule(r"(.*\.feed_forward)\.net\.2", ("{1}.w2",)),
 )
+# SDXL's UNet: keys and values of the prompt stay at 16 bits; what follows GEGLU has no lower bound, hence no shift.
+_SDXL = (
+    Rule(r"(.*\.transformer_blocks\.\d+\.attn1)\.to_qkv", _QKV),
+    Rule(r"(.*\.transformer_blocks\.\d+\.attn2\.to_q)"),
+    Rule(r"(.*\.transformer_blocks\.\d+\.attn[12]\.to_out\.0)"),
+    Rule(r"(.*\.transformer_blocks\.\d+\.ff\.net\.(?:0\.proj|2))"),
+)
 FAMILIES: dict[str, tuple[Rule, ...]] = {
     "FluxTransformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": _QWEN,
     "ZImageTransformer2DModel": _Z_IMAGE,
+    "UNet2DConditionModel": _SDXL,
 }
 # nunchaku_lite: diffusers' own layers, unfused, unsplit and without shifts
 LITE = (Rule("(.*)"),)
