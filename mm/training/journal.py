@@ -68,6 +68,10 @@ def _autoencoder(rows: list[dict[str, Any]]) -> str:
     return f"{table(thinned(steps))}\n\nPSNR (dB) on held-out renders:\n\n{table(thinned(psnr))}"
 
 
+def _decoder(rows: list[dict[str, Any]]) -> str:
+    return f"The autoencoder's decoder alone, latents as they were (`--freeze-encoder`).\n\n{_autoencoder(rows)}"
+
+
 def _judge(rows: list[dict[str, Any]]) -> str:
     looks = [row for row in rows if "exact" in row]
     return f"`exact`: share of held-out scenes read back without any error.\n\n{table(thinned(looks))}"
@@ -88,6 +92,7 @@ def _loop(note: str) -> Callable[[list[dict[str, Any]]], str]:
 
 STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
     ("Autoencoder", "autoencoder/log.txt", _autoencoder),
+    ("Decoder", "decoder/log.txt", _decoder),
     ("Judge", "judge/log.txt", _judge),
     ("Drawing", "drawing/log.jsonl", _loop("Losses are moving averages over about 50 steps.")),
     (
