@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mm.errors import UserError
 from mm.files import write_new_bytes
-from mm.metadata import drawing_settings, png_bytes, steps_for
+from mm.metadata import GUIDANCE, drawing_settings, png_bytes, steps_for
 from mm.paths import resolve_model
 
 
@@ -21,7 +21,7 @@ def edit_to_file(
     mask: Path | None = None,
     seed: int = 0,
     steps: int | None = None,
-    guidance: float = 4.0,
+    guidance: float = GUIDANCE,
     image_guidance: float = 1.5,
     mode: str = "flow",
     model: str = "mm-tiny",

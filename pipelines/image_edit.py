@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from mm.errors import UserError
-from mm.metadata import steps_for
+from mm.metadata import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
@@ -48,7 +48,7 @@ from mm.tokenizers import Autoencoder, Bridge
 class ImageEditPipeline(TextToImagePipeline):
     """Edits pictures by instructions. See `__call__`. `default_guidance`: of text and picture, where none is given."""
 
-    default_guidance = (4.0, 1.5)
+    default_guidance = (GUIDANCE, 1.5)
 
     def __init__(
         self,

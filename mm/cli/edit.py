@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from mm.metadata import GUIDANCE
+
 app = typer.Typer(add_completion=False)
 
 
@@ -32,7 +34,7 @@ def edit(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same picture.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
-    guidance: Annotated[float, typer.Option(min=0, max=100, help="How strictly the words are followed.")] = 4.0,
+    guidance: Annotated[float, typer.Option(min=0, max=100, help="How strictly the words are followed.")] = GUIDANCE,
     image_guidance: Annotated[float, typer.Option(min=0, max=100, help="How closely the source is followed.")] = 1.5,
     mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",

@@ -101,7 +101,7 @@ def edit(
     model: Model = "mm-tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 40,
-    guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = GUIDANCE,
     image_guidance: Annotated[float, typer.Option(help="How closely the source is followed.")] = 1.5,
     tuning: Annotated[bool, typer.Option(help="Seen compositions, for choosing settings.")] = False,
     json: Json = None,
