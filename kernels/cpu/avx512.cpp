@@ -8,9 +8,6 @@
 // - The branch is added to the fp32 sums, in fp32.
 #if defined(__x86_64__)
 #include <immintrin.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <memory>

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace mm {
 
@@ -47,6 +50,19 @@ struct LinearArgs {
     bool grouped() const { return scale_columns > 1; }
     int64_t row_bytes() const { return C * weight_bits / 8; }
 };
+
+// Asks for large pages of memory that is about to be touched for the first time: small ones would be given one at a time,
+// which took a tenth of a large product.
+inline void ask_for_large_pages(const void *data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t LARGE = 2 << 20;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t first = (start + LARGE - 1) / LARGE * LARGE, end = (start + uintptr_t(bytes)) / LARGE * LARGE;
+    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 struct Path {
     const char *name;

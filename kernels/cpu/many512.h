@@ -290,19 +290,8 @@ MM_TARGET inline void run_tile(const LinearArgs &a, const Blocks &b, const Panel
     finish_tile<TOKENS>(a, b, p, base, block, first, sums);
 }
 
-// Asks for large pages of an output that is about to be touched for the first time: small ones would be given one at a time,
-// which took a tenth of the whole product.
-inline void ask_for_large_pages(Array out, int64_t count) {
-#if defined(__linux__)
-    constexpr uintptr_t LARGE = 2 << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(out.data) + LARGE - 1) / LARGE * LARGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data) + uintptr_t(count * out.bytes())) / LARGE * LARGE;
-    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 MM_TARGET void linear_many(const LinearArgs &a) {
-    ask_for_large_pages(a.out, a.M * a.N);
+    ask_for_large_pages(a.out.data, a.M * a.N * a.out.bytes());
     const std::vector<float> low = scaled_low(a);
     const int64_t count = (a.M + ROWS - 1) / ROWS, most = std::max<int64_t>(1, std::min(NEAR / a.C, PAGES) / ROWS);
     const int64_t stretches = std::max<int64_t>(1, (count + most / 2) / most), width = (count + stretches - 1) / stretches;

@@ -154,6 +154,7 @@ MM_TARGET void quantize(const QuantizeArgs &a) {
     const float *by = a.smooth ? inverse.data() : nullptr;
     const int64_t blocks = (a.M + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS;
     if (blocks == 1) return quantize_one_block(a, by);
+    ask_for_large_pages(a.values, a.M * a.C);
 #pragma omp parallel num_threads(a.threads)
     {
         std::vector<float> x(size_t(QUANTIZE_ROWS * a.C)), down(size_t(a.K));
