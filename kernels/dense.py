@@ -28,11 +28,15 @@ def dense_linear(
     """(M, N) in x's dtype from a 16-bit weight, bias and branches."""
     dtype = x_MK.dtype
     y_MN = torch.nn.functional.linear(x_MK, weight_NK.to(dtype), None if bias_N is None else bias_N.to(dtype))
-    if down_RK is None or up_NR is None:
+    return add_branch(y_MN, None if down_RK is None else x_MK @ down_RK.to(dtype).T, up_NR, branch_scales_R)
+
+
+def add_branch(y_MN: Tensor, low_MR: Tensor | None, up_NR: Tensor | None, branch_scales_R: Tensor | None) -> Tensor:
+    """y += (low * branch_scales) up^T in y's type, where there is a branch."""
+    if low_MR is None or up_NR is None:
         return y_MN
-    low_MR = x_MK @ down_RK.to(dtype).T
-    low_MR = low_MR if branch_scales_R is None else low_MR * branch_scales_R.to(dtype)
-    return y_MN.addmm_(low_MR, up_NR.to(dtype).T)
+    low_MR = low_MR if branch_scales_R is None else low_MR * branch_scales_R.to(low_MR.dtype)
+    return y_MN.addmm_(low_MR.to(y_MN.dtype), up_NR.to(y_MN.dtype).T)
 
 
 def weight_only_linear(
@@ -71,10 +75,7 @@ def expanded_lowbit_linear(
     y_MN = torch.nn.functional.linear(
         x_MC, _expanded(weight, weight_scales_NG, dtype), None if bias_N is None else bias_N.to(dtype)
     )
-    if low_MR is None or up_NR is None:
-        return y_MN
-    low_MR = low_MR.to(dtype) if branch_scales_R is None else (low_MR * branch_scales_R).to(dtype)
-    return y_MN.addmm_(low_MR, up_NR.to(dtype).T)
+    return add_branch(y_MN, low_MR, up_NR, branch_scales_R)
 
 
 def _expanded(weight: Tensor, weight_scales_NG: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mm.kernels.dense import dense_linear
+from mm.kernels.dense import add_branch, dense_linear
 from mm.kernels.packing import GROUP, padded
 
 _native: ModuleType | None
@@ -137,8 +137,5 @@ def weight_only_linear(
     y = both[:rows] + both[rows:]
     if bias_N is not None:
         y += bias_N
-    if down_RK is not None and up_NR is not None:
-        low = x_MK.float() @ down_RK.float().T
-        low = low if branch_scales_R is None else low * branch_scales_R
-        y.addmm_(low, up_NR.float().T)
-    return y.to(x_MK.dtype)
+    low = None if down_RK is None else x_MK.float() @ down_RK.float().T
+    return add_branch(y, low, up_NR, branch_scales_R).to(x_MK.dtype)

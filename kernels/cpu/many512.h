@@ -1,5 +1,5 @@
-// The product for many tokens in AVX512. Weights of 32 outputs are expanded once per thread into a panel laid out as the tile
-// reads it; activations are repacked once per call, 6 tokens side by side. A tile's 12 integer sums and their 12 fp32 sums
+// The product for many tokens in AVX512. Weights of 32 outputs are expanded into a panel laid out as the tile reads it;
+// activations are repacked, 6 tokens side by side. A tile's 12 integer sums and their 12 fp32 sums
 // live in registers: the former for one group of 64 columns, then they join the latter with the group's scales. (12 tokens
 // with fp32 sums in the first-level cache need fewer loads, and were slower by the stores.) Every panel meets as many tokens
 // as the last-level cache holds and as rows of the output have pages at hand, then the next so many: from memory they would

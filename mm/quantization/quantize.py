@@ -284,8 +284,9 @@ def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
         wanted = rows @ weight.T
 
         def own(dense: Tensor, up: Tensor, down: Tensor, rounder: search.Rounder, share: float) -> float:
-            some = _some(range(len(rows)), share)
-            got = torch.addmm(rounder(rows[some]) @ dense.T, rows[some] @ down.T, up.T)
+            some = _some(len(rows), share)
+            x = rows[some]
+            got = torch.addmm(rounder(x) @ dense.T, x @ down.T, up.T)
             return float(got.sub_(wanted[some]).square().sum())
 
         return own
@@ -297,7 +298,7 @@ def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
         try:
             for layer, d, u in parts:
                 layer.__dict__["forward"] = _stand_in(layer, d, u, down, rounder)  # in front of the class's own
-            for k in _some(range(len(seen.calls)), share):
+            for k in _some(len(seen.calls), share):
                 args, kwargs, output = seen.calls[k]
                 for got, want in zip(cal.tensors_of(parent(*args, **kwargs)), cal.tensors_of(output), strict=True):
                     error += float((got.float() - want.float()).square().sum())
@@ -309,10 +310,10 @@ def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
     return at_parent
 
 
-def _some(of: range, share: float) -> list[int]:
-    """A share of numbers, at least two of them, evenly spread: rows and calls come in the order of timesteps."""
-    count = min(len(of), max(2, round(share * len(of))))
-    return [of[int((i + 0.5) * len(of) / count)] for i in range(count)]
+def _some(of: int, share: float) -> list[int]:
+    """A share of so many, at least two of them, evenly spread: rows and calls come in the order of timesteps."""
+    count = min(of, max(2, round(share * of)))
+    return [int((i + 0.5) * of / count) for i in range(count)]
 
 
 def _stand_in(

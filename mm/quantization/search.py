@@ -3,7 +3,8 @@
 Design choices
 - The 39 candidates of SVDQuant: lambda = absmax(X)^a / absmax(W)^b with (a, b) = (0, 0), (t, 0), (t, 1 - t), t = 1/20
   to 19/20. Each is tried with rounded inputs, the rank-R branch and a residual rounded to nearest, and scored where the
-  group's parent module gives its output; without a parent, at the layers' own outputs.
+  group's parent module gives its output; without a parent, at the layers' own outputs. All are scored on a quarter of
+  what was seen, then the best quarter of them on all of it.
 - Layers of a group are stacked: one lambda and one `down` serve q, k and v.
 - Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until a turn takes less than `WORTH` off the
   output error; GPTQ then rounds the residual of the best turn, and is kept only where it errs less.

@@ -33,8 +33,6 @@ from mm.world.scene import Scene, group_relation, groups
 
 CELLS = v.SIZE // v.CELL
 SIZES = (v.MAX_COUNT + 1, CELLS, CELLS, len(v.COLOURS) + 1)  # number, columns, rows, colour (the last is natural)
-
-
 UNKNOWN = [0] * len(v.RELATIONS)
 _Truth = tuple[int, list[int], list[int], int, list[int] | None]  # number, columns, rows, colour, relations
 
@@ -106,13 +104,8 @@ def _relations(name: str, scene: Scene, others: set[str]) -> list[int] | None:
     """Which relations hold to the one other noun of the turn; None where there is no such pair in the scene."""
     if len(others) != 1:
         return None
-    (other,) = others
-    held = [
-        group_relation(scene, a, b)
-        for a in groups(scene)
-        for b in groups(scene)
-        if a.object == name and b.object == other
-    ]
+    (other,), parts = others, groups(scene)
+    held = [group_relation(scene, a, b) for a in parts for b in parts if a.object == name and b.object == other]
     return [int(all(relation in h for h in held)) for relation in v.RELATIONS] if held else None
 
 
