@@ -78,6 +78,19 @@ def test_held_out_compositions_stay_out_of_training(scenes: list[Scene]) -> None
     assert 0.02 < share < 0.09
 
 
+def test_lessons_make_the_scenes_they_name() -> None:
+    rng = random.Random(3)
+    for _ in range(60):
+        assert [g.count for g in groups(sample_scene(rng, pair_share=1.0))] == [1, 1]
+        (alone,) = groups(sample_scene(rng, count_share=1.0))
+        assert alone.count >= 2
+        assert 2 <= len(groups(sample_scene(rng, crowd_share=1.0))) <= 3
+    free, mixed = ([len(sample_scene(rng, crowd_share=share).sprites) >= 5 for _ in range(300)] for share in (0.0, 0.8))
+    assert sum(mixed) > 1.5 * sum(free)
+    with pytest.raises(ValueError, match="at most 1"):
+        sample_scene(rng, pair_share=0.6, crowd_share=0.6)
+
+
 def test_scenes_keep_apart_and_inside(scenes: list[Scene]) -> None:
     for scene in scenes:
         for i, a in enumerate(scene.sprites):

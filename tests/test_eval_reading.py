@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from mm.evaluation import edit as edits
 from mm.evaluation import understand as u
 from mm.world.captions import caption
+from mm.world.edits import Edit
 from mm.world.judge import Found, Reading
 from mm.world.questions import questions
 from mm.world.render import render
@@ -111,9 +113,30 @@ def test_losing_the_rest_is_seen():
     )
     added = [s for s in edit.target.sprites if s not in edit.source.sprites]
     alone = Scene(sprites=tuple(added), background=edit.target.background, style=edit.target.style)
-    success, kept = edits.judge_edit(edit, reading_of(alone))
-    assert success
-    assert kept < 1.0
+    assert edits.judge_edit(edit, reading_of(alone))[1] < 1.0
+
+
+def shifted(scene: Scene, name: str, x: int, y: int) -> Scene:
+    return replace(scene, sprites=tuple(replace(s, x=x, y=y) if s.object == name else s for s in scene.sprites))
+
+
+def test_what_is_added_or_moved_may_stand_anywhere_that_the_words_allow():
+    cat, owl = Sprite(object="cat", x=64, y=64, size=36), Sprite(object="owl", x=24, y=64, size=36)
+    source, target = Scene(sprites=(cat,)), Scene(sprites=(cat, owl))
+    told = Edit(kind="add", source=source, target=target, instruction="add an owl left of the cat")
+    free = replace(told, instruction="add an owl")
+    for x, y, left in ((24, 64, True), (24, 88, True), (104, 64, False)):
+        reading = reading_of(shifted(target, "owl", x, y))
+        assert edits.judge_edit(told, reading) == (left, 1.0)
+        assert edits.judge_edit(free, reading) == (True, 1.0)
+    assert not edits.judge_edit(free, reading_of(source))[0]
+    gone = reading_of(Scene(sprites=(owl,)))
+    assert edits.judge_edit(told, gone)[0] is False  # left of what?
+    moved = Edit(
+        kind="move", source=source, target=shifted(source, "cat", 24, 64), instruction="move the cat to the left"
+    )
+    for x, y, right in ((24, 64, True), (40, 64, True), (64, 64, False), (104, 64, False), (24, 104, False)):
+        assert edits.judge_edit(moved, reading_of(shifted(source, "cat", x, y)))[0] is right
 
 
 def test_an_editor_is_measured_through_the_judge(tmp_path):

@@ -9,10 +9,10 @@ import torch
 from mm.models.dialogue import IGNORED, Dialogue, stack
 from mm.models.text import build_text_tokenizer
 from mm.training import talk
-from mm.training.grounding import SIZES, Grounding, Relations, find_nouns, noun_ids, tapped
+from mm.training.grounding import SIZES, Grounding, Relations, coming_nouns, find_nouns, noun_ids, tapped
 from mm.world.edits import sample_edit
 from mm.world.scene import Scene, Sprite
-from mm.world.vocabulary import RELATIONS
+from mm.world.vocabulary import ALL_OBJECTS, RELATIONS
 
 TOKENIZER = build_text_tokenizer()
 NOUNS = noun_ids(TOKENIZER.convert_tokens_to_ids)
@@ -135,3 +135,30 @@ def test_the_readout_learns_how_things_stand():
     assert (module.readout(module.norm(states[0, found.places_N])) > 0).tolist() == found.relations_NR.bool().tolist()
     alone = nouns_of(Dialogue(TOKENIZER).user("is there a dog?", about=SCENE))
     assert float(module(states.requires_grad_(), alone).detach()) == 0
+
+
+def coming_of(dialogue: Dialogue):
+    return coming_nouns([dialogue.ids], [dialogue.told], len(dialogue), NOUNS)
+
+
+def test_the_words_before_a_noun_of_a_reply_lead_up_to_it():
+    dialogue = Dialogue(TOKENIZER).user("what do you see?", about=SCENE).says("a dog and two red cats", told=SCENE)
+    found = coming_of(dialogue)
+    words = TOKENIZER.convert_ids_to_tokens([dialogue.ids[place] for place in found.places_N.tolist()])
+    assert words == ["<mm>", "a", "dog", "and", "two", "red"]
+    assert [ALL_OBJECTS[i] for i in found.objects_N.tolist()] == ["dog"] * 2 + ["cat"] * 4
+    assert found.numbers_N.tolist() == [1, 1, 2, 2, 2, 2]
+    assert not len(coming_of(Dialogue(TOKENIZER).user("a dog", about=SCENE).says("two cats")).places_N)
+
+
+def test_the_readout_names_what_comes():
+    torch.manual_seed(0)
+    found = coming_of(Dialogue(TOKENIZER).user("what do you see?").says("a dog and two red cats", told=SCENE))
+    states, module = torch.randn(1, 40, 16), Grounding(16, names=True)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        module(states, found).backward()
+        optimizer.step()
+    out = module.readout(module.norm(states[0, found.places_N]))[:, sum(SIZES) :]
+    assert [ALL_OBJECTS[i] for i in out.argmax(-1).tolist()] == ["dog"] * 2 + ["cat"] * 4

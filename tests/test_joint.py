@@ -132,6 +132,24 @@ def test_nouns_reach_the_text_below_their_readout_in_all_three_tasks(state, modu
         assert module.grounding.readout.weight.grad is not None
 
 
+def test_a_slip_changes_what_is_read_of_a_description_and_not_what_is_learned(state):
+    (plain, slipped) = (batches(state, read_share=1.0, edit_share=0.0, slip_share=share)(0) for share in (0.0, 1.0))
+    assert torch.equal(plain.targets_BT, slipped.targets_BT)
+    changed = plain.ids_BT != slipped.ids_BT
+    nouns = batches(state).nouns
+    assert changed.any()
+    assert {int(i) for i in plain.ids_BT[changed]} <= set(nouns)
+    assert {int(i) for i in slipped.ids_BT[changed]} <= set(nouns)
+    assert not changed.flatten()[plain.nouns.places_N].any()  # the user's words stay
+
+
+def test_what_a_description_names_next_reaches_the_text_below(state, module):
+    module.zero_grad(set_to_none=True)
+    module(batches(state, read_share=1.0, edit_share=0.0)(3))["coming"].backward()
+    assert module.trunk.text_layers[0].ff.down.weight.grad.abs().sum() > 0
+    assert module.coming.readout.weight.grad is not None
+
+
 def test_a_run_from_published_weights_starts_with_their_connectors_and_encoder(parts, tmp_path):
     """Fresh connectors would make a model that reads forget how."""
     drawing = Drawing(*(parts[name] for name in ("trunk", "velocity_decoder", "code_head", "bridge")), CONFIG)

@@ -50,7 +50,8 @@ def _quantizer(kind: str, channels: int, groups: int, levels: int) -> nn.Module:
         accept_image_fmap=True,
         decay=0.95,
         kmeans_init=False,
-        threshold_ema_dead_code=1,
+        # A batch holds fewer vectors than a codebook entries: at the usual 1 every code would be dead, always.
+        threshold_ema_dead_code=0.05,  # pyright: ignore[reportArgumentType]
         rotation_trick=True,
     )
 

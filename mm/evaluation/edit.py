@@ -4,8 +4,10 @@ Design choices
 - Edits of scenes whose compositions training never saw, of every kind. The judge reads the edited picture; the
   renderer knows source and target.
 - Success: what the instruction asked for is there (the new colour, object, place, background or style; what was to go
-  is gone). Preservation: the share of everything else that is still there, sprites within a quarter of their size of
-  their place, background and style. The score is the root of their product, as in GEdit (sqrt(SC * PQ)).
+  is gone). It asks for no more than was said: what is added may stand anywhere, or anywhere on the side of the object
+  that was named, and what is moved anywhere in the half that was named.
+- Preservation: the share of everything else that is still there, sprites within a quarter of their size of their place,
+  background and style. The score is the root of the product of the two, as in GEdit (sqrt(SC * PQ)).
 - The ceiling is the renderer's own target through the same reading.
 
 This module does not know pipelines: anything that has `edit` can be measured.
@@ -31,7 +33,7 @@ from mm.world import vocabulary as v
 from mm.world.edits import KINDS, Edit, sample_edit
 from mm.world.judge import Found, Judge, Reading
 from mm.world.render import render
-from mm.world.scene import Sprite
+from mm.world.scene import Sprite, relation_of
 
 
 class Editor(Protocol):
@@ -74,27 +76,60 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, float]:
     if not reading.readable:
         return False, 0.0
     source, target = edit.source, edit.target
-    changed = [s for s in target.sprites if s not in source.sprites]
-    gone = [s for s in source.sprites if s not in target.sprites]
     facts = [_there(reading.objects, s) for s in target.sprites if s in source.sprites]
     if edit.kind == "restyle":  # a style without hue drops tints: a sprite stayed as it was or without
         both = zip(source.sprites, target.sprites, strict=True)
         facts = [any(_there(reading.objects, s) for s in pair) for pair in both]
-    if edit.kind == "restyle":
-        success = reading.style == target.style
-    elif edit.kind == "background":
-        success = reading.background == target.background
-    elif edit.kind == "remove":
-        names = {s.object for s in gone}
-        success = not any(f.object in names for f in reading.objects)
-    else:
-        success = all(_there(reading.objects, s, 0.5) for s in changed)
-        success = success and not any(_there(reading.objects, s) for s in gone if edit.kind in ("replace", "move"))
     if edit.kind != "restyle":
         facts.append(reading.style == target.style)
     if edit.kind != "background" and v.shows_background(target.style) and v.shows_background(source.style):
         facts.append(reading.background == target.background)
-    return success, sum(facts) / len(facts) if facts else 1.0
+    return _done(edit, reading), sum(facts) / len(facts) if facts else 1.0
+
+
+def _done(edit: Edit, reading: Reading) -> bool:
+    """Whether what the instruction asked for is there."""
+    source, target, found = edit.source, edit.target, reading.objects
+    changed = [s for s in target.sprites if s not in source.sprites]
+    gone = [s for s in source.sprites if s not in target.sprites]
+    if edit.kind == "restyle":
+        return reading.style == target.style
+    if edit.kind == "background":
+        return reading.background == target.background
+    if edit.kind == "remove":
+        return not any(f.object in {s.object for s in gone} for f in found)
+    if edit.kind == "add":
+        return any(_is_new(edit, f, changed[0], found) for f in found)
+    if any(_there(found, s) for s in gone if edit.kind in ("replace", "move")):
+        return False
+    if edit.kind == "move":
+        return any(_is_moved(f, gone[0], changed[0]) for f in found)
+    return all(_there(found, s, 0.5) for s in changed)
+
+
+def _is_named(f: Found, sprite: Sprite) -> bool:
+    return f.object == sprite.object and (not f.colours or f.answers_to(sprite.colour))
+
+
+def _is_new(edit: Edit, f: Found, added: Sprite, found: Sequence[Found]) -> bool:
+    """Whether `f` is what was to be added, where it was to be."""
+    if not _is_named(f, added):
+        return False
+    asked = [(r, s) for r in v.RELATIONS for s in edit.source.sprites if f" {r} the {s.object}" in edit.instruction]
+    if not asked:
+        return True
+    (relation, anchor), *_ = asked
+    return any(relation in relation_of(f.x - o.x, f.y - o.y, f.size, o.size) for o in found if _is_named(o, anchor))
+
+
+def _is_moved(f: Found, before: Sprite, after: Sprite) -> bool:
+    """Whether `f` stands in the half of the picture that it was moved to, and where it stood on the other axis."""
+    if not _is_named(f, after):
+        return False
+    sideways = before.y == after.y
+    (now, aim), (other, kept) = ((f.x, after.x), (f.y, after.y))[:: 1 if sideways else -1]
+    half = v.SIZE / 2
+    return (now < half) == (aim < half) and abs(other - kept) <= max(8.0, 0.5 * after.size)
 
 
 def _score(edits: Sequence[Edit], readings: Sequence[Reading]) -> tuple[dict[str, Any], list[bool]]:

@@ -28,7 +28,8 @@ _TIGHT = {",", ".", "?", "!", ":", ";", ")", "'"}
 class Dialogue:
     """A conversation that grows turn by turn.
 
-    `ids` are its tokens, `learned` which of them the model says itself, `about` what the words of a turn speak of.
+    `ids` are its tokens, `learned` which of them the model says itself, `about` what the words of the user's turns
+    speak of, and `told` what is described by the words of a reply.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, looks: int = 16) -> None:
@@ -37,6 +38,7 @@ class Dialogue:
         self.learned: list[bool] = []
         self.pictures: list[Any] = []
         self.about: list[Any] = []
+        self.told: list[Any] = []
         self.add([self.token("<bos>")])
 
     def __len__(self) -> int:
@@ -57,9 +59,10 @@ class Dialogue:
         self.add([self.token("<mm>")])
         return self
 
-    def says(self, text: str) -> Dialogue:
-        """A reply in words."""
-        self.add([*self._words(text), self.token("<end>")], learned=True)
+    def says(self, text: str, told: Any = None) -> Dialogue:
+        """A reply in words; `told` is whatever they describe."""
+        self.add(self._words(text), learned=True, told=told)
+        self.add([self.token("<end>")], learned=True)
         return self
 
     def starts_drawing(self, mode: str = "flow") -> Dialogue:
@@ -80,15 +83,18 @@ class Dialogue:
     def _words(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def add(self, ids: Sequence[int], learned: bool = False, about: Any = None) -> None:
+    def add(self, ids: Sequence[int], learned: bool = False, about: Any = None, told: Any = None) -> None:
         """Tokens as they are."""
         self.ids += ids
         self.learned += [learned] * len(ids)
         self.about += [about] * len(ids)
+        self.told += [told] * len(ids)
 
     def rewind(self, tokens: int, pictures: int) -> None:
         """Back to when it was `tokens` long and had `pictures`."""
-        del self.ids[tokens:], self.learned[tokens:], self.about[tokens:], self.pictures[pictures:]
+        for row in (self.ids, self.learned, self.about, self.told):
+            del row[tokens:]
+        del self.pictures[pictures:]
 
 
 def stack(dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ Design choices
 - The scene is the one the words speak of: for a question the picture that was looked at, for a prompt the picture that
   will be drawn (so "left of" must reach both nouns before pictures read them), for an edit the target (so that
   "remove the cat" makes cat's number zero).
+- A description names group after group, and what it must find next shows in no word of it yet. So a readout at the
+  words before each noun of a reply names the coming noun, its number, places and colour.
 - The readouts are training state and are not published.
 
 This module does not know models, looks or losses other than its own.
@@ -34,7 +36,9 @@ from mm.world.scene import Scene, group_relation, groups
 CELLS = v.SIZE // v.CELL
 SIZES = (v.MAX_COUNT + 1, CELLS, CELLS, len(v.COLOURS) + 1)  # number, columns, rows, colour (the last is natural)
 UNKNOWN = [0] * len(v.RELATIONS)
-_Truth = tuple[int, list[int], list[int], int, list[int] | None]  # number, columns, rows, colour, relations
+_Truth = tuple[
+    int, int, list[int], list[int], int, list[int] | None
+]  # object, number, columns, rows, colour, relations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,7 @@ class Nouns:
     """Where nouns stand in a batch of rows, flattened (N,), and the truth of each; `IGNORED` where nothing shows it."""
 
     places_N: torch.Tensor
+    objects_N: torch.Tensor
     numbers_N: torch.Tensor
     columns_NC: torch.Tensor
     rows_NC: torch.Tensor
@@ -67,9 +72,35 @@ def find_nouns(
             named = {place: nouns[ids[place]] for place in turn if ids[place] in nouns}
             places += [row * width + place for place in named]
             truths += [_truth(name, scene, set(named.values()) - {name}) for name in named.values()]
-    numbers, columns, lines, colours, relations = zip(*truths, strict=True) if truths else ((),) * 5
+    return _stacked(places, truths)
+
+
+def coming_nouns(
+    rows: Sequence[Sequence[int]], told: Sequence[Sequence[Scene | None]], width: int, nouns: dict[int, str]
+) -> Nouns:
+    """What the tokens before each noun of a reply lead up to, from the one before the reply on.
+
+    As `find_nouns`, but a noun stands at the places of all tokens since the noun before it; `told` names the scene that
+    each token of a reply describes.
+    """
+    places: list[int] = []
+    truths: list[_Truth] = []
+    for row, (ids, scenes) in enumerate(zip(rows, told, strict=True)):
+        for turn, scene in _turns(scenes):
+            start = turn[0] - 1
+            for place in turn:
+                if ids[place] in nouns:
+                    places += [row * width + before for before in range(start, place)]
+                    truths += [_truth(nouns[ids[place]], scene, set())] * (place - start)
+                    start = place
+    return _stacked(places, truths)
+
+
+def _stacked(places: list[int], truths: list[_Truth]) -> Nouns:
+    objects, numbers, columns, lines, colours, relations = zip(*truths, strict=True) if truths else ((),) * 6
     return Nouns(
         places_N=torch.tensor(places, dtype=torch.int64),
+        objects_N=torch.tensor(objects, dtype=torch.int64),
         numbers_N=torch.tensor(numbers, dtype=torch.int64),
         columns_NC=torch.tensor(columns, dtype=torch.float32).view(-1, CELLS),
         rows_NC=torch.tensor(lines, dtype=torch.float32).view(-1, CELLS),
@@ -97,7 +128,8 @@ def _truth(name: str, scene: Scene, others: set[str]) -> _Truth:
     if len(colours) == 1 and v.shows_colour(scene.style):
         only = colours.pop()
         colour = len(v.COLOURS) if only is None else v.COLOURS.index(only)
-    return min(len(found), v.MAX_COUNT), columns, rows, colour, _relations(name, scene, others)
+    number = min(len(found), v.MAX_COUNT)
+    return v.ALL_OBJECTS.index(name), number, columns, rows, colour, _relations(name, scene, others)
 
 
 def _relations(name: str, scene: Scene, others: set[str]) -> list[int] | None:
@@ -127,25 +159,28 @@ class Relations(nn.Module):
 
 
 class Grounding(nn.Module):
-    """The readout of nouns, with its loss."""
+    """The readout of nouns, with its loss; with `names` it also says which object, for words that are still to come."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, names: bool = False) -> None:
         super().__init__()
+        self.sizes = (*SIZES, len(v.ALL_OBJECTS)) if names else SIZES
         self.norm = layers.Norm(width)  # token states have no scale of their own
-        self.readout = nn.Linear(width, sum(SIZES))
+        self.readout = nn.Linear(width, sum(self.sizes))
 
     def forward(self, states_BTD: torch.Tensor, nouns: Nouns) -> torch.Tensor:
         """The mean loss over nouns; zero, with a gradient path, where there are none."""
         if not len(nouns.places_N):
             return states_BTD.sum() * 0
         out = self.readout(self.norm(states_BTD.flatten(0, 1)[nouns.places_N])).float()
-        numbers, columns, rows, colours = out.split(list(SIZES), -1)
+        numbers, columns, rows, colours, *objects = out.split(list(self.sizes), -1)
         here = (nouns.numbers_N > 0).float()  # an absent object stands nowhere: nothing to learn from it
         grid = F.binary_cross_entropy_with_logits(columns, nouns.columns_NC, reduction="none")
         grid = grid + F.binary_cross_entropy_with_logits(rows, nouns.rows_NC, reduction="none")
         loss = F.cross_entropy(numbers, nouns.numbers_N) + (grid.sum(-1) * here).mean()
         if bool((nouns.colours_N != IGNORED).any()):
             loss = loss + F.cross_entropy(colours, nouns.colours_N, ignore_index=IGNORED)
+        for logits in objects:
+            loss = loss + F.cross_entropy(logits, nouns.objects_N)
         return loss
 
 

@@ -9,7 +9,9 @@ Design choices
   now and then, and the source too, so that text and picture can be guided apart (as in InstructPix2Pix, arXiv
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
 - In all three tasks the user's nouns, and how they stand to each other, are grounded in the scene they speak of
-  (`mm.training.grounding`).
+  (`mm.training.grounding`), and so is what a description names next.
+- A noun that a description has said is now and then read as another one, so that what comes next is read off the
+  picture and not guessed from what was said: the pairs that are held out are never said together in training.
 
 This module does not know the loop, files or the judge.
 Legend: B rows, N pictures looked at, C = 16 channels, T tokens, V words.
@@ -35,7 +37,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
 from mm.training import talk
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
-from mm.training.grounding import Grounding, Nouns, Relations, find_nouns, tapped
+from mm.training.grounding import Grounding, Nouns, Relations, coming_nouns, find_nouns, tapped
 from mm.world.edits import Edit
 from mm.world.render import render
 from mm.world.scene import Scene
@@ -58,10 +60,20 @@ class JointConfig(DrawingConfig):
     nouns_weight: float = 0.15
     relations_layer: int = 5  # a later one: it compares what the nouns know by then
     relations_weight: float = 0.15
+    coming_weight: float = 0.15  # of what a description names next, in the same layer as relations
+    slip_share: float = 0.1  # of a description's nouns, read as others
 
     def __post_init__(self) -> None:
         DrawingConfig.__post_init__(self)
-        for name in ("read_share", "edit_share", "outside_share", "chat_prompts", "drop_words", "drop_source"):
+        for name in (
+            "read_share",
+            "edit_share",
+            "outside_share",
+            "chat_prompts",
+            "drop_words",
+            "drop_source",
+            "slip_share",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1]")
         if self.read_share + self.edit_share > 1:
@@ -85,6 +97,7 @@ class ReadBatch:
     targets_BT: torch.Tensor
     seen: Seen
     nouns: Nouns
+    coming: Nouns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +114,32 @@ def render_floats(scenes: Sequence[Scene]) -> torch.Tensor:
     return render(scenes).float() / 127.5 - 1
 
 
-def read_batch(dialogues: Sequence[Dialogue], look: Callable[[list[Scene]], Seen], nouns: dict[int, str]) -> ReadBatch:
+def read_batch(
+    dialogues: Sequence[Dialogue],
+    look: Callable[[list[Scene]], Seen],
+    nouns: dict[int, str],
+    rng: random.Random,
+    slip_share: float = 0.0,
+) -> ReadBatch:
     """A batch of conversations; `look` turns their scenes into what is looked at."""
     ids, mask, targets = stack(dialogues)
     seen = look([scene for d in dialogues for scene in d.pictures])
-    named = find_nouns([d.ids for d in dialogues], [d.about for d in dialogues], ids.shape[1], nouns)
-    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen, nouns=named)
+    rows, width = [d.ids for d in dialogues], ids.shape[1]
+    named = find_nouns(rows, [d.about for d in dialogues], width, nouns)
+    coming = coming_nouns(rows, [d.told for d in dialogues], width, nouns)
+    _slip(ids, dialogues, nouns, rng, slip_share)
+    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen, nouns=named, coming=coming)
+
+
+def _slip(
+    ids_BT: torch.Tensor, dialogues: Sequence[Dialogue], nouns: dict[int, str], rng: random.Random, share: float
+) -> None:
+    """Reads a share of the nouns that descriptions say as others, in place."""
+    others = list(nouns)
+    for row, dialogue in enumerate(dialogues):
+        for place, (word, told) in enumerate(zip(dialogue.ids, dialogue.told, strict=True)):
+            if told is not None and word in nouns and rng.random() < share:
+                ids_BT[row, place] = rng.choice(others)
 
 
 def edit_batch(
@@ -165,7 +198,9 @@ class Joint(Drawing):
         super().__init__(trunk, velocity_decoder, code_head, bridge, config)
         self.settings = config
         self.look_connector, self.latent_connector = look_connector, latent_connector
-        self.grounding, self.relations = Grounding(trunk.config.width), Relations(trunk.config.width)
+        width = trunk.config.width
+        self.grounding, self.relations = Grounding(width), Relations(width)
+        self.coming = Grounding(width, names=True)
         # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.
         self._encoder = [encoder.requires_grad_(False).eval()]
 
@@ -179,6 +214,8 @@ class Joint(Drawing):
             prefix = "read_" if reads else ""
             losses[f"{prefix}nouns"] = settings.nouns_weight * self.grounding(early[0], batch.nouns)
             losses[f"{prefix}relations"] = settings.relations_weight * self.relations(late[0], batch.nouns)
+        if reads:
+            losses["coming"] = settings.coming_weight * self.coming(late[0], batch.coming)
         return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
 
     def prompt(self, batch: DrawingBatch) -> PromptCache:

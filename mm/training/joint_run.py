@@ -39,6 +39,8 @@ from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
 
 EDIT_SHARD = 2048
+# Scenes of pictures to read: pairs teach relations; of crowds too few come up by chance for descriptions to learn them.
+READ: dict[str, Any] = {"default_weight": 3, "pair_share": 0.2, "crowd_share": 0.4}
 
 
 def write_edit_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, size: int = EDIT_SHARD) -> None:
@@ -147,17 +149,20 @@ class Batches:
 
     def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
         if rng.random() < self.config.outside_share:  # through the understanding encoder: fresh pictures
-            scenes = [sample_scene(rng, default_weight=5, pair_share=0.25) for _ in range(self.batch_size)]
+            scenes = [sample_scene(rng, **READ) for _ in range(self.batch_size)]
             dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
-            return joint.read_batch(dialogues, _pictures, self.nouns)
+            return self._reading(dialogues, _pictures, rng)
         if rng.random() < 0.5:
             latents, scenes = self.scenes.draw(self.batch_size, rng)
             dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
-            return joint.read_batch(dialogues, self._latents(scenes, latents, generator), self.nouns)
+            return self._reading(dialogues, self._latents(scenes, latents, generator), rng)
         edits, source, target = self.edits.draw(self.batch_size, rng)
         dialogues = [talk.changing(self.new, edit, rng) for edit in edits]
         scenes = [e.source for e in edits] + [e.target for e in edits]
-        return joint.read_batch(dialogues, self._latents(scenes, torch.cat([source, target]), generator), self.nouns)
+        return self._reading(dialogues, self._latents(scenes, torch.cat([source, target]), generator), rng)
+
+    def _reading(self, dialogues: list[Dialogue], look: Any, rng: random.Random) -> joint.ReadBatch:
+        return joint.read_batch(dialogues, look, self.nouns, rng, self.config.slip_share)
 
     def _edit(self, rng: random.Random, generator: torch.Generator) -> joint.EditBatch:
         edits, source, target = self.edits.draw(self.batch_size, rng)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -43,15 +45,24 @@ def scene_from_json(line: str) -> Scene:
 
 @torch.no_grad()
 def write_shard(
-    folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, pair_share: float = 0.0, size: int = SHARD
+    folder: Path,
+    k: int,
+    autoencoder: Autoencoder,
+    *,
+    seed: int = 0,
+    lessons: Mapping[str, Any] | None = None,
+    size: int = SHARD,
 ) -> None:
-    """Renders and encodes shard `k` into `folder`; does nothing when it is there."""
+    """Renders and encodes shard `k` into `folder`; does nothing when it is there.
+
+    `lessons` are shares of scenes made for one, as `sample_scene` takes them (`{"pair_share": 0.4}`).
+    """
     path = folder / f"{k:05d}.safetensors"
     if path.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"drawing {seed} {k}")
-    scenes = [sample_scene(rng, default_weight=8, pair_share=pair_share) for _ in range(size)]
+    scenes = [sample_scene(rng, default_weight=8, **(lessons or {})) for _ in range(size)]
     parts = []
     device = str(autoencoder.device)
     for i in range(0, size, 64):

@@ -49,9 +49,7 @@ def write_latents(config: dict[str, Any], state: Path, *, shards: int | None = N
     settings = config["latents"]
     autoencoder = _load(Autoencoder, state / "model" / "autoencoder").to(_device())
     for k in range(settings["shards"] if shards is None else shards):
-        write_shard(
-            state / "latents", k, autoencoder, seed=settings["seed"], pair_share=settings.get("pair_share", 0.0)
-        )
+        write_shard(state / "latents", k, autoencoder, seed=settings["seed"], lessons=settings.get("lessons"))
 
 
 def _device() -> str:

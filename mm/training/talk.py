@@ -8,7 +8,8 @@ Design choices
   others (how many, what colour, where) is learned slowest, and one row of looks serves many questions.
 - A third of the questions that need no picture are small talk; questions without a picture are answered by saying so.
 - What stands alone in a picture may be called "it", in questions' and edits' words alike.
-- A turn keeps the scene that its words speak of (an edit's is its target), for `mm.training.grounding`.
+- A turn keeps the scene that its words speak of (an edit's is its target), and a description the scene it tells of, for
+  `mm.training.grounding`.
 
 This module does not know tokens' numbers, latents or losses; the pictures it puts into a dialogue are scenes.
 """
@@ -52,16 +53,26 @@ NO_PICTURE = "sorry, there is no picture. what can i draw for you?"
 def ask(dialogue: Dialogue, scene: Scene, rng: random.Random, most: int) -> Dialogue:
     """Up to `most` questions about `scene` with their answers, and now and then a description."""
     asked = {qa.question: qa for _ in range(2) for qa in questions(scene, rng)}
-    turns = [(q, qa.answer) for q, qa in asked.items() if rng.random() < ASKED.get(qa.kind, 1.0)]
+    turns: list[tuple[str, str | None]] = [
+        (q, qa.answer) for q, qa in asked.items() if rng.random() < ASKED.get(qa.kind, 1.0)
+    ]
     rng.shuffle(turns)
     turns = turns[:most]
     if rng.random() < 0.4:
         # Later answers could be read off a description, so most of the time it comes last.
         place = len(turns) if rng.random() < 0.8 else rng.randrange(len(turns) + 1)
-        turns.insert(place, (rng.choice(DESCRIBE), caption(scene, rng, detail="plain")))
+        turns.insert(place, (rng.choice(DESCRIBE), None))
     for question, answer in turns:
-        dialogue.user(question, about=scene).says(answer)
+        if answer is None:
+            describe(dialogue.user(question), scene, rng)
+        else:
+            dialogue.user(question, about=scene).says(answer)
     return dialogue
+
+
+def describe(dialogue: Dialogue, scene: Scene, rng: random.Random) -> Dialogue:
+    """The reply that describes `scene`."""
+    return dialogue.says(caption(scene, rng, detail="plain"), told=scene)
 
 
 def draw_words(scene: Scene, rng: random.Random) -> str:
@@ -90,7 +101,7 @@ def begin(dialogue: Dialogue, scene: Scene, rng: random.Random, *, drawn: bool) 
         return dialogue.user(draw_words(scene, rng), about=scene).starts_drawing().has_drawn(scene)
     first = rng.choice(questions(scene, rng))
     if rng.random() < 0.5:
-        return dialogue.user(rng.choice(DESCRIBE), scene).says(caption(scene, rng, detail="plain"))
+        return describe(dialogue.user(rng.choice(DESCRIBE), scene), scene, rng)
     return dialogue.user(first.question, scene, about=scene).says(first.answer)
 
 

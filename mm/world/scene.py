@@ -138,15 +138,17 @@ def is_held_out(parts: Sequence[Group]) -> bool:
     return any(colour_is_held_out(g.object, g.colour) or count_is_held_out(g.object, g.count) for g in parts)
 
 
-def _sample_groups(rng: random.Random, objects: Sequence[str], style: str, pair: bool) -> tuple[Group, ...]:
-    """One to three groups, or a `pair` of single objects; colours only where the style shows them."""
-    n_groups = 2 if pair else rng.choices((1, 2, 3), (40, 48, 12))[0]
+def _sample_groups(rng: random.Random, objects: Sequence[str], style: str, lesson: str) -> tuple[Group, ...]:
+    """One to three groups, made for a lesson (see `sample_scene`); colours only where the style shows them."""
+    shares = {"free": (40, 48, 12), "pair": (0, 1, 0), "count": (1, 0, 0), "crowd": (0, 1, 1)}[lesson]
+    n_groups = rng.choices((1, 2, 3), shares)[0]
+    numbers = {"free": ((4, 3, 3, 3), (6, 1, 1, 1), (6, 1, 1, 1))[n_groups - 1]}
+    numbers |= {"pair": (1, 0, 0, 0), "count": (0, 1, 1, 1), "crowd": (1, 1, 1, 1)}
     room = 4 if v.smallest_sprite(style) > SIZES[0] else v.MAX_SPRITES
     out: list[Group] = []
     for name in rng.sample(list(objects), n_groups):
         left = room - sum(g.count for g in out) - (n_groups - len(out) - 1)
-        weights = ((4, 3, 3, 3), (6, 1, 1, 1), (6, 1, 1, 1))[n_groups - 1]
-        count = 1 if pair else min(rng.choices((1, 2, 3, 4), weights)[0], left)
+        count = min(rng.choices((1, 2, 3, 4), numbers[lesson])[0], left)
         tints = v.colours_in(style)
         colour = rng.choice(tints) if tints and rng.random() < 0.6 else None
         out.append(Group(object=name, colour=colour, count=count))
@@ -198,16 +200,24 @@ def sample_scene(
     held_out: bool = False,
     default_weight: int = 3,
     pair_share: float = 0.0,
+    count_share: float = 0.0,
+    crowd_share: float = 0.0,
 ) -> Scene:
     """A random scene; with `held_out` False, never one whose composition is kept for reporting.
 
     The default style is drawn `default_weight` times as often as any other: it is what an unnamed style asks for.
-    `pair_share` of the scenes hold two single objects: what relations and binding are learned from.
+    `pair_share` of the scenes hold two single objects, what relations and binding are learned from; `count_share` two
+    to four of one object; `crowd_share` two or three groups of up to four each.
     """
+    lessons = {"pair": pair_share, "count": count_share, "crowd": crowd_share}
+    lessons["free"] = 1 - sum(lessons.values())
+    if min(lessons.values()) < 0:
+        raise ValueError(f"shares of scenes {lessons} must lie in [0, 1] and add up to at most 1")
     while True:
         style = rng.choices(styles, [default_weight if s == v.DEFAULT_STYLE else 1 for s in styles])[0]
-        pair = pair_share > 0 and rng.random() < pair_share
-        parts = _sample_groups(rng, objects, style, pair)
+        # A free scene draws no lesson: its random numbers are those of evaluations made before there were any.
+        lesson = "free" if lessons["free"] == 1 else rng.choices(list(lessons), list(lessons.values()))[0]
+        parts = _sample_groups(rng, objects, style, lesson)
         if is_held_out(parts) != held_out:
             continue
         sprites = place(rng, parts, style)
