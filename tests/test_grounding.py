@@ -9,7 +9,17 @@ import torch
 from mm.models.dialogue import IGNORED, Dialogue, stack
 from mm.models.text import build_text_tokenizer
 from mm.training import talk
-from mm.training.grounding import SIZES, Grounding, Relations, coming_nouns, find_nouns, noun_ids, tapped
+from mm.training.grounding import (
+    SIZES,
+    Grounding,
+    LookGrounding,
+    Relations,
+    coming_nouns,
+    find_looks,
+    find_nouns,
+    noun_ids,
+    tapped,
+)
 from mm.world.edits import sample_edit
 from mm.world.scene import Scene, Sprite
 from mm.world.vocabulary import ALL_OBJECTS, RELATIONS
@@ -162,3 +172,33 @@ def test_the_readout_names_what_comes():
         optimizer.step()
     out = module.readout(module.norm(states[0, found.places_N]))[:, sum(SIZES) :]
     assert [ALL_OBJECTS[i] for i in out.argmax(-1).tolist()] == ["dog"] * 2 + ["cat"] * 4
+
+
+def test_looks_know_whose_centres_they_hold():
+    sepia = Scene(sprites=SCENE.sprites[2:], style="sepia")
+    rows = [Dialogue(TOKENIZER).user("hello"), Dialogue(TOKENIZER).user("what is it?", SCENE, sepia)]
+    ids, _, _ = stack(rows)
+    found = find_looks(rows, ids.shape[1])
+    words = TOKENIZER.convert_ids_to_tokens([int(i) for i in ids.flatten()[found.places_N]])
+    assert words == ["<look>"] * 32
+    cat, dog = ALL_OBJECTS.index("cat"), ALL_OBJECTS.index("dog")
+    # 4 x 4 looks of 32 pixels: the cats in the second row, the dog in the last; the second picture shows no colours
+    assert found.centres_NO.nonzero().tolist() == [[4, cat], [7, cat], [14, dog], [30, dog]]
+    assert found.colours_NK.nonzero().tolist() == [[4, 0], [7, 0], [14, 8]]
+
+
+def test_the_readout_of_looks_learns_what_they_hold():
+    torch.manual_seed(0)
+    rows = [Dialogue(TOKENIZER).user("what is it?", SCENE)]
+    found = find_looks(rows, len(rows[0]))
+    states, module = torch.randn(1, 40, 16), LookGrounding(16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = module(states, found)
+        loss.backward()
+        optimizer.step()
+    out = module.readout(module.norm(states[0, found.places_N])) > 0
+    assert torch.equal(out[:, : len(ALL_OBJECTS)], found.centres_NO > 0)
+    nothing = find_looks([Dialogue(TOKENIZER).user("hello")], 4)
+    assert float(module(states.requires_grad_(), nothing).detach()) == 0

@@ -145,9 +145,11 @@ def test_a_slip_changes_what_is_read_of_a_description_and_not_what_is_learned(st
 
 def test_what_a_description_names_next_reaches_the_text_below(state, module):
     module.zero_grad(set_to_none=True)
-    module(batches(state, read_share=1.0, edit_share=0.0)(3))["coming"].backward()
+    losses = module(batches(state, read_share=1.0, edit_share=0.0)(3))
+    (losses["coming"] + losses["looks"]).backward()
     assert module.trunk.text_layers[0].ff.down.weight.grad.abs().sum() > 0
     assert module.coming.readout.weight.grad is not None
+    assert module.look_grounding.readout.weight.grad is not None
 
 
 def test_a_run_from_published_weights_starts_with_their_connectors_and_encoder(parts, tmp_path):

@@ -8,7 +8,7 @@ Design choices
 - Pictures are whatever the caller makes looks of, in reading order; this module only keeps their places.
 
 This module does not know the trunk, pictures or how a reply is chosen.
-Legend: B dialogues, T tokens.
+Legend: B dialogues, T tokens, V words.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -109,6 +110,11 @@ def stack(dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor, to
         following, learned = ids[row, 1:length], torch.tensor(dialogue.learned[1:], dtype=torch.bool)
         targets[row, : length - 1][learned] = following[learned]
     return ids, mask, targets
+
+
+def word_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the words that a model has to say itself."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
 
 
 def spoken(words: Sequence[str]) -> str:

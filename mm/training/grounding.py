@@ -11,14 +11,17 @@ Design choices
   "remove the cat" makes cat's number zero).
 - A description names group after group, and what it must find next shows in no word of it yet. So a readout at the
   words before each noun of a reply names the coming noun, its number, places and colour.
+- Counting needs what stands in a picture to lie in the looks in a form that can be added up. So a readout of the looks
+  themselves names the objects, and the colours, whose centres lie in each look's part of the picture.
 - The readouts are training state and are not published.
 
 This module does not know models, looks or losses other than its own.
-Legend: B rows, T tokens, N nouns, D width, R = 4 relations.
+Legend: B rows, T tokens, N nouns or looks, D width, R = 4 relations, O objects, K = 9 colours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mm.models import layers
-from mm.models.dialogue import IGNORED
+from mm.models.dialogue import IGNORED, Dialogue
 from mm.world import vocabulary as v
 from mm.world.scene import Scene, group_relation, groups
 
@@ -53,6 +56,50 @@ class Nouns:
     colours_N: torch.Tensor
     relations_NR: torch.Tensor  # of `v.RELATIONS`, which hold to the turn's other noun
     paired_N: torch.Tensor  # whether there is another noun, and both are in the scene
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Looks:
+    """Where looks stand in a batch of rows, flattened (N,), and whose centres, and which colours, each holds."""
+
+    places_N: torch.Tensor
+    centres_NO: torch.Tensor
+    colours_NK: torch.Tensor
+
+
+def find_looks(dialogues: Sequence[Dialogue], width: int) -> Looks:
+    """The looks of conversations about scenes, whose rows will be padded to `width`."""
+    places: list[int] = []
+    centres: list[torch.Tensor] = []
+    colours: list[torch.Tensor] = []
+    for row, dialogue in enumerate(dialogues):
+        look = dialogue.token("<look>")
+        places += [row * width + place for place, word in enumerate(dialogue.ids) if word == look]
+        for scene in dialogue.pictures:
+            objects, tints = look_truth(scene, dialogue.looks)
+            centres.append(objects)
+            colours.append(tints)
+    return Looks(
+        places_N=torch.tensor(places, dtype=torch.int64),
+        centres_NO=torch.cat(centres) if centres else torch.zeros(0, len(v.ALL_OBJECTS)),
+        colours_NK=torch.cat(colours) if colours else torch.zeros(0, len(v.COLOURS) + 1),
+    )
+
+
+def look_truth(scene: Scene, looks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether a centre of each object (looks, O) and colour (looks, K) lies in each look's part of the picture.
+
+    Parts go row by row. The last colour is natural; a style without hue shows none.
+    """
+    side = math.isqrt(looks)
+    part = v.SIZE // side
+    objects, colours = torch.zeros(looks, len(v.ALL_OBJECTS)), torch.zeros(looks, len(v.COLOURS) + 1)
+    for s in scene.sprites:
+        look = s.y // part * side + s.x // part
+        objects[look, v.ALL_OBJECTS.index(s.object)] = 1
+        if v.shows_colour(scene.style):
+            colours[look, len(v.COLOURS) if s.colour is None else v.COLOURS.index(s.colour)] = 1
+    return objects, colours
 
 
 def noun_ids(number: Callable[[str], int]) -> dict[int, str]:
@@ -156,6 +203,23 @@ class Relations(nn.Module):
         states = states_BTD.flatten(0, 1)[nouns.places_N[nouns.paired_N]]
         logits = self.readout(self.norm(states)).float()
         return F.binary_cross_entropy_with_logits(logits, nouns.relations_NR[nouns.paired_N])
+
+
+class LookGrounding(nn.Module):
+    """The readout of looks, with its loss."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = layers.Norm(width)
+        self.readout = nn.Linear(width, len(v.ALL_OBJECTS) + len(v.COLOURS) + 1)
+
+    def forward(self, states_BTD: torch.Tensor, looks: Looks) -> torch.Tensor:
+        """The mean loss over looks; zero, with a gradient path, where there are none."""
+        if not len(looks.places_N):
+            return states_BTD.sum() * 0
+        out = self.readout(self.norm(states_BTD.flatten(0, 1)[looks.places_N])).float()
+        truth = torch.cat([looks.centres_NO, looks.colours_NK], 1)
+        return F.binary_cross_entropy_with_logits(out, truth, reduction="none").sum(-1).mean()
 
 
 class Grounding(nn.Module):

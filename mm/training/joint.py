@@ -9,7 +9,7 @@ Design choices
   now and then, and the source too, so that text and picture can be guided apart (as in InstructPix2Pix, arXiv
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
 - In all three tasks the user's nouns, and how they stand to each other, are grounded in the scene they speak of
-  (`mm.training.grounding`), and so is what a description names next.
+  (`mm.training.grounding`), and so are what a description names next and what the looks hold.
 - A noun that a description has said is now and then read as another one, so that what comes next is read off the
   picture and not guessed from what was said: the pairs that are held out are never said together in training.
 
@@ -25,19 +25,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
-from mm.models.dialogue import IGNORED, Dialogue, stack
+from mm.models.dialogue import IGNORED, Dialogue, stack, word_loss
 from mm.models.trunk import Trunk
 from mm.models.understanding import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
 from mm.training import talk
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
-from mm.training.grounding import Grounding, Nouns, Relations, coming_nouns, find_nouns, tapped
+from mm.training.grounding import (
+    Grounding,
+    LookGrounding,
+    Looks,
+    Nouns,
+    Relations,
+    coming_nouns,
+    find_looks,
+    find_nouns,
+    tapped,
+)
 from mm.world.edits import Edit
 from mm.world.render import render
 from mm.world.scene import Scene
@@ -60,6 +69,7 @@ class JointConfig(DrawingConfig):
     nouns_weight: float = 0.15
     relations_layer: int = 5  # a later one: it compares what the nouns know by then
     relations_weight: float = 0.15
+    looks_weight: float = 0.15  # of what looks hold, in the same layer as nouns
     coming_weight: float = 0.15  # of what a description names next, in the same layer as relations
     slip_share: float = 0.1  # of a description's nouns, read as others
 
@@ -98,6 +108,7 @@ class ReadBatch:
     seen: Seen
     nouns: Nouns
     coming: Nouns
+    looks: Looks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,8 +138,9 @@ def read_batch(
     rows, width = [d.ids for d in dialogues], ids.shape[1]
     named = find_nouns(rows, [d.about for d in dialogues], width, nouns)
     coming = coming_nouns(rows, [d.told for d in dialogues], width, nouns)
+    looks = find_looks(dialogues, width)
     _slip(ids, dialogues, nouns, rng, slip_share)
-    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen, nouns=named, coming=coming)
+    return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen, nouns=named, coming=coming, looks=looks)
 
 
 def _slip(
@@ -200,7 +212,7 @@ class Joint(Drawing):
         self.look_connector, self.latent_connector = look_connector, latent_connector
         width = trunk.config.width
         self.grounding, self.relations = Grounding(width), Relations(width)
-        self.coming = Grounding(width, names=True)
+        self.coming, self.look_grounding = Grounding(width, names=True), LookGrounding(width)
         # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.
         self._encoder = [encoder.requires_grad_(False).eval()]
 
@@ -215,6 +227,7 @@ class Joint(Drawing):
             losses[f"{prefix}nouns"] = settings.nouns_weight * self.grounding(early[0], batch.nouns)
             losses[f"{prefix}relations"] = settings.relations_weight * self.relations(late[0], batch.nouns)
         if reads:
+            losses["looks"] = settings.looks_weight * self.look_grounding(early[0], batch.looks)
             losses["coming"] = settings.coming_weight * self.coming(late[0], batch.coming)
         return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
 
@@ -241,7 +254,6 @@ class Joint(Drawing):
 
     def _words(self, batch: ReadBatch) -> dict[str, torch.Tensor]:
         logits, _ = self.trunk.read(batch.ids_BT, batch.mask_BT, self.looks(batch.seen))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORED)
         said = batch.targets_BT != IGNORED
         right = (logits.argmax(-1) == batch.targets_BT)[said].float().mean()
-        return {"words": self.settings.words_weight * loss, "_right": right}
+        return {"words": self.settings.words_weight * word_loss(logits, batch.targets_BT), "_right": right}

@@ -30,7 +30,7 @@ from mm.models.understanding import UnderstandingEncoder
 from mm.tokenizers import Autoencoder
 from mm.training import joint, talk
 from mm.training.drawing import Drawing, make_batch, words_for
-from mm.training.grounding import Nouns, find_nouns, noun_ids
+from mm.training.grounding import Looks, Nouns, find_nouns, noun_ids
 from mm.training.latents import LatentCache, scene_from_json, scene_to_json
 from mm.training.loop import Loop, LoopConfig
 from mm.training.publishing import publish_drawing
@@ -263,6 +263,6 @@ def moved(batch: Any, loop: Loop) -> Any:
     fields = {}
     for name in type(batch).__dataclass_fields__:
         value = getattr(batch, name)
-        nested = isinstance(value, joint.Seen | Nouns)
+        nested = isinstance(value, joint.Seen | Nouns | Looks)
         fields[name] = moved(value, loop) if nested else value.to(device) if torch.is_tensor(value) else value
     return type(batch)(**fields)

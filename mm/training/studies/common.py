@@ -24,10 +24,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mm.models.dialogue import IGNORED, Dialogue, stack
+from mm.models.dialogue import IGNORED, Dialogue, stack, word_loss
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
@@ -152,8 +151,7 @@ def reading_loss(trunk: Trunk, words: Words, looks: torch.Tensor) -> torch.Tenso
     grounding: Any = trunk.grounding
     with tapped(trunk.text_layers[len(trunk.text_layers) // 2 - 1]) as states:
         logits, _ = trunk.read(words.ids, words.mask, looks)
-    said = F.cross_entropy(logits.float().flatten(0, 1), words.targets.flatten(), ignore_index=IGNORED)
-    return said + NOUNS_WEIGHT * grounding(states[0], words.nouns)
+    return word_loss(logits, words.targets) + NOUNS_WEIGHT * grounding(states[0], words.nouns)
 
 
 @cache
