@@ -148,13 +148,9 @@ def branched_linear(
         run = implementation("weight_only_linear", x)
         y = run(flat, weight, weight_scales, bias, smooth, down, up, branch_scales, shift)
     else:
-        values, scales, low = implementation("quantize_activations", x)(
-            flat, smooth, down, bits, group, unsigned, shift
-        )
-        run = implementation("lowbit_linear", x)
-        y = run(
-            values, scales, weight, weight_scales, bias, low if down is not None else None, up, branch_scales, x.dtype
-        )
+        run = implementation("rounded_linear", x)
+        rounding = (bits, group, unsigned, shift)
+        y = run(flat, weight, weight_scales, bias, smooth, down, up, branch_scales, rounding)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

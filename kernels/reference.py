@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm.kernels.packing import integers_of, padded
+from mm.kernels.two_steps import two_steps
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +64,9 @@ def lowbit_linear(
     weight_NC = _by_group(integers_of(weight), weight_scales_NG.to(work))
     y_MN = _by_group(values_MC, scales.to(work)) @ weight_NC.T
     return _finish(y_MN, bias_N, low_MR, up_NR, branch_scales_R).to(dtype)
+
+
+rounded_linear = two_steps(quantize_activations, lowbit_linear)
 
 
 def dense_linear(

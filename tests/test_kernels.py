@@ -198,6 +198,16 @@ def test_wider_layers_equal_the_reference(isa, tokens, weight_bits):
 
 
 @needs_cpu
+@pytest.mark.parametrize("tokens", [1537, 2600])
+def test_a_layer_in_stretches_is_the_layer(tokens):
+    """So many tokens are rounded and multiplied in turn (kernels/cpu/__init__.py): each comes out as it would alone."""
+    layer = make(tokens, 33, 192, rank=16, seed=tokens)
+    arguments = layer.arguments()
+    alone = [kernels.branched_linear(**arguments | {"x": x.contiguous()}) for x in layer.x.split(700)]
+    assert torch.equal(kernels.branched_linear(**arguments), torch.cat(alone))
+
+
+@needs_cpu
 def test_tokens_beyond_the_cache_equal_the_reference():
     """More tokens than are treated at once (12 MiB of them), in a layer of a few outputs."""
     layer = make(1100, 5, 12288, seed=3)

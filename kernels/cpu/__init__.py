@@ -9,6 +9,8 @@ Design choices:
   for the cores. Hence torch is imported first, and `threads` is torch's number.
 - float16 x is read as it is and computed in fp32, as everything else is.
 - 16-bit weights go to torch's own product (`dense`).
+- Many tokens are rounded and multiplied a stretch at a time: rounded inputs then stay in the last-level cache, where
+  all of FLUX's 4096 tokens of 12288 numbers would be written out to fresh memory and fetched back.
 - Inputs that are not to be rounded are written as two digits of 8 bits a group, the second some 250 times finer: that
   errs less than their own 16 bits, and integer products of packed weights do the rest.
 
@@ -35,9 +37,19 @@ except ImportError as error:
     _native = None
     _absence = f"the C++ extension does not load ({error}); reinstall where there is a C++17 compiler"
 
-__all__ = ["absence", "dense_linear", "instruction_set", "lowbit_linear", "quantize_activations", "weight_only_linear"]
+__all__ = [
+    "absence",
+    "dense_linear",
+    "instruction_set",
+    "lowbit_linear",
+    "quantize_activations",
+    "rounded_linear",
+    "weight_only_linear",
+]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STRETCH = 1024  # tokens: about as many as the product (many512.h) takes at once anyway
+_TILE = 6  # tokens of one of its tiles
 
 
 def absence() -> str | None:
@@ -97,18 +109,55 @@ def lowbit_linear(
     branch_scales_R: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    y = torch.empty(len(values_MC), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
+    _lowbit_into(y, values_MC, scales, weight, weight_scales_NG, bias_N, low_MR, up_NR, branch_scales_R)
+    return y.to(dtype)
+
+
+def _lowbit_into(
+    y_MN: Tensor,
+    values_MC: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales_NG: Tensor,
+    bias_N: Tensor | None,
+    low_MR: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+) -> None:
     assert _native is not None
     values, weight, scales = values_MC.contiguous(), weight.contiguous(), scales.float().contiguous()
     weight_scales, bias, up = _ready(weight_scales_NG), _ready(bias_N), _ready(up_NR)
     low = None if low_MR is None else low_MR.float().contiguous()
     branch_scales = None if branch_scales_R is None else branch_scales_R.float().contiguous()
     (rows, wide), outputs = values.shape, weight.shape[0]
-    y = torch.empty(rows, outputs, dtype=dtype if dtype in _CODES else torch.float32)
     _native.linear(
         (values.data_ptr(), scales.data_ptr(), weight.data_ptr()), _at(weight_scales), _at(bias), _at(low), _at(up),
-        _at(branch_scales), _at(y), (rows, outputs, wide, scales.shape[1], 0 if up is None else up.shape[1]),
+        _at(branch_scales), _at(y_MN), (rows, outputs, wide, scales.shape[1], 0 if up is None else up.shape[1]),
         4 if weight.dtype == torch.uint8 else 8, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def rounded_linear(
+    x_MK: Tensor,
+    weight: Tensor,
+    weight_scales_NG: Tensor,
+    bias_N: Tensor | None,
+    smooth_K: Tensor | None,
+    down_RK: Tensor | None,
+    up_NR: Tensor | None,
+    branch_scales_R: Tensor | None,
+    rounding: tuple[int, int, bool, float],
+) -> Tensor:
+    """(M, N) in x's dtype; `rounding` holds bits, group, unsigned and shift of the inputs."""
+    dtype = x_MK.dtype
+    y = torch.empty(len(x_MK), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
+    stretches = max(1, round(len(x_MK) / _STRETCH))
+    length = max(1, -(-len(x_MK) // (stretches * _TILE))) * _TILE
+    for x, part in zip(x_MK.split(length), y.split(length), strict=True):
+        values, scales, low = quantize_activations(x, smooth_K, down_RK, *rounding)
+        branch = None if down_RK is None else low
+        _lowbit_into(part, values, scales, weight, weight_scales_NG, bias_N, branch, up_NR, branch_scales_R)
     return y.to(dtype)
 
 

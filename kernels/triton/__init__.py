@@ -16,16 +16,19 @@ from __future__ import annotations
 import torch
 
 from mm.kernels.dense import dense_linear, weight_only_linear
+from mm.kernels.two_steps import two_steps
 
 _missing: str | None = None
 try:
     from mm.kernels.triton.launch import INTERPRETED, lowbit_linear, quantize_activations
+
+    rounded_linear = two_steps(quantize_activations, lowbit_linear)
 except ImportError as error:
     _missing = f"triton does not load ({error}); `pip install 'mm-gen[triton]'` brings it on Linux"
 
 _LEAST = (8, 0)
 
-__all__ = ["absence", "dense_linear", "lowbit_linear", "quantize_activations", "weight_only_linear"]
+__all__ = ["absence", "dense_linear", "lowbit_linear", "quantize_activations", "rounded_linear", "weight_only_linear"]
 
 
 def absence() -> str | None:

@@ -105,7 +105,8 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
         "joint/log.jsonl",
         _loop(
             "Goes on from drawing, or from the published weights; seconds and samples are the run's own. `_right`: "
-            "share of spoken words right. `nouns`: loss of what the user's nouns know of their scene."
+            "share of spoken words right. `nouns`, `relations`, `looks`, `coming`: losses of what the user's nouns, "
+            "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`)."
         ),
     ),
 )

@@ -55,7 +55,7 @@ class StudyConfig:
     drawn: int = 15_000
     pool: int = 8192
     questions: int = 4000
-    batch_size: int = 64
+    batch_size: int = 32  # at small budgets steps count more than the size of one
     width: int = 128
     depth: int = 4
     rate: float = 1e-3
