@@ -31,7 +31,7 @@ def pool() -> common.Pool:
 
 
 def test_a_budget_below_a_batch_is_refused():
-    with pytest.raises(ValueError, match="samples 10 is less than one batch of 64"):
+    with pytest.raises(ValueError, match="samples 10 is less than one batch of 32"):
         StudyConfig(samples=10)
 
 
