@@ -355,7 +355,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         latents = torch.zeros(len(generators), channels, side, side, device=device)
         self._num_timesteps = len(plan)
         with self.progress_bar(total=len(plan)) as bar:
-            for i, (masked_BL, now_BN, known) in enumerate(plan):
+            for i, (masked_BL, now_BN, known, heat) in enumerate(plan):
                 if self._interrupt:
                     break
                 masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)
@@ -364,7 +364,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
                 drawn = self.code_head.sample(
                     features_BLD[row, now_BN].flatten(0, 1),
                     gumbel_BLKV[row, now_BN].flatten(0, 1),
-                    temperature=self._temperature,
+                    temperature=heat * self._temperature,
                 )
                 codes_BLK[row, now_BN] = drawn.unflatten(0, now_BN.shape)
                 codes_BKHW = codes_BLK.transpose(1, 2).unflatten(-1, (side, side))

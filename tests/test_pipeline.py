@@ -15,7 +15,7 @@ from tiny import STEPS, draw, seeded, tiny_pipeline
 from mm import TextToImagePipeline
 from mm.errors import UserError
 from mm.models.cache import PromptCache
-from mm.pipelines.sampling import REVISED, code_steps, masked_steps, revisions
+from mm.pipelines.sampling import COOLED, REVISED, code_steps, masked_steps, revisions
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +129,17 @@ def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
     filling, revising = plan[: len(plan) - revisions(steps)], plan[len(plan) - revisions(steps) :]
     assert 1 <= len(filling) <= min(steps, 64)
     for row in (0, 1):
-        first = torch.cat([now[row] for _, now, _ in filling])
+        first = torch.cat([step.now_BN[row] for step in filling])
         assert sorted(first.tolist()) == list(range(64))  # each token once
-        for masked, now, known in plan:
+        for masked, now, known, _ in plan:
             assert masked[row, now[row]].all()  # only what is masked is drawn
             assert masked[row].sum() == 64 - round(64 * known)
-        for masked, now, _ in revising:
+        for masked, now, _, _ in revising:
             assert len(now[row]) == 64 * REVISED == masked[row].sum()
+    assert {step.heat for step in filling} == {1.0}
+    heats = [1.0, *(step.heat for step in revising)]
+    assert all(a > b for a, b in itertools.pairwise(heats))
+    assert heats[-1] == pytest.approx(COOLED if revising else 1.0)
     alone = list(code_steps(seeded(2), 64, steps))
     assert all(torch.equal(a[1][0], b[1][1]) for a, b in zip(alone, plan, strict=True))
 
