@@ -73,7 +73,7 @@ def revisions(steps: int) -> int:
 
 
 class CodeStep(NamedTuple):
-    """Tokens masked (B, L), positions to draw now (B, N), the share that is known, the share of the temperature left."""
+    """Tokens masked (B, L), those to draw now (B, N), the share that is known, and what is left of the temperature."""
 
     masked_BL: torch.Tensor
     now_BN: torch.Tensor
