@@ -153,7 +153,7 @@ def ett_section(report: dict[str, Any]) -> str:
     head += ["against frozen, points", "seconds"]
     text = f"`python -m mm.training.studies.ett --out runs/ett --samples {s['samples']} --drawn {s['drawn']}`: "
     text += f"{report['n']} questions on held-out scenes through the generation tokenizer's codes, width {s['width']}, "
-    text += "paired, 95 % intervals from resampling scenes."
+    text += f"batches of {s['batch_size']}, paired, 95 % intervals from resampling scenes."
     return f"## Tuning the tokenizer end to end (ETT)\n\n{text}\n\n{table(head, rows)}"
 
 
@@ -167,7 +167,7 @@ def encoders_section(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["arm", "questions right", "against shared, points", "drawn right", "against shared, points", "seconds"]
     text = f"`python -m mm.training.studies.encoders --out runs/encoders --samples {s['samples']}`: "
-    text += f"{report['n']} questions, paired, 95 % intervals from resampling scenes and prompts."
+    text += f"{report['n']} questions, batches of {s['batch_size']}, paired, 95 % intervals from resampling scenes and prompts."
     return f"## One encoder or two\n\n{text}\n\n{table(head, rows)}"
 
 
