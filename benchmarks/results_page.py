@@ -167,7 +167,8 @@ def encoders_section(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["arm", "questions right", "against shared, points", "drawn right", "against shared, points", "seconds"]
     text = f"`python -m mm.training.studies.encoders --out runs/encoders --samples {s['samples']}`: "
-    text += f"{report['n']} questions, batches of {s['batch_size']}, paired, 95 % intervals from resampling scenes and prompts."
+    text += f"{report['n']} questions, batches of {s['batch_size']}, paired, "
+    text += "95 % intervals from resampling scenes and prompts."
     return f"## One encoder or two\n\n{text}\n\n{table(head, rows)}"
 
 
