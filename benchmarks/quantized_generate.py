@@ -1,16 +1,18 @@
 """What 4 bits cost mm-tiny: every method against the 16-bit pictures, from the same seeds.
 
-    python benchmarks/quantized_generate.py [--model mm-tiny] [--prompts 24] [--compose 20] [--json FILE]
+    python benchmarks/quantized_generate.py [--model mm-tiny] [--prompts 24] [--judged 8] [--json FILE]
 
 Design choices
 - The prompts are tuning prompts, never the reporting ones; calibration has sentences of its own. PSNR is over pictures
   of all prompts; the compose score is judged on the same pictures, and its change is paired picture by picture, with a
-  bootstrap interval.
+  bootstrap interval. Of so few pictures it says little, so the default is judged once more on `--judged` pictures of
+  every tuning prompt, resampled by prompt.
 - Peers get the same linear layers that mm quantizes (mm.sites): bitsandbytes NF4, sdnq with its SVD, torchao. They are
   optional and installed apart (see benchmarks/linear.py); one that is not here is listed with its reason.
 - Size: bits a weight of the quantized layers, everything kept counted (scales, branches, smoothing).
-- LoRA: a real one, trained for a minute on pictures of two objects swapped in their names; put on the 4-bit model as it
-  is, against baking it into the 16-bit model and quantizing that.
+- LoRAs: real ones, trained for a minute to draw one object for another's name; put on the 4-bit model as they are,
+  against baking each into the 16-bit model and quantizing that. One alone decides little: five weights' versions gave
+  five answers.
 
 This script does not measure speed; `benchmarks/linear.py` does.
 """
@@ -29,10 +31,12 @@ import torch
 from torch import nn
 
 import mm
-from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
+from mm.evaluation.compose import ComposeConfig, picture_seed
+from mm.evaluation.compose import draw as draw_jobs
+from mm.evaluation.prompts import COMPOSE_TUNE, Prompt, load_prompts
 from mm.evaluation.report import paired_change
 from mm.files import write_json
-from mm.linear import swap
+from mm.linear import Branch, branched, swap
 from mm.patch import Entry, Patch
 from mm.quantization.numerics import group_scales, round_to_nearest, rounded_inputs
 from mm.quantized import world_prompts
@@ -41,6 +45,8 @@ from mm.world.judge import Judge
 from mm.world.tasks import satisfies
 
 Pipe = Any
+PLACES = ("on grass", "at night", "in the snow", "on the beach", "", "in the sky")
+LORAS = (("cat", "fox"), ("tree", "house"), ("star", "fish"))
 PARTS = ("trunk", "velocity_decoder", "code_head")
 NF4 = torch.tensor(
     [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
@@ -164,22 +170,22 @@ def change(before: list[bool], after: list[bool], draws: int = 2000) -> tuple[fl
     return 100 * mean, 100 * low, 100 * high
 
 
-def train_lora(pipe: Pipe, steps: int) -> Patch:
-    """A rank-4 LoRA on the trunk's readings of text: "cat" learns to mean what "fox" means."""
+def train_lora(pipe: Pipe, name: str, other: str, steps: int) -> Patch:
+    """A rank-4 LoRA on the trunk's readings of text: `name` learns to mean what `other` means."""
     trunk, rng = pipe.trunk, random.Random(0)
+    torch.manual_seed(0)
     paths = [s.path for s in find_sites(trunk) if s.role in ("cross_k", "cross_v")]
     pairs = {p: (nn.Parameter(torch.randn(4, 256) * 0.05), nn.Parameter(torch.zeros(256, 4))) for p in paths}
     entries = {f"trunk.{p}": Entry(kind="lowrank", tensors={"down": d, "up": u}) for p, (d, u) in pairs.items()}
-    from mm.linear import Branch, branched
-
     for path, (down, up) in pairs.items():
         branched(trunk, path).attach(Branch(name="new", down=down, up=up))
     learner = torch.optim.AdamW([t for pair in pairs.values() for t in pair], 3e-3)
-    places = ("on grass", "at night", "in the snow", "on the beach", "", "in the sky")
     for _ in range(steps):
-        words = [f"a {{}} {rng.choice(places)}".strip() for _ in range(8)]
-        told = pipe.text_tokenizer([w.format("cat") for w in words], padding=True, return_tensors="pt")
-        meant = pipe.text_tokenizer([w.format("fox") for w in words], padding=True, return_tensors="pt")
+        words = [f"a {{}} {rng.choice(PLACES)}".strip() for _ in range(8)]
+        told, meant = (
+            pipe.text_tokenizer([w.format(noun) for w in words], padding=True, return_tensors="pt")
+            for noun in (name, other)
+        )
         latents, sigma = torch.randn(8, 16, 8, 8).to(trunk.dtype), torch.rand(8) * 0.5 + 0.5
         with torch.no_grad():
             for path in paths:
@@ -196,14 +202,15 @@ def train_lora(pipe: Pipe, steps: int) -> Patch:
         branched(trunk, path).detach("new")
     for entry in entries.values():
         entry.tensors.update({k: t.detach() for k, t in entry.tensors.items()})
-    return Patch(entries=entries, name="cat-to-fox")
+    return Patch(entries=entries, name=f"{name}-to-{other}")
 
 
-def lora_rows(load: Callable[[], Pipe], steps: int) -> dict[str, float]:
+def lora_row(load: Callable[[], Pipe], name: str, other: str, steps: int) -> dict[str, float]:
     """PSNR to the 16-bit model with the LoRA: attached to 4 bits, against baked and quantized."""
-    prompts = ["a cat", "a cat on grass", "two cats in the snow", "a red cat at night", "a cat and a car"]
+    places = ("{}", "{} on grass", "red {} at night", "{} and a car", "{} in the snow")
+    prompts = [f"a {place.format(name)}" for place in places]
     pipe = load()
-    patch = train_lora(pipe, steps)
+    patch = train_lora(pipe, name, other, steps)
     plain = draw(pipe, prompts)
     patch.apply(pipe)
     wanted = draw(pipe, prompts)
@@ -219,11 +226,27 @@ def lora_rows(load: Callable[[], Pipe], steps: int) -> dict[str, float]:
     }
 
 
+def judged_change(load: Callable[[], Pipe], prompts: list[Prompt], each: int) -> dict[str, Any]:
+    """The default's compose score against 16 bits on `each` pictures of every prompt, in points."""
+    jobs = [(p, picture_seed(0, p.id, k)) for p in prompts for k in range(each)]
+    judge, verdicts = Judge.from_pretrained(), []
+    quantized = load()
+    ours()(quantized)
+    for pipe in (load(), quantized):
+        readings = judge.read(draw_jobs(pipe, jobs, ComposeConfig(), None))
+        verdicts.append([satisfies(r, p.wanted).ok for r, (p, _) in zip(readings, jobs, strict=True)])
+    mean, low, high = paired_change(*verdicts, [i // each for i in range(len(jobs))])
+    before, after = (100 * sum(v) / len(v) for v in verdicts)
+    found = {"before": before, "after": after, "change": 100 * mean, "low": 100 * low, "high": 100 * high}
+    return found | {"pictures": len(jobs)}
+
+
 def main() -> None:
     """Measures every method and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mm-tiny")
     parser.add_argument("--prompts", type=int, default=24, help="tuning prompts, two pictures each")
+    parser.add_argument("--judged", type=int, default=8, help="pictures of each tuning prompt judged; 0 for none")
     parser.add_argument("--lora-steps", type=int, default=60)
     parser.add_argument("--only", nargs="*", help="methods by name")
     parser.add_argument("--json", type=Path)
@@ -263,10 +286,18 @@ def main() -> None:
         mean, low, high = change(right, judged(pictures))
         rows[name] = {"bits": bits, "psnr": psnr(wanted, pictures), "change": mean, "low": low, "high": high}
         print(f"| {name} | {bits:.2f} | {rows[name]['psnr']:.2f} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |", flush=True)
-    lora = lora_rows(load, options.lora_steps) if options.lora_steps else {}
-    print("\nPSNR to the 16-bit model with a LoRA: " + ", ".join(f"{k} {v:.2f} dB" for k, v in lora.items()))
+    judged_all = judged_change(load, every, options.judged) if options.judged else {}
+    if judged_all:
+        interval = "{before:.1f} -> {after:.1f}, {change:+.1f} [{low:+.1f}, {high:+.1f}]".format(**judged_all)
+        print(f"\ndefault, {judged_all['pictures']} pictures: {interval}", flush=True)
+    loras = {f"{a} to {b}": lora_row(load, a, b, options.lora_steps) for a, b in LORAS if options.lora_steps}
+    for name, found in loras.items():
+        print(f"LoRA {name}, to 16 bits with it: " + ", ".join(f"{k} {v:.2f} dB" for k, v in found.items()), flush=True)
     if options.json:
-        write_json(options.json, {"rows": rows, "lora": lora, "prompts": len(prompts), "pictures": len(right)})
+        write_json(
+            options.json,
+            {"rows": rows, "loras": loras, "judged": judged_all} | {"prompts": len(prompts), "pictures": len(right)},
+        )
 
 
 if __name__ == "__main__":

@@ -196,9 +196,17 @@ def quantized_section(report: dict[str, Any]) -> str:
         change = f"{row['change']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
         rows.append([name, f"{row['bits']:.2f}", f"{row['psnr']:.2f}", change])
     head = ["method", "bits a weight", "PSNR to 16 bits, dB", "compose, points (95 %)"]
-    lora = ", ".join(f"{name} {value:.2f} dB" for name, value in report["lora"].items())
     text = f"`python benchmarks/quantized_generate.py`, {report['pictures']} pictures of tuning prompts."
-    return f"## mm-tiny in 4 bits\n\n{text}\n\n{table(head, rows)}\n\nPSNR to 16 bits with a LoRA: {lora}."
+    text = f"## mm-tiny in 4 bits\n\n{text}\n\n{table(head, rows)}"
+    if judged := report["judged"]:
+        change = f"{judged['change']:+.1f} points [{judged['low']:+.1f}, {judged['high']:+.1f}]"
+        text += f"\n\nThe default on {judged['pictures']} pictures, {judged['pictures'] // 120} of every tuning prompt:"
+        text += f" compose {judged['before']:.1f} -> {judged['after']:.1f}, {change}, resampled by prompt."
+    loras = [[name, *(f"{value:.2f}" for value in row.values())] for name, row in report["loras"].items()]
+    if loras:
+        kinds = [f"{kind}, dB" for kind in next(iter(report["loras"].values()))]
+        text += f"\n\nPSNR to the 16-bit model with a LoRA:\n\n{table(['LoRA', *kinds], loras)}"
+    return text
 
 
 def main() -> None:
