@@ -33,7 +33,7 @@ from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue, spoken
 from mm.models.trunk import Trunk
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.paths import resolve_model
 from mm.pipelines.image_edit import ImageEditPipeline
@@ -79,7 +79,7 @@ class InterleavedPipeline(ImageEditPipeline):
         scheduler: SchedulerMixin,
         understanding_encoder: UnderstandingEncoder,
         look_connector: Connector,
-        latent_connector: Connector,
+        latent_stem: LatentStem,
         code_head: CodeHead | None = None,
         bridge: Bridge | None = None,
     ) -> None:
@@ -87,21 +87,21 @@ class InterleavedPipeline(ImageEditPipeline):
             text_tokenizer, trunk, velocity_decoder, autoencoder, scheduler, understanding_encoder, look_connector,
             code_head, bridge,
         )  # fmt: skip
-        self.register_modules(latent_connector=latent_connector)
+        self.register_modules(latent_stem=latent_stem)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> InterleavedPipeline:
         """An embedded model by name, a diffusers folder, or a hub name."""
         where = resolve_model(pretrained_model_name_or_path)
-        if isinstance(where, Path) and not (where / "latent_connector" / "config.json").is_file():
-            raise UserError(f"{where} holds no latent_connector: this model draws, but cannot converse")
+        if isinstance(where, Path) and not (where / "latent_stem" / "config.json").is_file():
+            raise UserError(f"{where} holds no latent_stem: this model draws, but cannot converse")
         pipe = super().from_pretrained(where, **kwargs)
         assert isinstance(pipe, cls)
         return pipe
 
     def start(self) -> Conversation:
         """A new, empty conversation."""
-        return Conversation(dialogue=Dialogue(self.text_tokenizer, self.latent_connector.looks))
+        return Conversation(dialogue=Dialogue(self.text_tokenizer, self.look_connector.looks))
 
     @torch.no_grad()
     def turn(
@@ -212,8 +212,15 @@ class InterleavedPipeline(ImageEditPipeline):
         picture = self._decode(latents, "pil")[0]
         conversation.latents, conversation.pictures = latents, conversation.pictures + 1
         conversation.dialogue.has_drawn(None)
-        self._logits = self._advance(conversation, self.latent_connector(latents.to(self.latent_connector.dtype)))
+        self._logits = self._advance(conversation, self._looks_of(latents))
         yield Event(kind="picture", picture=picture)
+
+    def _looks_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """What a drawn picture looks like, straight from its latents (1, C, 8, 8)."""
+        encoder = self.understanding_encoder
+        patches = self.latent_stem(latents.to(self.latent_stem.dtype))
+        tokens = encoder.encode_patches(patches.to(encoder.dtype))[1]
+        return self.look_connector(tokens.to(self.look_connector.dtype))
 
     def _conversation_reading(self, words: PromptCache, source: torch.Tensor | None) -> Reading:
         """Guidance over the whole conversation; against the source alone where there is one, else against nothing."""
@@ -221,7 +228,7 @@ class InterleavedPipeline(ImageEditPipeline):
         nothing = self._cache([""], None, None)
         if source is None:
             return Reading([words, nothing], (scale, 1 - scale))
-        looks = self.latent_connector(source.to(self.latent_connector.dtype))
+        looks = self._looks_of(source)
         full = self.trunk.encode_picture(source.to(self.trunk.dtype), words)
         alone = self._cache([""], looks, source)
         return Reading([full, alone, nothing], (scale, pictured - scale, 1 - pictured))

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from mm.models.dialogue import IGNORED, Dialogue, spoken, stack
+from mm.models.dialogue import IGNORED, Dialogue, WordKinds, spoken, stack, word_loss
 from mm.models.text import build_text_tokenizer
 from mm.training import talk
 from mm.world.edits import sample_edit
@@ -100,3 +100,41 @@ def test_stacking_pads_with_what_is_not_seen(tokenizer):
     assert torch.equal(mask[0], torch.tensor([True, False, False, False]))
     assert ids[0, 1:].eq(0).all()
     assert targets.eq(IGNORED).all()
+
+
+def test_a_words_share_of_smoothing_goes_to_its_kind_alone():
+    """Against torch's own label smoothing over a vocabulary that is one kind; words of no kind are not smoothed."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 4, 6), torch.tensor([[0, 1, IGNORED, 5], [2, 4, 3, 0]])
+    everything = WordKinds(of_V=torch.zeros(6, dtype=torch.int64), spread_KV=torch.full((1, 6), 1 / 6))
+    want = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, label_smoothing=0.1
+    )
+    torch.testing.assert_close(word_loss(logits, targets, everything), want)
+    nothing = WordKinds(of_V=torch.full((6,), -1), spread_KV=torch.zeros(1, 6))
+    torch.testing.assert_close(word_loss(logits, targets, nothing), word_loss(logits, targets))
+
+
+def test_the_best_answer_under_smoothing_gives_every_other_number_the_same():
+    """So that a number never seen of a thing is no less likely than any other wrong one."""
+    kinds = WordKinds(of_V=torch.tensor([0, 0, 0, 0, -1]), spread_KV=torch.tensor([[0.25, 0.25, 0.25, 0.25, 0.0]]))
+    logits = torch.zeros(1, 2, 5, requires_grad=True)
+    learner = torch.optim.Adam([logits], 0.1)
+    for _ in range(400):
+        learner.zero_grad()
+        word_loss(logits, torch.tensor([[0, 1]]), kinds).backward()
+        learner.step()
+    shares = logits.detach().softmax(-1)[0]
+    torch.testing.assert_close(shares[0], torch.tensor([0.925, 0.025, 0.025, 0.025, 0.0]), atol=5e-3, rtol=0)
+
+
+def test_kinds_are_numbers_colours_and_things(tokenizer):
+    kinds = talk.word_kinds(lambda word: int(tokenizer.convert_tokens_to_ids(word)), 1024)
+    kind = {
+        w: int(kinds.of_V[tokenizer.convert_tokens_to_ids(w)]) for w in ("a", "three", "red", "cat", "cats", "left")
+    }
+    assert kind["a"] == kind["three"]
+    assert len({kind["a"], kind["red"], kind["cat"], kind["cats"], kind["left"]}) == 5
+    assert kind["left"] == -1
+    assert tokenizer.unk_token_id not in kinds.spread_KV.nonzero()[:, 1]
+    torch.testing.assert_close(kinds.spread_KV.sum(1), torch.ones(len(kinds.spread_KV)))

@@ -63,7 +63,7 @@ def test_the_text_head_decides_to_draw_and_looks_go_back(pipe, monkeypatch):
     assert conversation.dialogue.ids.count(look) == 16
     assert conversation.latents.shape == (1, 16, 8, 8)
     # what was read piece by piece is what is read at once, the looks straight from the latents
-    looks = pipe.latent_connector(conversation.latents)
+    looks = pipe._looks_of(conversation.latents)
     _, whole = pipe.trunk.read(torch.tensor([conversation.dialogue.ids]), None, looks)
     for a, b in zip(conversation.state.prompt.keys, whole.prompt.keys, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

@@ -39,7 +39,7 @@ def module(parts) -> Joint:
         *drawing,
         encoder=parts["understanding_encoder"],
         look_connector=parts["look_connector"],
-        latent_connector=parts["latent_connector"],
+        latent_stem=parts["latent_stem"],
         config=CONFIG,
     )
 
@@ -70,19 +70,18 @@ def test_a_step_depends_on_the_seed_and_its_number_alone(state):
     assert not torch.equal(a.noise_BCHW, second(8).noise_BCHW)
 
 
-def test_gradients_reach_connectors_and_text_but_not_the_encoder(state, module):
+def test_gradients_reach_the_connector_and_text_but_not_the_encoder(state, module):
     used = set()
     for step in range(12):
         batch = batches(state, read_share=1.0, edit_share=0.0)(step)
         module.zero_grad(set_to_none=True)
         module(batch)["words"].backward()
         assert module.trunk.norm_text_out.weight.grad is not None
-        for name in ("look_connector", "latent_connector"):
-            if getattr(module, name).up.weight.grad is not None:
-                used.add(name)
-    assert used == {"look_connector", "latent_connector"}
-    assert all(p.grad is None for p in module._encoder[0].parameters())
-    assert not any("encoder" in name for name, _ in module.named_parameters())
+        assert module.look_connector.up.weight.grad.abs().sum() > 0
+        used.add("latents" if batch.seen.pictures is None else "pictures")
+    assert used == {"latents", "pictures"}
+    assert all(p.grad is None for part in module._seeing for p in part.parameters())
+    assert not any("encoder" in name or "stem" in name for name, _ in module.named_parameters())
 
 
 def test_rows_without_a_source_do_not_see_it(state, module):
@@ -156,14 +155,15 @@ def test_a_run_from_published_weights_starts_with_their_connectors_and_encoder(p
     """Fresh connectors would make a model that reads forget how."""
     drawing = Drawing(*(parts[name] for name in ("trunk", "velocity_decoder", "code_head", "bridge")), CONFIG)
     sizes = {n: parts["trunk"].config[n] for n in ("vocabulary_size", "width", "depth", "heads", "latent_channels")}
-    for name in ("autoencoder", "bridge", "understanding_encoder", "look_connector", "latent_connector"):
+    for name in ("autoencoder", "bridge", "understanding_encoder", "look_connector", "latent_stem"):
         parts[name].save_pretrained(tmp_path / "published" / name)
     encoder = parts["understanding_encoder"]
-    made = joint_run.build({"models": {"trunk": sizes}}, drawing, encoder, CONFIG, tmp_path / "published")
+    stem = parts["latent_stem"]
+    made = joint_run.build({"models": {"trunk": sizes}}, drawing, encoder, stem, CONFIG, tmp_path / "published")
     assert torch.equal(made.look_connector.up.weight, parts["look_connector"].up.weight)
-    assert torch.equal(made.latent_connector.place, parts["latent_connector"].place)
     run._borrow(tmp_path / "published", tmp_path / "model")
-    assert (tmp_path / "model" / "understanding_encoder" / "config.json").is_file()
+    for name in ("understanding_encoder", "latent_stem"):
+        assert (tmp_path / "model" / name / "config.json").is_file()
 
 
 def test_bad_shares_are_named():

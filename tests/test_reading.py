@@ -36,7 +36,7 @@ def reader(parts):
 
 @pytest.fixture(scope="module")
 def editor(parts):
-    pipe = ImageEditPipeline(**{name: part for name, part in parts.items() if name != "latent_connector"})
+    pipe = ImageEditPipeline(**{name: part for name, part in parts.items() if name != "latent_stem"})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -51,10 +51,10 @@ def pictures() -> list[Image.Image]:
 def folder(parts, tmp_path_factory) -> Path:
     """One folder for all pipelines, as weights/mm-tiny is."""
     where = tmp_path_factory.mktemp("model") / "tiny"
-    draws = TextToImagePipeline(**{n: p for n, p in parts.items() if n not in (*READS[2:4], "latent_connector")})
+    draws = TextToImagePipeline(**{n: p for n, p in parts.items() if n not in (*READS[2:4], "latent_stem")})
     draws.save_pretrained(where)
     index = json.loads((where / "model_index.json").read_text())
-    for name in ("understanding_encoder", "look_connector", "latent_connector"):
+    for name in ("understanding_encoder", "look_connector", "latent_stem"):
         parts[name].save_pretrained(where / name)
         index[name] = [type(parts[name]).__module__, type(parts[name]).__name__]
     (where / "model_index.json").write_text(json.dumps(index))

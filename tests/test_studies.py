@@ -1,5 +1,6 @@
 """The studies' parts: pairing, budgets, straight-through tuning, refitting, attention masses."""
 
+import dataclasses
 import math
 import random
 
@@ -9,9 +10,11 @@ import torch
 from mm.evaluation.report import paired_change
 from mm.models import layers
 from mm.models.connectors import Connector
+from mm.models.understanding import UnderstandingEncoder
 from mm.tokenizers import Autoencoder, Bridge
 from mm.training.studies import common, encoders, ett
 from mm.training.studies.common import StudyConfig
+from mm.world import vocabulary as v
 from mm.world.judge import Judge
 from mm.world.scene import groups, is_held_out
 
@@ -62,6 +65,18 @@ def test_the_exam_is_held_out_and_training_is_not(pool):
     assert not any(is_held_out(groups(scene)) for scene in pool.scenes + common.drawing_pool(TINY).scenes)
 
 
+def test_a_small_world_is_read_and_asked_about_in_its_own_words():
+    config = dataclasses.replace(TINY, small=True)
+    paper = common.exam(config)
+    for scene in [*common.reading_pool(config).scenes, *paper.pool.scenes]:
+        assert {s.object for s in scene.sprites} <= set(common.OBJECTS)
+        assert scene.style in common.STYLES
+    others = set(v.OBJECTS) - set(common.OBJECTS)
+    asked = " ".join(qa.question for _, qa in paper.asked if qa.kind == "existence").replace("?", " ").split()
+    assert not others & set(asked)
+    assert any(qa.answer == "no" for _, qa in paper.asked if qa.kind == "existence")
+
+
 def test_sitting_the_exam_is_greedy_decoding():
     """Right in one pass = right when every next word is the likeliest one, chosen step by step."""
     trunk = common.small_trunk(TINY)
@@ -103,7 +118,7 @@ def test_tuning_reaches_the_encoder_and_only_alpha_reaches_the_decoder(tokenizer
         for p in part.parameters():
             torch.nn.init.normal_(p, std=0.1)
     autoencoder.zero_grad()
-    arm.tuning_loss(pictures, common.reading_words(scenes, rng), alpha).backward()
+    arm.tuning_loss(pictures, common.reading_words(scenes, rng, TINY), alpha).backward()
     assert all(p.grad is not None for p in autoencoder.encoder.parameters())
     assert max(float(p.grad.abs().max()) for p in autoencoder.encoder.parameters() if p.grad is not None) > 0
     assert any(p.grad is not None for p in autoencoder.decoder.parameters()) == (alpha > 0)
@@ -139,7 +154,9 @@ def test_unknown_arms_are_named(tokenizer):
 def test_an_arm_trains_through_its_stages_and_starts_from_equal_weights(tokenizer, pool):
     import copy
 
-    trunk = ett.words_only(TINY, pool)
+    eyes = UnderstandingEncoder(width=16, depth=1, heads=2, text_width=16, text_depth=1)
+    trunk = ett.reader(TINY, pool, eyes)
+    assert not any(p.requires_grad for p in eyes.parameters())
     before = {k: x.clone() for k, x in trunk.state_dict().items()}
     arm = ett.Arm("tuned-0.25", *copy.deepcopy(tokenizer), copy.deepcopy(trunk), TINY)
     encoder = [p.clone() for p in arm.autoencoder.encoder.parameters()]
@@ -168,8 +185,6 @@ def test_masses_are_the_attention_that_crosses_modalities():
 
 
 def test_alignment_moves_the_masses_towards_their_targets(tokenizer, pool):
-    from mm.models.understanding import UnderstandingEncoder
-
     drawn = common.drawing_pool(TINY)
     pools = (pool, drawn, common.encoded(tokenizer[0], drawn))
     far: dict[bool, float] = {}

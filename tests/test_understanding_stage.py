@@ -11,7 +11,7 @@ from mm.models.text import build_text_tokenizer
 from mm.models.understanding import UnderstandingEncoder
 from mm.training import understanding_stage as stage
 from mm.world import vocabulary as v
-from mm.world.render import cell_labels, centre_labels, render
+from mm.world.render import cell_labels, centre_labels
 from mm.world.scene import Scene, Sprite, sample_scene
 
 
@@ -34,13 +34,13 @@ def _batch(n: int) -> stage.UnderstandingBatch:
     words = build_text_tokenizer()(
         stage.captions_for(scenes, rng), padding="max_length", max_length=64, return_tensors="pt"
     )
-    return stage.make_batch(render(scenes) / 127.5 - 1, scenes, words.input_ids)
+    return stage.make_batch(scenes, words.input_ids)
 
 
 def test_a_style_without_ground_asks_for_none():
     sprite = Sprite(object="owl", x=64, y=64, size=52)
     scenes = [Scene(sprites=(sprite,), style="sketch"), Scene(sprites=(sprite,), background="snow")]
-    made = stage.make_batch(torch.zeros(2, 3, 128, 128), scenes, torch.zeros(2, 64, dtype=torch.int64))
+    made = stage.make_batch(scenes, torch.zeros(2, 64, dtype=torch.int64))
     assert made.backgrounds_B.tolist() == [IGNORED, v.BACKGROUNDS.index("snow")]
     assert made.styles_B.tolist() == [v.STYLES.index("sketch"), v.STYLES.index("cartoon")]
 
@@ -48,7 +48,7 @@ def test_a_style_without_ground_asks_for_none():
 def test_all_losses_fall_on_a_batch_that_is_seen_again_and_again():
     torch.manual_seed(0)
     encoder = UnderstandingEncoder(width=64, depth=2, heads=4, text_width=32, text_depth=1)
-    module = stage.Understanding(encoder, stage.UnderstandingConfig(pictures=1))
+    module = stage.Understanding(encoder, stage.UnderstandingConfig())
     batch, learner = _batch(16), torch.optim.AdamW(module.parameters(), 3e-3)
     first: dict[str, float] = {}
     for _ in range(60):

@@ -12,7 +12,7 @@ from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
 
@@ -46,8 +46,8 @@ def tiny_reader(*, seed: int = 0) -> dict[str, Any]:
     torch.manual_seed(seed)
     parts["trunk"] = Trunk(width=32, depth=2, heads=2, reads=True, max_text=256)
     parts["understanding_encoder"] = UnderstandingEncoder(width=16, depth=1, heads=2, text_width=16, text_depth=1)
-    parts["look_connector"] = Connector(in_channels=16, width=32, hidden=32)
-    parts["latent_connector"] = Connector(in_channels=16, width=32, hidden=32)
+    parts["look_connector"] = Connector(in_channels=16, width=32, hidden=32, alike=8)
+    parts["latent_stem"] = LatentStem(width=16, depth=1)
     for part in (parts["trunk"], parts["look_connector"]):
         for parameter in part.parameters():
             parameter.data += 0.15 * torch.randn_like(parameter)

@@ -20,6 +20,7 @@ class Stage(StrEnum):
     latents = "latents"
     drawing = "drawing"
     understanding = "understanding"
+    stem = "stem"
     joint = "joint"
 
 

@@ -14,6 +14,7 @@ Legend: B dialogues, T tokens, V words.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,9 +113,30 @@ def stack(dialogues: Sequence[Dialogue]) -> tuple[torch.Tensor, torch.Tensor, to
     return ids, mask, targets
 
 
-def word_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the words that a model has to say itself."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WordKinds:
+    """Words that exclude each other: `of_V` names each word's kind (-1: none), `spread_KV` shares 1 among a kind's."""
+
+    of_V: torch.Tensor
+    spread_KV: torch.Tensor
+
+
+def word_loss(
+    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, kinds: WordKinds | None = None, smoothing: float = 0.1
+) -> torch.Tensor:
+    """Mean cross-entropy of the words that a model has to say itself.
+
+    With `kinds`, `smoothing` of a target goes to all words of its kind (label smoothing, Szegedy et al. 2015, arXiv
+    1512.00567, within a kind).
+    """
+    if kinds is None:
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+    said_N = targets_BT[targets_BT != IGNORED]
+    logs_NV = logits_BTV[targets_BT != IGNORED].float().log_softmax(-1)
+    loss_N = -logs_NV.gather(1, said_N[:, None]).squeeze(1)
+    kind_N = kinds.of_V[said_N]
+    spread_N = -(kinds.spread_KV[kind_N.clamp_min(0)] * logs_NV).sum(-1)
+    return torch.where(kind_N < 0, loss_N, (1 - smoothing) * loss_N + smoothing * spread_N).mean()
 
 
 def spoken(words: Sequence[str]) -> str:

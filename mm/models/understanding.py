@@ -5,9 +5,12 @@ Design choices
   names, so that the same weights load through open_clip's tools under the name `mm-tiny-vit`.
 - The trunk reads the tokens of the last layer, not the pooled vector: counts and positions need places.
 - The text tower is small; it serves the contrastive loss and open_clip's tools, never the trunk.
+- A drawn picture is read without being decoded (as in CLEAR, arXiv 2604.04780): latents lie on the same 8 x 8 grid as
+  the encoder's patches, so a stem makes patches of them and the encoder's own layers do the rest. A connector straight
+  from latents to the trunk had no layers to see with, and took 1 look of 5 to hold other objects than it does.
 
 This module does not know the trunk, pictures' files or losses.
-Legend: B batch, L = (image / patch)^2 tokens, W width.
+Legend: B batch, C latent channels, H = image / patch, L = H * H tokens, W width.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from mm.models import layers
 
 NAME = "mm-tiny-vit"
 
@@ -86,6 +92,59 @@ class UnderstandingEncoder(ModelMixin, ConfigMixin):
             raise ValueError(f"pictures of shape {tuple(pictures_BCHW.shape)}; this encoder reads 3 x {size} x {size}")
         return self.visual(pictures_BCHW)
 
+    def encode_patches(self, patches_BWHH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, of what stands for a picture's patches (B, W, H, H): a `LatentStem`'s output.
+
+        Follows open_clip's VisionTransformer from its patch convolution on.
+        """
+        see, side = self.visual, self.config.image_size // self.config.patch_size
+        if patches_BWHH.shape[1:] != (self.config.width, side, side):
+            shape = tuple(patches_BWHH.shape)
+            raise ValueError(f"patches of shape {shape}; this encoder reads {self.config.width} x {side} x {side}")
+        patches_BLW = patches_BWHH.flatten(2).transpose(1, 2)
+        whole = see.class_embedding.to(patches_BLW.dtype).expand(len(patches_BLW), 1, -1)
+        x = torch.cat([whole, patches_BLW], 1) + see.positional_embedding.to(patches_BLW.dtype)
+        pooled, tokens = see._pool(see.transformer(see.ln_pre(see.patch_dropout(x))))
+        return pooled @ see.proj, tokens
+
     def encode_text(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Pooled vectors (B, embed_dim) of captions, right-padded with 0 up to the context length."""
         return self.text(ids_BT)
+
+
+class StemBlock(nn.Module):
+    """A depthwise look at the neighbours, then a feed-forward; the identity at first (after ConvNeXt, 2201.03545)."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.near = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = layers.Norm(width)
+        self.ff = layers.FeedForward(width, ratio)
+        layers.init_linears(self)
+        layers.zero(self.ff.down)
+
+    def forward(self, x_BWHH: torch.Tensor) -> torch.Tensor:
+        seen = self.norm(self.near(x_BWHH).permute(0, 2, 3, 1))
+        return x_BWHH + self.ff(seen).permute(0, 3, 1, 2)
+
+
+class LatentStem(ModelMixin, ConfigMixin):
+    """Generation latents to the understanding encoder's patches, learned from pictures of the same scenes."""
+
+    @register_to_config
+    def __init__(self, *, latent_channels: int = 16, width: int = 192, depth: int = 2, ratio: int = 2) -> None:
+        super().__init__()
+        self.latent_in = nn.Conv2d(latent_channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(StemBlock(width, ratio) for _ in range(depth))
+        self.patch_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, latents_BCHH: torch.Tensor) -> torch.Tensor:
+        """Patches (B, W, H, H) of latents (B, C, H, H)."""
+        if latents_BCHH.ndim != 4 or latents_BCHH.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents of shape {tuple(latents_BCHH.shape)}; expected (B, {self.config.latent_channels}, H, H)"
+            )
+        x_BWHH = self.latent_in(latents_BCHH)
+        for block in self.blocks:
+            x_BWHH = block(x_BWHH)
+        return self.patch_out(x_BWHH)

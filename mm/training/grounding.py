@@ -13,10 +13,12 @@ Design choices
   words before each noun of a reply names the coming noun, its number, places and colour.
 - Counting needs what stands in a picture to lie in the looks in a form that can be added up. So a readout of the looks
   themselves names the objects, and the colours, whose centres lie in each look's part of the picture.
+- Which looks show things of one kind is told as well, to the connector, which counts them (`mm.models.connectors`).
 - The readouts are training state and are not published.
 
 This module does not know models, looks or losses other than its own.
-Legend: B rows, T tokens, N nouns or looks, D width, R = 4 relations, O objects, K = 9 colours.
+Legend: B rows, T tokens, N nouns or looks, P pictures, S their looks, D width, R = 4 relations, O objects,
+K = 9 colours.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from torch import nn
 from mm.models import layers
 from mm.models.dialogue import IGNORED, Dialogue
 from mm.world import vocabulary as v
-from mm.world.scene import Scene, group_relation, groups
+from mm.world.scene import Scene, group_relation, groups, members
 
 CELLS = v.SIZE // v.CELL
 SIZES = (v.MAX_COUNT + 1, CELLS, CELLS, len(v.COLOURS) + 1)  # number, columns, rows, colour (the last is natural)
@@ -60,11 +62,15 @@ class Nouns:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Looks:
-    """Where looks stand in a batch of rows, flattened (N,), and whose centres, and which colours, each holds."""
+    """Where looks stand in a batch of rows, flattened (N,), and whose centres, and which colours, each holds.
+
+    `kin_PSS` says which looks of a picture hold things of one group; its diagonal, which hold a thing at all.
+    """
 
     places_N: torch.Tensor
     centres_NO: torch.Tensor
     colours_NK: torch.Tensor
+    kin_PSS: torch.Tensor
 
 
 def find_looks(dialogues: Sequence[Dialogue], width: int) -> Looks:
@@ -72,6 +78,7 @@ def find_looks(dialogues: Sequence[Dialogue], width: int) -> Looks:
     places: list[int] = []
     centres: list[torch.Tensor] = []
     colours: list[torch.Tensor] = []
+    kin: list[torch.Tensor] = []
     for row, dialogue in enumerate(dialogues):
         look = dialogue.token("<look>")
         places += [row * width + place for place, word in enumerate(dialogue.ids) if word == look]
@@ -79,11 +86,31 @@ def find_looks(dialogues: Sequence[Dialogue], width: int) -> Looks:
             objects, tints = look_truth(scene, dialogue.looks)
             centres.append(objects)
             colours.append(tints)
+            kin.append(kin_truth(scene, dialogue.looks))
     return Looks(
         places_N=torch.tensor(places, dtype=torch.int64),
         centres_NO=torch.cat(centres) if centres else torch.zeros(0, len(v.ALL_OBJECTS)),
         colours_NK=torch.cat(colours) if colours else torch.zeros(0, len(v.COLOURS) + 1),
+        kin_PSS=torch.stack(kin) if kin else torch.zeros(0, 1, 1),
     )
+
+
+def kin_truth(scene: Scene, looks: int) -> torch.Tensor:
+    """Which looks (looks, looks) hold centres of sprites of one group; parts go row by row."""
+    side = math.isqrt(looks)
+    part = v.SIZE // side
+    kin = torch.zeros(looks, looks)
+    for group in groups(scene):
+        here = [s.y // part * side + s.x // part for s in members(scene, group)]
+        for look in here:
+            kin[look, here] = 1
+    return kin
+
+
+def kin_loss(kin_PSS: torch.Tensor, truth_PSS: torch.Tensor) -> torch.Tensor:
+    """The mean loss over looks of saying which others are of their kind."""
+    kin = kin_PSS.float().clamp(1e-4, 1 - 1e-4)
+    return -(truth_PSS * kin.log() + (1 - truth_PSS) * (1 - kin).log()).sum(-1).mean()
 
 
 def look_truth(scene: Scene, looks: int) -> tuple[torch.Tensor, torch.Tensor]:

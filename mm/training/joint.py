@@ -3,8 +3,8 @@
 Design choices
 - One step, one task, picked by its share: drawing (flow or codes), reading (words), editing (flow or codes). Nothing
   that drawing learned is frozen; drawing keeps most of the steps, so that it does not fade.
-- Looks come from the understanding encoder (frozen: it has its own stage) for half of the batches, and straight from
-  latents for the other half, with a little noise, as drawn latents have.
+- Looks come from the understanding encoder (frozen: it has its own stage), which sees pictures in half of the batches
+  and latents through its stem in the other half, with a little noise, as drawn latents have.
 - Editing sees the source twice: as looks among the words, and as clean latents at sigma 0. The instruction is dropped
   now and then, and the source too, so that text and picture can be guided apart (as in InstructPix2Pix, arXiv
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
@@ -25,13 +25,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
-from mm.models.dialogue import IGNORED, Dialogue, stack, word_loss
+from mm.models.dialogue import IGNORED, Dialogue, WordKinds, stack, word_loss
+from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Bridge
 from mm.training import talk
@@ -45,6 +47,7 @@ from mm.training.grounding import (
     coming_nouns,
     find_looks,
     find_nouns,
+    kin_loss,
     tapped,
 )
 from mm.world.edits import Edit
@@ -70,7 +73,9 @@ class JointConfig(DrawingConfig):
     relations_layer: int = 5  # a later one: it compares what the nouns know by then
     relations_weight: float = 0.15
     looks_weight: float = 0.15  # of what looks hold, in the same layer as nouns
+    alike_weight: float = 0.3  # of which looks show things of one kind
     coming_weight: float = 0.15  # of what a description names next, in the same layer as relations
+    smoothing: float = 0.1  # of numbers, colours and things among their kind
     slip_share: float = 0.1  # of a description's nouns, read as others
 
     def __post_init__(self) -> None:
@@ -83,6 +88,7 @@ class JointConfig(DrawingConfig):
             "drop_words",
             "drop_source",
             "slip_share",
+            "smoothing",
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1]")
@@ -203,30 +209,42 @@ class Joint(Drawing):
         bridge: Bridge,
         *,
         encoder: UnderstandingEncoder,
+        latent_stem: LatentStem,
         look_connector: Connector,
-        latent_connector: Connector,
         config: JointConfig,
     ) -> None:
         super().__init__(trunk, velocity_decoder, code_head, bridge, config)
         self.settings = config
-        self.look_connector, self.latent_connector = look_connector, latent_connector
+        self.look_connector = look_connector
         width = trunk.config.width
         self.grounding, self.relations = Grounding(width), Relations(width)
         self.coming, self.look_grounding = Grounding(width, names=True), LookGrounding(width)
-        # In a list, so that it is no part of this module: neither trained nor averaged nor saved with the state.
-        self._encoder = [encoder.requires_grad_(False).eval()]
+        tokenizer = build_text_tokenizer()
+        kinds = talk.word_kinds(lambda w: int(tokenizer.convert_tokens_to_ids(w)), trunk.config.vocabulary_size)  # pyright: ignore[reportArgumentType]
+        self.register_buffer("kind_of_V", kinds.of_V, persistent=False)
+        self.register_buffer("kind_spread_KV", kinds.spread_KV, persistent=False)
+        self.kind_of_V: torch.Tensor
+        self.kind_spread_KV: torch.Tensor
+        # In a list, so that they are no part of this module: neither trained nor averaged nor saved with the state.
+        self._seeing: list[Any] = [part.requires_grad_(False).eval() for part in (encoder, latent_stem)]
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         """Named losses; names with a leading underscore are only watched."""
         reads = isinstance(batch, ReadBatch)
-        layers, settings = self.trunk.text_layers, self.settings
-        with tapped(layers[settings.nouns_layer]) as early, tapped(layers[settings.relations_layer]) as late:
+        layers, settings, counter = self.trunk.text_layers, self.settings, self.look_connector.counter
+        with (
+            tapped(layers[settings.nouns_layer]) as early,
+            tapped(layers[settings.relations_layer]) as late,
+            tapped(counter if counter is not None else nn.Identity()) as kin,
+        ):
             losses = self._words(batch) if reads else super().forward(batch)
         if batch.nouns is not None:
             prefix = "read_" if reads else ""
             losses[f"{prefix}nouns"] = settings.nouns_weight * self.grounding(early[0], batch.nouns)
             losses[f"{prefix}relations"] = settings.relations_weight * self.relations(late[0], batch.nouns)
         if reads:
+            if counter is not None:
+                losses["alike"] = settings.alike_weight * kin_loss(kin[0], batch.looks.kin_PSS)
             losses["looks"] = settings.looks_weight * self.look_grounding(early[0], batch.looks)
             losses["coming"] = settings.coming_weight * self.coming(late[0], batch.coming)
         return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
@@ -243,17 +261,17 @@ class Joint(Drawing):
 
     def looks(self, seen: Seen) -> torch.Tensor:
         """Looks (N, S, D) of what is looked at."""
-        if seen.pictures is not None:
-            encoder: Any = self._encoder[0]
-            encoder = encoder.to(seen.pictures.device)
-            with torch.no_grad():
-                tokens = encoder(seen.pictures)[1]
-            return self.look_connector(tokens)
-        assert seen.latents is not None
-        return self.latent_connector(seen.latents)
+        seer = seen.pictures if seen.pictures is not None else seen.latents
+        assert seer is not None
+        encoder, stem = (part.to(seer.device) for part in self._seeing)
+        with torch.no_grad():
+            tokens = encoder(seer)[1] if seen.pictures is not None else encoder.encode_patches(stem(seer))[1]
+        return self.look_connector(tokens)
 
     def _words(self, batch: ReadBatch) -> dict[str, torch.Tensor]:
         logits, _ = self.trunk.read(batch.ids_BT, batch.mask_BT, self.looks(batch.seen))
         said = batch.targets_BT != IGNORED
         right = (logits.argmax(-1) == batch.targets_BT)[said].float().mean()
-        return {"words": self.settings.words_weight * word_loss(logits, batch.targets_BT), "_right": right}
+        kinds = WordKinds(of_V=self.kind_of_V, spread_KV=self.kind_spread_KV)
+        loss = word_loss(logits, batch.targets_BT, kinds, self.settings.smoothing)
+        return {"words": self.settings.words_weight * loss, "_right": right}

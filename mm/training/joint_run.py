@@ -26,7 +26,7 @@ from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding import LatentStem, UnderstandingEncoder
 from mm.tokenizers import Autoencoder
 from mm.training import joint, talk
 from mm.training.drawing import Drawing, make_batch, words_for
@@ -39,9 +39,7 @@ from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
 
 EDIT_SHARD = 2048
-# Scenes of pictures to read: pairs teach relations; of crowds too few come up by chance for descriptions to learn them,
-# but with two in five (and .2 pairs, no counts) descriptions of a single kind of object got worse.
-READ: dict[str, Any] = {"default_weight": 3, "pair_share": 0.15, "count_share": 0.2, "crowd_share": 0.25}
+LOOK_KEYS = 32
 
 
 def write_edit_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: int = 0, size: int = EDIT_SHARD) -> None:
@@ -150,7 +148,7 @@ class Batches:
 
     def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
         if rng.random() < self.config.outside_share:  # through the understanding encoder: fresh pictures
-            scenes = [sample_scene(rng, **READ) for _ in range(self.batch_size)]
+            scenes = [sample_scene(rng, **talk.READ) for _ in range(self.batch_size)]
             dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
             return self._reading(dialogues, _pictures, rng)
         if rng.random() < 0.5:
@@ -201,31 +199,35 @@ def build(
     config: dict[str, Any],
     drawing: Drawing,
     encoder: UnderstandingEncoder,
+    stem: LatentStem,
     settings: joint.JointConfig,
     init_from: Path | None = None,
 ) -> joint.Joint:
     """The joint module around what the drawing stage has trained, whose trunk may not have read before.
 
-    Connectors are fresh, or those of the published weights in `init_from`.
+    The connector is fresh, or that of the published weights in `init_from`.
     """
     torch.manual_seed(0)
     trunk = Trunk(**config["models"]["trunk"] | {"reads": True, "max_text": 256})
     trunk.load_state_dict(drawing.trunk.state_dict(), strict=False)
     width = trunk.config.width
-    channels = {"look_connector": encoder.config.width, "latent_connector": trunk.config.latent_channels}
-    connectors = {}
-    for name, count in channels.items():
-        known = init_from is not None and (init_from / name / "config.json").is_file()
-        fresh = Connector(in_channels=count, width=width)
-        connectors[name] = Connector.from_pretrained(init_from / name) if init_from and known else fresh
+    sizes, known = {"in_channels": encoder.config.width, "width": width, "alike": LOOK_KEYS}, {}
+    if init_from is not None and (init_from / "look_connector" / "config.json").is_file():
+        published = Connector.from_pretrained(init_from / "look_connector")
+        sizes = {name: published.config[name] for name in ("in_channels", "width", "hidden", "side", "alike")}
+        sizes["alike"] = sizes["alike"] or LOOK_KEYS
+        known = published.state_dict()
+    connector = Connector(**sizes)
+    connector.load_state_dict(known, strict=False)  # one that was published without a counter learns to count
     return joint.Joint(
         trunk,
         drawing.velocity_decoder,
         drawing.code_head,
         drawing.bridge,
         encoder=encoder.float(),
+        latent_stem=stem.float(),
+        look_connector=connector,
         config=settings,
-        **connectors,
     ).float()
 
 
@@ -252,10 +254,9 @@ def train(
 
 
 def publish(module: Any, folder: Path) -> None:
-    """Writes drawing's parts and the connectors in bf16, each beside its config."""
+    """Writes drawing's parts and the connector in bf16, each beside its config."""
     publish_drawing(module, folder)
-    for name in ("look_connector", "latent_connector"):
-        copy.deepcopy(getattr(module, name)).to(torch.bfloat16).save_pretrained(folder / name)
+    copy.deepcopy(module.look_connector).to(torch.bfloat16).save_pretrained(folder / "look_connector")
 
 
 def moved(batch: Any, loop: Loop) -> Any:

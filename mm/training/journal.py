@@ -98,7 +98,14 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
     (
         "Understanding encoder",
         "understanding/log.jsonl",
-        _loop("`_right`: share of object cells named right, on training pictures."),
+        _loop(
+            "In training, `_right`: share of object cells named right; `_found`: of pictures with every centre right."
+        ),
+    ),
+    (
+        "Latent stem",
+        "stem/log.jsonl",
+        _loop("`lost`: share of the variance of the encoder's tokens that latents do not bring back."),
     ),
     (
         "Joint",
@@ -106,7 +113,8 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
         _loop(
             "Goes on from drawing, or from the published weights; seconds and samples are the run's own. `_right`: "
             "share of spoken words right. `nouns`, `relations`, `looks`, `coming`: losses of what the user's nouns, "
-            "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`)."
+            "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`); "
+            "`alike`: of which looks show things of one kind."
         ),
     ),
 )

@@ -1,9 +1,8 @@
-"""Caches of latents, scenes and pictures, so that training neither renders nor encodes.
+"""Caches of latents and scenes, so that training neither renders nor encodes.
 
 Design choices
 - Shards of a few thousand scenes: latents in safetensors (fp16), scenes as one JSON line each beside them. A run reads
   what is there and takes in new shards as they appear, so that rendering and training can overlap.
-- Pictures (uint8) are a shard's scenes again, in a folder of their own: only understanding needs them.
 - Shard k depends on (seed, k) alone. Captions are not cached: each draw words its scene anew.
 
 This module does not know the trunk.
@@ -73,17 +72,6 @@ def write_shard(
     write_bytes(path, save({"latents": torch.cat(parts).half().cpu()}))
 
 
-def write_pictures(folder: Path, latents: Path, k: int) -> None:
-    """Renders the scenes of shard `k` of `latents` into `folder`; does nothing when they are there."""
-    path = folder / f"{k:05d}.safetensors"
-    if path.is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    scenes = read_scenes(latents / f"{k:05d}.jsonl")
-    pictures = torch.cat([render(scenes[i : i + 64]).cpu() for i in range(0, len(scenes), 64)])
-    write_bytes(path, save({"pictures": pictures}))
-
-
 def read_scenes(path: Path) -> list[Scene]:
     """The scenes of a shard."""
     return [scene_from_json(line) for line in path.read_text().splitlines()]
@@ -114,23 +102,3 @@ class LatentCache:
         spots = [divmod(rng.randrange(len(self)), len(self.latents[0])) for _ in range(n)]
         latents = torch.stack([self.latents[k][i] for k, i in spots]).float()
         return latents, [self.scenes[k][i] for k, i in spots]
-
-
-class PictureCache:
-    """The first shards of pictures in memory (200 MB each), with their scenes."""
-
-    def __init__(self, folder: Path, latents: Path, shards: int) -> None:
-        for k in range(shards):
-            write_pictures(folder, latents, k)
-        names = [f"{k:05d}" for k in range(shards)]
-        self.pictures = [load_file(folder / f"{name}.safetensors")["pictures"] for name in names]
-        self.scenes = [read_scenes(latents / f"{name}.jsonl") for name in names]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pictures))
-
-    def draw(self, n: int, rng: random.Random) -> tuple[torch.Tensor, list[Scene]]:
-        """`n` random pictures (n, 3, 128, 128) in [-1, 1] and their scenes."""
-        spots = [divmod(rng.randrange(len(self)), len(self.pictures[0])) for _ in range(n)]
-        pictures = torch.stack([self.pictures[k][i] for k, i in spots])
-        return pictures.float() / 127.5 - 1, [self.scenes[k][i] for k, i in spots]

@@ -1,5 +1,5 @@
 """Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing, understanding,
-joint.
+stem, joint.
 
 Design choices
 - One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
@@ -30,7 +30,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
 from mm.tokenizers.bridge import BINS
 from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch, words_for
-from mm.training.latents import LatentCache, PictureCache, write_shard
+from mm.training.latents import LatentCache, write_shard
 from mm.training.loop import Loop, LoopConfig
 from mm.training.publishing import publish_drawing
 
@@ -65,7 +65,7 @@ def _load(kind: Any, folder: Path) -> Any:
 def _fresh_or_published(kind: Any, name: str, config: dict[str, Any], init_from: Path | None, **more: Any) -> Any:
     if init_from is not None and (init_from / name / "config.json").is_file():
         return _load(kind, init_from / name)
-    return kind(**config["models"][name], **more)
+    return kind(**config["models"].get(name, {}), **more)
 
 
 def build_drawing(config: dict[str, Any], state: Path, settings: DrawingConfig, init_from: Path | None) -> Drawing:
@@ -128,28 +128,55 @@ def judged(loop: Loop, state: Path) -> None:
         loop.log(**judged_preview(loop.bare, autoencoder, judge, loop.out))
 
 
-def train_understanding(config: dict[str, Any], state: Path, **flags: Any) -> Loop:
+def train_understanding(config: dict[str, Any], state: Path, *, init_from: Path | None = None, **flags: Any) -> Loop:
     """Runs (or goes on with) the understanding stage; the averaged encoder goes into the state's model."""
     from mm.models.understanding import UnderstandingEncoder
     from mm.training import understanding_stage as stage
+    from mm.training.talk import READ
+    from mm.world.scene import sample_scene
 
     loop_config = override(LoopConfig(**config["understanding"]["loop"]), flags)
     settings = override(stage.UnderstandingConfig(**config["understanding"]["stage"]), flags)
-    cache = PictureCache(state / "pictures", state / "latents", settings.pictures)
     tokenizer = build_text_tokenizer()
     torch.manual_seed(0)
-    encoder = UnderstandingEncoder(**config["models"].get("understanding_encoder", {}))
+    encoder = _fresh_or_published(UnderstandingEncoder, "understanding_encoder", config, init_from).float()
     loop = Loop(stage.Understanding(encoder, settings), state / "understanding", loop_config)
 
     def batches(step: int) -> stage.UnderstandingBatch:
         rng = random.Random(f"understanding {loop_config.seed} {step} {loop.accelerator.process_index}")
-        pictures, scenes = cache.draw(loop_config.batch_size, rng)
+        scenes = [sample_scene(rng, **READ) for _ in range(loop_config.batch_size)]
         length = encoder.config.context_length
         words = tokenizer(stage.captions_for(scenes, rng), padding="max_length", max_length=length, return_tensors="pt")
-        return _moved(stage.make_batch(pictures, scenes, words.input_ids), loop.accelerator.device)
+        return _moved(stage.make_batch(scenes, words.input_ids, loop.accelerator.device), loop.accelerator.device)
 
     def look(now: Loop) -> None:
         copy.deepcopy(now.bare.encoder).to(torch.bfloat16).save_pretrained(state / "model" / "understanding_encoder")
+
+    loop.run(batches, look)
+    return loop
+
+
+def train_stem(config: dict[str, Any], state: Path, *, init_from: Path | None = None, **flags: Any) -> Loop:
+    """Runs (or goes on with) the stem stage on cached latents; the averaged stem goes into the state's model."""
+    from mm.models.understanding import LatentStem, UnderstandingEncoder
+    from mm.training import stem_stage as stage
+
+    loop_config = override(LoopConfig(**config["stem"]["loop"]), flags)
+    settings = override(stage.StemConfig(**config["stem"]["stage"]), flags)
+    cache = LatentCache(state / "latents")
+    torch.manual_seed(0)
+    stem = _fresh_or_published(LatentStem, "latent_stem", config, init_from).float()
+    encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder").float()
+    loop = Loop(stage.Stem(stem, encoder), state / "stem", loop_config)
+
+    def batches(step: int) -> stage.StemBatch:
+        rng = random.Random(f"stem {loop_config.seed} {step} {loop.accelerator.process_index}")
+        latents, scenes = cache.draw(loop_config.batch_size, rng)
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        return _moved(stage.make_batch(scenes, latents, generator, settings), loop.accelerator.device)
+
+    def look(now: Loop) -> None:
+        copy.deepcopy(now.bare.stem).to(torch.bfloat16).save_pretrained(state / "model" / "latent_stem")
 
     loop.run(batches, look)
     return loop
@@ -159,7 +186,7 @@ def train_joint(
     config: dict[str, Any], state: Path, *, init_from: Path | None = None, publish_to: Path | None = None, **flags: Any
 ) -> Loop:
     """Runs (or goes on with) the joint stage; edit pairs that are missing are written first."""
-    from mm.models.understanding import UnderstandingEncoder
+    from mm.models.understanding import LatentStem, UnderstandingEncoder
     from mm.training import joint_run
     from mm.training.joint import JointConfig
 
@@ -170,7 +197,8 @@ def train_joint(
         joint_run.write_edit_shard(state / "edits", k, autoencoder)
     drawing = build_drawing(config, state, settings, init_from)
     encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder")
-    module = joint_run.build(config, drawing, encoder, settings, init_from)
+    stem = _load(LatentStem, state / "model" / "latent_stem")
+    module = joint_run.build(config, drawing, encoder, stem, settings, init_from)
     folder = publish_to or state / "model"
     return joint_run.train(module, state, loop_config, settings, folder, lambda now: judged(now, state))
 
@@ -251,19 +279,22 @@ def run_stages(
             write_latents(config, state, shards=1)  # enough to begin with, where nobody wrote any
             train_drawing(config, state, init_from=init_from, publish_to=publish_to, **flags)
         elif stage == "understanding":
-            train_understanding(config, state, **flags)
+            train_understanding(config, state, init_from=init_from, **flags)
+        elif stage == "stem":
+            write_latents(config, state, shards=1)
+            train_stem(config, state, init_from=init_from, **flags)
         elif stage == "joint":
             write_latents(config, state, shards=1)
             train_joint(config, state, init_from=init_from, publish_to=publish_to, **flags)
         else:
-            known = "autoencoder, bridge, judge, latents, drawing, understanding, joint"
+            known = "autoencoder, bridge, judge, latents, drawing, understanding, stem, joint"
             raise UserError(f"unknown stage {stage!r}; known: {known}")
 
 
 def _borrow(source: Path, target: Path) -> None:
     """Copies what later stages leave as it is from published weights, unless the state has its own."""
-    encoder = "understanding_encoder"
-    parts = ["autoencoder", "bridge"] + ([encoder] if (source / encoder / "config.json").is_file() else [])
+    reads = ("understanding_encoder", "latent_stem")
+    parts = ["autoencoder", "bridge", *(part for part in reads if (source / part / "config.json").is_file())]
     for part in parts:
         if not (source / part / "config.json").is_file():
             raise UserError(f"--init-from {source}: no {part}/config.json there; give a folder such as weights/mm-tiny")

@@ -13,6 +13,7 @@ This module does not know pictures, edits or models.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mm.world import vocabulary as v
@@ -36,11 +37,11 @@ def _lookalikes(name: str) -> list[str]:
     return [b if a == name else a for a, b in v.LOOKALIKES if name in (a, b)]
 
 
-def _existence(scene: Scene, parts: tuple[Group, ...], rng: random.Random) -> list[QA]:
+def _existence(parts: tuple[Group, ...], objects: Sequence[str], rng: random.Random) -> list[QA]:
     present = {g.object for g in parts}
     there = rng.choice(sorted(present))
-    near = [n for p in sorted(present) for n in _lookalikes(p) if n not in present]
-    absent = rng.choice(near if near and rng.random() < 0.5 else [o for o in v.OBJECTS if o not in present])
+    near = [n for p in sorted(present) for n in _lookalikes(p) if n in objects and n not in present]
+    absent = rng.choice(near if near and rng.random() < 0.5 else [o for o in objects if o not in present])
     wording = rng.choice(("is there {} in the picture?", "can you see {}?", "does the picture show {}?"))
     return [
         QA(kind="existence", question=wording.format(f"{article(name)} {name}"), answer=answer)
@@ -108,12 +109,12 @@ def _background(scene: Scene, rng: random.Random) -> list[QA]:
     return [QA(kind="background", question=wording, answer=scene.background)]
 
 
-def questions(scene: Scene, rng: random.Random) -> list[QA]:
-    """One question of each kind that the scene can answer (existence: a yes and a no)."""
+def questions(scene: Scene, rng: random.Random, *, objects: Sequence[str] = v.OBJECTS) -> list[QA]:
+    """One question of each kind that the scene can answer (existence: a yes and a no, of one of `objects`)."""
     parts = groups(scene)
     if not parts:
         raise ValueError("a scene without sprites answers no question; give one with at least one")
-    out: list[QA] = []
-    for make in (_existence, _count, _colour, _position):
+    out = _existence(parts, objects, rng)
+    for make in (_count, _colour, _position):
         out += make(scene, parts, rng)
     return out + _style(scene, rng) + _background(scene, rng)

@@ -42,6 +42,7 @@ from mm.world.render import render
 from mm.world.scene import Group, Scene, Sprite, colour_is_held_out, place, sample_scene
 
 OBJECTS: tuple[str, ...] = v.OBJECTS[::4]
+STYLES: tuple[str, ...] = (v.DEFAULT_STYLE, "pixel art")
 TINTS: tuple[str | None, ...] = (None, "red", "green", "blue")
 NOUNS_WEIGHT = 0.3
 DRAWN_BATCH = 32  # many small steps draw better than few large ones
@@ -49,7 +50,10 @@ DRAWN_BATCH = 32  # many small steps draw better than few large ones
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Budgets of one run: samples read, samples drawn, pictures in the pool, questions asked."""
+    """Budgets of one run: samples read, samples drawn, pictures in the pool, questions asked.
+
+    `small`: pictures to read are of the small world's objects and two styles.
+    """
 
     samples: int = 30_000
     drawn: int = 15_000
@@ -60,6 +64,17 @@ class StudyConfig:
     depth: int = 4
     rate: float = 1e-3
     seed: int = 0
+    small: bool = False
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """What stands in the pictures to read."""
+        return OBJECTS if self.small else v.OBJECTS
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """How the pictures to read are drawn."""
+        return STYLES if self.small else v.STYLES
 
     def __post_init__(self) -> None:
         for name in ("samples", "pool", "questions"):
@@ -81,9 +96,10 @@ class Pool:
 
 
 def reading_pool(config: StudyConfig) -> Pool:
-    """Scenes of the whole world, as training samples them."""
+    """Scenes to read, as training samples them."""
     rng = random.Random(f"study reading {config.seed}")
-    return Pool([sample_scene(rng, default_weight=5, pair_share=0.2) for _ in range(config.pool)])
+    world: dict[str, Any] = {"objects": config.objects, "styles": config.styles}
+    return Pool([sample_scene(rng, default_weight=5, pair_share=0.2, **world) for _ in range(config.pool)])
 
 
 def small_scene(rng: random.Random) -> Scene:
@@ -130,13 +146,13 @@ class Words(NamedTuple):
     nouns: Nouns
 
 
-def reading_words(scenes: Sequence[Scene], rng: random.Random) -> Words:
+def reading_words(scenes: Sequence[Scene], rng: random.Random, config: StudyConfig) -> Words:
     """One picture's questions and description each."""
     rows = []
     for scene in scenes:
-        first = rng.choice(questions(scene, rng))
+        first = rng.choice(questions(scene, rng, objects=config.objects))
         row = new_dialogue().user(first.question, scene, about=scene).says(first.answer)
-        rows.append(talk.ask(row, scene, rng, most=4))
+        rows.append(talk.ask(row, scene, rng, most=4, objects=config.objects))
     return words_of(rows)
 
 
@@ -201,8 +217,8 @@ def exam(config: StudyConfig) -> Exam:
     scenes: list[Scene] = []
     asked: list[tuple[int, QA]] = []
     while len(asked) < config.questions:
-        scenes.append(sample_scene(rng, held_out=True))
-        asked += [(len(scenes) - 1, qa) for qa in questions(scenes[-1], rng)]
+        scenes.append(sample_scene(rng, held_out=True, objects=config.objects, styles=config.styles))
+        asked += [(len(scenes) - 1, qa) for qa in questions(scenes[-1], rng, objects=config.objects)]
     return Exam(pool=Pool(scenes), asked=asked)
 
 

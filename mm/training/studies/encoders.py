@@ -112,7 +112,7 @@ def train_arm(
         with layers.watching(masses.told):
             if task == "read":
                 pictures, scenes = reading.draw(config.batch_size, rng)
-                words = common.reading_words(scenes, rng)
+                words = common.reading_words(scenes, rng, config)
                 masses.looks_BT, masses.said_BT = words.ids == LOOK, words.targets >= 0
                 total = common.reading_loss(model.drawing.trunk, words, model.looks(pictures))
                 masses.looks_BT = masses.said_BT = None

@@ -6,7 +6,10 @@ Design choices
 - Five arms with one budget: `indices` (the reader learns a vector for every code), `frozen` (it reads the codes'
   dequantized values), and `tuned` at alpha 0, 0.25 and 1, whose loss is caption and questions + alpha * reconstruction.
 - ETT's stages: the projector alone; projector, trunk and tokenizer; projector and trunk with the tokenizer frozen. A
-  language model stands at their start there; here the trunk first learns to read without pictures, once for all arms.
+  language model that can follow what it is asked stands at their start there. Here it is a trunk that has learned to
+  read through the understanding encoder, once for all arms: from words alone no arm's trunk learned to look anything
+  up within 18 thousand samples, and then no tokenizer can be told from another.
+- The pictures to read are of a small world, for the same reason.
 - TokenBridge's bins come after training and pass no gradient: while tuning, codes are straight-through over the
   bridge's centres (`Bridge.straight_through`), and latents keep their scale by batch statistics, as in the
   autoencoder's own stage. Then the encoder is frozen, its channels measured anew, bins and order refitted.
@@ -36,6 +39,7 @@ from mm.evaluation.report import paired_change, share
 from mm.files import write_json
 from mm.models.connectors import Connector
 from mm.models.trunk import Trunk
+from mm.models.understanding import UnderstandingEncoder
 from mm.paths import resolve_model, weights_dir
 from mm.tokenizers import Autoencoder, Bridge
 from mm.training.studies import common
@@ -48,6 +52,7 @@ from mm.world.vocabulary import STYLES
 ALPHAS: dict[str, float] = {"tuned-0": 0.0, "tuned-0.25": 0.25, "tuned-1": 1.0}
 ARMS: tuple[str, ...] = ("indices", "frozen", *ALPHAS)
 STAGES: tuple[float, float, float] = (0.1, 0.5, 0.4)  # shares of the samples
+READER_SHARE = 0.5  # of an arm's samples, for the reader that all start from
 TOKENIZER_RATE = 0.2  # of the trunk's
 
 
@@ -121,17 +126,24 @@ class Arm:
         self.bridge = Bridge.fit(common.encoded(self.autoencoder, Pool(pool.scenes[:2048])))
 
 
-def words_only(config: StudyConfig, pool: Pool) -> Trunk:
-    """A trunk that has read the questions and captions with blank pictures: the language model that ETT begins with."""
-    trunk = common.small_trunk(config)
-    blank = nn.Parameter(torch.zeros(1, 16, config.width), requires_grad=False)
+def reader(config: StudyConfig, pool: Pool, encoder: UnderstandingEncoder) -> Trunk:
+    """A trunk that reads through the understanding encoder: the vision-language model that ETT begins with.
+
+    Its connector is thrown away: every arm learns a projector of its own.
+    """
+    trunk, encoder = common.small_trunk(config), encoder.requires_grad_(False).eval()
+    torch.manual_seed(config.seed + 3)
+    connector = Connector(in_channels=encoder.config.width, width=config.width, hidden=2 * config.width)
 
     def loss(step: int) -> torch.Tensor:
-        rng = random.Random(f"study words {config.seed} {step}")
-        _, scenes = pool.draw(config.batch_size, rng)
-        return common.reading_loss(trunk, common.reading_words(scenes, rng), blank.expand(len(scenes), -1, -1))
+        rng = random.Random(f"study reader {config.seed} {step}")
+        pictures, scenes = pool.draw(config.batch_size, rng)
+        with torch.no_grad():
+            tokens = encoder(pictures)[1]
+        return common.reading_loss(trunk, common.reading_words(scenes, rng, config), connector(tokens))
 
-    common.fit([(trunk, config.rate)], loss, max(1, config.samples // 6 // config.batch_size), decay=False)
+    steps = max(1, int(READER_SHARE * config.samples) // config.batch_size)
+    common.fit([(trunk, config.rate), (connector, config.rate)], loss, steps, decay=False)
     return trunk
 
 
@@ -144,7 +156,7 @@ def train_arm(arm: Arm, pool: Pool, told: Callable[[str], None]) -> None:
     def loss(step: int, stage: int) -> torch.Tensor:
         rng = random.Random(f"study {config.seed} {stage} {step}")
         pictures, scenes = pool.draw(config.batch_size, rng)
-        words = common.reading_words(scenes, rng)
+        words = common.reading_words(scenes, rng, config)
         if stage == 1 and alpha is not None:
             return arm.tuning_loss(pictures, words, alpha)
         return common.reading_loss(arm.trunk, words, arm.looks(pictures))
@@ -251,18 +263,21 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=StudyConfig.drawn, help="samples of the drawing run; 0 for none")
     parser.add_argument("--questions", type=int, default=StudyConfig.questions)
     parser.add_argument("--pool", type=int, default=StudyConfig.pool)
+    parser.add_argument("--whole-world", action="store_true", help="read all objects and styles, not the small world's")
     args = parser.parse_args()
-    config = StudyConfig(samples=args.samples, drawn=args.drawn, questions=args.questions, pool=args.pool)
+    budget = {"samples": args.samples, "drawn": args.drawn, "questions": args.questions, "pool": args.pool}
+    config = StudyConfig(**budget, small=not args.whole_world)
     folder = Path(resolve_model(args.model))
     autoencoder = Autoencoder.from_pretrained(folder / "autoencoder").float()
     bridge = Bridge.from_pretrained(folder / "bridge").float()
+    encoder = UnderstandingEncoder.from_pretrained(folder / "understanding_encoder").float()
     pool, paper = common.reading_pool(config), common.exam(config)
     trunk: Trunk | None = None
     results: dict[str, Any] = {}
     for name in args.arms.split(","):
         file = args.out / f"{name}.json"
         if not file.is_file():  # a stopped study goes on with the arm it was at
-            trunk = words_only(config, pool) if trunk is None else trunk
+            trunk = reader(config, pool, encoder) if trunk is None else trunk
             write_json(file, run_arm(name, (autoencoder, bridge, trunk), pool, paper, config))
         results[name] = json.loads(file.read_text())
         report = summary(results, paper, config)

@@ -1,0 +1,99 @@
+"""Connectors: looks stand in reading order, and a counter that learned kinship on some things counts others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mm.models.connectors import Alike, Connector
+from mm.training.grounding import kin_loss, kin_truth
+from mm.world.scene import Scene, Sprite
+
+KINDS, LOOKS = 24, 16
+
+
+def test_a_look_is_made_of_its_own_four_tokens():
+    torch.manual_seed(0)
+    connector = Connector(in_channels=3, width=8, hidden=8, side=4)
+    tokens = torch.randn(1, 16, 3)
+    moved = tokens.clone()
+    moved[0, 2 * 4 + 3] += 1  # row 2, column 3: the last of 2 x 2 looks
+    changed = (connector(tokens) - connector(moved)).abs().sum(-1)[0] > 0
+    assert changed.tolist() == [False, False, False, True]
+    grid = tokens.transpose(1, 2).view(1, 3, 4, 4)
+    torch.testing.assert_close(connector(grid), connector(tokens))
+
+
+def test_a_new_counter_changes_no_look():
+    torch.manual_seed(0)
+    plain = Connector(in_channels=4, width=8, hidden=8)
+    counting = Connector(in_channels=4, width=8, hidden=8, alike=4)
+    counting.load_state_dict(plain.state_dict(), strict=False)
+    tokens = torch.randn(2, 64, 4)
+    assert torch.equal(plain(tokens), counting(tokens))
+
+
+def test_the_sum_of_kin_becomes_its_numbers_row_of_the_table():
+    counter = Alike(hidden=3, keys=2, width=5)
+    with torch.no_grad():
+        counter.sharpness.copy_(torch.tensor([200.0, -100.0]))  # the same direction or not
+        counter.key_out.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+        counter.key_out.bias.zero_()
+        counter.centre_out.weight.copy_(torch.tensor([[0.0, 0, 200]]))
+        counter.centre_out.bias.fill_(-100)
+        states = torch.tensor([[[1.0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 0, 0]]])  # a, b, a, and an a's edge
+        kin, added = counter(states)
+    want = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(kin[0], want)
+    table = counter.number_out.weight.T
+    torch.testing.assert_close(added[0], torch.stack([table[1], table[0], table[1], torch.zeros(5)]))
+
+
+def test_kin_is_a_group_of_a_scene():
+    two, other = ({"object": "owl", "size": 28}, {"object": "fox", "size": 28})
+    sprites = [Sprite(x=16, y=16, **two), Sprite(x=112, y=16, **two), Sprite(x=48, y=112, **other)]
+    kin = kin_truth(Scene(sprites=tuple(sprites)), LOOKS)
+    assert kin.nonzero().tolist() == [[0, 0], [0, 3], [3, 0], [3, 3], [13, 13]]
+    red = Sprite(object="owl", colour="red", x=16, y=16, size=28)
+    assert kin_truth(Scene(sprites=(red, *sprites[1:])), LOOKS).sum() == 3  # of another colour: another group
+
+
+def _pictures(n: int, numbers: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of looks (n, S, KINDS + 1) that hold a kind or nothing, and their kin."""
+    states, kin = torch.zeros(n, LOOKS, KINDS + 1), torch.zeros(n, LOOKS, LOOKS)
+    for i in range(n):
+        kind = int(torch.randint(KINDS, (), generator=generator))
+        count = int(numbers[kind, torch.randint(numbers.shape[1], (), generator=generator)])
+        here = torch.randperm(LOOKS, generator=generator)[:count]
+        states[i, here, kind] = states[i, here, KINDS] = 1
+        kin[i][here[:, None], here[None]] = 1
+    return states, kin
+
+
+def test_what_was_never_seen_three_times_is_counted_as_well():
+    """Each kind comes in two of three numbers; those of the third are told right from the same table."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    third = torch.arange(KINDS) % 3 + 1
+    seen = torch.stack([third % 3 + 1, (third + 1) % 3 + 1], 1)
+    counter, reader = Alike(KINDS + 1, KINDS, 16), torch.nn.Linear(16, 4)
+    learner = torch.optim.AdamW([*counter.parameters(), *reader.parameters()], 2e-2)
+    for _ in range(500):
+        states, kin = _pictures(32, seen, generator)
+        found, added = counter(states)
+        loss = kin_loss(found, kin) + F.cross_entropy(reader(added.sum(1)), (kin.sum(-1).amax(-1)).long())
+        learner.zero_grad()
+        loss.backward()
+        learner.step()
+    states, kin = _pictures(200, third[:, None], generator)
+    with torch.no_grad():
+        said = reader(counter(states)[1].sum(1)).argmax(-1)
+    assert (said == kin.sum(-1).amax(-1)).float().mean() > 0.95
+
+
+def test_odd_sides_and_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="side 3 must be even"):
+        Connector(in_channels=4, side=3)
+    with pytest.raises(ValueError, match=r"tokens of shape \(1, 63, 4\); this connector reads 64 of 4"):
+        Connector(in_channels=4)(torch.zeros(1, 63, 4))
