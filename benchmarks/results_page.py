@@ -151,10 +151,14 @@ def ett_section(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["arm", "questions right", "against frozen, points", "PSNR through the bridge, dB", "drawn right"]
     head += ["against frozen, points", "seconds"]
-    text = f"`python -m mm.training.studies.ett --out runs/ett --samples {s['samples']} --drawn {s['drawn']}`: "
+    world = "" if s.get("small") else " --whole-world"
+    text = f"`python -m mm.training.studies.ett --out runs/ett --samples {s['samples']} --drawn {s['drawn']}{world}`: "
     text += f"{report['n']} questions on held-out scenes through the generation tokenizer's codes, width {s['width']}, "
     text += f"batches of {s['batch_size']}, paired, 95 % intervals from resampling scenes."
-    return f"## Tuning the tokenizer end to end (ETT)\n\n{text}\n\n{table(head, rows)}"
+    names = list(next(iter(report["arms"].values()))["kinds"])
+    kinds = [[name, *(f"{arm['kinds'][kind]:.3f}" for kind in names)] for name, arm in report["arms"].items()]
+    tables = f"{table(head, rows)}\n\n{table(['arm', *names], kinds)}"
+    return f"## Tuning the tokenizer end to end (ETT)\n\n{text}\n\n{tables}"
 
 
 def encoders_section(report: dict[str, Any]) -> str:

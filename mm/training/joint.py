@@ -10,6 +10,8 @@ Design choices
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
 - In all three tasks the user's nouns, and how they stand to each other, are grounded in the scene they speak of
   (`mm.training.grounding`), and so are what a description names next and what the looks hold.
+- The connector is told which looks show things of one kind, which it counts, and words that exclude each other are
+  smoothed among themselves (`talk.word_kinds`): both against knowing by heart what was never seen together.
 - A noun that a description has said is now and then read as another one, so that what comes next is read off the
   picture and not guessed from what was said: the pairs that are held out are never said together in training.
 
