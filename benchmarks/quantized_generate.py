@@ -31,15 +31,13 @@ import torch
 from torch import nn
 
 import mm
-from mm.evaluation.compose import ComposeConfig, picture_seed
-from mm.evaluation.compose import draw as draw_jobs
-from mm.evaluation.prompts import COMPOSE_TUNE, Prompt, load_prompts
+from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
 from mm.evaluation.report import paired_change
 from mm.files import write_json
 from mm.linear import Branch, branched, swap
 from mm.patch import Entry, Patch
 from mm.quantization.numerics import group_scales, round_to_nearest, rounded_inputs
-from mm.quantized import world_prompts
+from mm.quantized import judged_change, verdicts, world_prompts
 from mm.sites import find_sites
 from mm.world.judge import Judge
 from mm.world.tasks import satisfies
@@ -226,19 +224,12 @@ def lora_row(load: Callable[[], Pipe], name: str, other: str, steps: int) -> dic
     }
 
 
-def judged_change(load: Callable[[], Pipe], prompts: list[Prompt], each: int) -> dict[str, Any]:
-    """The default's compose score against 16 bits on `each` pictures of every prompt, in points."""
-    jobs = [(p, picture_seed(0, p.id, k)) for p in prompts for k in range(each)]
-    judge, verdicts = Judge.from_pretrained(), []
+def judged_default(load: Callable[[], Pipe], each: int) -> dict[str, Any]:
+    """The default's compose score against 16 bits on `each` pictures of every tuning prompt, in points."""
     quantized = load()
     ours()(quantized)
-    for pipe in (load(), quantized):
-        readings = judge.read(draw_jobs(pipe, jobs, ComposeConfig(), None))
-        verdicts.append([satisfies(r, p.wanted).ok for r, (p, _) in zip(readings, jobs, strict=True)])
-    mean, low, high = paired_change(*verdicts, [i // each for i in range(len(jobs))])
-    before, after = (100 * sum(v) / len(v) for v in verdicts)
-    found = {"before": before, "after": after, "change": 100 * mean, "low": 100 * low, "high": 100 * high}
-    return found | {"pictures": len(jobs)}
+    found = judged_change(verdicts(load(), each=each), verdicts(quantized, each=each), each)
+    return {name: value if name == "pictures" else 100 * value for name, value in found.items()}
 
 
 def main() -> None:
@@ -286,7 +277,7 @@ def main() -> None:
         mean, low, high = change(right, judged(pictures))
         rows[name] = {"bits": bits, "psnr": psnr(wanted, pictures), "change": mean, "low": low, "high": high}
         print(f"| {name} | {bits:.2f} | {rows[name]['psnr']:.2f} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |", flush=True)
-    judged_all = judged_change(load, every, options.judged) if options.judged else {}
+    judged_all = judged_default(load, options.judged) if options.judged else {}
     if judged_all:
         interval = "{before:.1f} -> {after:.1f}, {change:+.1f} [{low:+.1f}, {high:+.1f}]".format(**judged_all)
         print(f"\ndefault, {judged_all['pictures']} pictures: {interval}", flush=True)
@@ -294,10 +285,8 @@ def main() -> None:
     for name, found in loras.items():
         print(f"LoRA {name}, to 16 bits with it: " + ", ".join(f"{k} {v:.2f} dB" for k, v in found.items()), flush=True)
     if options.json:
-        write_json(
-            options.json,
-            {"rows": rows, "loras": loras, "judged": judged_all} | {"prompts": len(prompts), "pictures": len(right)},
-        )
+        counts = {"prompts": len(prompts), "pictures": len(right)}
+        write_json(options.json, {"rows": rows, "loras": loras, "judged": judged_all, **counts})
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def quantized_section(report: dict[str, Any]) -> str:
     text = f"## mm-tiny in 4 bits\n\n{text}\n\n{table(head, rows)}"
     if judged := report["judged"]:
         change = f"{judged['change']:+.1f} points [{judged['low']:+.1f}, {judged['high']:+.1f}]"
-        text += f"\n\nThe default on {judged['pictures']} pictures, {judged['pictures'] // 120} of every tuning prompt:"
+        text += f"\n\nThe default on {judged['pictures']} pictures of all tuning prompts:"
         text += f" compose {judged['before']:.1f} -> {judged['after']:.1f}, {change}, resampled by prompt."
     loras = [[name, *(f"{value:.2f}" for value in row.values())] for name, row in report["loras"].items()]
     if loras:

@@ -108,7 +108,7 @@ def quantize_folder(
     chosen = list(prompts) if prompts else world_prompts(32, config.seed) if ours else list(PROMPTS)
     shown = chosen[:pictures]
     before = _pictures(pipe, shown, config) if pictures and not config.data_free else None
-    judged = _verdicts(pipe, compose) if compose and ours and not config.data_free else None
+    judged = verdicts(pipe, compose) if compose and ours and not config.data_free else None
     try:
         report = quantize(
             pipe,
@@ -125,7 +125,7 @@ def quantize_folder(
     if before is not None:
         report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
     if judged is not None:
-        report.whole["compose"] = _judged_change(judged, _verdicts(pipe, compose))
+        report.whole["compose"] = judged_change(judged, verdicts(pipe, compose))
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
     report.save(out / "report.json")
@@ -187,8 +187,8 @@ def _compare(before: Any, after: Any) -> dict[str, Any]:
     return {"psnr": sum(each) / len(each), "psnr_each": [round(x, 2) for x in each], "pictures": len(each)}
 
 
-def _verdicts(pipe: Any, limit: int) -> list[bool]:
-    """The judge's verdicts on two pictures of each of `limit` tuning prompts a task."""
+def verdicts(pipe: Any, limit: int | None = None, each: int = 2) -> list[bool]:
+    """The judge's verdicts on `each` pictures of each of `limit` tuning prompts a task (None: of all)."""
     from mm.evaluation import compose as c
     from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
     from mm.world.judge import Judge
@@ -196,15 +196,16 @@ def _verdicts(pipe: Any, limit: int) -> list[bool]:
 
     pipe.set_progress_bar_config(disable=True)
     prompts = c.limited(load_prompts(COMPOSE_TUNE), limit)
-    jobs = [(p, c.picture_seed(0, p.id, i)) for p in prompts for i in range(2)]
+    jobs = [(p, c.picture_seed(0, p.id, i)) for p in prompts for i in range(each)]
     readings = Judge.from_pretrained().read(c.draw(pipe, jobs, c.ComposeConfig(), None))
     return [satisfies(r, p.wanted).ok for r, (p, _) in zip(readings, jobs, strict=True)]
 
 
-def _judged_change(before: list[bool], after: list[bool]) -> dict[str, Any]:
+def judged_change(before: list[bool], after: list[bool], each: int = 2) -> dict[str, Any]:
+    """Shares right before and after, and the paired change with its 95 % interval, resampled by prompt."""
     from mm.evaluation.report import paired_change
 
-    change, low, high = paired_change(before, after, [i // 2 for i in range(len(before))])
+    change, low, high = paired_change(before, after, [i // each for i in range(len(before))])
     shares = {"before": sum(before) / len(before), "after": sum(after) / len(after)}
     return shares | {"change": change, "low": low, "high": high, "pictures": len(before)}
 

@@ -62,11 +62,10 @@ class Connector(ModelMixin, ConfigMixin):
         self.up = nn.Linear(4 * in_channels, hidden)
         self.down = nn.Linear(hidden, width)
         self.place = nn.Parameter(torch.zeros((side // 2) ** 2, width))
+        self.counter = Alike(hidden, alike, width) if alike else None
         layers.init_linears(self)
         nn.init.normal_(self.place, std=0.02)
-        self.counter = Alike(hidden, alike, width) if alike else None
         if self.counter is not None:
-            layers.init_linears(self.counter)
             layers.zero(self.counter.number_out)  # looks start as they are without it
 
     @property
