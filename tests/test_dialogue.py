@@ -11,7 +11,8 @@ from mm.models.dialogue import IGNORED, Dialogue, WordKinds, spoken, stack, word
 from mm.models.text import build_text_tokenizer
 from mm.training import talk
 from mm.world.edits import sample_edit
-from mm.world.scene import sample_scene
+from mm.world.scene import group_relation, groups, is_held_out, sample_scene
+from mm.world.vocabulary import MAX_SPRITES
 from mm.world.words import WORDS, split
 
 
@@ -77,6 +78,30 @@ def test_conversations_use_known_words_only_and_show_what_they_ask_about(tokeniz
             assert len(dialogue) <= 256
     for pair in talk.SMALL_TALK:
         assert all(word in WORDS for text in pair for word in split(text))
+
+
+def test_a_recounted_scene_changes_one_number_and_nothing_that_is_said_of_the_rest():
+    rng, changed, up = random.Random(5), 0, 0
+    for _ in range(300):
+        scene = sample_scene(rng, **talk.READ)
+        now = talk.recounted(scene, rng)
+        before, after = groups(scene), groups(now)
+        if now is scene:
+            continue
+        changed += 1
+        numbers = [{(g.object, g.colour): g.count for g in parts} for parts in (before, after)]
+        assert numbers[0].keys() == numbers[1].keys()
+        assert sum(numbers[0][key] != numbers[1][key] for key in numbers[0]) == 1
+        up += len(now.sprites) > len(scene.sprites)
+        assert not is_held_out(after)
+        assert len(now.sprites) <= MAX_SPRITES
+        assert (now.style, now.background) == (scene.style, scene.background)
+        assert {s for s in now.sprites if s in scene.sprites} in (set(now.sprites), set(scene.sprites))
+        for a in before:
+            for b in before:
+                assert a == b or group_relation(scene, a, b) == group_relation(now, a, b)
+    assert changed > 200
+    assert 0.3 < up / changed < 0.9
 
 
 def test_only_what_stands_alone_is_called_it(tokenizer):

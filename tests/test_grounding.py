@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from mm.training.grounding import (
     find_nouns,
     noun_ids,
     tapped,
+    told_numbers,
 )
 from mm.world.edits import sample_edit
 from mm.world.scene import Scene, Sprite
@@ -185,6 +187,15 @@ def test_looks_know_whose_centres_they_hold():
     # 4 x 4 looks of 32 pixels: the cats in the second row, the dog in the last; the second picture shows no colours
     assert found.centres_NO.nonzero().tolist() == [[4, cat], [7, cat], [14, dog], [30, dog]]
     assert found.colours_NK.nonzero().tolist() == [[4, 0], [7, 0], [14, 8]]
+
+
+def test_looks_are_told_the_numbers_of_the_scene_that_the_words_speak_of():
+    claim = replace(SCENE, sprites=(SCENE.sprites[0], SCENE.sprites[2]))  # one cat, where two are shown
+    rows = [Dialogue(TOKENIZER).user("what is it?", SCENE) for _ in range(2)]
+    found = find_looks(rows, len(rows[0]), [None, claim])
+    assert (found.told_PS[0] == -1).all()
+    assert {i: n for i, n in enumerate(found.told_PS[1].tolist()) if n} == {4: 1, 7: 1, 14: 1}
+    assert told_numbers(SCENE, SCENE, 16)[[4, 7, 14]].tolist() == [2, 2, 1]
 
 
 def test_the_readout_of_looks_learns_what_they_hold():

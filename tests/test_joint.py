@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny import tiny_reader
 
+from mm.errors import UserError
+from mm.models.connectors import Connector
 from mm.models.dialogue import IGNORED
 from mm.training import joint, joint_run, run
 from mm.training.drawing import Drawing, DrawingBatch
@@ -39,6 +41,7 @@ def module(parts) -> Joint:
         *drawing,
         encoder=parts["understanding_encoder"],
         look_connector=parts["look_connector"],
+        counter=parts["look_connector"].counter,
         latent_stem=parts["latent_stem"],
         config=CONFIG,
     )
@@ -157,13 +160,50 @@ def test_a_run_from_published_weights_starts_with_their_connectors_and_encoder(p
     sizes = {n: parts["trunk"].config[n] for n in ("vocabulary_size", "width", "depth", "heads", "latent_channels")}
     for name in ("autoencoder", "bridge", "understanding_encoder", "look_connector", "latent_stem"):
         parts[name].save_pretrained(tmp_path / "published" / name)
-    encoder = parts["understanding_encoder"]
-    stem = parts["latent_stem"]
-    made = joint_run.build({"models": {"trunk": sizes}}, drawing, encoder, stem, CONFIG, tmp_path / "published")
-    assert torch.equal(made.look_connector.up.weight, parts["look_connector"].up.weight)
     run._borrow(tmp_path / "published", tmp_path / "model")
-    for name in ("understanding_encoder", "latent_stem"):
+    for name in ("understanding_encoder", "latent_stem", "look_connector"):
         assert (tmp_path / "model" / name / "config.json").is_file()
+    encoder, stem = parts["understanding_encoder"], parts["latent_stem"]
+    connector = joint_run.find_connector(tmp_path / "model", encoder, 32)
+    made = joint_run.build({"models": {"trunk": sizes}}, drawing, encoder, stem, connector, CONFIG)
+    assert torch.equal(made.look_connector.up.weight, parts["look_connector"].up.weight)
+    assert torch.equal(made.counter.up.weight, parts["look_connector"].counter.up.weight)
+
+
+def test_the_counter_is_published_with_the_connector_and_kept_out_of_the_state(parts, module, tmp_path):
+    counter = module.look_connector.counter
+    module.look_connector.counter = None
+    assert not any("counter" in name for name in module.state_dict())
+    joint_run.publish(module, tmp_path)
+    module.look_connector.counter = counter
+    again = joint_run.find_connector(tmp_path, parts["understanding_encoder"], 32)
+    torch.testing.assert_close(again.counter.up.weight, counter.up.weight, atol=0.01, rtol=0.01)
+    with pytest.raises(UserError, match="has no counter"):
+        joint_run.build(
+            {"models": {"trunk": {"width": 32, "depth": 2, "heads": 2}}},
+            module,
+            parts["understanding_encoder"],
+            parts["latent_stem"],
+            Connector(in_channels=16, width=32),
+            CONFIG,
+        )
+
+
+def test_told_numbers_reach_the_looks_and_the_words(state, module):
+    """Where a picture is spoken of with another number, its looks are told it; others keep the counter's."""
+    batch = batches(state, read_share=1.0, edit_share=0.0, told_share=0.5, outside_share=1.0)(0)
+    told = batch.looks.told_PS
+    assert (told >= 0).all(1).any()
+    assert (told < 0).all(1).any()
+    looks = module.looks(batch.seen, told)
+    own = module.looks(batch.seen)
+    assert torch.equal(looks[(told < 0).all(1)], own[(told < 0).all(1)])
+    assert not torch.allclose(looks[(told > 0).any(1)], own[(told > 0).any(1)])
+    a, b = (
+        module(batch)["words"],
+        module(replace(batch, looks=replace(batch.looks, told_PS=told.clamp(max=1))))["words"],
+    )
+    assert not torch.equal(a, b)
 
 
 def test_bad_shares_are_named():

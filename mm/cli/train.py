@@ -21,6 +21,7 @@ class Stage(StrEnum):
     drawing = "drawing"
     understanding = "understanding"
     stem = "stem"
+    counter = "counter"
     joint = "joint"
 
 

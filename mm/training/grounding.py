@@ -13,7 +13,9 @@ Design choices
   words before each noun of a reply names the coming noun, its number, places and colour.
 - Counting needs what stands in a picture to lie in the looks in a form that can be added up. So a readout of the looks
   themselves names the objects, and the colours, whose centres lie in each look's part of the picture.
-- Which looks show things of one kind is told as well, to the connector, which counts them (`mm.models.connectors`).
+- Which looks show things of one kind is what the connector's counter learns (`mm.training.counter_stage`). Words learn
+  to believe it where it is told another number than the picture shows, the one that the words say: what could be
+  counted by heart, a number of a thing that was never seen so often, is then read off the counter.
 - The readouts are training state and are not published.
 
 This module does not know models, looks or losses other than its own.
@@ -64,34 +66,38 @@ class Nouns:
 class Looks:
     """Where looks stand in a batch of rows, flattened (N,), and whose centres, and which colours, each holds.
 
-    `kin_PSS` says which looks of a picture hold things of one group; its diagonal, which hold a thing at all.
+    `told_PS` are the numbers that a picture's looks are told in the counter's place, -1 where it says them itself.
     """
 
     places_N: torch.Tensor
     centres_NO: torch.Tensor
     colours_NK: torch.Tensor
-    kin_PSS: torch.Tensor
+    told_PS: torch.Tensor
 
 
-def find_looks(dialogues: Sequence[Dialogue], width: int) -> Looks:
-    """The looks of conversations about scenes, whose rows will be padded to `width`."""
+def find_looks(dialogues: Sequence[Dialogue], width: int, claims: Sequence[Scene | None] | None = None) -> Looks:
+    """The looks of conversations about scenes, whose rows will be padded to `width`.
+
+    `claims` name, for a conversation whose words count otherwise than its pictures show, the scene that they speak of.
+    """
     places: list[int] = []
     centres: list[torch.Tensor] = []
     colours: list[torch.Tensor] = []
-    kin: list[torch.Tensor] = []
-    for row, dialogue in enumerate(dialogues):
+    told: list[torch.Tensor] = []
+    for row, (dialogue, claim) in enumerate(zip(dialogues, claims or [None] * len(dialogues), strict=True)):
         look = dialogue.token("<look>")
         places += [row * width + place for place, word in enumerate(dialogue.ids) if word == look]
         for scene in dialogue.pictures:
             objects, tints = look_truth(scene, dialogue.looks)
             centres.append(objects)
             colours.append(tints)
-            kin.append(kin_truth(scene, dialogue.looks))
+            silent = torch.full((dialogue.looks,), -1.0)
+            told.append(silent if claim is None else told_numbers(scene, claim, dialogue.looks))
     return Looks(
         places_N=torch.tensor(places, dtype=torch.int64),
         centres_NO=torch.cat(centres) if centres else torch.zeros(0, len(v.ALL_OBJECTS)),
         colours_NK=torch.cat(colours) if colours else torch.zeros(0, len(v.COLOURS) + 1),
-        kin_PSS=torch.stack(kin) if kin else torch.zeros(0, 1, 1),
+        told_PS=torch.stack(told) if told else torch.zeros(0, 1),
     )
 
 
@@ -105,6 +111,17 @@ def kin_truth(scene: Scene, looks: int) -> torch.Tensor:
         for look in here:
             kin[look, here] = 1
     return kin
+
+
+def told_numbers(scene: Scene, claim: Scene, looks: int) -> torch.Tensor:
+    """How many are like what each look (looks,) of `scene` shows, by the groups of `claim`; parts go row by row."""
+    side = math.isqrt(looks)
+    part = v.SIZE // side
+    counts = {(g.object, g.colour): g.count for g in groups(claim)}
+    numbers = torch.zeros(looks)
+    for s in scene.sprites:
+        numbers[s.y // part * side + s.x // part] = counts[s.object, s.colour]
+    return numbers
 
 
 def kin_loss(kin_PSS: torch.Tensor, truth_PSS: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ Design choices
   2211.09800). What the edit changes counts more than what it keeps, which would otherwise be most of the loss.
 - In all three tasks the user's nouns, and how they stand to each other, are grounded in the scene they speak of
   (`mm.training.grounding`), and so are what a description names next and what the looks hold.
-- The connector is told which looks show things of one kind, which it counts, and words that exclude each other are
-  smoothed among themselves (`talk.word_kinds`): both against knowing by heart what was never seen together.
+- The connector's counter is frozen too (it has its own stage). In a share of the reading, words and the numbers that
+  looks are told are other than the picture shows (`talk.recounted`), and words that exclude each other are smoothed
+  among themselves (`talk.word_kinds`): both against knowing by heart what was never seen together.
 - A noun that a description has said is now and then read as another one, so that what comes next is read off the
   picture and not guessed from what was said: the pairs that are held out are never said together in training.
 
@@ -27,11 +28,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
-from mm.models.connectors import Connector
+from mm.models.connectors import Alike, Connector, merged
 from mm.models.dialogue import IGNORED, Dialogue, WordKinds, stack, word_loss
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
@@ -49,7 +49,6 @@ from mm.training.grounding import (
     coming_nouns,
     find_looks,
     find_nouns,
-    kin_loss,
     tapped,
 )
 from mm.world.edits import Edit
@@ -75,7 +74,7 @@ class JointConfig(DrawingConfig):
     relations_layer: int = 5  # a later one: it compares what the nouns know by then
     relations_weight: float = 0.15
     looks_weight: float = 0.15  # of what looks hold, in the same layer as nouns
-    alike_weight: float = 0.3  # of which looks show things of one kind
+    told_share: float = 0.4  # of pictures read, whose looks and words are told another number than they show
     coming_weight: float = 0.15  # of what a description names next, in the same layer as relations
     smoothing: float = 0.1  # of numbers, colours and things among their kind
     slip_share: float = 0.1  # of a description's nouns, read as others
@@ -91,6 +90,7 @@ class JointConfig(DrawingConfig):
             "drop_source",
             "slip_share",
             "smoothing",
+            "told_share",
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1]")
@@ -139,14 +139,15 @@ def read_batch(
     nouns: dict[int, str],
     rng: random.Random,
     slip_share: float = 0.0,
+    claims: Sequence[Scene | None] | None = None,
 ) -> ReadBatch:
-    """A batch of conversations; `look` turns their scenes into what is looked at."""
+    """A batch of conversations; `look` turns their scenes into what is looked at, `claims` are as in `find_looks`."""
     ids, mask, targets = stack(dialogues)
     seen = look([scene for d in dialogues for scene in d.pictures])
     rows, width = [d.ids for d in dialogues], ids.shape[1]
     named = find_nouns(rows, [d.about for d in dialogues], width, nouns)
     coming = coming_nouns(rows, [d.told for d in dialogues], width, nouns)
-    looks = find_looks(dialogues, width)
+    looks = find_looks(dialogues, width, claims)
     _slip(ids, dialogues, nouns, rng, slip_share)
     return ReadBatch(ids_BT=ids, mask_BT=mask, targets_BT=targets, seen=seen, nouns=named, coming=coming, looks=looks)
 
@@ -213,6 +214,7 @@ class Joint(Drawing):
         encoder: UnderstandingEncoder,
         latent_stem: LatentStem,
         look_connector: Connector,
+        counter: Alike,
         config: JointConfig,
     ) -> None:
         super().__init__(trunk, velocity_decoder, code_head, bridge, config)
@@ -228,25 +230,24 @@ class Joint(Drawing):
         self.kind_of_V: torch.Tensor
         self.kind_spread_KV: torch.Tensor
         # In a list, so that they are no part of this module: neither trained nor averaged nor saved with the state.
-        self._seeing: list[Any] = [part.requires_grad_(False).eval() for part in (encoder, latent_stem)]
+        self._seeing: list[Any] = [part.requires_grad_(False).eval() for part in (encoder, latent_stem, counter)]
+
+    @property
+    def counter(self) -> Alike:
+        """The connector's counter, as its own stage left it."""
+        return self._seeing[2]
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         """Named losses; names with a leading underscore are only watched."""
         reads = isinstance(batch, ReadBatch)
-        layers, settings, counter = self.trunk.text_layers, self.settings, self.look_connector.counter
-        with (
-            tapped(layers[settings.nouns_layer]) as early,
-            tapped(layers[settings.relations_layer]) as late,
-            tapped(counter if counter is not None else nn.Identity()) as kin,
-        ):
+        layers, settings = self.trunk.text_layers, self.settings
+        with tapped(layers[settings.nouns_layer]) as early, tapped(layers[settings.relations_layer]) as late:
             losses = self._words(batch) if reads else super().forward(batch)
         if batch.nouns is not None:
             prefix = "read_" if reads else ""
             losses[f"{prefix}nouns"] = settings.nouns_weight * self.grounding(early[0], batch.nouns)
             losses[f"{prefix}relations"] = settings.relations_weight * self.relations(late[0], batch.nouns)
         if reads:
-            if counter is not None:
-                losses["alike"] = settings.alike_weight * kin_loss(kin[0], batch.looks.kin_PSS)
             losses["looks"] = settings.looks_weight * self.look_grounding(early[0], batch.looks)
             losses["coming"] = settings.coming_weight * self.coming(late[0], batch.coming)
         return {f"edit_{k}": x for k, x in losses.items()} if isinstance(batch, EditBatch) else losses
@@ -261,17 +262,20 @@ class Joint(Drawing):
         sees = torch.cat([cache.mask_BT[:, :words], cache.mask_BT[:, words:] & batch.keeps_B[:, None]], 1)
         return PromptCache(cache.keys, cache.values, sees)
 
-    def looks(self, seen: Seen) -> torch.Tensor:
-        """Looks (N, S, D) of what is looked at."""
+    def looks(self, seen: Seen, told_PS: torch.Tensor | None = None) -> torch.Tensor:
+        """Looks (N, S, D) of what is looked at; `told_PS` are numbers in the counter's place, -1 for its own."""
         seer = seen.pictures if seen.pictures is not None else seen.latents
         assert seer is not None
-        encoder, stem = (part.to(seer.device) for part in self._seeing)
+        encoder, stem, counter = (part.to(seer.device) for part in self._seeing)
         with torch.no_grad():
             tokens = encoder(seer)[1] if seen.pictures is not None else encoder.encode_patches(stem(seer))[1]
-        return self.look_connector(tokens)
+            numbers_PS = counter(merged(tokens, self.look_connector.config.side)).sum(-1)
+        if told_PS is not None:
+            numbers_PS = torch.where(told_PS < 0, numbers_PS, told_PS)
+        return self.look_connector(tokens, numbers_PS)
 
     def _words(self, batch: ReadBatch) -> dict[str, torch.Tensor]:
-        logits, _ = self.trunk.read(batch.ids_BT, batch.mask_BT, self.looks(batch.seen))
+        logits, _ = self.trunk.read(batch.ids_BT, batch.mask_BT, self.looks(batch.seen, batch.looks.told_PS))
         said = batch.targets_BT != IGNORED
         right = (logits.argmax(-1) == batch.targets_BT)[said].float().mean()
         kinds = WordKinds(of_V=self.kind_of_V, spread_KV=self.kind_spread_KV)

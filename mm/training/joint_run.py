@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from mm.errors import UserError
 from mm.files import write_bytes, write_text
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue
@@ -148,20 +149,28 @@ class Batches:
 
     def _read(self, rng: random.Random, generator: torch.Generator) -> joint.ReadBatch:
         if rng.random() < self.config.outside_share:  # through the understanding encoder: fresh pictures
-            scenes = [sample_scene(rng, **talk.READ) for _ in range(self.batch_size)]
-            dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
-            return self._reading(dialogues, _pictures, rng)
+            return self._of(_pictures, [sample_scene(rng, **talk.READ) for _ in range(self.batch_size)], rng)
         if rng.random() < 0.5:
             latents, scenes = self.scenes.draw(self.batch_size, rng)
-            dialogues = [talk.reading(self.new, scene, rng) for scene in scenes]
-            return self._reading(dialogues, self._latents(scenes, latents, generator), rng)
+            return self._of(self._latents(scenes, latents, generator), scenes, rng)
         edits, source, target = self.edits.draw(self.batch_size, rng)
         dialogues = [talk.changing(self.new, edit, rng) for edit in edits]
         scenes = [e.source for e in edits] + [e.target for e in edits]
         return self._reading(dialogues, self._latents(scenes, torch.cat([source, target]), generator), rng)
 
-    def _reading(self, dialogues: list[Dialogue], look: Any, rng: random.Random) -> joint.ReadBatch:
-        return joint.read_batch(dialogues, look, self.nouns, rng, self.config.slip_share)
+    def _of(self, look: Any, scenes: list[Scene], rng: random.Random) -> joint.ReadBatch:
+        """One picture a row, some of them spoken of (and told to be) with another number of something."""
+        told = [rng.random() < self.config.told_share for _ in scenes]
+        claims = [talk.recounted(scene, rng) if t else None for scene, t in zip(scenes, told, strict=True)]
+        dialogues = [talk.reading(self.new, claim or scene, rng) for scene, claim in zip(scenes, claims, strict=True)]
+        for dialogue, scene in zip(dialogues, scenes, strict=True):
+            dialogue.pictures = [scene] * len(dialogue.pictures)
+        return self._reading(dialogues, look, rng, claims)
+
+    def _reading(
+        self, dialogues: list[Dialogue], look: Any, rng: random.Random, claims: list[Scene | None] | None = None
+    ) -> joint.ReadBatch:
+        return joint.read_batch(dialogues, look, self.nouns, rng, self.config.slip_share, claims)
 
     def _edit(self, rng: random.Random, generator: torch.Generator) -> joint.EditBatch:
         edits, source, target = self.edits.draw(self.batch_size, rng)
@@ -195,30 +204,28 @@ def _pictures(scenes: list[Scene]) -> joint.Seen:
     return joint.Seen(pictures=joint.render_floats(scenes))
 
 
+def find_connector(folder: Path, encoder: UnderstandingEncoder, width: int) -> Connector:
+    """The connector in `folder`, or a fresh one for the encoder's tokens and a trunk of `width`."""
+    if not (folder / "look_connector" / "config.json").is_file():
+        return Connector(in_channels=encoder.config.width, width=width, alike=LOOK_KEYS)
+    return Connector.from_pretrained(folder / "look_connector")
+
+
 def build(
     config: dict[str, Any],
     drawing: Drawing,
     encoder: UnderstandingEncoder,
     stem: LatentStem,
+    connector: Connector,
     settings: joint.JointConfig,
-    init_from: Path | None = None,
 ) -> joint.Joint:
-    """The joint module around what the drawing stage has trained, whose trunk may not have read before.
-
-    The connector is fresh, or that of the published weights in `init_from`.
-    """
+    """The joint module around what the drawing stage has trained, whose trunk may not have read before."""
     torch.manual_seed(0)
     trunk = Trunk(**config["models"]["trunk"] | {"reads": True, "max_text": 256})
     trunk.load_state_dict(drawing.trunk.state_dict(), strict=False)
-    width = trunk.config.width
-    sizes, known = {"in_channels": encoder.config.width, "width": width, "alike": LOOK_KEYS}, {}
-    if init_from is not None and (init_from / "look_connector" / "config.json").is_file():
-        published = Connector.from_pretrained(init_from / "look_connector")
-        sizes = {name: published.config[name] for name in ("in_channels", "width", "hidden", "side", "alike")}
-        sizes["alike"] = sizes["alike"] or LOOK_KEYS
-        known = published.state_dict()
-    connector = Connector(**sizes)
-    connector.load_state_dict(known, strict=False)  # one that was published without a counter learns to count
+    counter, connector.counter = connector.counter, None  # it is trained elsewhere: no part of this stage's state
+    if counter is None:
+        raise UserError("the connector has no counter (alike: 0); start from one that has, or from a fresh one")
     return joint.Joint(
         trunk,
         drawing.velocity_decoder,
@@ -227,6 +234,7 @@ def build(
         encoder=encoder.float(),
         latent_stem=stem.float(),
         look_connector=connector,
+        counter=counter.float(),
         config=settings,
     ).float()
 
@@ -254,9 +262,11 @@ def train(
 
 
 def publish(module: Any, folder: Path) -> None:
-    """Writes drawing's parts and the connector in bf16, each beside its config."""
+    """Writes drawing's parts and the connector with its counter in bf16, each beside its config."""
     publish_drawing(module, folder)
-    copy.deepcopy(module.look_connector).to(torch.bfloat16).save_pretrained(folder / "look_connector")
+    connector = copy.deepcopy(module.look_connector)
+    connector.counter = copy.deepcopy(module.counter)
+    connector.to(torch.bfloat16).save_pretrained(folder / "look_connector")
 
 
 def moved(batch: Any, loop: Loop) -> Any:

@@ -108,13 +108,17 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
         _loop("`lost`: share of the variance of the encoder's tokens that latents do not bring back."),
     ),
     (
+        "Counter",
+        "counter/log.jsonl",
+        _loop("`_right`: share of a batch's pictures whose every number is right; samples are new pictures."),
+    ),
+    (
         "Joint",
         "joint/log.jsonl",
         _loop(
             "Goes on from drawing, or from the published weights; seconds and samples are the run's own. `_right`: "
             "share of spoken words right. `nouns`, `relations`, `looks`, `coming`: losses of what the user's nouns, "
-            "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`); "
-            "`alike`: of which looks show things of one kind."
+            "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`)."
         ),
     ),
 )

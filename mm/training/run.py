@@ -1,5 +1,5 @@
 """Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing, understanding,
-stem, joint.
+stem, counter, joint.
 
 Design choices
 - One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
@@ -24,6 +24,7 @@ import yaml
 
 from mm.errors import UserError
 from mm.models.codes import CodeHead
+from mm.models.connectors import Connector
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
@@ -182,6 +183,35 @@ def train_stem(config: dict[str, Any], state: Path, *, init_from: Path | None = 
     return loop
 
 
+def train_counter(config: dict[str, Any], state: Path, *, init_from: Path | None = None, **flags: Any) -> Loop:
+    """Runs (or goes on with) the counter stage; the averaged counter goes into the connector of the state's model."""
+    from mm.models.understanding import LatentStem, UnderstandingEncoder
+    from mm.training import counter_stage as stage
+    from mm.training import joint_run
+
+    loop_config = override(LoopConfig(**config["counter"]["loop"]), flags)
+    settings = override(stage.CounterConfig(**config["counter"]["stage"]), flags)
+    encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder").float()
+    stem = _load(LatentStem, state / "model" / "latent_stem").float()
+    torch.manual_seed(0)
+    connector = joint_run.find_connector(state / "model", encoder, config["models"]["trunk"]["width"]).float()
+    counter = connector.counter
+    if counter is None:
+        raise UserError(f"{state / 'model' / 'look_connector'} has no counter (alike: 0); take it away to start afresh")
+    loop = Loop(stage.Counting(counter), state / "counter", loop_config)
+    maker = stage.BlockMaker(encoder, stem, LatentCache(state / "latents"), loop_config.batch_size, settings)
+    seed = loop_config.seed + 1000 * loop.accelerator.process_index
+    blocks = stage.Blocks(lambda k: maker(k, seed), seed, settings)
+
+    def look(now: Loop) -> None:
+        counter.load_state_dict(now.bare.counter.state_dict())
+        published: Connector = copy.deepcopy(connector)
+        published.to(dtype=torch.bfloat16).save_pretrained(state / "model" / "look_connector")
+
+    loop.run(lambda step: _moved(blocks(step), loop.accelerator.device), look)
+    return loop
+
+
 def train_joint(
     config: dict[str, Any], state: Path, *, init_from: Path | None = None, publish_to: Path | None = None, **flags: Any
 ) -> Loop:
@@ -198,7 +228,8 @@ def train_joint(
     drawing = build_drawing(config, state, settings, init_from)
     encoder = _load(UnderstandingEncoder, state / "model" / "understanding_encoder")
     stem = _load(LatentStem, state / "model" / "latent_stem")
-    module = joint_run.build(config, drawing, encoder, stem, settings, init_from)
+    connector = joint_run.find_connector(state / "model", encoder, config["models"]["trunk"]["width"])
+    module = joint_run.build(config, drawing, encoder, stem, connector, settings)
     folder = publish_to or state / "model"
     return joint_run.train(module, state, loop_config, settings, folder, lambda now: judged(now, state))
 
@@ -283,17 +314,20 @@ def run_stages(
         elif stage == "stem":
             write_latents(config, state, shards=1)
             train_stem(config, state, init_from=init_from, **flags)
+        elif stage == "counter":
+            write_latents(config, state, shards=1)
+            train_counter(config, state, init_from=init_from, **flags)
         elif stage == "joint":
             write_latents(config, state, shards=1)
             train_joint(config, state, init_from=init_from, publish_to=publish_to, **flags)
         else:
-            known = "autoencoder, bridge, judge, latents, drawing, understanding, stem, joint"
+            known = "autoencoder, bridge, judge, latents, drawing, understanding, stem, counter, joint"
             raise UserError(f"unknown stage {stage!r}; known: {known}")
 
 
 def _borrow(source: Path, target: Path) -> None:
     """Copies what later stages leave as it is from published weights, unless the state has its own."""
-    reads = ("understanding_encoder", "latent_stem")
+    reads = ("understanding_encoder", "latent_stem", "look_connector")
     parts = ["autoencoder", "bridge", *(part for part in reads if (source / part / "config.json").is_file())]
     for part in parts:
         if not (source / part / "config.json").is_file():

@@ -11,6 +11,8 @@ Design choices
 - Words that are told apart by looking (numbers, colours, things) are smoothed among themselves. Without it a model that
   never sees three clocks learns that three is impossible of clocks, and says four when it sees three; with it, three is
   as wrong of two clocks as any other number, whatever was seen.
+- A scene may be spoken of with another number of one of its things, which its looks are told as well (`recounted`):
+  the words must follow the counter, not what was seen together.
 - A turn keeps the scene that its words speak of (an edit's is its target), and a description the scene it tells of, for
   `mm.training.grounding`.
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from mm.world import vocabulary as v
 from mm.world.captions import caption
 from mm.world.edits import Edit
 from mm.world.questions import questions
-from mm.world.scene import Scene, groups
+from mm.world.scene import Scene, Sprite, add_sprite, group_relation, groups, is_held_out, members
 
 NewDialogue = Callable[[], Dialogue]
 DESCRIBE = (
@@ -140,6 +143,32 @@ def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
         ask(dialogue, edit.source, rng, most=1)
     dialogue.user(with_pronoun(edit, rng), about=edit.target).starts_drawing().has_drawn(edit.target)
     return ask(dialogue, edit.target, rng, most=4)
+
+
+def recounted(scene: Scene, rng: random.Random) -> Scene:
+    """`scene` with another number of one of its things and everything else as true as it was; itself if there is none.
+
+    What it holds is never a composition that is held out.
+    """
+    parts = groups(scene)
+    choices = [(g, n) for g in parts for n in range(1, v.MAX_COUNT + 1) if n != g.count]
+    rng.shuffle(choices)
+    for group, number in choices:
+        changed = _with_number(scene, members(scene, group), number, rng)
+        if changed is None or is_held_out(groups(changed)):
+            continue
+        if all(group_relation(scene, a, b) == group_relation(changed, a, b) for a in parts for b in parts if a != b):
+            return changed
+    return scene
+
+
+def _with_number(scene: Scene, same: list[Sprite], number: int, rng: random.Random) -> Scene | None:
+    """As many sprites like `same` as `number`; None where there is no room."""
+    gone = set(rng.sample(same, len(same) - number)) if number < len(same) else set()
+    changed: Scene | None = replace(scene, sprites=tuple(s for s in scene.sprites if s not in gone))
+    for _ in range(number - len(same)):
+        changed = add_sprite(changed, same[0], rng) if changed is not None else None
+    return changed
 
 
 def edit_prompt(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:

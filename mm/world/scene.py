@@ -18,7 +18,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm.world import vocabulary as v
 
@@ -189,6 +189,16 @@ def _free_spot(rng: random.Random, placed: Sequence[Sprite], size: int, tries: i
         if is_free(placed, x, y, size):
             return x, y
     return None
+
+
+def add_sprite(scene: Scene, like: Sprite, rng: random.Random, *, tries: int = 200) -> Scene | None:
+    """`scene` with one sprite more, like `like`, at a free place; None when it is full or no place was found."""
+    if len(scene.sprites) == v.MAX_SPRITES:
+        return None
+    spot = _free_spot(rng, list(scene.sprites), like.size, tries)
+    if spot is None:
+        return None
+    return replace(scene, sprites=(*scene.sprites, replace(like, x=spot[0], y=spot[1])))
 
 
 def sample_scene(

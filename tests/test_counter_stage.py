@@ -1,0 +1,59 @@
+"""The counter stage: blocks depend on their number alone, come again, and teach a counter what is kin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_reader
+
+from mm.models.connectors import Alike
+from mm.training import counter_stage as stage
+from mm.training.latents import LatentCache, write_shard
+
+LOOKS = 16
+
+
+def numbered(k: int) -> stage.CounterBatch:
+    return stage.CounterBatch(merged_BSC=torch.full((1, 1, 1), float(k)).half(), kin_BSS=torch.zeros(1, 1, 1))
+
+
+def test_a_step_takes_its_block_and_some_of_the_latest():
+    config = stage.CounterConfig(again=3, window=5)
+    first, again = (stage.Blocks(numbered, 0, config) for _ in range(2))
+    seen = [first(step).merged_BSC.flatten().tolist() for step in range(40)]
+    assert all(blocks[0] == step and len(blocks) == 4 for step, blocks in enumerate(seen))
+    assert all(max(0, step - 4) <= k <= step for step, blocks in enumerate(seen) for k in blocks)
+    assert again(30).merged_BSC.flatten().tolist() == seen[30]  # one that resumes makes the same batches
+
+
+def test_blocks_are_pictures_and_latents_in_turn_and_a_counter_learns_from_them(tmp_path):
+    parts = tiny_reader()
+    write_shard(tmp_path, 0, parts["autoencoder"], size=32)
+    encoder, stem = parts["understanding_encoder"], parts["latent_stem"]
+    made = stage.BlockMaker(encoder, stem, LatentCache(tmp_path), 8, stage.CounterConfig())
+    for k in (0, 1):
+        first, again = made(k, 0), made(k, 0)
+        assert torch.equal(first.merged_BSC, again.merged_BSC)
+        assert first.merged_BSC.shape == (8, LOOKS, 4 * 16)
+        assert first.kin_BSS.shape == (8, LOOKS, LOOKS)
+        assert not torch.equal(first.kin_BSS, made(k, 1).kin_BSS)
+    batch = made(0, 0)
+    batch = stage.CounterBatch(merged_BSC=batch.merged_BSC.float(), kin_BSS=batch.kin_BSS)
+    torch.manual_seed(0)
+    module = stage.Counting(Alike(64, 64, 16))
+    learner = torch.optim.AdamW(module.parameters(), 1e-2)
+    losses = []
+    for _ in range(100):
+        losses.append(module(batch)["alike"])
+        learner.zero_grad()
+        losses[-1].backward()
+        learner.step()
+    assert losses[-1] < 0.1 * losses[0]
+    assert module(batch)["_right"] > 0.8
+    assert all(p.grad is None for part in (encoder, stem) for p in part.parameters())
+
+
+def test_wrong_settings_are_named():
+    for name, value in (("noise", -1), ("again", -1), ("window", 0)):
+        with pytest.raises(ValueError, match=f"{name} {value} must"):
+            stage.CounterConfig(**{name: value})
