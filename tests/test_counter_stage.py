@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_reader
@@ -14,7 +16,8 @@ LOOKS = 16
 
 
 def numbered(k: int) -> stage.CounterBatch:
-    return stage.CounterBatch(merged_BSC=torch.full((1, 1, 1), float(k)).half(), kin_BSS=torch.zeros(1, 1, 1))
+    none = torch.zeros(1, 1, 1)
+    return stage.CounterBatch(merged_BSC=none.half() + k, kin_BSS=none, objects_BS=torch.full((1, 1), -1))
 
 
 def test_a_step_takes_its_block_and_some_of_the_latest():
@@ -38,19 +41,35 @@ def test_blocks_are_pictures_and_latents_in_turn_and_a_counter_learns_from_them(
         assert first.kin_BSS.shape == (8, LOOKS, LOOKS)
         assert not torch.equal(first.kin_BSS, made(k, 1).kin_BSS)
     batch = made(0, 0)
-    batch = stage.CounterBatch(merged_BSC=batch.merged_BSC.float(), kin_BSS=batch.kin_BSS)
+    assert ((batch.objects_BS >= 0) == (batch.kin_BSS.sum(-1) > 0)).all()
+    batch = replace(batch, merged_BSC=batch.merged_BSC.float())
     torch.manual_seed(0)
     module = stage.Counting(Alike(64, 64, 16))
     learner = torch.optim.AdamW(module.parameters(), 1e-2)
     losses = []
     for _ in range(100):
-        losses.append(module(batch)["alike"])
+        losses.append(sum(loss for name, loss in module(batch).items() if not name.startswith("_")))
         learner.zero_grad()
         losses[-1].backward()
         learner.step()
     assert losses[-1] < 0.1 * losses[0]
     assert module(batch)["_right"] > 0.8
     assert all(p.grad is None for part in (encoder, stem) for p in part.parameters())
+
+
+def test_things_of_two_pictures_are_told_apart():
+    """Two looks with the same tokens: strangers if their objects differ, wherever they are; nothing is said if not."""
+    torch.manual_seed(0)
+    module = stage.Counting(Alike(4, 4, 2))
+    tokens = torch.randn(2, 1, 4)[:1].expand(2, 1, 4)
+    kin = torch.ones(2, 1, 1)
+    apart = stage.CounterBatch(merged_BSC=tokens, kin_BSS=kin, objects_BS=torch.tensor([[3], [5]]))
+    slope, offset = module.counter.sharpness
+    want = torch.nn.functional.softplus(slope + offset)  # keys of length 1 that are equal
+    torch.testing.assert_close(module(apart)["strangers"], want)
+    together = replace(apart, objects_BS=torch.tensor([[3], [3]]))
+    alone = replace(apart, objects_BS=torch.tensor([[3], [-1]]))
+    assert float(module(together)["strangers"]) == float(module(alone)["strangers"]) == 0
 
 
 def test_wrong_settings_are_named():

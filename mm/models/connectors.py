@@ -40,14 +40,22 @@ class Alike(nn.Module):
 
     def forward(self, merged_BSC: torch.Tensor) -> torch.Tensor:
         """Kinship (B, S, S) in [0, 1]; the diagonal is "holds a centre", and a row's sum how many are like it."""
-        states_BSH = F.gelu(self.up(self.norm(merged_BSC.to(self.up.weight.dtype))))
-        keys_BSE = F.normalize(self.key_out(states_BSH).float(), dim=-1)
-        slope, offset = self.sharpness.float()
-        same_BSS = (slope * keys_BSE @ keys_BSE.transpose(1, 2) + offset).sigmoid()
-        centre_BS = self.centre_out(states_BSH).float().sigmoid().squeeze(-1)
+        keys_BSE, centre_BS = self.keys(merged_BSC)
+        same_BSS = self.same(keys_BSE).sigmoid()
         apart = ~torch.eye(same_BSS.shape[1], dtype=torch.bool, device=same_BSS.device)
         pairs_BSS = same_BSS * centre_BS[:, :, None] * centre_BS[:, None, :]
         return torch.where(apart, pairs_BSS, torch.diag_embed(centre_BS))
+
+    def keys(self, merged_BSC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is compared (B, S, E), of length 1, and whether each look holds a centre (B, S) in [0, 1]."""
+        states_BSH = F.gelu(self.up(self.norm(merged_BSC.to(self.up.weight.dtype))))
+        keys_BSE = F.normalize(self.key_out(states_BSH).float(), dim=-1)
+        return keys_BSE, self.centre_out(states_BSH).float().sigmoid().squeeze(-1)
+
+    def same(self, keys_BSE: torch.Tensor) -> torch.Tensor:
+        """Logits (B, S, S) that two keys are of one kind."""
+        slope, offset = self.sharpness.float()
+        return slope * keys_BSE @ keys_BSE.transpose(-1, -2) + offset
 
 
 def merged(tokens_BLC: torch.Tensor, side: int) -> torch.Tensor:

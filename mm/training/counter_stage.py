@@ -3,12 +3,14 @@
 Design choices
 - Its truth is the renderer's kinship of looks and nothing else. Trained among words it was right of all looks in 5 of 6
   pictures only, and leaned to what words expect; by itself, on the frozen encoder's tokens, in 24 of 25.
+- Looks of two pictures are compared as well, where they show different things: things that never meet in training must
+  be told apart too (without it the counter took held-out pairs for one kind).
 - Tokens of rendered pictures and of noisy latents through the stem come in turn, as in joint training.
 - The encoder costs more than the counter, so blocks of tokens are looked at again: a step takes a new block and some
   of the latest ones. Which ones depends on the step alone, so a run that resumes makes them again.
 
 This module does not know the loop, files, words or the trunk.
-Legend: B pictures, S looks, C channels of merged tokens.
+Legend: B pictures, S looks, C channels of merged tokens, N looks that hold a centre, O objects.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mm.models.connectors import Alike, merged
 from mm.models.understanding import LatentStem, UnderstandingEncoder
-from mm.training.grounding import kin_loss, kin_truth
+from mm.training.grounding import kin_loss, kin_truth, look_truth
 from mm.training.latents import LatentCache
 from mm.training.talk import READ
 from mm.world.render import render
@@ -51,10 +54,11 @@ class CounterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CounterBatch:
-    """Merged tokens and which looks are kin."""
+    """Merged tokens, which looks are kin, and which object has its centre in each look (-1: none)."""
 
     merged_BSC: torch.Tensor
     kin_BSS: torch.Tensor
+    objects_BS: torch.Tensor
 
 
 class BlockMaker:
@@ -83,8 +87,12 @@ class BlockMaker:
             tokens = self._seen(lambda x: self.encoder.encode_patches(stem(x)), latents + self.config.noise * noise)
         side = self.encoder.config.image_size // self.encoder.config.patch_size
         looks = (side // 2) ** 2
-        kin = torch.stack([kin_truth(scene, looks) for scene in scenes])
-        return CounterBatch(merged_BSC=merged(tokens, side).half(), kin_BSS=kin)
+        centres_BSO = torch.stack([look_truth(scene, looks)[0] for scene in scenes])
+        return CounterBatch(
+            merged_BSC=merged(tokens, side).half(),
+            kin_BSS=torch.stack([kin_truth(scene, looks) for scene in scenes]),
+            objects_BS=torch.where(centres_BSO.any(-1), centres_BSO.argmax(-1), -1),
+        )
 
     @torch.no_grad()
     def _seen(self, see: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
@@ -106,6 +114,7 @@ class Blocks:
         return CounterBatch(
             merged_BSC=torch.cat([b.merged_BSC for b in blocks]).float(),
             kin_BSS=torch.cat([b.kin_BSS for b in blocks]),
+            objects_BS=torch.cat([b.objects_BS for b in blocks]),
         )
 
 
@@ -117,8 +126,20 @@ class Counting(nn.Module):
         self.counter = counter
 
     def forward(self, batch: CounterBatch) -> dict[str, torch.Tensor]:
-        """The loss of kinship; `_right`: pictures whose every number is right."""
+        """Losses of kinship and of strangers; `_right`: pictures whose every number is right."""
         kin_BSS = self.counter(batch.merged_BSC)
         here_BS = batch.kin_BSS.sum(-1) > 0
         right_BS = kin_BSS.detach().sum(-1).round() == batch.kin_BSS.sum(-1)
-        return {"alike": kin_loss(kin_BSS, batch.kin_BSS), "_right": (right_BS | ~here_BS).all(1).float().mean()}
+        return {
+            "alike": kin_loss(kin_BSS, batch.kin_BSS),
+            "strangers": batch.kin_BSS.shape[1] * self._strangers(batch),
+            "_right": (right_BS | ~here_BS).all(1).float().mean(),
+        }
+
+    def _strangers(self, batch: CounterBatch) -> torch.Tensor:
+        """The mean loss of telling apart different things, of all pictures in the batch."""
+        here_BS = batch.objects_BS >= 0
+        objects_N = batch.objects_BS[here_BS]
+        same_NN = self.counter.same(self.counter.keys(batch.merged_BSC)[0][here_BS])
+        apart_NN = objects_N[:, None] != objects_N
+        return (F.softplus(same_NN) * apart_NN).sum() / apart_NN.sum().clamp_min(1)
