@@ -13,6 +13,7 @@ from torch import nn
 import mm
 from mm.errors import UserError
 from mm.linear import BranchedLinear
+from mm.models.velocity import VelocityDecoder
 from mm.quantization import auto, search
 from mm.quantization import numerics as n
 from mm.quantization.config import SVDQuantConfig
@@ -39,6 +40,25 @@ def test_low_rank_is_nearly_the_best_one():
     assert (matrix - up @ down).norm() < 1.01 * best
     again = n.low_rank(matrix, 8, torch.Generator().manual_seed(1))
     assert torch.equal(up, again[0])
+
+
+def test_the_branch_for_some_inputs_is_the_best_one_at_their_outputs():
+    x, matrix = correlated(500, 90), torch.randn(60, 90, generator=torch.Generator().manual_seed(3))
+    gram = n.Gram(x)
+    root = gram.root(0.0)
+    torch.testing.assert_close(root @ root.T, x.T @ x / 500, rtol=1e-4, atol=1e-4)
+
+    def error(up: torch.Tensor, down: torch.Tensor) -> float:
+        return float((x @ (matrix - up @ down).T).square().sum() / 500)
+
+    generator = torch.Generator().manual_seed(1)
+    left, sizes, right = torch.linalg.svd(matrix @ x.T, full_matrices=False)  # of the outputs themselves
+    best = float(sizes[8:].square().sum() / 500)
+    assert error(*n.low_rank_for(matrix, 8, root, generator)) < 1.02 * best
+    assert error(*n.low_rank(matrix, 8, generator)) > 1.5 * best
+    few = n.Gram(x[:50])  # fewer rows than inputs: each input's size alone
+    torch.testing.assert_close(few.root(0.0), x[:50].square().mean(0).sqrt())
+    assert error(*n.low_rank_for(matrix, 8, few.root(), generator)) < error(*n.low_rank(matrix, 8, generator))
 
 
 def test_rounding_keeps_to_the_grid_and_short_last_groups():
@@ -248,6 +268,26 @@ def test_a_module_is_quantized_in_place_and_nearly_the_same():
         / sum(layer_bytes(m) for m in model.modules() if isinstance(m, BranchedLinear))
     )
     assert all(layer.error < layer.nearest_error for layer in report.layers)
+
+
+def test_what_wants_more_than_4_bits_gets_8_and_no_branch():
+    torch.manual_seed(0)
+    decoder = VelocityDecoder(feature_width=64, width=64, depth=1, heads=2)
+    report = mm.quantize(decoder, SVDQuantConfig(rank=4, data_free=True), progress=False)
+    found = {layer.path.removeprefix("model.layers.0."): (layer.bits, layer.rank > 0) for layer in report.layers}
+    assert found == {
+        "modulation": (8, False),
+        "attn.to_q": (4, True),
+        "attn.to_k": (4, True),
+        "attn.to_v": (4, True),
+        "attn.to_out": (4, True),
+        "ff.up": (8, False),
+        "ff.down": (8, False),
+    }
+    eight = VelocityDecoder(feature_width=64, width=64, depth=1, heads=2)
+    report = mm.quantize(eight, SVDQuantConfig(rank=4, bits=8, data_free=True), progress=False)
+    assert all(layer.bits == 8 for layer in report.layers)
+    assert next(layer.rank for layer in report.layers if layer.path.endswith("ff.up")) > 0  # all at 8, all as asked
 
 
 @pytest.mark.filterwarnings("ignore:mm.sites")

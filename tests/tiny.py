@@ -15,8 +15,10 @@ from mm.models.trunk import Trunk
 from mm.models.understanding import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
+from mm.training.talk import number_words
 
 STEPS = 3
+NUMBERS = number_words(lambda word: int(build_text_tokenizer().convert_tokens_to_ids(word)))
 
 
 def tiny_pipeline(*, codes: bool = True, seed: int = 0) -> TextToImagePipeline:
@@ -44,7 +46,7 @@ def tiny_reader(*, seed: int = 0) -> dict[str, Any]:
     """Components of a random model that reads and edits, the drawing ones included."""
     parts = dict(tiny_pipeline(seed=seed).components)
     torch.manual_seed(seed)
-    parts["trunk"] = Trunk(width=32, depth=2, heads=2, reads=True, max_text=256)
+    parts["trunk"] = Trunk(width=32, depth=2, heads=2, reads=True, max_text=256, number_words=NUMBERS)
     parts["understanding_encoder"] = UnderstandingEncoder(width=16, depth=1, heads=2, text_width=16, text_depth=1)
     parts["look_connector"] = Connector(in_channels=16, width=32, hidden=32, alike=8)
     parts["latent_stem"] = LatentStem(width=16, depth=1)

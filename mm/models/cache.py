@@ -67,6 +67,7 @@ class TextState:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     prompt: PromptCache
+    counted: tuple[torch.Tensor, torch.Tensor] | None = None  # what words can point at (`mm.models.number_copy`)
 
     def __len__(self) -> int:
         """Tokens, padding included."""

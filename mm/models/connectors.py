@@ -7,7 +7,8 @@ Design choices
 - A GELU MLP, as in ETT (arXiv 2505.10562), plus a learned place a look.
 - `Alike` counts, for each look, how many looks show the same thing as it does. Softmax attention averages what it
   reads, so a reader counted by heart: it said the numbers in which it had seen an object before. Here pairs are
-  compared and summed, and the number enters by one table for all objects.
+  compared and summed, and the number goes beside the look, not into it: replies copy it (`mm.models.number_copy`).
+  Added to the look, it was read together with what the look shows, by heart again.
 - The counter learns in a stage of its own (`mm.training.counter_stage`), on nothing but pictures: its numbers cannot
   learn what words expect. Whoever trains words may tell the numbers instead.
 
@@ -25,6 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from mm.models import layers
+from mm.models.number_copy import number_bumps
 
 
 class Alike(nn.Module):
@@ -66,7 +68,7 @@ def merged(tokens_BLC: torch.Tensor, side: int) -> torch.Tensor:
 
 
 class Connector(ModelMixin, ConfigMixin):
-    """An MLP over merged tokens; with `alike` (the width of its counter's keys) looks know their number."""
+    """An MLP over merged tokens; with `alike` (the width of its counter's keys) looks bring their numbers."""
 
     @register_to_config
     def __init__(
@@ -87,11 +89,8 @@ class Connector(ModelMixin, ConfigMixin):
         self.down = nn.Linear(hidden, width)
         self.place = nn.Parameter(torch.zeros((side // 2) ** 2, width))
         self.counter = Alike(4 * in_channels, hidden, alike) if alike else None
-        self.number_out = nn.Linear(most, width, bias=False) if alike else None
         layers.init_linears(self)
         nn.init.normal_(self.place, std=0.02)
-        if self.number_out is not None:
-            layers.zero(self.number_out)  # looks start as they are without it
 
     @property
     def looks(self) -> int:
@@ -99,9 +98,10 @@ class Connector(ModelMixin, ConfigMixin):
         return self.place.shape[0]
 
     def forward(self, tokens: torch.Tensor, numbers_BS: torch.Tensor | None = None) -> torch.Tensor:
-        """Looks (B, S, D) of tokens (B, L, C) or of latents (B, C, side, side).
+        """Looks (B, S, D) of tokens (B, L, C) or of latents (B, C, side, side); with a counter (B, S, D + K).
 
-        `numbers_BS` are how many are like each look, where they are known; otherwise the counter says.
+        The last K are weights of numbers (`number_bumps`): of `numbers_BS`, how many are like each look, where they are
+        known; otherwise the counter says.
         """
         side, channels = self.config.side, self.config.in_channels
         x_BLC = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
@@ -109,12 +109,10 @@ class Connector(ModelMixin, ConfigMixin):
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}; this connector reads {side * side} of {channels}")
         x = merged(x_BLC, side)
         looks_BSD = self.down(F.gelu(self.up(self.norm(x)))) + self.place.to(x.dtype)
-        if self.number_out is None:
+        if not self.config.alike:
             return looks_BSD
-        steps = torch.arange(1, self.config.most + 1, device=x.device)
-        known_BS = self._counted(x) if numbers_BS is None else numbers_BS
-        bumps_BSK = (1 - (known_BS[..., None] - steps).abs()).clamp_min(0)
-        return looks_BSD + self.number_out(bumps_BSK.to(looks_BSD.dtype))
+        bumps_BSK = number_bumps(self._counted(x) if numbers_BS is None else numbers_BS, self.config.most)
+        return torch.cat([looks_BSD, bumps_BSK.to(looks_BSD.dtype)], -1)
 
     def _counted(self, merged_BSC: torch.Tensor) -> torch.Tensor:
         if self.counter is None:

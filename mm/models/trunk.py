@@ -13,6 +13,7 @@ Design choices
 - A mode token, put before the picture's tokens, tells drawing by flow from drawing in codes. In codes mode a masked
   token is a learned vector at sigma 1, a known one its dequantized latent at sigma 0.
 - The output is DDT's condition (Wang et al. 2025, arXiv 2504.05741): features for the velocity decoder or code head.
+- With `number_words`, looks bring their numbers along, and replies copy them (`mm.models.number_copy`).
 - With `reads`, understanding tokens of pictures stand among the words (bidirectional within a picture, causal
   otherwise), a head tied to the word table says the next word, and a source picture's clean latents go through the
   picture layers at sigma 0, once, to be read by whoever draws (`encode_picture`).
@@ -23,7 +24,8 @@ Legend: B batch, T text tokens, L picture tokens, P = L + 1 with the mode token,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -36,6 +38,7 @@ from torch import nn
 
 from mm.models import layers
 from mm.models.cache import PromptCache, TextState
+from mm.models.number_copy import NumberCopy
 
 Mode = Literal["flow", "codes"]
 MODES: tuple[Mode, ...] = ("flow", "codes")
@@ -144,6 +147,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         whole_turns: bool = False,
         turn_tokens: tuple[int, ...] = (2, 7),
         reply_token: int = 8,
+        number_words: Sequence[Sequence[int]] = (),
+        most_looks: int = 6,
     ) -> None:
         super().__init__()
         if width % heads or (width // heads) % 4:
@@ -160,6 +165,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.norm_out = layers.Norm(width)
         self.norm_text_out = layers.Norm(width) if reads else None
         self.source_mark = nn.Parameter(torch.zeros(width)) if reads else None
+        self.number_copy = NumberCopy(width, number_words) if reads and number_words else None
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -177,6 +183,8 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.normal_(self.place, std=0.02)
         nn.init.normal_(self.masked, std=0.02)
         layers.zero(self.modulation)
+        if self.number_copy is not None:
+            self.number_copy.init_gate()
         for text_layer in self._text_stack:
             layers.zero(text_layer.attn.to_out, text_layer.ff.down)
         for layer in self._picture_stack:
@@ -203,13 +211,23 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Logits of the next word (B, T, V) after each token, and the state that more text can go on from.
 
         `ids` int64 (B, T); `mask` bool, True = a real token (default all); `looks` (N, S, D): the understanding tokens
-        of the N pictures whose S places hold `look_token`, in reading order. Raises ValueError when the text is longer
+        of the N pictures whose S places hold `look_token`, in reading order; or (N, S, D + K) with the weights of K
+        numbers (`number_bumps`) after each. Raises ValueError when the text is longer
         than `max_text`, the places do not match the looks, or the trunk has no text head.
         """
         if self.norm_text_out is None:
             raise ValueError("this trunk draws only; reading needs one whose config says reads: true")
         x_BTD, state = self._read(ids_BT, mask_BT, looks_NSD, past)
-        return F.linear(self.norm_text_out(x_BTD), self.words.weight.to(x_BTD.dtype)), state
+        x_BTD = self.norm_text_out(x_BTD)
+        logits_BTV = F.linear(x_BTD, self.words.weight.to(x_BTD.dtype))
+        if self.number_copy is None:
+            return logits_BTV, state
+        width, most = self.config.width, self.config.most_looks
+        numbers = looks_NSD[..., width:] if looks_NSD is not None and looks_NSD.shape[-1] == width + most else None
+        counted = self.number_copy.offer(x_BTD, ids_BT == self.config.look_token, numbers, most)
+        if past is not None and past.counted is not None:
+            counted = torch.cat([past.counted[0], counted[0]], 1), torch.cat([past.counted[1], counted[1]], 1)
+        return self.number_copy(logits_BTV, x_BTD, counted), replace(state, counted=counted)
 
     def _read(
         self,
@@ -246,7 +264,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         places_BT = ids_BT == self.config.look_token
         if int(places_BT.sum()) != looks_NSD.shape[0] * looks_NSD.shape[1]:
             raise ValueError(f"{int(places_BT.sum())} places for looks, but looks of shape {tuple(looks_NSD.shape)}")
-        return x_BTD.masked_scatter(places_BT[..., None], looks_NSD.to(x_BTD.dtype))
+        return x_BTD.masked_scatter(places_BT[..., None], looks_NSD[..., : self.config.width].to(x_BTD.dtype))
 
     def _text_mask(self, ids_BT: torch.Tensor, seen_BT: torch.Tensor, before: int) -> torch.Tensor:
         """(B, 1, T, all): causal, but a picture's looks see each other, and so do the words of a turn where

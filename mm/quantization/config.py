@@ -28,7 +28,7 @@ class SVDQuantConfig:
 
     rank: of the 16-bit branch that absorbs outliers. bits: of weights; "auto" = 4, 8 or 16 a group of layers, by
     measured error under `size_budget` (share of the layers' 16-bit size). activation_bits: 8, 4 or 16 (as they are).
-    A branch takes at most a twentieth of a layer's smaller side, whatever `rank` says.
+    A branch takes at most a 24th of a layer's smaller side, whatever `rank` says.
     smooth: the search for factors a channel. gptq: error feedback when rounding (Frantar et al. 2022, arXiv
     2210.17323). iterations: at most so many turns of branch and rounding. data_free: no calibration, for a first try.
     rows, calls: calibration rows kept a group, and calls kept a parent module. steps: of each calibration picture.
@@ -44,7 +44,7 @@ class SVDQuantConfig:
     iterations: int = 100
     data_free: bool = False
     size_budget: float | None = None
-    rows: int = 1024
+    rows: int = 4096
     calls: int = 8
     steps: int = 8
     memory: int = 2 << 30

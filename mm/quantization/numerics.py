@@ -112,6 +112,15 @@ def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator, turns: in
     return (basis @ left[:, :rank]) * root, right[:rank] * root[:, None]
 
 
+def low_rank_for(matrix_NK: Tensor, rank: int, root: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As `low_rank`, but nearest at the outputs, by a `Gram.root` (QERA, Zhang et al. 2024, arXiv 2410.06040)."""
+    if root.ndim == 1:
+        up, down = low_rank(matrix_NK * root, rank, generator)
+        return up, down / root
+    up, down = low_rank(matrix_NK @ root, rank, generator)
+    return up, torch.linalg.solve_triangular(root, down, upper=False, left=False)
+
+
 class Gram:
     """H = X^T X / M (K, K) of calibration rows X (M, K), as far as somebody asks for it."""
 
@@ -130,6 +139,17 @@ class Gram:
             return self.whole[columns][:, columns]
         rows = self.rows_MK[:, columns]
         return rows.T @ rows
+
+    def root(self, damp: float = 0.01) -> Tensor:
+        """R (K, K) or (K,) such that |E R|^2 is about the output error of E: triangular, or each input's size alone.
+
+        The second where the rows are fewer than the inputs, or the inputs more than `SPAN`.
+        """
+        if self.whole is None or len(self.whole) > SPAN:
+            return (self.diagonal() + damp * self.diagonal().mean() + 1e-12).sqrt()
+        hessian = self.whole.double()
+        hessian.diagonal().add_(damp * float(hessian.diagonal().mean()) + 1e-12)
+        return torch.linalg.cholesky(hessian).float()
 
     def error(self, error_NK: Tensor) -> float:
         """Mean squared error a row that a weight error causes at the output."""

@@ -40,9 +40,9 @@ from mm.quantization.report import LayerReport, Report
 from mm.sites import FAMILIES, Site, find_sites
 
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
-# A branch takes at most a twentieth of a layer's smaller side: on a layer of 256 rank 32 would weigh as much as its
-# integers.
-RANK_SHARE = 20
+# A branch takes at most a 24th of a layer's smaller side: on a layer of 256 rank 32 would weigh as much as integers do.
+RANK_SHARE = 24
+SCORED = 1024  # rows by which candidates are told apart; rounding takes all of them
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 
@@ -172,7 +172,7 @@ def _quantize(
             todo = [group for group in batch if not _is_done(folder, group)]
             seen = cal.watch(whole, todo, runs, counts, config) if runs and todo else {}
             for group in batch:
-                width = bits.get(group.name, 4 if config.bits == "auto" else int(config.bits))
+                width = bits[group.name] if config.bits == "auto" else max(int(config.bits), group.first.bits or 0)
                 out += _finish(whole, group, seen.pop(group.name, Seen()), config, width, _part(folder, group))
                 bar.update()
     return out
@@ -231,6 +231,8 @@ def _solve(whole: nn.Module, group: Group, seen: Seen, config: SVDQuantConfig, b
     dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     if group.first.precision == "weight_only":
         config = dataclasses.replace(config, rank=0, smooth=False, activation_bits=16)
+    elif config.bits != "auto" and bits > config.bits:  # 8 bits have nothing left for a branch
+        config = dataclasses.replace(config, rank=0, activation_bits=max(config.activation_bits, 8))
     smallest = min(min(layer.weight.shape) for layer in layers)
     config = dataclasses.replace(config, rank=min(config.rank, smallest // RANK_SHARE))
     score, after = _scorer(whole, group, seen), group.first.after
@@ -278,7 +280,7 @@ def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
         return None
     layers = [_linear(whole, site.path) for site in group.sites]
     sizes = [layer.out_features for layer in layers]
-    rows = seen.rows
+    rows = seen.rows[:: max(1, len(seen.rows) // SCORED)]
     if not group.first.parent or not seen.calls:
         weight = torch.cat([layer.weight.float() for layer in layers])
         wanted = rows @ weight.T

@@ -7,7 +7,8 @@ Design choices
   what was seen, then the best quarter of them on all of it.
 - Layers of a group are stacked: one lambda and one `down` serve q, k and v.
 - Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until a turn takes less than `WORTH` off the
-  output error; GPTQ then rounds the residual of the best turn, and is kept only where it errs less.
+  output error; then GPTQ rounds the residual, in turns with the branch as well, as long as that errs less. The branch
+  is the best one at the outputs, not on the weights: what GPTQ leaves is largest where nothing is felt of it.
 
 This module does not know where inputs come from, nor how layers are replaced.
 Legend: M rows, N outputs of all layers of the group, K inputs, R rank.
@@ -33,6 +34,7 @@ Rounder = Callable[[Tensor], Tensor]
 Score = Callable[[Tensor, Tensor, Tensor, Rounder, float], float]
 QUARTER = 0.25  # of the calls score all candidates; of the candidates are scored on all calls
 WORTH = 1e-3
+FEEDBACKS = 2  # turns of GPTQ and branch: a third gained nothing
 SHIFTS = {"gelu": 0.171875, "silu": 0.2734375}  # just above -min of the activation, exact in 16 bits
 
 
@@ -95,11 +97,11 @@ def _rounder(rule: ActivationRule, smooth: Tensor) -> Rounder:
     return run
 
 
-def _branch(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _branch(weight: Tensor, rank: int, generator: torch.Generator, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """up and down."""
     if not rank:
         return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
-    return n.low_rank(weight, rank, generator)
+    return n.low_rank(weight, rank, generator) if root is None else n.low_rank_for(weight, rank, root, generator)
 
 
 def search_smooth(
@@ -125,13 +127,13 @@ def alternate(
     scaled_NK: Tensor, gram: n.Gram | None, config: SVDQuantConfig, bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, n.Rounded, int]:
     """Branch and rounding in turns: up (N, R), down (R, K), the rounded residual, and how many turns it took."""
-    importance = None if gram is None else gram.diagonal()
+    importance, root = (None, None) if gram is None else (gram.diagonal(), gram.root())
     generator = torch.Generator().manual_seed(config.seed)
     rounded, best, kept = torch.zeros_like(scaled_NK), torch.inf, None
     turns = 0
     while turns < config.iterations:
         turns += 1
-        up, down = _branch(scaled_NK - rounded, config.rank, generator)
+        up, down = _branch(scaled_NK - rounded, config.rank, generator, root)
         up, down = up.to(dtype).float(), down.to(dtype).float()
         residual = torch.addmm(scaled_NK, up, down, alpha=-1)
         integers = n.round_to_nearest(residual, n.group_scales(residual, bits, dtype, importance), bits)
@@ -144,13 +146,40 @@ def alternate(
         if small or not config.rank:
             break
     assert kept is not None, "the weight is not finite"
-    if config.gptq and gram is not None:
-        up, down, integers = kept
-        residual = scaled_NK - up @ down
-        feedback = n.error_feedback(residual, integers.scales, bits, gram)
-        if n.output_error(residual - feedback.dense(), gram) < best:
-            kept = up, down, feedback
+    if config.gptq and gram is not None and root is not None:
+        kept = _fed_back(scaled_NK, gram, root, kept, best, config, bits, dtype)
     return *kept, turns
+
+
+def _fed_back(
+    scaled_NK: Tensor,
+    gram: n.Gram,
+    root: Tensor,
+    kept: tuple[Tensor, Tensor, n.Rounded],
+    best: float,
+    config: SVDQuantConfig,
+    bits: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, n.Rounded]:
+    """GPTQ and the branch in turns, from the solution `kept` that errs `best`; the one that errs least."""
+    generator = torch.Generator().manual_seed(config.seed)
+    up, down, integers = kept
+    for turn in range(FEEDBACKS):
+        residual = torch.addmm(scaled_NK, up, down, alpha=-1)
+        scales = integers.scales if turn == 0 else n.group_scales(residual, bits, dtype, gram.diagonal())
+        integers = n.error_feedback(residual, scales, bits, gram)
+        error = n.output_error(residual - integers.dense(), gram)
+        if error >= best:
+            break
+        best, kept = error, (up, down, integers)
+        if not config.rank:
+            break
+        up, down = _branch(scaled_NK - integers.dense(), config.rank, generator, root)
+        up, down = up.to(dtype).float(), down.to(dtype).float()
+        error = n.output_error(scaled_NK - up @ down - integers.dense(), gram)
+        if error < best:
+            best, kept = error, (up, down, integers)
+    return kept
 
 
 def solve(

@@ -74,7 +74,7 @@ class JointConfig(DrawingConfig):
     relations_layer: int = 5  # a later one: it compares what the nouns know by then
     relations_weight: float = 0.15
     looks_weight: float = 0.15  # of what looks hold, in the same layer as nouns
-    told_share: float = 0.4  # of pictures read, whose looks and words are told another number than they show
+    told_share: float = 0.25  # of pictures read, whose looks and words are told another number than they show
     coming_weight: float = 0.15  # of what a description names next, in the same layer as relations
     smoothing: float = 0.1  # of numbers, colours and things among their kind
     slip_share: float = 0.1  # of a description's nouns, read as others

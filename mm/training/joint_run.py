@@ -221,7 +221,9 @@ def build(
 ) -> joint.Joint:
     """The joint module around what the drawing stage has trained, whose trunk may not have read before."""
     torch.manual_seed(0)
-    trunk = Trunk(**config["models"]["trunk"] | {"reads": True, "max_text": 256})
+    words = talk.number_words(lambda word: int(build_text_tokenizer().convert_tokens_to_ids(word)))  # pyright: ignore[reportArgumentType]
+    reads = {"reads": True, "max_text": 256, "number_words": words, "most_looks": connector.config.most}
+    trunk = Trunk(**config["models"]["trunk"] | reads)
     trunk.load_state_dict(drawing.trunk.state_dict(), strict=False)
     counter, connector.counter = connector.counter, None  # it is trained elsewhere: no part of this stage's state
     if counter is None:

@@ -63,11 +63,16 @@ READ: dict[str, Any] = {"default_weight": 3, "pair_share": 0.15, "count_share": 
 NO_PICTURE = "sorry, there is no picture. what can i draw for you?"
 
 
+def number_words(number: Callable[[str], int]) -> list[list[int]]:
+    """Token ids of the words that say one, two, three and four; `number` gives a word's id."""
+    return [[number("a"), number("an"), number("one")], *([number(word)] for word in ("two", "three", "four"))]
+
+
 def word_kinds(number: Callable[[str], int], size: int) -> WordKinds:
     """Numbers, colours, and things in the singular and in the plural; `number` gives a word's token id of `size`."""
     plurals = [v.PLURALS[name] for name in v.ALL_OBJECTS]
     of, spread = torch.full((size,), -1), torch.zeros(4, size)
-    for kind, words in enumerate((("a", "one", "two", "three", "four"), v.COLOURS, v.ALL_OBJECTS, plurals)):
+    for kind, words in enumerate((("a", "an", "one", "two", "three", "four"), v.COLOURS, v.ALL_OBJECTS, plurals)):
         ids = sorted({number(word) for word in words})
         of[ids], spread[kind, ids] = kind, 1 / len(ids)
     return WordKinds(of_V=of, spread_KV=spread)
