@@ -183,10 +183,12 @@ def linear_section(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         cells = [f"{row['outputs']} x {row['inputs']}", str(row["tokens"]), f"{row['milliseconds']['torch bf16']:.3g}"]
         cells += [f"{row['speedup'][n]:.2f}" if n in row["speedup"] else "" for n in names]
-        rows.append([*cells, f"{row['fused_adds']:.0%}", f"{row['unfused_adds']:.0%}"])
-    head = ["outputs x inputs", "tokens", "torch bf16, ms", *names, "branch adds", "unfused adds"]
+        adds = [row.get(key) for key in ("fused_adds", "fused_adds_among_peers", "unfused_adds")]
+        rows.append([*cells, *("" if share is None else f"{share:.0%}" for share in adds)])
+    head = ["outputs x inputs", "tokens", "torch bf16, ms", *names, "branch adds", "among peers", "unfused adds"]
     absent = "".join(f"\n\nNot here: {n} ({why})." for n, why in report["absent"].items())
-    text = "`python benchmarks/linear.py`: times as fast as torch's bf16 in the same run, two threads, rank 32."
+    text = "`python benchmarks/linear.py`: times as fast as torch's bf16 in the same run, two threads, rank 32. "
+    text += "What the branch adds is timed before any peer's layers are there, and again among them."
     return f"## 4-bit linear layers on two CPU cores\n\n{text}\n\n{table(head, rows)}{absent}"
 
 

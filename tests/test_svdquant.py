@@ -52,7 +52,7 @@ def test_the_branch_for_some_inputs_is_the_best_one_at_their_outputs():
         return float((x @ (matrix - up @ down).T).square().sum() / 500)
 
     generator = torch.Generator().manual_seed(1)
-    left, sizes, right = torch.linalg.svd(matrix @ x.T, full_matrices=False)  # of the outputs themselves
+    sizes = torch.linalg.svdvals(matrix @ x.T)  # of the outputs themselves
     best = float(sizes[8:].square().sum() / 500)
     assert error(*n.low_rank_for(matrix, 8, root, generator)) < 1.02 * best
     assert error(*n.low_rank(matrix, 8, generator)) > 1.5 * best
@@ -217,6 +217,15 @@ def test_the_shift_lifts_an_activation_above_zero(name):
 
 
 # ---- choosing bits --------------------------------------------------------------------------------------------------
+
+
+def test_bits_that_are_wanted_come_first_where_they_fit():
+    errors = {"a": {4: 1.0, 8: 0.1, 16: 0.0}, "b": {4: 9.0, 8: 0.1, 16: 0.0}}
+    sizes = {name: {4: 4, 8: 8, 16: 16} for name in errors}
+    assert auto.allot(errors, sizes, 12 / 32) == {"a": 4, "b": 8}
+    assert auto.allot(errors, sizes, 12 / 32, {"a": 8}) == {"a": 8, "b": 4}
+    assert auto.allot(errors, sizes, 16 / 32, {"a": 8}) == {"a": 8, "b": 8}
+    assert auto.allot(errors, sizes, 8 / 32, {"a": 8}) == {"a": 4, "b": 4}
 
 
 def test_bits_go_where_errors_are_within_the_budget():

@@ -3,8 +3,8 @@
 Design choices
 - What each choice errs is measured at the group's own outputs on calibration rows, as a share of their power: rounding
   of weights with the branch, at 4 and at 8 bits. Rounding of inputs is the same for both and left out.
-- Greedy: all groups start at 4 bits, and the upgrade that takes away most error for its bytes is made while there is
-  room. Errors of groups are added up as if independent.
+- Greedy: all groups start at 4 bits, or at what `mm.sites` says they want where the budget allows that; the upgrade
+  that takes away most error for its bytes is made while there is room. Errors are added up as if independent.
 
 This module does not know smoothing or error feedback, which come afterwards and help every choice alike.
 """
@@ -38,15 +38,27 @@ def choose(
         seen = calibration.watch(root, batch, runs, counts, config)
         for group in batch:
             errors[group.name] = _errors(root, group, seen[group.name].rows, config)
-    return allot(
-        errors, {g.name: {b: _bytes(root, g, b, config) for b in STEPS} for g in groups}, config.size_budget or 1
-    )
+    bytes_of = {g.name: {b: _bytes(root, g, b, config) for b in STEPS} for g in groups}
+    wanted = {g.name: g.first.bits for g in groups if g.first.bits}
+    return allot(errors, bytes_of, config.size_budget or 1, wanted)
 
 
-def allot(errors: dict[str, dict[int, float]], sizes: dict[str, dict[int, int]], budget: float) -> dict[str, int]:
-    """The greedy choice: bits of every group so that the sizes stay within `budget` of those at 16 bits."""
-    chosen = dict.fromkeys(errors, STEPS[0])
-    room = budget * sum(size[16] for size in sizes.values()) - sum(sizes[name][4] for name in errors)
+def allot(
+    errors: dict[str, dict[int, float]],
+    sizes: dict[str, dict[int, int]],
+    budget: float,
+    wanted: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """The greedy choice: bits of every group so that the sizes stay within `budget` of those at 16 bits.
+
+    `wanted` are bits to start some groups from, if all of them fit.
+    """
+    whole = budget * sum(size[16] for size in sizes.values())
+    chosen = dict.fromkeys(errors, STEPS[0]) | (wanted or {})
+    room = whole - sum(sizes[name][bits] for name, bits in chosen.items())
+    if room < 0:
+        chosen = dict.fromkeys(errors, STEPS[0])
+        room = whole - sum(sizes[name][4] for name in errors)
     while True:
         best: tuple[float, str, int] | None = None
         for name, now in chosen.items():
