@@ -14,7 +14,7 @@ import mm
 from mm.errors import UserError
 from mm.linear import BranchedLinear
 from mm.models.velocity import VelocityDecoder
-from mm.quantization import auto, search
+from mm.quantization import auto, calibration, search
 from mm.quantization import numerics as n
 from mm.quantization.config import SVDQuantConfig
 from mm.quantization.report import layer_bytes
@@ -335,6 +335,14 @@ def test_small_memory_means_more_passes_and_the_same_result():
         assert (many(**item) - one(**item)).norm() < 0.15 * one(
             **item
         ).norm()  # other rows are picked from one long run
+
+
+def test_of_wide_inputs_fewer_rows_are_kept():
+    config = SVDQuantConfig(rows=4096)
+    assert [calibration.rows_of(k, config) for k in (64, 1024, 2048, 3072, 4096, 15360)] == [
+        4096, 4096, 2048, 1365, 1024, 1024,
+    ]  # fmt: skip
+    assert calibration.rows_of(9000, SVDQuantConfig(rows=1)) == 1
 
 
 @pytest.mark.filterwarnings("ignore:mm.sites")

@@ -12,6 +12,7 @@ This module does not know smoothing or error feedback, which come afterwards and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from mm.quantization import calibration
 from mm.quantization import numerics as n
 from mm.quantization.calibration import Group
 from mm.quantization.config import SVDQuantConfig
+from mm.quantization.search import branch_rank
 
 STEPS = (4, 8, 16)
 
@@ -74,16 +76,16 @@ def allot(
         chosen[name] = bits
 
 
-def _weight(root: nn.Module, group: Group) -> torch.Tensor:
-    layers = [root.get_submodule(site.path) for site in group.sites]
-    return torch.cat([layer.weight.float() for layer in layers if isinstance(layer, nn.Linear)])
+def _layers(root: nn.Module, group: Group) -> list[nn.Linear]:
+    return [cast("nn.Linear", root.get_submodule(site.path)) for site in group.sites]
 
 
 def _errors(root: nn.Module, group: Group, rows: torch.Tensor | None, config: SVDQuantConfig) -> dict[int, float]:
-    weight = _weight(root, group)
+    layers = _layers(root, group)
+    weight = torch.cat([layer.weight.float() for layer in layers])
     gram = None if rows is None else n.Gram(rows)
     power = max(n.output_error(weight, gram), 1e-30)
-    rank = 0 if group.first.precision == "weight_only" else config.rank
+    rank = branch_rank(config.rank, group, layers)
     out = {16: 0.0}
     for bits in (4, 8):
         residual = weight
@@ -96,9 +98,14 @@ def _errors(root: nn.Module, group: Group, rows: torch.Tensor | None, config: SV
 
 
 def _bytes(root: nn.Module, group: Group, bits: int, config: SVDQuantConfig) -> int:
-    outputs, inputs = _weight(root, group).shape
+    layers = _layers(root, group)
+    rank = branch_rank(config.rank, group, layers)
+    return sum(_layer_bytes(layer, bits, rank) for layer in layers)
+
+
+def _layer_bytes(layer: nn.Linear, bits: int, rank: int) -> int:
+    outputs, inputs = layer.weight.shape
     if bits == 16:
         return 2 * outputs * inputs
-    rank = 0 if group.first.precision == "weight_only" else config.rank
     wide = -(-inputs // n.GROUP) * n.GROUP
     return outputs * wide * bits // 8 + 2 * outputs * wide // n.GROUP + 2 * rank * (outputs + inputs) + 2 * inputs

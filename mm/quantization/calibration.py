@@ -25,6 +25,7 @@ from mm.quantization.config import SVDQuantConfig
 from mm.sites import Site
 
 Run = Callable[[], object]
+WIDE = 1024  # inputs: of wider ones fewer rows are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,11 @@ def groups_of(sites: Sequence[Site]) -> list[Group]:
     return [Group(name=name, sites=tuple(members)) for name, members in found.items()]
 
 
+def rows_of(in_features: int, config: SVDQuantConfig) -> int:
+    """Rows kept of inputs so wide: `config.rows` up to 1024, fewer beyond, down to a quarter of them."""
+    return max(-(-config.rows // 4), min(config.rows, config.rows * WIDE // max(in_features, 1)))
+
+
 def passes(
     root: nn.Module, groups: Sequence[Group], config: SVDQuantConfig, widths: dict[str, int]
 ) -> list[list[Group]]:
@@ -64,7 +70,8 @@ def passes(
     for group in groups:
         layer = root.get_submodule(group.first.path)
         assert isinstance(layer, nn.Linear)
-        need = 4 * config.rows * layer.in_features + config.calls * widths.get(group.first.parent, 0)
+        rows = 4 * rows_of(layer.in_features, config) * layer.in_features
+        need = rows + config.calls * widths.get(group.first.parent, 0)
         if out[-1] and used + need > config.memory:
             out.append([])
             used = 0
@@ -105,11 +112,15 @@ def watch(
     """Runs everything once and keeps rows and calls of `groups`; `counts` = calls a run, from `call_sizes`."""
     seen = {group.name: Seen() for group in groups}
     kept: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    most: dict[str, int] = {}
     with ExitStack() as stack:
         for group in groups:
             total = max(1, round(counts.get(group.name, 1) * len(runs)))
-            keep_rows = _RowKeeper(kept[group.name], -(-config.rows // total), config.seed)
-            hook = root.get_submodule(group.first.path).register_forward_pre_hook(keep_rows)
+            layer = root.get_submodule(group.first.path)
+            assert isinstance(layer, nn.Linear)
+            most[group.name] = rows_of(layer.in_features, config)
+            keep_rows = _RowKeeper(kept[group.name], -(-most[group.name] // total), config.seed)
+            hook = layer.register_forward_pre_hook(keep_rows)
             stack.callback(hook.remove)
             if group.first.parent:
                 keeper = _CallKeeper(seen[group.name].calls, total, config.calls)
@@ -119,7 +130,7 @@ def watch(
             run()
     for name, rows in kept.items():
         if rows:
-            seen[name].rows = torch.cat(rows)[: 2 * config.rows]
+            seen[name].rows = torch.cat(rows)[: 2 * most[name]]
     return seen
 
 

@@ -31,7 +31,8 @@ class SVDQuantConfig:
     A branch takes at most a 24th of a layer's smaller side, whatever `rank` says.
     smooth: the search for factors a channel. gptq: error feedback when rounding (Frantar et al. 2022, arXiv
     2210.17323). iterations: at most so many turns of branch and rounding. data_free: no calibration, for a first try.
-    rows, calls: calibration rows kept a group, and calls kept a parent module. steps: of each calibration picture.
+    rows, calls: calibration rows kept a group (`calibration.rows_of`: fewer of wide inputs), and calls kept a parent
+    module. steps: of each calibration picture.
     memory: bytes that kept inputs may take in one pass. keep: regular expressions of paths that stay at 16 bits.
     layers, base: written by saving: what was done to which layer, and the hash of the 16-bit tensors.
     """

@@ -40,8 +40,6 @@ from mm.quantization.report import LayerReport, Report
 from mm.sites import FAMILIES, Site, find_sites
 
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
-# A branch takes at most a 24th of a layer's smaller side: on a layer of 256 rank 32 would weigh as much as integers do.
-RANK_SHARE = 24
 SCORED = 1024  # rows by which candidates are told apart; rounding takes all of them
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
@@ -230,11 +228,10 @@ def _solve(whole: nn.Module, group: Group, seen: Seen, config: SVDQuantConfig, b
     dtype = layers[0].weight.dtype
     dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     if group.first.precision == "weight_only":
-        config = dataclasses.replace(config, rank=0, smooth=False, activation_bits=16)
+        config = dataclasses.replace(config, smooth=False, activation_bits=16)
     elif config.bits != "auto" and bits > config.bits:  # 8 bits have nothing left for a branch
         config = dataclasses.replace(config, rank=0, activation_bits=max(config.activation_bits, 8))
-    smallest = min(min(layer.weight.shape) for layer in layers)
-    config = dataclasses.replace(config, rank=min(config.rank, smallest // RANK_SHARE))
+    config = dataclasses.replace(config, rank=search.branch_rank(config.rank, group, layers))
     score, after = _scorer(whole, group, seen), group.first.after
     return search.solve(weight, seen.rows, score, after=after, config=config, bits=bits, dtype=dtype)
 

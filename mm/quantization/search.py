@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.linear import ActivationRule
 from mm.quantization import numerics as n
+from mm.quantization.calibration import Group
 from mm.quantization.config import SVDQuantConfig
 
 Rounder = Callable[[Tensor], Tensor]
@@ -34,6 +35,8 @@ Rounder = Callable[[Tensor], Tensor]
 Score = Callable[[Tensor, Tensor, Tensor, Rounder, float], float]
 QUARTER = 0.25  # of the calls score all candidates; of the candidates are scored on all calls
 WORTH = 1e-3
+# A branch takes at most a 24th of a layer's smaller side: on a layer of 256 rank 32 would weigh as much as integers do.
+RANK_SHARE = 24
 FEEDBACKS = 2  # turns of GPTQ and branch: a third gained nothing
 SHIFTS = {"gelu": 0.171875, "silu": 0.2734375}  # just above -min of the activation, exact in 16 bits
 
@@ -51,6 +54,13 @@ class Solution:
     error: float
     branch_share: float
     turns: int
+
+
+def branch_rank(rank: int, group: Group, layers: Sequence[nn.Linear]) -> int:
+    """The rank that a group's branch gets where `rank` is asked for."""
+    if group.first.precision == "weight_only":
+        return 0
+    return min(rank, min(min(layer.weight.shape) for layer in layers) // RANK_SHARE)
 
 
 def candidates(x_peak_K: Tensor, w_peak_K: Tensor) -> list[tuple[float, float, Tensor]]:
