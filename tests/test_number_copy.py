@@ -111,5 +111,7 @@ def test_left_padding_and_looks_without_numbers_change_nothing(trunk):
         torch.testing.assert_close(trunk.read(padded, mask, look)[0][:, 3:], alone, rtol=1e-4, atol=1e-4)
         plain, _ = trunk.read(ids, None, look[..., :32])
     assert math.isfinite(float(plain.sum()))
+    with pytest.raises(ValueError, match=r"looks of width 34; this trunk reads 32, or 32 \+ 3 numbers"):
+        trunk.read(ids, None, look[..., :34])
     others = [k for k in range(plain.shape[-1]) if k not in (20, 21, 22, 23)]
     torch.testing.assert_close(plain[..., others], alone[..., others])

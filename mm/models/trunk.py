@@ -264,7 +264,11 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         places_BT = ids_BT == self.config.look_token
         if int(places_BT.sum()) != looks_NSD.shape[0] * looks_NSD.shape[1]:
             raise ValueError(f"{int(places_BT.sum())} places for looks, but looks of shape {tuple(looks_NSD.shape)}")
-        return x_BTD.masked_scatter(places_BT[..., None], looks_NSD[..., : self.config.width].to(x_BTD.dtype))
+        width, most = self.config.width, self.config.most_looks
+        if looks_NSD.shape[-1] not in (width, width + most):  # numbers of another length would be lost unnoticed
+            found = looks_NSD.shape[-1]
+            raise ValueError(f"looks of width {found}; this trunk reads {width}, or {width} + {most} numbers")
+        return x_BTD.masked_scatter(places_BT[..., None], looks_NSD[..., :width].to(x_BTD.dtype))
 
     def _text_mask(self, ids_BT: torch.Tensor, seen_BT: torch.Tensor, before: int) -> torch.Tensor:
         """(B, 1, T, all): causal, but a picture's looks see each other, and so do the words of a turn where
