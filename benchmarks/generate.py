@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from mm import TextToImagePipeline
-from mm.files import write_json
+from mm.core.files import write_json
 from mm.models.cache import PromptCache
 from mm.models.trunk import Trunk
 

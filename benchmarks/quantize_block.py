@@ -21,7 +21,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import mm
-from mm.files import write_json
+from mm.core.files import write_json
 
 DOUBLE, SINGLE = 19, 38
 

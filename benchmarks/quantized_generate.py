@@ -7,8 +7,8 @@ Design choices
   of all prompts; the compose score is judged on the same pictures, and its change is paired picture by picture, with a
   bootstrap interval. Of so few pictures it says little, so the default is judged once more on `--judged` pictures of
   every tuning prompt, resampled by prompt.
-- Peers get the same linear layers that mm quantizes (mm.sites): bitsandbytes NF4, sdnq with its SVD, torchao. They are
-  optional and installed apart (see benchmarks/linear.py); one that is not here is listed with its reason.
+- Peers get the same linear layers that mm quantizes (mm.layers.sites): bitsandbytes NF4, sdnq with its SVD, torchao.
+  They are optional and installed apart (see benchmarks/linear.py); one that is not here is listed with its reason.
 - Size: bits a weight of the quantized layers, everything kept counted (scales, branches, smoothing).
 - LoRAs: real ones, trained for a minute to draw one object for another's name; put on the 4-bit model as they are,
   against baking each into the 16-bit model and quantizing that. One alone decides little: five weights' versions gave
@@ -31,14 +31,15 @@ import torch
 from torch import nn
 
 import mm
+from mm.adapters.patch import Entry, Patch
+from mm.core.files import write_json
+from mm.core.statistics import paired_change
 from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
-from mm.evaluation.report import paired_change
-from mm.files import write_json
-from mm.linear import Branch, branched, swap
-from mm.patch import Entry, Patch
+from mm.layers.linear import Branch
+from mm.layers.sites import find_sites
+from mm.layers.surgery import branched, swap
+from mm.quantization.folders import judged_change, verdicts, world_prompts
 from mm.quantization.numerics import group_scales, round_to_nearest, rounded_inputs
-from mm.quantized import judged_change, verdicts, world_prompts
-from mm.sites import find_sites
 from mm.world.judge import Judge
 from mm.world.tasks import satisfies
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mm.files import write_text
+from mm.core.files import write_text
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mm._hooks import after_import
-from mm._lazy import loader
-from mm._torchvision import install
+from mm.core.import_hooks import after_import
+from mm.core.lazy import loader
+from mm.core.torchvision_schemas import install
 
 if TYPE_CHECKING:
     from mm.pipelines.image_edit import ImageEditPipeline
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline
     from mm.pipelines.understanding import UnderstandingPipeline
     from mm.quantization.config import SVDQuantConfig
-    from mm.quantization.nunchaku import load_nunchaku, read_nunchaku
+    from mm.quantization.integrations.nunchaku import load_nunchaku, read_nunchaku
     from mm.quantization.quantize import quantize
 
 install()
 
 
 def _open_clip_is_there() -> None:
-    from mm.models.open_clip_plugin import register
+    from mm.models.open_clip_registration import register
 
     register()
 
 
 def _diffusers_is_there() -> None:
-    from mm.quantization.diffusers_plugin import register
+    from mm.quantization.integrations.registration import register_diffusers
 
-    register()
+    register_diffusers()
 
 
 def _transformers_is_there() -> None:
-    from mm.quantization.transformers_plugin import register
+    from mm.quantization.integrations.registration import register_transformers
 
-    register()
+    register_transformers()
 
 
 after_import("open_clip.factory", _open_clip_is_there)
@@ -68,8 +68,8 @@ __getattr__ = loader(
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
-        "load_nunchaku": "quantization.nunchaku",
+        "load_nunchaku": "quantization.integrations.nunchaku",
         "quantize": "quantization.quantize",
-        "read_nunchaku": "quantization.nunchaku",
+        "read_nunchaku": "quantization.integrations.nunchaku",
     },
 )

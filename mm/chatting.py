@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.core.errors import UserError
+from mm.core.paths import resolve_model
+from mm.core.png_settings import drawing_settings, png_bytes
 from mm.drawing import save_numbered
-from mm.errors import UserError
-from mm.metadata import drawing_settings, png_bytes
 from mm.models.dialogue import spoken
-from mm.paths import resolve_model
 
 if TYPE_CHECKING:
     from mm.pipelines.interleaved import InterleavedPipeline

@@ -13,9 +13,9 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from mm.files import write_new_bytes
-from mm.metadata import GUIDANCE, drawing_settings, png_bytes, steps_for
-from mm.paths import resolve_model
+from mm.core.files import write_new_bytes
+from mm.core.paths import resolve_model
+from mm.core.png_settings import GUIDANCE, drawing_settings, png_bytes, steps_for
 
 
 def save_numbered(folder: Path, data: bytes) -> Path:
@@ -54,7 +54,7 @@ def draw_to_folder(
     first = secrets.randbelow(2**31) if seed is None else seed
     folder.mkdir(parents=True, exist_ok=True)
     if quantized:
-        from mm.quantized import quantized_copy
+        from mm.quantization.folders import quantized_copy
 
         where: str | Path = quantized_copy(model)
     else:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mm.errors import UserError
-from mm.files import write_new_bytes
-from mm.metadata import GUIDANCE, drawing_settings, png_bytes, steps_for
-from mm.paths import resolve_model
+from mm.core.errors import UserError
+from mm.core.files import write_new_bytes
+from mm.core.paths import resolve_model
+from mm.core.png_settings import GUIDANCE, drawing_settings, png_bytes, steps_for
 
 
 def edit_to_file(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
 from mm.pipelines.unified import Defaults

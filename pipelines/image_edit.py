@@ -28,8 +28,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from mm.errors import UserError
-from mm.metadata import GUIDANCE, steps_for
+from mm.core.errors import UserError
+from mm.core.paths import resolve_model
+from mm.core.png_settings import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
@@ -37,7 +38,6 @@ from mm.models.dialogue import Dialogue
 from mm.models.trunk import Trunk
 from mm.models.understanding import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
-from mm.paths import resolve_model
 from mm.pipelines.pictures import open_picture, squared, to_tensor
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, Reading, TextToImagePipeline

@@ -27,7 +27,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from mm.errors import UserError
+from mm.core.errors import UserError
+from mm.core.paths import resolve_model
 from mm.models.cache import PromptCache, TextState
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
@@ -35,7 +36,6 @@ from mm.models.dialogue import Dialogue, spoken
 from mm.models.trunk import Trunk
 from mm.models.understanding import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
-from mm.paths import resolve_model
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import to_tensor
 from mm.pipelines.prompts import check_prompts

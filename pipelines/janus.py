@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
 from mm.pipelines.unified import Defaults

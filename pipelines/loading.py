@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 
 
 class SharedFolderMixin:

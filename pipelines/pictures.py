@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 
 
 def open_picture(source: Any) -> Image.Image:

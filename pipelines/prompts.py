@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.models.text import nearest_words, unknown_words
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 
 
 class PublicModel:

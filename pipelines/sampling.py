@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 
 REVISING = 0.375  # share of the steps that revise
 REVISED = 0.25  # share of a picture's tokens that one of them draws again

@@ -26,13 +26,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
-from mm.errors import UserError
-from mm.metadata import GUIDANCE, steps_for
+from mm.core.errors import UserError
+from mm.core.paths import resolve_model
+from mm.core.png_settings import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.paths import resolve_model
 from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.pipelines.sampling import gumbel_noise
 
 

@@ -24,12 +24,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from transformers import PreTrainedTokenizerFast
 
-from mm.errors import UserError
+from mm.core.errors import UserError
+from mm.core.paths import resolve_model
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue, spoken
 from mm.models.trunk import Trunk
 from mm.models.understanding import UnderstandingEncoder
-from mm.paths import resolve_model
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.pictures import to_tensor
 from mm.pipelines.prompts import check_prompts

@@ -26,8 +26,8 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from mm.errors import UserError
-from mm.paths import UNIFIED, unified_type
+from mm.core.errors import UserError
+from mm.core.paths import UNIFIED, unified_type
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
 from mm.pipelines.understanding import DESCRIBE, UnderstandingOutput

@@ -224,3 +224,27 @@ def make_modulation(rng, n, k, splits):
         "bias": torch.from_numpy(file_bias[order]).bfloat16(),
     }
     return codes * scales.repeat(64, 1) + zeros.repeat(64, 1), bias, fields
+
+
+@torch.no_grad()
+def run(model):
+    g = torch.Generator().manual_seed(0)
+    return model(
+        hidden_states=torch.randn(1, 16, 4, generator=g),
+        encoder_hidden_states=torch.randn(1, 5, 32, generator=g),
+        pooled_projections=torch.randn(1, 32, generator=g),
+        timestep=torch.tensor([0.5]),
+        img_ids=torch.zeros(16, 3),
+        txt_ids=torch.zeros(5, 3),
+    ).sample
+
+
+def put(model, path, weight, bias, columns=slice(None), *, add=False):
+    """Numbers of the definition into a 16-bit model."""
+    linear = model.get_submodule(path)
+    linear.weight.data[:, columns] = torch.from_numpy(weight).float()
+    linear.bias.data = (linear.bias.data if add else 0) + torch.from_numpy(bias).float()
+
+
+def relative(got, want):
+    return float((got - want).norm() / want.norm())

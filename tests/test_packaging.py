@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mm
-from mm import _torchvision
+from mm.core import torchvision_schemas
 
 ROOT = Path(mm.__file__).resolve().parents[1]
 PUBLIC = {
@@ -47,14 +47,14 @@ def test_torchvision_imports_in_any_order(python, code):
 
 def test_a_torchvision_that_loads_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "_C.so").touch()
-    monkeypatch.setattr(_torchvision, "_loads", lambda library: True)
-    monkeypatch.setattr(_torchvision, "_kept", [])
-    _torchvision._define_missing(tmp_path)
-    assert _torchvision._kept == []
+    monkeypatch.setattr(torchvision_schemas, "_loads", lambda library: True)
+    monkeypatch.setattr(torchvision_schemas, "_kept", [])
+    torchvision_schemas._define_missing(tmp_path)
+    assert torchvision_schemas._kept == []
 
 
 def test_importing_mm_costs_no_torch(python):
-    modules = ", ".join([*PUBLIC, "mm.kernels", "mm.ui", "mm.paths", "mm.cli"])
+    modules = ", ".join([*PUBLIC, "mm.kernels", "mm.ui", "mm.core.paths", "mm.cli"])
     code = (
         f"import sys, {modules}, importlib.util; importlib.util.find_spec('torchvision');"
         "print([name for name in ('torch', 'numpy', 'diffusers', 'transformers', 'gradio') if name in sys.modules])"
@@ -112,7 +112,7 @@ def test_the_wheel_holds_everything_and_runs(tmp_path):
         check=True,
     )
     code = (
-        "import transformers, diffusers, peft, open_clip, mm, mm.tokenizers, mm.paths as paths;"
+        "import transformers, diffusers, peft, open_clip, mm, mm.tokenizers, mm.core.paths as paths;"
         "from mm.tokenizers import Autoencoder;"
         "print(mm.__file__, paths.weights_dir(), *mm.tokenizers.__path__, sep='\\n')"
     )

@@ -63,3 +63,21 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 def draw(pipe: TextToImagePipeline, prompt: Any = "two red cats on grass", **options: Any) -> torch.Tensor:
     options = {"generator": seeded(7)[0], "num_inference_steps": STEPS, "output_type": "pt"} | options
     return pipe(prompt, **options).images
+
+
+def says(pipe, monkeypatch, *tokens: str) -> None:
+    """Makes the text head say these tokens, one after the other, whatever it has read."""
+    ids = iter(pipe.text_tokenizer.convert_tokens_to_ids(list(tokens)))
+    read = type(pipe)._advance
+    first = [True]
+
+    def advance(self, conversation, looks=None):
+        logits = read(self, conversation, looks)
+        chosen = next(ids, None)
+        if chosen is not None:
+            logits = torch.zeros_like(logits)
+            logits[chosen] = 1
+        first[0] = False
+        return logits
+
+    monkeypatch.setattr(type(pipe), "_advance", advance)

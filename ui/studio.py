@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mm.errors import UserError
-from mm.metadata import GUIDANCE, drawing_settings, save_png
+from mm.core.errors import UserError
+from mm.core.png_settings import GUIDANCE, drawing_settings, save_png
 
 if TYPE_CHECKING:
     from mm import TextToImagePipeline

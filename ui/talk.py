@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.errors import UserError
-from mm.metadata import drawing_settings, save_png
+from mm.core.errors import UserError
+from mm.core.png_settings import drawing_settings, save_png
 from mm.models.dialogue import spoken
 from mm.pipelines.pictures import open_picture
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm._lazy import loader
+from mm.core.lazy import loader
 
 __all__ = ["read_jobs", "run_jobs"]
 __getattr__ = loader("mm.batch", {"read_jobs": "jobs", "run_jobs": "run"})

@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mm.errors import UserError
-from mm.metadata import GUIDANCE
+from mm.core.errors import UserError
+from mm.core.png_settings import GUIDANCE
 
 TASKS = ("generate",)
 MODES = ("flow", "codes")

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.batch.jobs import BadRow
-from mm.errors import UserError
-from mm.files import write_bytes, write_json, write_text
+from mm.core.errors import UserError
+from mm.core.files import write_bytes, write_json, write_text
 
 SHARD = 1000  # lines of the job file
 MANIFEST = "manifest.jsonl"

@@ -17,7 +17,8 @@ Adding a command is one file and one line in `COMMANDS`:
 
 What a command owes its caller:
 - Results go to stdout or to files, progress and warnings to stderr. It returns None when all of it was done; otherwise
-  it raises. `mm.errors.UserError` and OSError become one line on stderr and exit code 1, wrong options one line and 2.
+  it raises. `mm.core.errors.UserError` and OSError become one line on stderr and exit code 1, wrong options one line
+  and 2.
   A code with a meaning of its own (batch: some rows failed) is `raise typer.Exit(2)`.
 - Any other exception is a bug, and keeps its traceback.
 """
@@ -32,7 +33,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import mm
-from mm.errors import UserError
+from mm.core.errors import UserError
 
 COMMANDS = {
     "generate": ("mm.cli.generate", "Draw pictures from a prompt."),

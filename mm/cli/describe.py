@@ -21,11 +21,11 @@ def describe(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the answers here.")] = None,
 ) -> None:
     """Describes pictures, or answers questions about them."""
-    from mm.paths import resolve_model
+    from mm.core.paths import resolve_model
 
     warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
     resolve_model(model)
-    from mm.files import write_json
+    from mm.core.files import write_json
     from mm.pipelines.pictures import open_picture
     from mm.pipelines.understanding import DESCRIBE, UnderstandingPipeline
 

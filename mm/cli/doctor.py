@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import typer
 
 import mm
-from mm import files
-from mm.paths import embedded_models, weights_dir
+from mm.core import files
+from mm.core.paths import embedded_models, weights_dir
 
 _PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mm.metadata import GUIDANCE
+from mm.core.png_settings import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -158,9 +158,9 @@ def reconstruct(
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
     from rich.table import Table
 
+    from mm.core.files import write_json
+    from mm.core.paths import resolve_model
     from mm.evaluation.reconstruct import evaluate_reconstruct
-    from mm.files import write_json
-    from mm.paths import resolve_model
 
     grid = json.with_suffix(".png") if json else None
     report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, grid=grid)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mm.metadata import GUIDANCE
+from mm.core.png_settings import GUIDANCE
 
 app = typer.Typer(add_completion=False)
 

@@ -33,10 +33,10 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
-    from mm.errors import UserError
-    from mm.paths import resolve_model
+    from mm.core.errors import UserError
+    from mm.core.paths import resolve_model
     from mm.quantization.config import SVDQuantConfig
-    from mm.quantized import quantize_folder
+    from mm.quantization.folders import quantize_folder
 
     resolve_model(model)
     try:

@@ -45,7 +45,7 @@ def ui(
 def _talker(pipe: Any, model: str, folder: str) -> Any:
     """The Talk tab's half, sharing the drawing pipeline's parts; None for a model that only draws."""
     from mm import InterleavedPipeline
-    from mm.errors import UserError
+    from mm.core.errors import UserError
     from mm.ui.talk import Talker
 
     try:

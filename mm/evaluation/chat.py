@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from mm.errors import UserError
+from mm.core.errors import UserError
+from mm.core.files import write_json, write_text
+from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
 from mm.evaluation.prompts import FOLDER, Prompt
-from mm.evaluation.report import save_grid, share
-from mm.files import write_json, write_text
+from mm.evaluation.report import save_grid
 from mm.world import vocabulary as v
 from mm.world.captions import BACKGROUND_PHRASES, article, group_phrase
 from mm.world.edits import edit_scene

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mm.errors import UserError
+from mm.core.errors import UserError
+from mm.core.files import write_json
+from mm.core.png_settings import GUIDANCE, steps_for
+from mm.core.statistics import share
 from mm.evaluation.prompts import COMPOSE, Prompt, load_prompts
-from mm.evaluation.report import save_grid, share
-from mm.files import write_json
-from mm.metadata import GUIDANCE, steps_for
+from mm.evaluation.report import save_grid
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
 from mm.world.render import render

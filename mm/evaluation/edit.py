@@ -26,9 +26,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from mm.evaluation.report import save_grid, share
+from mm.core.files import write_json
+from mm.core.statistics import share
+from mm.evaluation.report import save_grid
 from mm.evaluation.understand import to_pictures
-from mm.files import write_json
 from mm.world import vocabulary as v
 from mm.world.edits import KINDS, Edit, sample_edit
 from mm.world.judge import Found, Judge, Reading

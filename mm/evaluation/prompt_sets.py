@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from mm import files
+from mm.core import files
 from mm.evaluation.prompts import COMPOSE, COMPOSE_TUNE, Prompt, to_line
 from mm.world import captions as c
 from mm.world import scene as s

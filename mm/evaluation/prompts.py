@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.world import vocabulary as v
 from mm.world.scene import Group
 from mm.world.tasks import Expectation

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.tokenizers.bridge import Bridge
 from mm.world.render import render
 from mm.world.scene import sample_scene
@@ -178,7 +178,7 @@ def save_grid(rows: dict[str, list[Tensor]], path: Path) -> None:
 
     from PIL import Image
 
-    from mm.files import write_bytes
+    from mm.core.files import write_bytes
 
     strips = [torch.cat(list(strip), 2) for block in rows.values() for strip in block]
     width = max(strip.shape[2] for strip in strips)

@@ -25,8 +25,9 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from mm.evaluation.report import save_grid, share
-from mm.files import write_json
+from mm.core.files import write_json
+from mm.core.statistics import share
+from mm.evaluation.report import save_grid
 from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.questions import KINDS, questions

@@ -3,7 +3,7 @@
 Design choices
 - What each choice errs is measured at the group's own outputs on calibration rows, as a share of their power: rounding
   of weights with the branch, at 4 and at 8 bits. Rounding of inputs is the same for both and left out.
-- Greedy: all groups start at 4 bits, or at what `mm.sites` says they want where the budget allows that; the upgrade
+- Greedy: all groups start at 4 bits, or at the bits of their `Site` where the budget allows that; the upgrade
   that takes away most error for its bytes is made while there is room. Errors are added up as if independent.
 
 This module does not know smoothing or error feedback, which come afterwards and help every choice alike.

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.layers.sites import Site
 from mm.quantization.config import SVDQuantConfig
-from mm.sites import Site
 
 Run = Callable[[], object]
 WIDE = 1024  # inputs: of wider ones fewer rows are kept

@@ -1,28 +1,36 @@
 """Which layers of a saved model are quantized, and how: what `quantization_config` says beside the settings.
 
 Design choices
-- The tensors of a quantized layer are its state_dict (see `mm.linear`), row-major and the same on every device. What
-  tensors cannot tell (rank and shapes before they are loaded, how inputs are rounded) stands in config.json, layers of
-  one kind together.
+- The tensors of a quantized layer are its state_dict (see `mm.layers.linear`), row-major and the same on every device.
+  What tensors cannot tell (rank and shapes before they are loaded, how inputs are rounded) stands in config.json,
+  layers of one kind together.
 - A model that was quantized carries the hash of its 16-bit tensors, by which patches know their base.
-
-This module does not know diffusers or transformers.
+- How diffusers and transformers save that is registered here by `mm.quantization.integrations`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from mm.errors import UserError
-from mm.linear import ActivationRule, BranchedLinear, swap
-from mm.patch import base_hash as base_hash
+from mm.adapters.patch import base_hash as base_hash
+from mm.core.errors import UserError
+from mm.layers.linear import ActivationRule, BranchedLinear
+from mm.layers.surgery import swap
 from mm.quantization.config import SVDQuantConfig
+
+Recorder = Callable[[Any, SVDQuantConfig], None]
+_recorders: dict[str, Recorder] = {}
+
+
+def add_recorder(library: str, recorder: Recorder) -> None:
+    """Registers how models of a library keep a quantization config, so that they save and load with it."""
+    _recorders[library] = recorder
 
 
 def quantized(root: nn.Module) -> list[tuple[str, BranchedLinear]]:
@@ -73,16 +81,14 @@ def ready(root: nn.Module) -> None:
 
 
 def record(root: Any, config: SVDQuantConfig, base: str) -> None:
-    """Writes what was done where the library that saves `root` looks for it."""
-    saved = dataclasses.replace(config, layers=describe(root), base=base)
+    """Writes what was done where the library that saves `root` looks for it.
+
+    Args:
+        root: the quantized model; a plain module keeps only the hash of its base.
+        config: the settings it was quantized with.
+        base: hash of its 16-bit tensors.
+    """
     root.mm_base_hash = base
-    if hasattr(root, "register_to_config"):
-        from mm.quantization.diffusers_plugin import DiffusersSVDQuant
-
-        root.register_to_config(quantization_config=saved)
-        root.hf_quantizer = DiffusersSVDQuant(saved, pre_quantized=True)
-    elif hasattr(root, "config") and hasattr(root, "save_pretrained"):
-        from mm.quantization.transformers_plugin import TransformersSVDQuant
-
-        root.config.quantization_config = saved
-        root.hf_quantizer = TransformersSVDQuant(saved, pre_quantized=True)
+    saves = "diffusers" if hasattr(root, "register_to_config") else "transformers"
+    if hasattr(root, "config") and hasattr(root, "save_pretrained") and saves in _recorders:
+        _recorders[saves](root, dataclasses.replace(config, layers=describe(root), base=base))

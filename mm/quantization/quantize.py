@@ -1,8 +1,8 @@
 """`mm.quantize`: SVDQuant on any module or pipeline, layer by layer, with a report.
 
 Design choices
-- A pipeline's drawing parts are quantized (components whose class `mm.sites` knows, text encoders only when named);
-  a bare module is quantized itself. Which layers, and how, `mm.sites` says.
+- A pipeline's drawing parts are quantized (components of a known family, text encoders only when named);
+  a bare module is quantized itself. Which layers, and how, `mm.layers.sites` says.
 - Calibration: prompts for a pipeline (it draws with them), keyword arguments for a bare module, or a callable of one's
   own that runs the model. Nothing is trained, and the 16-bit weights of a layer go as soon as it is done.
 - Groups are independent: inputs come from the 16-bit model, so the order does not matter, a run can resume from what
@@ -28,16 +28,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mm.errors import UserError
-from mm.files import write_bytes
-from mm.linear import ActivationRule, BranchedLinear, branched
+from mm.core.errors import UserError
+from mm.core.files import write_bytes
+from mm.layers.base_hash import base_hash
+from mm.layers.linear import ActivationRule, BranchedLinear
+from mm.layers.sites import FAMILIES, Site, find_sites
+from mm.layers.surgery import branched
 from mm.quantization import auto, search
 from mm.quantization import calibration as cal
 from mm.quantization.calibration import Group, Seen
 from mm.quantization.config import SVDQuantConfig
-from mm.quantization.layout import base_hash, record
+from mm.quantization.layout import record
 from mm.quantization.report import LayerReport, Report
-from mm.sites import FAMILIES, Site, find_sites
 
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
 SCORED = 1024  # rows by which candidates are told apart; rounding takes all of them

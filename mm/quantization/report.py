@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mm.files import write_text
-from mm.linear import BranchedLinear
+from mm.core.files import write_text
+from mm.layers.linear import BranchedLinear
 
 if TYPE_CHECKING:
     from mm.quantization.search import Solution

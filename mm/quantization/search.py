@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mm.linear import ActivationRule
+from mm.layers.linear import ActivationRule
 from mm.quantization import numerics as n
 from mm.quantization.calibration import Group
 from mm.quantization.config import SVDQuantConfig

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mm._lazy import adopt, loader
+from mm.core.lazy import adopt, loader
 
 adopt(__path__, "tokenizers")
 

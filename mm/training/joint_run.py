@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from mm.errors import UserError
-from mm.files import write_bytes, write_text
+from mm.core.errors import UserError
+from mm.core.files import write_bytes, write_text
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue
 from mm.models.text import build_text_tokenizer

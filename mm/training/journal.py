@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mm.files import write_text
+from mm.core.files import write_text
 
 _ROWS = 14
 

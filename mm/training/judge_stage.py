@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 
-from mm.files import write_bytes
+from mm.core.files import write_bytes
 from mm.training.judge_pictures import Batch, Ring, sample_judge_scene
 from mm.world import vocabulary as v
 from mm.world.judge import GRID, SIZE_UNIT, STRIDE, TINTS, Judge, Raw, Reading, bump

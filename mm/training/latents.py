@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from mm.files import write_bytes, write_text
+from mm.core.files import write_bytes, write_text
 from mm.tokenizers import Autoencoder
 from mm.world.render import render
 from mm.world.scene import Scene, Sprite, sample_scene

@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from mm.files import write_bytes
+from mm.core.files import write_bytes
 from mm.training.optimizers import Muon, flatten_state, restore_state
 
 

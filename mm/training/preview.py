@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from mm.core.paths import weights_dir
 from mm.evaluation.compose import ComposeConfig, evaluate_compose
 from mm.evaluation.prompts import COMPOSE_TUNE
 from mm.models.text import build_text_tokenizer
-from mm.paths import weights_dir
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.tokenizers import Autoencoder
 from mm.world.judge import Judge

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from mm.errors import UserError
+from mm.core.errors import UserError
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.text import build_text_tokenizer

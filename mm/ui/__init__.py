@@ -5,6 +5,6 @@ The code lies in the root folder `ui/`, or beside this file in an installed whee
 
 from __future__ import annotations
 
-from mm._lazy import adopt
+from mm.core.lazy import adopt
 
 adopt(__path__, "ui")

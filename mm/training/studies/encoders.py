@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mm.evaluation.report import paired_change, share
-from mm.files import write_json
+from mm.core.files import write_json
+from mm.core.paths import resolve_model, weights_dir
+from mm.core.statistics import paired_change, share
 from mm.models import layers
 from mm.models.connectors import Connector
 from mm.models.understanding import UnderstandingEncoder
-from mm.paths import resolve_model, weights_dir
 from mm.tokenizers import Autoencoder, Bridge
 from mm.training.drawing import Drawing
 from mm.training.studies import common

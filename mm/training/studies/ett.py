@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm.evaluation.report import paired_change, share
-from mm.files import write_json
+from mm.core.files import write_json
+from mm.core.paths import resolve_model, weights_dir
+from mm.core.statistics import paired_change, share
 from mm.models.connectors import Connector
 from mm.models.trunk import Trunk
 from mm.models.understanding import UnderstandingEncoder
-from mm.paths import resolve_model, weights_dir
 from mm.tokenizers import Autoencoder, Bridge
 from mm.training.studies import common
 from mm.training.studies.common import Exam, Pool, StudyConfig

@@ -1,0 +1,1 @@
+"""Patches and the adapter files of other programs."""

@@ -1,0 +1,1 @@
+"""Errors, whole-or-nothing files, paths, lazy imports, settings inside PNG files. Imports nothing else of mm."""

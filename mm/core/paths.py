@@ -1,0 +1,87 @@
+"""Where models lie: the embedded ones, a folder, or a name on the Hugging Face hub.
+
+Design choices:
+- An embedded name wins over a folder of that name in the working directory; write `./mm-tiny` for the folder.
+- A folder is checked before anything heavy is imported, so that a half-copied model gives one clear line at once.
+- A hub name is passed through as it is; it must read owner/name, so that a misspelt embedded name never goes online.
+
+It does not know what the components of a model are, and opens no tensor file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from mm.core.errors import UserError
+from mm.core.lazy import checkout
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_INDEX = "model_index.json"
+UNIFIED = ("emu3", "janus")  # model types of transformers that mm.pipelines.unified draws and reads with
+
+
+def weights_dir() -> Path:
+    """The folder of embedded weights: `weights/` in a checkout, `mm/weights` in an installed wheel."""
+    root = checkout()
+    return (root or Path(__file__).resolve().parents[1]) / "weights"
+
+
+def embedded_models() -> list[str]:
+    """Names that `resolve_model` knows by itself."""
+    return sorted(index.parent.name for index in weights_dir().glob(f"*/{_INDEX}"))
+
+
+def resolve_model(name_or_folder: str | Path) -> Path | str:
+    """An embedded name or a folder becomes a checked path to a diffusers model; a hub name comes back as it is."""
+    name = str(name_or_folder)
+    embedded = weights_dir() / name
+    if re.fullmatch(r"[\w.-]*\w", name) and embedded.is_dir():
+        return _checked(embedded)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return _checked(folder)
+    if name and folder.exists():
+        raise UserError(f"{name!r} is a file; a model is a folder with {_INDEX} in it")
+    if _HUB_NAME.fullmatch(name):
+        return name
+    raise UserError(
+        f"no model {name!r}: embedded are {', '.join(embedded_models()) or 'none'}; "
+        "otherwise give an existing folder, or a hub name as owner/name"
+    )
+
+
+def unified_type(folder: str | Path) -> str | None:
+    """The type of a public unified model in transformers' layout, by the folder's config.json; None if it is none."""
+    kind = _model_type(Path(folder).expanduser())
+    return kind if kind in UNIFIED else None
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _checked(folder: Path) -> Path:
+    """Raises unless every component that the index names has its folder."""
+    index, kind = folder / _INDEX, _model_type(folder)
+    if kind in UNIFIED:
+        return folder
+    if kind is not None and not index.is_file():
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}; of transformers' models, known are {', '.join(UNIFIED)}"
+        )
+    if not index.is_file():
+        raise UserError(f"{folder} holds no {_INDEX}, so it is no complete diffusers model; copy or save it again")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read ({error}); copy or save the model again") from error
+    parts = [key for key, value in entries if isinstance(value, list) and value and value[0] is not None]
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        raise UserError(f"{folder} lacks the folders {', '.join(missing)} named in {_INDEX}; copy or save it again")
+    return folder

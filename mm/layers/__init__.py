@@ -1,0 +1,1 @@
+"""`BranchedLinear`, what each linear layer is for, and how layers of a model are found and replaced."""

@@ -1,0 +1,1 @@
+"""SVDQuant inside diffusers and transformers, and readers of Nunchaku's files."""

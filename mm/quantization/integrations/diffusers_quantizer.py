@@ -1,0 +1,71 @@
+"""SVDQuant as one of diffusers' quantization methods: `quantization_config=mm.SVDQuantConfig(...)`.
+
+Design choices
+- A folder that holds 4-bit layers is loaded as it is; a 16-bit one is quantized after loading, layer by layer and
+  without data: loading has no prompts. For the full search call `mm.quantize` and save.
+- Registered in diffusers' own tables when diffusers is imported (`mm.core.import_hooks`): `import mm` is enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from diffusers.quantizers.base import DiffusersQuantizer
+
+from mm.quantization.config import SVDQuantConfig
+
+
+class DiffusersSVDQuant(DiffusersQuantizer):
+    """What diffusers asks while it loads and saves."""
+
+    requires_calibration = False
+    required_packages = ()
+
+    def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
+        self.quantization_config: Any = quantization_config
+        self.modules_to_not_convert: list[str] = []
+        self.pre_quantized = bool(kwargs.pop("pre_quantized", True)) and bool(quantization_config.layers)
+
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """The type that 16-bit tensors get; kept for the empty layers."""
+        self.dtype = torch_dtype
+        return torch_dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            from mm.quantization.layout import prepare
+
+            prepare(model, self.quantization_config.layers, getattr(self, "dtype", None))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from mm.quantization.layout import ready
+
+        if self.pre_quantized:
+            ready(model)
+            model.mm_base_hash = self.quantization_config.base
+        else:
+            from mm.quantization.quantize import quantize
+
+            quantize(model, dataclasses.replace(self.quantization_config, data_free=True), progress=False)
+            self.quantization_config = model.config.quantization_config
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # branches and adapters are; integers are not
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def record(model: Any, config: SVDQuantConfig) -> None:
+    """Makes a model that was quantized in place save as one that was loaded quantized."""
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = DiffusersSVDQuant(config, pre_quantized=True)

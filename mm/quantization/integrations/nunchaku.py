@@ -1,0 +1,269 @@
+"""Reads what others have quantized: published Nunchaku files and diffusers' nunchaku_lite folders, on any machine.
+
+Design choices
+- Everything is checked by names and shapes before the model is touched: each tensor of the file has its place, each
+  tensor of the model its source, or the first misfits are named.
+- Tensors are read when they are needed. A model on the meta device is filled layer by layer, so that FLUX never stands
+  in memory at 16 bits (`load_nunchaku`).
+- Inputs are rounded as the publisher had it, 4 bits a group of 64, unless 8 or 16 bits are asked for, which err less
+  and cost the same on CPUs and Hopper. Where two layers of a file make one of diffusers' (Flux's `proj_out`), one
+  rule cannot serve both, and the inputs take 8 bits a group.
+
+This module does not know the order of numbers in a file (`nunchaku_layout`), nor what they mean (`nunchaku_layer`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mm.adapters.patch import Applied
+from mm.core.errors import UserError
+from mm.layers.linear import ActivationRule
+from mm.layers.surgery import swap
+from mm.quantization.config import SVDQuantConfig
+from mm.quantization.integrations import nunchaku_layer as layer
+from mm.quantization.integrations import nunchaku_names as names
+from mm.quantization.layout import record
+
+InputBits = Literal[4, 8, 16]
+LITE = "nunchaku_lite"
+
+
+@dataclass(kw_only=True)
+class _Source:
+    """Tensors of one or several files, read when asked for."""
+
+    where: Path
+    config: dict[str, Any]
+    lite: bool
+    files: dict[str, Any] = field(default_factory=dict)  # by tensor
+    headers: dict[str, layer.Header] = field(default_factory=dict)
+
+    def add(self, path: Path) -> dict[str, str]:
+        """Takes a file's tensors in; gives its metadata."""
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is no safetensors file ({error})") from error
+        for key in file.keys():
+            self.files[key] = file
+            part = file.get_slice(key)
+            self.headers[key] = (tuple(part.get_shape()), part.get_dtype())
+        return file.metadata() or {}
+
+    def get(self, key: str) -> Tensor:
+        return self.files[key].get_tensor(key)
+
+
+def _open(source: str | Path) -> _Source:
+    """A file, a folder of the two files that came first, or a nunchaku_lite folder."""
+    where = Path(source)
+    if not where.exists():
+        raise UserError(f"{where} does not exist; give a file or folder, downloaded before")
+    made = _Source(where=where, config={}, lite=False)
+    if where.is_file():
+        made.config = json.loads(made.add(where).get("config", "{}"))
+        return made
+    config = where / "config.json"
+    made.config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    made.lite = (made.config.get("quantization_config") or {}).get("quant_method") == LITE
+    parts = [where / "unquantized_layers.safetensors", where / "transformer_blocks.safetensors"]
+    files = sorted(where.glob("*.safetensors")) if made.lite else parts
+    if not files or not all(path.is_file() for path in files):
+        raise UserError(
+            f"{where} is neither a nunchaku_lite folder (config.json with quant_method {LITE!r}, safetensors) nor one "
+            f"with {parts[0].name} and {parts[1].name}"
+        )
+    for path in files:
+        made.add(path)
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One quantized layer of the file and where it goes."""
+
+    rule: names.Rule
+    keys: dict[str, str]
+    outputs: int
+    inputs: int
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """layers: targets that share parts -> the parts side by side. plain: name in the model -> key and first row."""
+
+    layers: dict[tuple[str, ...], list[_Part]]
+    plain: dict[str, tuple[str, int]]
+
+
+def read_nunchaku(source: str | Path, model: nn.Module, *, activation_bits: InputBits = 4) -> Applied:
+    """Fills a model of diffusers with a published Nunchaku file's or nunchaku_lite folder's layers.
+
+    The model may be on the meta device. Raises UserError, and changes nothing, unless all tensors of both find a match.
+    """
+    opened = _open(source)
+    plan = _plan(opened, model, _rules(opened, model))
+    return _fill(opened, model, plan, activation_bits)
+
+
+def load_nunchaku(
+    source: str | Path, *, dtype: torch.dtype = torch.bfloat16, activation_bits: InputBits = 4
+) -> nn.Module:
+    """The model that a published Nunchaku file or nunchaku_lite folder holds, built from the settings in it."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    opened = _open(source)
+    name = str(opened.config.get("_class_name", ""))
+    plain = name.removeprefix("Nunchaku").removeprefix("SDXL").removesuffix("V2").replace("2dModel", "2DModel")
+    kind = getattr(diffusers, plain, None)
+    if kind is None:
+        raise UserError(
+            f"{opened.where} does not say which model of diffusers it holds ({name or 'no _class_name'}); build the "
+            "model and call mm.read_nunchaku(file, model)"
+        )
+    settings = {k: x for k, x in opened.config.items() if k != "quantization_config"}
+    with init_empty_weights():
+        model = kind.from_config(settings)
+    nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of modules that it would keep in fp32
+    _fill(opened, model, _plan(opened, model, _rules(opened, model)), activation_bits)
+    return model
+
+
+def _rules(opened: _Source, model: nn.Module) -> tuple[names.Rule, ...]:
+    rules = names.LITE if opened.lite else names.rules_for(model)
+    if rules is None:
+        raise UserError(
+            f"Nunchaku files of {type(model).__name__} are not known here; known: {', '.join(names.FAMILIES)}. "
+            "Folders of nunchaku_lite are read for any model"
+        )
+    return rules
+
+
+# ---- what goes where -------------------------------------------------------------------------------------------------
+
+
+def _plan(opened: _Source, model: nn.Module, rules: tuple[names.Rule, ...]) -> _Plan:
+    """Every tensor's place. Raises UserError with the first that have none."""
+    found, rest = names.quantized_fields(list(opened.headers))
+    bad: list[str] = []
+    plan = _Plan(layers={}, plain={})
+    for path, keys in found.items():
+        match = names.find(rules, path)
+        why = "no such layer in this model" if match is None else _place(opened, model, keys, *match, plan)
+        if why:
+            bad.append(f"{path} {why}" if match else f"{path} ({why})")
+    own = model.state_dict()
+    covered = {f"{target}.{name}" for targets in plan.layers for target in targets for name in ("weight", "bias")}
+    for key in rest:
+        targets = names.plain_names(rules, key, own)
+        shape = opened.headers[key][0]
+        if any(name not in own or name in covered for name in targets):
+            bad.append(f"{key} (no such tensor in this model)")
+            continue
+        rows = [own[name].shape[0] if own[name].ndim else 0 for name in targets]
+        want = (sum(rows), *own[targets[0]].shape[1:]) if own[targets[0]].ndim else ()
+        if shape != want:
+            bad.append(f"{key} has shape {list(shape)}, not {list(want)}")
+        plan.plain |= {name: (key, sum(rows[:i])) for i, name in enumerate(targets)}
+    bad += [f"{name} is not in the file" for name in own if name not in covered and name not in plan.plain]
+    bad += [f"{t[0]} is there in part only" for t, parts in plan.layers.items() if not _whole(model, t, parts)]
+    if bad or not found:
+        shown = "; ".join(bad[:3]) or "it holds no quantized layer"
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(f"{opened.where} does not fit {type(model).__name__}: {shown}{more}")
+    return plan
+
+
+def _place(
+    opened: _Source, model: nn.Module, keys: dict[str, str], rule: names.Rule, targets: tuple[str, ...], plan: _Plan
+) -> str:
+    """Enters a layer of the file into the plan; says why not where it does not fit."""
+    linears: list[Any] = []
+    for target in targets:
+        try:
+            linears.append(model.get_submodule(target))
+        except AttributeError:
+            return f"belongs to {target}, which this model does not have"
+    if not all(isinstance(linear, nn.Linear) for linear in linears):
+        return f"belongs to {targets[0]}, which is a {type(linears[0]).__name__} here"
+    outputs = sum(linear.out_features for linear in linears)
+    inputs = linears[0].in_features
+    if rule.columns != "all":
+        inputs = outputs if rule.columns == "first" else inputs - outputs
+    if "bias" not in keys and any(linear.bias is not None for linear in linears):
+        return f"lacks the bias that {targets[0]} has"
+    why = layer.misfit({name: opened.headers[key] for name, key in keys.items()}, outputs, inputs)
+    if not why:
+        parts = plan.layers.setdefault(targets, [])
+        part = _Part(rule=rule, keys=keys, outputs=outputs, inputs=inputs)
+        parts.insert(0 if rule.columns == "first" else len(parts), part)
+    return why
+
+
+def _whole(model: nn.Module, targets: tuple[str, ...], parts: Iterable[_Part]) -> bool:
+    return sum(part.inputs for part in parts) == model.get_submodule(targets[0]).in_features
+
+
+# ---- into the model --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fill(opened: _Source, model: nn.Module, plan: _Plan, activation_bits: InputBits) -> Applied:
+    if activation_bits not in (4, 8, 16):
+        raise UserError(f"activation_bits {activation_bits}: inputs take 4, 8 or 16")
+    rank = 0
+    for targets, parts in plan.layers.items():
+        pieces = [_read(opened, part) for part in parts]
+        rank = max([rank] + [p.down_RK.shape[0] for p in pieces if p.down_RK is not None and p.smooth_K is not None])
+        whole = layer.joined(pieces)
+        rule = _rule(parts, whole, activation_bits)
+        if not rule.shift:
+            whole = whole.unshifted()
+        start = 0
+        for target in targets:
+            old: Any = model.get_submodule(target)
+            piece = whole.rows(slice(start, start + old.out_features))
+            device = torch.device("cpu") if old.weight.is_meta else old.weight.device
+            swap(model, target, layer.build(piece, rule, old.weight.dtype, device).train(old.training))
+            start += old.out_features
+    own = model.state_dict()
+    for name, (key, row) in plan.plain.items():
+        device = torch.device("cpu") if own[name].is_meta else own[name].device
+        tensor = opened.get(key)
+        tensor = tensor[row : row + len(own[name])] if tensor.ndim else tensor
+        # A copy: a tensor of the file lies in the file, which may go.
+        made = tensor.to(device, own[name].dtype, copy=True)
+        model.load_state_dict({name: made}, strict=False, assign=True)
+    record(model, SVDQuantConfig(rank=rank, activation_bits=activation_bits), base="")
+    return Applied(tensors=len(opened.headers), layers=sum(len(targets) for targets in plan.layers))
+
+
+def _read(opened: _Source, part: _Part) -> layer.Piece:
+    def get(name: str) -> Tensor:
+        return opened.get(part.keys[name])
+
+    fields = set(part.keys)
+    if "wzeros" in fields:
+        return layer.read_awq(get, fields, part.outputs, part.inputs, splits=part.rule.splits)
+    return layer.read_w4a4(get, fields, part.outputs, part.inputs, after_gelu=part.rule.after_gelu)
+
+
+def _rule(parts: list[_Part], piece: layer.Piece, activation_bits: InputBits) -> ActivationRule:
+    """How the inputs of a layer are rounded."""
+    if "wzeros" in parts[0].keys or piece.bits == 8:
+        return ActivationRule(bits=16)
+    if len(parts) > 1 and activation_bits != 16:
+        return ActivationRule(bits=8, group=layer.GROUP)
+    if activation_bits == 4:
+        return ActivationRule(bits=4, group=layer.GROUP, unsigned=bool(piece.shift), shift=piece.shift)
+    return ActivationRule(bits=activation_bits)

@@ -1,0 +1,68 @@
+"""SVDQuant as one of transformers' quantization methods, for text encoders and language models.
+
+Design choices
+- As for diffusers: saved 4-bit layers are loaded as they are, 16-bit models are quantized without data after loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers.quantizers.base import HfQuantizer
+
+from mm.quantization.config import SVDQuantConfig
+
+
+class TransformersSVDQuant(HfQuantizer):
+    """What transformers asks while it loads and saves."""
+
+    requires_calibration = False
+    requires_parameters_quantization = False
+
+    def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
+        self.quantization_config: Any = quantization_config
+        self.modules_to_not_convert: list[str] = []
+        self.pre_quantized = bool(kwargs.pop("pre_quantized", True)) and bool(quantization_config.layers)
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """The type that 16-bit tensors get; kept for the empty layers."""
+        self.dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            from mm.quantization.layout import prepare
+
+            prepare(model, self.quantization_config.layers, getattr(self, "dtype", None))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from mm.quantization.layout import ready
+
+        if self.pre_quantized:
+            ready(model)
+            model.mm_base_hash = self.quantization_config.base
+        else:
+            from mm.quantization.quantize import quantize
+
+            quantize(model, dataclasses.replace(self.quantization_config, data_free=True), progress=False)
+            self.quantization_config = model.config.quantization_config
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def record(model: Any, config: SVDQuantConfig) -> None:
+    """Makes a model that was quantized in place save as one that was loaded quantized."""
+    model.config.quantization_config = config
+    model.hf_quantizer = TransformersSVDQuant(config, pre_quantized=True)

@@ -1,0 +1,243 @@
+"""Batch jobs: strict rows, seeds that belong to pictures, a folder that survives kills and hostile rows."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_pipeline
+from typer.testing import CliRunner
+
+import mm.cli
+from mm.batch import read_jobs, run_jobs
+from mm.batch.jobs import MODES, BadRow, Generate, Row
+from mm.batch.run import picture_seed
+from mm.core.errors import UserError
+from mm.core.png_settings import read_settings
+from mm.pipelines import TextToImagePipeline, text_to_image
+
+
+def row(custom_id="a", **body):
+    return {"custom_id": custom_id, "task": "generate", "body": {"prompt": "two red cats", "steps": 1, **body}}
+
+
+def write(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+class Counting:
+    """The tiny pipeline, counting pictures; raises for a word in the prompt."""
+
+    def __init__(self):
+        self.pipe, self.drawn, self.loads, self.calls = tiny_pipeline(), 0, 0, 0
+        self.text_tokenizer = self.pipe.text_tokenizer
+
+    def load(self):
+        self.loads += 1
+        return self
+
+    def __call__(self, prompts, **kwargs):
+        self.calls += 1
+        if any("wolf" in prompt for prompt in prompts):
+            raise RuntimeError("out of\nmemory")
+        self.drawn += len(prompts)
+        return self.pipe(prompts, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def _pipe():
+    return Counting()
+
+
+@pytest.fixture(autouse=True)
+def _names_need_no_weights(monkeypatch):
+    monkeypatch.setattr("mm.batch.run.resolve_model", lambda name: Path(name) if Path(name).is_dir() else name)
+
+
+@pytest.fixture
+def counting(_pipe):
+    _pipe.drawn = _pipe.loads = _pipe.calls = 0
+    return _pipe
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "no JSON at column"),
+        ("[1]", "a row is an object"),
+        ('{"custom_id": "a", "custom_id": "b"}', '"custom_id" twice'),
+        (row() | {"task": "fetch"}, 'task is "fetch"'),
+        (row() | {"url": "http://x"}, 'unknown field "url"'),
+        (row(prompts="x"), 'unknown field "prompts"'),
+        (row(prompt=" "), "say in words"),
+        (row(prompt="a\ud800"), "do not print"),
+        (row(n=0), "n is 0"),
+        (row(n=True), "n is true"),
+        (row(seed=-1), "seed is -1"),
+        (row(mode="magic"), 'mode is "magic"'),
+        (row(guidance="4"), 'guidance is "4"'),
+        ('{"custom_id": "a", "task": "generate", "body": {"prompt": "x", "guidance": NaN}}', "NaN"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"custom_id": ' + "9" * 5000 + "}", "cannot be read"),
+        *[(row(name), "custom_id is") for name in ("../x", "/etc/x", "a/b", "a\\b", "", ".hidden", "a" * 101, 7, None)],
+    ],
+)
+def test_a_bad_row_is_told_and_stops_no_other(tmp_path, line, says):
+    bad, good = read_jobs(write(tmp_path / "jobs.jsonl", line, row("good")))
+    assert isinstance(bad, BadRow)
+    assert "line 1: " in bad.error and says in bad.error and bad.error.isascii() and len(bad.error) < 400
+    assert isinstance(good, Row) and good.line == 2
+
+
+def test_ids_are_unique_and_lines_bounded(tmp_path):
+    long = json.dumps(row(prompt="cat " * 400_000))
+    first, second, third, fourth = read_jobs(write(tmp_path / "j", row(), "", row(), long, row("b")))
+    assert isinstance(first, Row) and "line 1's" in second.error
+    assert "longer than" in third.error and fourth.line == 5
+
+
+def test_pictures_records_and_manifest(tmp_path, counting):
+    jobs = write(tmp_path / "j", row("a", n=2, seed=7), "{", row("b", prompt="two red catz"))
+    report = run_jobs(jobs, tmp_path / "out", load=counting.load)
+    assert (report.rows, report.drawn, report.skipped, report.failed) == (3, 3, 0, 1)
+    shard = tmp_path / "out/00000"
+    seed = picture_seed(list(read_jobs(jobs))[2], 0, 0)
+    names = ["000000001-a-s7", "000000001-a-s8", f"000000003-b-s{seed}"]
+    assert sorted(p.name for p in shard.iterdir()) == sorted(
+        [f"{n}{e}" for n in names for e in (".png", ".json")] + ["manifest.jsonl"]
+    )
+    record = json.loads((shard / f"{names[2]}.json").read_text())
+    assert record["status"] == "done" and "catz" in record["warnings"][0]
+    assert read_settings(shard / f"{names[0]}.png")["prompt"] == "two red cats"
+    manifest = [json.loads(line) for line in (shard / "manifest.jsonl").read_text().splitlines()]
+    assert [(m["line"], m["status"]) for m in manifest] == [(1, "done"), (1, "done"), (2, "failed"), (3, "done")]
+
+
+def test_running_again_draws_only_what_is_missing_or_changed(tmp_path, counting):
+    jobs, out = write(tmp_path / "j", row("a", n=3), row("b")), tmp_path / "out"
+    run_jobs(jobs, out, load=counting.load)
+    assert run_jobs(jobs, out, load=counting.load).skipped == 4 and counting.loads == 1
+    damaged, gone = sorted((out / "00000").glob("*-a-*.png"))[:2]
+    damaged.write_bytes(b"half")
+    gone.unlink()
+    write(jobs, row("new"), row("a", n=3), row("b", prompt="a dog"))  # moved, and one changed
+    report = run_jobs(jobs, out, load=counting.load)
+    assert (report.drawn, report.skipped) == (4, 1)
+    assert run_jobs(jobs, out, load=counting.load).drawn == 0
+
+
+def test_a_picture_is_the_same_in_any_batch(tmp_path, counting):
+    rows = [row("a", n=3), row("b", seed=5), row("c", mode="codes", steps=2)]
+    for size, order in ((1, rows), (8, rows[::-1])):
+        run_jobs(write(tmp_path / "j", *order), tmp_path / str(size), batch_size=size, load=counting.load)
+    for path in (tmp_path / "1").rglob("*.png"):
+        (other,) = (tmp_path / "8").rglob("*-" + path.name.split("-", 1)[1])
+        a, b = (torch.tensor(list(Image.open(p).tobytes())) for p in (path, other))
+        assert (a - b).abs().max() <= 2
+    (alone,) = (tmp_path / "1").rglob("*-b-*.png")
+    direct = counting.pipe("two red cats", num_inference_steps=1, generator=torch.Generator().manual_seed(5)).images[0]
+    assert direct.tobytes() == Image.open(alone).tobytes()
+
+
+def test_a_failure_costs_only_itself_and_waits_for_retry(tmp_path, counting):
+    jobs = write(tmp_path / "j", row("a"), row("b", prompt="a wolf"), row("c"), row("d", prompt="cat " * 80))
+    report = run_jobs(jobs, tmp_path / "out", load=counting.load)
+    assert (report.drawn, report.failed) == (2, 2)
+    assert "line 2, b, picture 0: RuntimeError: out of memory" in report.errors
+    calls = counting.calls
+    assert run_jobs(jobs, tmp_path / "out", load=counting.load).failed == 2 and counting.calls == calls
+    report = run_jobs(jobs, tmp_path / "out", load=counting.load, retry_failed=True)
+    assert (report.missing, report.failed, counting.calls) == (2, 2, calls + 1)
+
+
+@pytest.mark.parametrize("asked", [1, 4, 7])
+def test_a_stop_leaves_whole_pictures_and_the_next_run_goes_on(tmp_path, counting, asked):
+    jobs, times = write(tmp_path / "j", *(row(str(k), seed=k) for k in range(5))), iter(range(100))
+    report = run_jobs(jobs, tmp_path / "out", batch_size=2, load=counting.load, stop=lambda: next(times) >= asked)
+    assert report.stopped and report.drawn < 5 and not report.failed
+    kept = {kind: {p.stem for p in (tmp_path / "out").rglob(f"*.{kind}")} for kind in ("png", "json")}
+    assert kept["png"] == kept["json"] and len(kept["png"]) == report.drawn
+    assert not list(tmp_path.rglob(".*"))
+    again = run_jobs(jobs, tmp_path / "out", load=counting.load)
+    assert (again.drawn, again.skipped, again.stopped) == (5 - report.drawn, report.drawn, False)
+
+
+def test_rows_of_equal_settings_share_calls_and_a_limit_takes_the_first(tmp_path, counting):
+    jobs = write(tmp_path / "j", row("a"), row("b", steps=2), row("c"), row("d", steps=2), "{")
+    report = run_jobs(jobs, tmp_path / "out", load=counting.load, limit=4)
+    assert (report.rows, report.drawn, report.failed, counting.calls) == (4, 4, 0, 2)
+
+
+def test_other_weights_under_the_same_name_draw_anew(tmp_path, counting):
+    jobs, model = write(tmp_path / "j", row()), tmp_path / "model"
+    counting.pipe.save_pretrained(model)
+    assert run_jobs(jobs, tmp_path / "out", model=str(model), load=counting.load).drawn == 1
+    assert run_jobs(jobs, tmp_path / "out", model=str(model), load=counting.load).skipped == 1
+    tiny_pipeline(seed=1).save_pretrained(model)
+    assert run_jobs(jobs, tmp_path / "out", model=str(model), load=counting.load).drawn == 1
+
+
+def test_a_mended_file_leaves_no_old_failure_in_the_manifest(tmp_path, counting):
+    jobs = write(tmp_path / "j", *[""] * 1000, "{")
+    run_jobs(jobs, tmp_path / "out", load=counting.load)
+    assert "line 1001" in (tmp_path / "out/00001/manifest.jsonl").read_text()
+    run_jobs(write(jobs, row()), tmp_path / "out", load=counting.load)
+    assert (tmp_path / "out/00001/manifest.jsonl").read_text() == ""
+
+
+def test_defaults_are_the_pipelines():
+    call = inspect.signature(TextToImagePipeline.__call__).parameters
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mode": "mode"}
+    body = Generate(prompt="a cat")
+    assert {name: getattr(body, name) for name in names} == {name: call[full].default for name, full in names.items()}
+    assert MODES == text_to_image.MODES
+
+
+def test_a_dry_run_touches_nothing(tmp_path, counting):
+    report = run_jobs(write(tmp_path / "j", row("a", n=5), "{"), tmp_path / "out", dry_run=True, load=counting.load)
+    assert (report.missing, report.failed, counting.loads) == (5, 1, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_planted_link_does_not_lead_out(tmp_path, counting):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "out/00000").symlink_to(tmp_path / "else")
+    with pytest.raises(UserError, match="leads out of"):
+        run_jobs(write(tmp_path / "j", row()), tmp_path / "out", load=counting.load)
+    assert not list((tmp_path / "else").iterdir())
+
+
+def test_seeds_are_frozen(tmp_path):
+    """A change here redraws everybody's runs: it is a line in CHANGELOG.md."""
+    plain, seeded = read_jobs(write(tmp_path / "j", row("a", n=2), row("b", seed=7)))
+    assert [picture_seed(plain, k, 0) for k in range(2)] == SEEDS
+    assert picture_seed(seeded, 3, 99) == 10
+
+
+SEEDS = [3079850682, 441089729]
+
+
+def test_exit_codes(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    monkeypatch.setattr("mm.batch.run._load", lambda model: pipe)
+    before = signal.getsignal(signal.SIGINT)
+    good, mixed = write(tmp_path / "good", row()), write(tmp_path / "mixed", row(), "{")
+
+    def code(*arguments):
+        return CliRunner().invoke(mm.cli.app, ["batch", *map(str, arguments), "-o", str(tmp_path / "out")])
+
+    done = code(good)
+    assert done.exit_code == 0 and "1 drawn" in done.stdout, done.output
+    done = code(mixed)
+    assert done.exit_code == 2 and "mm: line 2: no JSON" in done.stderr and "1 there, 1 failed" in done.stdout
+    assert signal.getsignal(signal.SIGINT) is before
+    assert code(tmp_path / "none").exit_code == 1
+    assert code(write(tmp_path / "empty")).exit_code == 1
+    assert code(good, "--batch-size", 0).exit_code == 2

@@ -1,0 +1,123 @@
+"""A pipeline's folder: what is saved comes back, what is broken is named, what is offloaded still draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
+from tiny import draw, tiny_pipeline
+
+from mm import TextToImagePipeline
+from mm.core.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToImagePipeline:
+    return tiny_pipeline()
+
+
+@pytest.mark.parametrize("mode", ["flow", "codes"])
+def test_save_and_load_give_the_same_picture(pipe: TextToImagePipeline, tmp_path: Path, mode: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    again = TextToImagePipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, mode=mode), draw(pipe, mode=mode))
+
+
+@pytest.mark.parametrize("mode", ["flow", "codes"])
+def test_bfloat16_loads_and_draws_nearly_the_same(pipe: TextToImagePipeline, tmp_path: Path, mode: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    half = TextToImagePipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.trunk.dtype == half.code_head.dtype == torch.bfloat16
+    picture = draw(half, mode=mode)
+    assert picture.isfinite().all()
+    if mode == "flow":
+        assert (picture - draw(pipe)).abs().mean() < 0.05
+
+
+def test_a_broken_folder_is_named(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    next((tmp_path / "trunk").glob("*.safetensors")).write_bytes(b"\x10\x00garbage")
+    with pytest.raises(UserError, match=r"trunk/\S+\.safetensors"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no-such-model"):
+        TextToImagePipeline.from_pretrained("no-such-model")
+
+
+@pytest.mark.parametrize("file", ["trunk/config.json", "text_tokenizer/tokenizer.json"])
+def test_broken_json_is_named(pipe: TextToImagePipeline, tmp_path: Path, file: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / file).write_text("{oops")
+    with pytest.raises(UserError, match=file):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_file_with_other_tensors_never_loads(pipe: TextToImagePipeline, tmp_path: Path, change: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    (file,) = (tmp_path / "velocity_decoder").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    value = tensors.pop(name)
+    if change == "unknown":
+        tensors |= {name: value, "no.such.tensor": value.clone()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=name if change == "missing" else "no.such.tensor"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+    brought = TextToImagePipeline.from_pretrained(tmp_path, velocity_decoder=pipe.velocity_decoder)
+    assert brought.velocity_decoder is pipe.velocity_decoder
+
+
+def test_pickled_weights_are_never_read(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    (file,) = (tmp_path / "trunk").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    with pytest.raises(UserError, match="use_safetensors"):
+        TextToImagePipeline.from_pretrained(tmp_path, use_safetensors=False)
+    file.unlink()
+    with pytest.raises(UserError, match="no file named"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_without_codes_comes_back_without_them(tmp_path: Path) -> None:
+    tiny_pipeline(codes=False).save_pretrained(tmp_path)
+    again = TextToImagePipeline.from_pretrained(tmp_path)
+    assert again.code_head is None and again.bridge is None
+    with pytest.raises(UserError, match="mode='flow'"):
+        draw(again, mode="codes")
+
+
+@pytest.mark.parametrize("mode", ["flow", "codes"])
+def test_sequential_offload_draws_the_same(pipe: TextToImagePipeline, mode: str) -> None:
+    """Between calls an offloaded module has no weights at all, also on a CPU: whatever is forgotten fails.
+
+    `enable_sequential_cpu_offload` itself needs an accelerator (it asks for "cpu:0", with which accelerate fails on any
+    module), so this does what it does, for the components that it takes.
+    """
+    offloaded = tiny_pipeline()
+    for name, part in offloaded.components.items():
+        if isinstance(part, torch.nn.Module) and name not in offloaded._exclude_from_cpu_offload:
+            cpu_offload(part, torch.device("cpu"), offload_buffers=True)
+    assert offloaded.trunk.place.device.type == "meta"
+    assert torch.equal(draw(offloaded, mode=mode), draw(pipe, mode=mode))
+
+
+def test_model_offload_wakes_a_model_before_each_of_its_doors(pipe: TextToImagePipeline) -> None:
+    offloaded, seen = tiny_pipeline(), list[str]()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    for name in ("trunk", "autoencoder"):
+        hook = getattr(offloaded, name)._hf_hook
+        wake = hook.pre_forward
+
+        def note(*args: Any, _name: str = name, _wake: Any = wake, **kwargs: Any) -> Any:
+            seen.append(_name)
+            return _wake(*args, **kwargs)
+
+        hook.pre_forward = note
+    assert torch.equal(draw(offloaded, num_inference_steps=2), draw(pipe, num_inference_steps=2))
+    assert seen == ["trunk"] * 4 + ["autoencoder"]  # two prompts read, two steps, one picture decoded
