@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mm.core.import_hooks import after_import
 from mm.core.lazy import loader
 from mm.core.torchvision_schemas import install
+from mm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mm.pipelines.image_edit import ImageEditPipeline
@@ -48,7 +49,6 @@ after_import("open_clip.factory", _open_clip_is_there)
 after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
 
-__version__ = "0.1.0"
 __all__ = [
     "ImageEditPipeline",
     "InterleavedPipeline",
