@@ -24,7 +24,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
     """One change. Tensors: lowrank down (r, K), up (N, r); rows ids (n,), rows (n, D); dense delta (N, K); rotation
-    (N, N), W becomes rotation @ W. `scale` multiplies the first and third."""
+    (N, N), W becomes rotation @ W. `scale`: 0 is without it, 1 in full, and the change is linear in it."""
 
     kind: Kind
     tensors: dict[str, Tensor]

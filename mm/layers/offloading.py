@@ -79,12 +79,11 @@ def cannot_change(module: nn.Module, name: str) -> str:
     return ""
 
 
-@torch.no_grad()
 def write(module: nn.Module, name: str, value: Tensor) -> None:
     """Copies a value into a tensor of the module, wherever it is kept; the tensor stays the same object."""
     tensor = stored(module, name)
     assert tensor is not None, name
-    with torch.inference_mode(tensor.is_inference()):
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # in this order: the first sets grad mode
         tensor.copy_(value)
 
 
