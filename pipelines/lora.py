@@ -7,8 +7,8 @@ Design choices
 - A load says "N of N tensors applied to M layers" through `Applied`, or raises; nothing is applied in part.
 - How strongly an adapter acts is its weight, whether it is active and the call's own scale, multiplied onto each
   layer's alpha / rank. The table of adapters sits on the trunk: pipelines that share a trunk share its adapters.
-- Fusing lets an adapter act in the 16-bit weights; the trunk's stack (`mm.adapters.stack`) keeps what was there, so that
-  unfusing is exact, in any order. A 4-bit weight takes no fusing.
+- Fusing lets an adapter act in the 16-bit weights; the trunk's stack (`mm.adapters.stack`) keeps what was there, so
+  that unfusing is exact, in any order. A 4-bit weight takes no fusing.
 - diffusers' own `LoraBaseMixin` is not inherited: it costs every cold start a third of a second, for text encoders.
 """
 
