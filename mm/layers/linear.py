@@ -78,7 +78,7 @@ class BranchedLinear(nn.Linear):
 
     def _extras(self) -> None:
         for name in _BUFFERS:
-            self.register_buffer(name, None, persistent=not name.startswith("_"))
+            self.register_buffer(name, None)  # those that begin with "_" are not saved once they hold something
         self.activation = ActivationRule()
         self._branches: list[Branch] = []
         self._places: dict[str, slice] = {}
@@ -291,6 +291,11 @@ class BranchedLinear(nn.Linear):
         parts += [(b.name, b.down, b.up, b.scale) for b in self._branches if b.scope is None]
         made = join(parts, self.in_features, self.out_features, device, dtype)
         self._places, self._down, self._up, self._scales = made.places, made.down, made.up, made.scales
+        # accelerate moves every name in this set, also where there is no tensor.
+        joined = {"_down", "_up", "_scales"}
+        self._non_persistent_buffers_set -= joined
+        if made.down is not None:
+            self._non_persistent_buffers_set |= joined
 
     def _like(self) -> dict[str, Any]:
         tensor = self.weight_scales if self.bits != 16 else self.weight
