@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
+from mm.layers.surgery import unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,10 +183,8 @@ class TrunkLoraMixin:
 
     @property
     def _adapters(self) -> Adapters:
-        table = self.trunk.__dict__.get("mm_adapters")
-        if table is None:
-            table = self.trunk.__dict__["mm_adapters"] = Adapters()
-        return table
+        attributes = unwrapped(self.trunk).__dict__
+        return attributes.setdefault("mm_adapters", Adapters())
 
     def _rescale(self, call: float = 1.0) -> None:
         """Gives every branch its strength; what is fused acts through the weights."""

@@ -274,7 +274,7 @@ def acts(module: nn.Module, placed: Placed) -> bool:
 def _equal(module: nn.Module, have: Tensor, want: Tensor) -> bool:
     """Bit for bit; where the layer has changed its type since, within that type's rounding."""
     want = want.to(have.device)
-    if module.__dict__[_KEY].dtype == have.dtype:
+    if module.__dict__[_KEY].dtype == have.dtype == want.dtype:
         return torch.equal(have, want)
     return torch.allclose(have.float(), want.float(), rtol=2**-6, atol=2**-7 * float(want.abs().max()))
 

@@ -79,7 +79,7 @@ def dense(name: str = "dense", seed: int = 0, path: str = Q) -> Patch:
 
 def state_of(model: nn.Module) -> list:
     """All that a call must not change: classes, tensors by name, branches, attributes."""
-    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if not t.is_meta}
     return [
         [type(m).__name__ for m in model.modules()],
         [sorted(m.__dict__) for m in model.modules()],
@@ -90,7 +90,7 @@ def state_of(model: nn.Module) -> list:
 
 def unchanged(model: nn.Module, before: list) -> bool:
     now = state_of(model)
-    return now[:3] == before[:3] and all(torch.equal(before[3][n], t) for n, t in now[3].items())
+    return now[:3] == before[:3] and all(torch.equal(t, now[3][n]) for n, t in before[3].items())
 
 
 def test_verify_only_looks_and_knows_every_kind():
@@ -178,6 +178,33 @@ def test_the_state_belongs_to_the_model(tmp_path):
     assert stack_of(twin).names() == ("no-wolf",)
     patch.undo(twin)
     assert torch.equal(run(twin), befores[0])
+
+
+def test_a_pickled_model_keeps_its_stack(tmp_path):
+    model, patches = text_encoder(), five()
+    for patch in patches:
+        patch.apply(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(run(again), run(model))
+    for patch in patches:
+        patch.undo(again)
+    assert torch.equal(run(again), run(text_encoder()))
+
+
+def test_a_lora_stays_live_while_the_model_is_quantized():
+    model, twin, patch = text_encoder(), text_encoder(), five()[0]
+    settings = mm.SVDQuantConfig(rank=4, data_free=True)
+    patch.apply(model)
+    for each in (model, twin):
+        mm.quantize(each, settings, progress=False)
+    assert patch.verify(model) == "4 of 4 tensors applied"
+    patch.scale(model, 0.5)
+    patch.apply(twin, 0.5)
+    assert torch.equal(run(model), run(twin))
+    patch.undo(model)
+    patch.undo(twin)
+    assert torch.equal(run(model), run(twin))
 
 
 def test_types_and_copies_keep_the_stack():
@@ -414,6 +441,7 @@ FOREIGN = {
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), "ParametrizedLinear"),
     "attention's own": (lambda: nn.MultiheadAttention(16, 2).out_proj, "NonDynamicallyQuantizableLinear"),
     "replaced": (replaced, "its forward was replaced by another program"),
+    "not loaded": (lambda: nn.Linear(16, 16, device="meta"), "the weight of a Linear is on the meta device"),
     "convolution": (lambda: nn.Conv1d(16, 16, 1), "a Conv1d, not a linear layer"),
 }
 
