@@ -1,0 +1,73 @@
+"""The weight a layer had before patches changed it, kept in the layer itself.
+
+Design choices
+- A kept weight is a buffer that `state_dict` leaves out: it follows the layer through `.to()`, `deepcopy` and hooks, so
+  that taking patches off gives what the model would be without them. Of an embedding only the changed rows are kept.
+- `state_dict` gives the weights as they are, patches included: offloading and other libraries read it as the values to
+  run with. What saves or identifies the model without patches asks `original_weight`.
+- Loading another weight under a kept one raises: undoing would put the earlier weight back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.core.errors import UserError
+from mm.layers.offloading import stored
+
+KEPT = "_mm_original"
+_IDS = "_mm_original_ids"
+
+
+def kept(module: nn.Module) -> Tensor | None:
+    """The weight kept in a layer, or the kept rows of an embedding; None where patches changed nothing."""
+    return module._buffers.get(KEPT)
+
+
+def kept_ids(module: nn.Module) -> Tensor:
+    """Which rows of an embedding are kept (n,)."""
+    ids = module._buffers.get(_IDS)
+    return torch.empty(0, dtype=torch.long) if ids is None else ids
+
+
+def keep(module: nn.Module, original: Tensor, ids: Tensor | None = None) -> None:
+    """Keeps a weight, or some rows of it."""
+    if kept(module) is None:
+        module.register_load_state_dict_pre_hook(_refuse_loading)
+    for name, tensor in ((KEPT, original), (_IDS, ids)):
+        module._buffers.pop(name, None)
+        if tensor is not None:
+            module.register_buffer(name, tensor, persistent=False)
+
+
+def forget(module: nn.Module) -> None:
+    """Keeps nothing from now on; the weight as it is becomes the layer's own."""
+    for name in (KEPT, _IDS):
+        module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
+    hooks = module._load_state_dict_pre_hooks
+    for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) is _refuse_loading]:
+        del hooks[key]
+
+
+def original_weight(module: nn.Module) -> Tensor | None:
+    """The whole weight of a layer as it was before patches; None where patches changed nothing."""
+    original = kept(module)
+    if original is None or not module._buffers.get(_IDS) is not None:
+        return original
+    weight = stored(module, "weight")
+    assert weight is not None
+    whole = weight.detach().clone()
+    whole[kept_ids(module).to(whole.device)] = original.to(whole)
+    return whole
+
+
+def _refuse_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    if f"{prefix}weight" in state_dict:
+        raise UserError(
+            f"{prefix.rstrip('.') or type(module).__name__} has a weight that patches changed; undo or bake them "
+            "before another weight is loaded"
+        )
