@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.biases import changed_bias, set_bias
 from mm.adapters.entry import Entry
 from mm.layers import originals
 from mm.layers.linear import Branch, BranchedLinear
@@ -44,8 +45,18 @@ class Placed:
 
     @property
     def in_weight(self) -> bool:
-        """Whether it acts in the weight; else it is a branch."""
-        return self.fused or self.entry.kind != "lowrank"
+        """Whether it acts in the weight."""
+        return not (self.is_branch or self.in_bias)
+
+    @property
+    def in_bias(self) -> bool:
+        """Whether it acts in the bias."""
+        return self.entry.kind == "bias"
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it runs beside the weight."""
+        return self.entry.kind == "lowrank" and not self.fused
 
     @property
     def strength(self) -> float:
@@ -86,6 +97,7 @@ def arrange(module: nn.Module, placed: Sequence[Placed]) -> None:
         raise
     if weight is not None:
         weight.write(module)
+    set_bias(module, before, placed)
     state.placed, state.dtype = list(placed), _dtype(module)
     _tidy(module, state)
 
@@ -101,9 +113,10 @@ def settle(module: nn.Module, name: str) -> None:
     """Makes an entry that acts in the weight part of the layer's own weight; the others are computed from there."""
     mine = [p for p in placed_on(module) if p.name == name]
     others = [p for p in placed_on(module) if p.name != name]
-    branches = [p for p in others if not p.in_weight]
+    branches = [p for p in others if p.is_branch]
     arrange(module, [*mine, *branches])
     originals.forget(module)
+    originals.forget_bias(module)
     module.__dict__[_KEY].placed = branches
     arrange(module, others)
 
@@ -112,7 +125,7 @@ def rescale(module: nn.Module, name: str, scale: float) -> None:
     """How strongly a patch's entries on a layer act from now on; a live branch is only given another number."""
     before = placed_on(module)
     after = [replace(p, scale=scale) if p.name == name else p for p in before]
-    if any(p.name == name and p.in_weight for p in before):
+    if any(p.name == name and not p.is_branch for p in before):
         arrange(module, after)
         return
     assert isinstance(module, BranchedLinear)
@@ -135,13 +148,13 @@ def _tidy(module: nn.Module, state: _State) -> None:
 
 
 def _set_branches(module: nn.Module, state: _State, before: Sequence[Placed], after: Sequence[Placed]) -> None:
-    wanted = [p for p in after if not p.in_weight]
+    wanted = [p for p in after if p.is_branch]
     if not isinstance(module, BranchedLinear):
         if not wanted:
             return
         assert isinstance(module, nn.Linear)
         module, state.converted = BranchedLinear.from_linear(module), True
-    ours = {p.name for p in before if not p.in_weight}
+    ours = {p.name for p in before if p.is_branch}
     there = {b.name: b for b in module.branches if b.name in ours}
     turned = any(p.entry.kind == "rotation" for p in (*before, *after))
     made = []
@@ -261,6 +274,10 @@ def _row_change(module: nn.Embedding, placed: Sequence[Placed]) -> _Write:
 
 def acts(module: nn.Module, placed: Placed) -> bool:
     """Whether a layer's tensors still are what its entries make of them; reads only."""
+    if placed.in_bias:
+        bias, original = stored(module, "bias"), originals.kept_bias(module)
+        biases = [p for p in placed_on(module) if p.in_bias]
+        return bias is not None and original is not None and _equal(module, bias, changed_bias(original, biases))
     if placed.in_weight:
         want, have = _expected_weight(module), _present_weight(module)
         return want is not None and _equal(module, have, want)
@@ -299,10 +316,10 @@ def _present_weight(module: nn.Module) -> Tensor:
 @contextmanager
 def lifted(root: nn.Module) -> Iterator[None]:
     """Inside, the model's weights are those before patches; branches stay."""
-    changed = [(m, placed_on(m)) for m in root.modules() if any(p.in_weight for p in placed_on(m))]
+    changed = [(m, placed_on(m)) for m in root.modules() if any(not p.is_branch for p in placed_on(m))]
     try:
         for module, placed in changed:
-            arrange(module, [p for p in placed if not p.in_weight])
+            arrange(module, [p for p in placed if p.is_branch])
         yield
     finally:
         for module, placed in changed:
