@@ -16,46 +16,20 @@ Legend: N outputs, K inputs, r rank.
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from mm.adapters.entry import Entry as Entry
+from mm.adapters.patch_file import FIELDS, read_patch, write_patch
 from mm.core.errors import UserError
-from mm.core.files import write_bytes
 from mm.layers.base_hash import base_hash
-from mm.layers.linear import Branch, BranchedLinear, Scope
+from mm.layers.linear import Branch, BranchedLinear
 from mm.layers.surgery import branched, locate, roots_of
-
-Kind = Literal["lowrank", "rows", "dense", "rotation"]
-_PARTS: dict[str, tuple[str, ...]] = {
-    "lowrank": ("down", "up"),
-    "rows": ("ids", "rows"),
-    "dense": ("delta",),
-    "rotation": ("rotation",),
-}
-_META = "mm_patch"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Entry:
-    """One change. Tensors: lowrank down (r, K), up (N, r); rows ids (n,), rows (n, D); dense delta (N, K); rotation
-    (N, N), W becomes rotation @ W. `scale` multiplies the first and third."""
-
-    kind: Kind
-    tensors: dict[str, Tensor]
-    scale: float = 1.0
-    scope: Scope | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in _PARTS or set(self.tensors) != set(_PARTS[self.kind]):
-            raise ValueError(f"an entry of kind {self.kind!r} with {sorted(self.tensors)}; kinds and tensors: {_PARTS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,36 +59,12 @@ class Patch:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
-        tensors = {f"{p}|{k}": t.contiguous().cpu() for p, e in self.entries.items() for k, t in e.tensors.items()}
-        kinds = {p: {"kind": e.kind, "scale": e.scale, "scope": e.scope} for p, e in self.entries.items()}
-        meta = {"version": 1, "method": self.method, "base": self.base, "name": self.name, "entries": kinds}
-        meta |= {"settings": self.settings, "report": self.report}
-        write_bytes(Path(path), save(tensors, metadata={_META: json.dumps(meta)}))
+        write_patch(path, self.entries, {name: getattr(self, name) for name in FIELDS})
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
         """Reads a file that `save` wrote. Raises UserError for anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                text = (file.metadata() or {}).get(_META)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is no safetensors file ({error})") from error
-        if text is None:
-            raise UserError(
-                f"{path} is no patch of mm; a LoRA of another program is read by mm.adapters.lora_formats.read_lora"
-            )
-        meta = json.loads(text)
-        entries = {
-            p: Entry(
-                kind=e["kind"],
-                scale=e["scale"],
-                scope=e["scope"],
-                tensors={k: tensors[f"{p}|{k}"] for k in _PARTS[e["kind"]]},
-            )
-            for p, e in meta["entries"].items()
-        }
-        fields = {k: meta[k] for k in ("method", "base", "settings", "report", "name")}
+        entries, fields = read_patch(path)
         return cls(entries=entries, **fields)
 
     # ---- on and off ---------------------------------------------------------------------------------------------
