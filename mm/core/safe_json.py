@@ -24,7 +24,9 @@ MAX_DEPTH = 64
 MAX_VALUES = 2_000_000  # of one JSON text
 
 
-def parse_json(data: bytes | str, source: str, *, most: int = MAX_BYTES, depth: int = MAX_DEPTH) -> Any:
+def parse_json(
+    data: bytes | str, source: str, *, most: int = MAX_BYTES, depth: int = MAX_DEPTH, nan_as_none: bool = False
+) -> Any:
     """The value of a JSON text.
 
     Args:
@@ -32,6 +34,7 @@ def parse_json(data: bytes | str, source: str, *, most: int = MAX_BYTES, depth: 
         source: where the text comes from, for error messages: a path, or "PATH: its metadata".
         most: the largest size allowed, in bytes (of a str: in characters).
         depth: how deep objects and lists may be nested.
+        nan_as_none: reads NaN and infinities as None; ComfyUI writes them into its graphs.
 
     Returns:
         dict, list, str, int, float, bool or None.
@@ -44,7 +47,11 @@ def parse_json(data: bytes | str, source: str, *, most: int = MAX_BYTES, depth: 
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(
-            text, object_pairs_hook=_once_each, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+            text,
+            object_pairs_hook=_once_each,
+            parse_constant=_none if nan_as_none else _no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
@@ -201,6 +208,10 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise UserError(f"holds {name}, which is no JSON number; give a finite one")
+
+
+def _none(_: str) -> None:
+    return None
 
 
 def _finite(text: str) -> float:
