@@ -61,7 +61,7 @@ def check_tensors(module: nn.Module, stored: Mapping[str, TensorHeader], folder:
     if wrong:
         raise UserError(
             f"{folder} holds {len(set(own) & set(stored))} of {len(own)} tensors of this model; missing or unknown: "
-            f"{', '.join(shown(name).strip(chr(34)) for name in wrong[:3])}; copy or save the model again"
+            f"{', '.join(_plain(name) for name in wrong[:3])}; copy or save the model again"
         )
     for name, tensor in own.items():
         header = stored[name]
@@ -87,10 +87,10 @@ def check_loaded(module: nn.Module, source: Any) -> None:
             full = f"{path}.{name}".strip(".")
             if tensor.is_meta:
                 raise UserError(f"{source}: {full} is in no file; copy or save the model again")
+            weight = isinstance(tensor, nn.Parameter) and not hasattr(part, "qweight")
+            if weight and not (tensor.is_floating_point() or tensor.is_complex()):
+                raise UserError(f"{source}: {full} is of type {tensor.dtype}; a floating type is needed")
             check_finite(tensor, full, source)
-        if isinstance(part, nn.Linear | nn.Embedding) and type(part) in (nn.Linear, nn.Embedding):
-            if not part.weight.is_floating_point():
-                raise UserError(f"{source}: {path}.weight is of type {part.weight.dtype}; a floating type is needed")
 
 
 def check_sizes(config: Mapping[str, Any], stored: Mapping[str, TensorHeader], source: Path) -> None:
@@ -105,10 +105,10 @@ def check_sizes(config: Mapping[str, Any], stored: Mapping[str, TensorHeader], s
             part = parts.pop()
             if isinstance(part, list):
                 if len(part) > most:
-                    raise UserError(f"{source}: {shown(key)} has {len(part)} values; the weights hold no such size")
+                    raise UserError(f"{source}: {_plain(key)} has {len(part)} values; the weights hold no such size")
                 parts += part
             elif isinstance(part, int) and abs(part) > most:
-                raise UserError(f"{source}: {shown(key)} is {part}; the weights hold no such size")
+                raise UserError(f"{source}: {_plain(key)} is {part}; the weights hold no such size")
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, TensorHeader]:
@@ -127,3 +127,8 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorHeader]:
     if missing:
         raise UserError(f"{folder} lacks {shown(missing[0])}, which {index.name} places in {shown(places[missing[0]])}")
     return found
+
+
+def _plain(name: str) -> str:
+    """A name for a message: one line, without quotation marks."""
+    return shown(name, 120).strip('"')

@@ -65,7 +65,7 @@ class DiffusersNunchakuLite(DiffusersSVDQuant):
     def __init__(self, quantization_config: Any) -> None:
         self.quantization_config = quantization_config
         self.modules_to_not_convert = []
-        self.pre_quantized = True
+        self.pre_quantized, self.on_disk = True, False
         self.dtype: torch.dtype = quantization_config.compute_dtype
         self.loaded: list[str] = []
 
