@@ -25,7 +25,7 @@ import torch
 from mm.core.build_limit import build_empty
 from mm.core.errors import UserError
 from mm.core.files import read_regular
-from mm.core.model_files import check_loaded, check_sizes, check_tensors, weight_headers
+from mm.core.model_files import check_loaded, check_sizes, check_tensors, largest_size, weight_headers
 from mm.core.safe_json import Fields, parse_json, read_object
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
@@ -133,7 +133,7 @@ def _check_component(kind: type, folder: Path, variant: str | None) -> None:
     config = read_object(config_file, "config")
     stored = weight_headers(folder, variant)
     settings = {k: x for k, x in config.items() if k != "quantization_config"}
-    check_sizes({k: x for k, x in settings.items() if not k.startswith("_")}, stored, config_file)
+    check_sizes(settings, largest_size(stored), config_file)
     values = sum(header.numel for header in stored.values())
     if "quantization_config" in config:
         values *= 4  # two integers a byte, and what is not stored at all

@@ -36,15 +36,25 @@ def weight_headers(folder: Path, variant: str | None = None) -> dict[str, Tensor
     Raises:
         UserError: where there is no such file, one is damaged, or index and shards disagree.
     """
+    found = _find(folder, variant)
+    return _sharded(folder, found) if found.suffix == ".json" else read_header(found).tensors
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that loading a component reads; arguments and errors as of `weight_headers`."""
+    found = _find(folder, variant)
+    return [folder / name for name in sorted(set(_places(found).values()))] if found.suffix == ".json" else [found]
+
+
+def _find(folder: Path, variant: str | None) -> Path:
+    """The index of the shards, or the single file."""
     end = f".{variant}" if variant else ""
     for stem in STEMS:
-        index, single = folder / f"{stem}.safetensors.index{end}.json", folder / f"{stem}{end}.safetensors"
-        if index.exists():
-            return _sharded(folder, index)
-        if single.exists():
-            return read_header(single).tensors
+        for path in (folder / f"{stem}.safetensors.index{end}.json", folder / f"{stem}{end}.safetensors"):
+            if path.exists():
+                return path
     if variant:  # diffusers takes the plain files of a component that has none of the variant
-        return weight_headers(folder)
+        return _find(folder, None)
     raise UserError(f"{folder} holds no file named {STEMS[0]}.safetensors or {STEMS[1]}.safetensors; copy it again")
 
 
@@ -87,37 +97,45 @@ def check_loaded(module: nn.Module, source: Any) -> None:
             full = f"{path}.{name}".strip(".")
             if tensor.is_meta:
                 raise UserError(f"{source}: {full} is in no file; copy or save the model again")
-            weight = isinstance(tensor, nn.Parameter) and not hasattr(part, "qweight")
+            weight = isinstance(tensor, nn.Parameter) and not hasattr(part, "qweight")  # packed integers
             if weight and not (tensor.is_floating_point() or tensor.is_complex()):
                 raise UserError(f"{source}: {full} is of type {tensor.dtype}; a floating type is needed")
             check_finite(tensor, full, source)
 
 
-def check_sizes(config: Mapping[str, Any], stored: Mapping[str, TensorHeader], source: Path) -> None:
-    """Raises UserError where a setting is larger than any size in the weights, which then cannot be a size of theirs.
+def largest_size(stored: Mapping[str, TensorHeader]) -> int:
+    """The largest size of any tensor, and at least 1024: no setting of ours that is a size is larger."""
+    return max([1024, *(size for header in stored.values() for size in header.shape)])
 
-    For classes whose settings are all sizes of tensors, or counts below 1024.
-    """
-    most = max([1024, *(size for header in stored.values() for size in header.shape)])
+
+def check_sizes(config: Mapping[str, Any], most: int, source: object) -> None:
+    """Raises UserError where a setting is a whole number above `most`, or a list of more values."""
     for key, value in config.items():
         parts = [value]
         while parts:
             part = parts.pop()
             if isinstance(part, list):
                 if len(part) > most:
-                    raise UserError(f"{source}: {_plain(key)} has {len(part)} values; the weights hold no such size")
+                    raise UserError(
+                        f"{source}: {_plain(key)} has {len(part)} values, more than a model of this size has"
+                    )
                 parts += part
             elif isinstance(part, int) and abs(part) > most:
-                raise UserError(f"{source}: {_plain(key)} is {part}; the weights hold no such size")
+                raise UserError(f"{source}: {_plain(key)} is {part}, more than a model of this size has")
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The shard of each tensor, by the index."""
+    places = Fields(read_object(index), str(index)).object("weight_map")
+    if not places or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in places.values()):
+        raise UserError(f"{index}: weight_map does not name .safetensors files of its folder; copy it again")
+    return places
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, TensorHeader]:
-    places = Fields(read_object(index), str(index)).object("weight_map")
-    names = set(places.values()) if all(isinstance(name, str) for name in places.values()) else {""}
-    if not names or not all(_SHARD.fullmatch(name) for name in names):
-        raise UserError(f"{index}: weight_map does not name .safetensors files of its folder; copy it again")
+    places = _places(index)
     found: dict[str, TensorHeader] = {}
-    for name in sorted(names):
+    for name in sorted(set(places.values())):
         tensors = read_header(folder / name).tensors
         wrong = [key for key in tensors if places.get(key) != name]
         if wrong:
