@@ -117,7 +117,7 @@ def _check_complete(module: str, parts: Parts) -> None:
         names = {"down": "first half (lora_A, lora_down)", "up": "second half (lora_B, lora_up)"}
         there = ", ".join(repr(key) for key in parts.keys.values())
         raise UserError(f"{module} lacks its {names.get(missing[0], missing[0])}; the file has only {there}")
-    twice = "lokr_t2" in have and "lokr_w2" in have or any({f"lokr_{s}", f"lokr_{s}_a"} <= have for s in ("w1", "w2"))
+    twice = ("lokr_t2" in have and "lokr_w2" in have) or any({f"lokr_{s}", f"lokr_{s}_a"} <= have for s in ("w1", "w2"))
     families = [have & {"down", "up"}, {p for p in have if p.startswith("hada_")}, {p for p in have if "lokr_" in p}]
     if twice or sum(bool(f) for f in families) > 1 or {"magnitude", "dora_scale"} <= have:
         raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
@@ -138,7 +138,9 @@ def _bias(module: str, parts: Parts, outputs: int, scale: float) -> Tensor | Non
     found = [(parts.tensors[p].float() * s, p) for p, s in (("up_bias", scale), ("diff_b", 1.0)) if p in parts.tensors]
     for tensor, part in found:
         if tensor.numel() != outputs:
-            raise UserError(f"{parts.keys[part]!r} has shape {tuple(tensor.shape)}, {module} has {outputs} outputs here")
+            raise UserError(
+                f"{parts.keys[part]!r} has shape {tuple(tensor.shape)}, {module} has {outputs} outputs here"
+            )
     return sum((tensor.flatten() for tensor, _ in found), torch.zeros(outputs)) if found else None
 
 
@@ -174,9 +176,7 @@ def _delta(module: str, parts: Parts, shape: tuple[int, ...], scale: float) -> T
         down, up = _matrices(module, parts, shape)
         return scale * (up.float() @ down.float()).reshape(shape)
     if "hada_t1" in t:
-        first, second = (
-            _tucker(module, parts, (f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"), shape) for i in (1, 2)
-        )
+        first, second = (_tucker(module, parts, (f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"), shape) for i in (1, 2))
         return scale * first * second
     if "hada_w1_a" in t:
         return scale * _product(module, parts, "hada_w1", shape) * _product(module, parts, "hada_w2", shape)
@@ -216,7 +216,7 @@ def _lokr(module: str, parts: Parts, t: Mapping[str, Tensor], shape: tuple[int, 
         if whole is not None:
             return tuple(whole.shape)
         a, b = t[f"{side}_a"], t[f"{side}_b"]
-        if a.ndim != 2 or b.ndim != 2 or (side, "lokr_t2" in t) != ("lokr_w2", True) and a.shape[1] != len(b):
+        if a.ndim != 2 or b.ndim != 2 or ((side, "lokr_t2" in t) != ("lokr_w2", True) and a.shape[1] != len(b)):
             raise UserError(f"{parts.keys[f'{side}_a']!r} {tuple(a.shape)} and {tuple(b.shape)} make no product")
         core = t.get("lokr_t2") if side == "lokr_w2" else None
         return (len(a), b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])

@@ -163,7 +163,7 @@ def _tokens(pattern: str) -> tuple[list[tuple[str, str]], bool]:
         times = rest[place + size : place + size + 1]
         times = times if times in ("*", "+") else ""
         odd = len(token) != 1 and token not in ("any", r"\d")
-        special = size == 1 and letter in "*+?()[]{}|^$" or size == 2 and token.isalnum() and token != r"\d"
+        special = (size == 1 and letter in "*+?()[]{}|^$") or (size == 2 and token.isalnum() and token != r"\d")
         if odd or special or len(rest) > _LONGEST_PATTERN:
             raise UserError(
                 f"the settings match names by the regular expression {pattern[:80]!r}, which mm does not run; write "
