@@ -71,7 +71,11 @@ def fit(latents_BCHW: Tensor, pictures_B3HW: Tensor, source: str) -> LatentPrevi
     from torch.nn.functional import adaptive_avg_pool2d
 
     x = latents_BCHW.double().movedim(1, -1).flatten(0, -2)
-    y = adaptive_avg_pool2d(pictures_B3HW.double(), tuple(latents_BCHW.shape[-2:])).movedim(1, -1).flatten(0, -2)
+    y = (
+        adaptive_avg_pool2d(pictures_B3HW.double(), (latents_BCHW.shape[-2], latents_BCHW.shape[-1]))
+        .movedim(1, -1)
+        .flatten(0, -2)
+    )
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], 1), y).solution
     rows = [(round(r, 4), round(g, 4), round(b, 4)) for r, g, b in solution.tolist()]
     return LatentPreview(factors=tuple(rows[:-1]), bias=rows[-1], source=source)

@@ -73,7 +73,11 @@ def quantize_folder(
     parts = out / ".parts"
     _check_parts(parts, model, config)
     pipe, family = _load(model)
-    quantizable_parts(pipe, components)  # raises before anything is drawn
+    try:
+        quantizable_parts(pipe, components)  # raises before anything is drawn
+    except UserError:
+        _clear(parts)
+        raise
     chosen = list(prompts) if prompts else _prompts(family, config.seed)
     shown = chosen[:pictures]
     before = _pictures(pipe, shown, config) if pictures and not config.data_free else None
@@ -89,8 +93,7 @@ def quantize_folder(
             resume=parts,
         )
     except UserError:
-        if len(list(parts.iterdir())) == 1:  # nothing was done yet: leave nothing behind
-            shutil.rmtree(parts)
+        _clear(parts)
         raise
     if before is not None:
         report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
@@ -115,6 +118,12 @@ def _load(model: str | Path) -> tuple[Any, Family | None]:
     wide = family is not None and family.dtype == "float32"
     pipe = load_any(model) if wide else load_any(model, torch_dtype=torch.bfloat16)
     return pipe, family or family_of(pipe)
+
+
+def _clear(parts: Path) -> None:
+    """Removes the folder of parts where nothing was done yet."""
+    if len(list(parts.iterdir())) == 1:
+        shutil.rmtree(parts)
 
 
 def _prompts(family: Family | None, seed: int) -> list[str]:

@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
-from mm.families import find_sites, quantizable_parts
+from mm.families import find_sites, quantizable_parts, rules_of
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import ActivationRule, BranchedLinear
 from mm.layers.sites import Site
 from mm.layers.surgery import branched
+from mm.layers.tracing import regroup, trace
 from mm.quantization import auto, search
 from mm.quantization import calibration as cal
 from mm.quantization.calibration import Group, Seen
@@ -70,8 +71,7 @@ def quantize(
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
         whole.add_module(name, root)
-    sites = [s for name, root in roots.items() for s in _sites(name, root, config)]
-    groups = cal.groups_of(sites)
+    groups = cal.groups_of(_traced(whole, roots, config, runs))
     bases = {name: base_hash(root) for name, root in roots.items()}
     report = Report(settings=config.to_dict())
     report.layers = _quantize(whole, groups, runs, config, progress, None if resume is None else Path(resume))
@@ -134,6 +134,19 @@ def _sites(name: str, root: nn.Module, config: SVDQuantConfig) -> list[Site]:
             parent=site.parent and f"{name}.{site.parent}",
         )
         for site in chosen
+    ]
+
+
+def _traced(
+    whole: nn.Module, roots: Mapping[str, nn.Module], config: SVDQuantConfig, runs: Sequence[cal.Run]
+) -> list[Site]:
+    """The sites of all parts, their groups split by what two runs read; those of unknown models are joined as well."""
+    by_part = {name: _sites(name, root, config) for name, root in roots.items()}
+    if not runs:
+        return [site for sites in by_part.values() for site in sites]
+    seen = trace(whole, runs[:2])  # pipelines with two modes take them in turns
+    return [
+        site for name, sites in by_part.items() for site in regroup(sites, seen, join=rules_of(roots[name]) is None)
     ]
 
 

@@ -328,7 +328,7 @@ def test_small_memory_means_more_passes_and_the_same_result():
 
     config = dataclasses.replace(SMALL, memory=1)
     mm.quantize(many, config, calibration=counted, progress=False)
-    assert len(runs) == 1 + 3  # counting, and one pass each for qkv, up and down
+    assert len(runs) == 1 + 1 + 3  # tracing, counting, and one pass each for qkv, up and down
     layers = [m for m in many.modules() if isinstance(m, BranchedLinear)]
     assert len(layers) == 5
     for item in INPUTS:
