@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.layer_state import Placed, acts, arrange, placed_on, rescale, settle
+from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
 from mm.adapters.matching import Place, match
+from mm.adapters.placed import Placed
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear

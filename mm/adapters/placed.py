@@ -1,0 +1,36 @@
+"""One entry of a patch as it is on a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mm.adapters.entry import Entry
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placed:
+    """One entry on a layer. `scale` is the patch's; `fused`: a low-rank entry acts in the weight. `base_matches`: None
+    where the patch does not name its base."""
+
+    name: str
+    entry: Entry
+    path: str
+    scale: float = 1.0
+    order: int = 0
+    method: str = "lora"
+    base_matches: bool | None = None
+    fused: bool = False
+
+    @property
+    def in_weight(self) -> bool:
+        """Whether it acts in the weight; else it is a branch."""
+        return self.fused or self.entry.kind != "lowrank"
+
+    @property
+    def strength(self) -> float:
+        """Scale of the patch times that of the entry."""
+        return self.scale * self.entry.scale
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placed:
+        return self  # nothing in it ever changes
