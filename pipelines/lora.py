@@ -3,7 +3,7 @@
 Design choices
 - An adapter is a patch (`mm.adapters.patch`) whose low-rank entries become live branches of the trunk's linears:
   nothing is injected or wrapped, 16-bit and 4-bit layers take them alike, and removing them restores the trunk bit for
-  bit. Files of peft, diffusers and kohya are read by `mm.adapters.lora_formats`, with each program's alpha.
+  bit. Files of peft, diffusers and kohya are read by `mm.adapters.formats`, with each program's alpha.
 - A load says "N of N tensors applied to M layers" through `Applied`, or raises; nothing is applied in part.
 - How strongly an adapter acts is its weight, whether it is active and the call's own scale, multiplied onto each
   layer's alpha / rank. The table of adapters sits on the trunk: pipelines that share a trunk share its adapters.
@@ -69,7 +69,7 @@ class TrunkLoraMixin:
         `source` is a file, a folder holding `weight_name`, or tensors by name. `truncate_to` is a rank for LoKr, LoHa
         and DoRA, which are refused without it. Raises UserError when any tensor does not match.
         """
-        from mm.adapters.lora_formats import read_lora
+        from mm.adapters.formats import read_lora
 
         if not adapter_name or "." in adapter_name:
             raise UserError(f"adapter_name is {adapter_name!r}; give a name without dots")
@@ -86,7 +86,7 @@ class TrunkLoraMixin:
 
     def save_lora_weights(self, folder: str | Path, adapter_name: str = "default", *, weight_name: str = _FILE) -> Path:
         """Writes an adapter in diffusers' layout to `weight_name` in `folder`."""
-        from mm.adapters.lora_formats import write_lora
+        from mm.adapters.formats import write_lora
 
         [adapter] = self._known([adapter_name])
         path = Path(folder) / weight_name

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.biases import changed_bias, set_bias
 from mm.adapters.placed import Placed
 from mm.adapters.weights import folded, rotated, row_change, weight_change
 from mm.layers import originals
@@ -58,6 +59,7 @@ def arrange(module: nn.Module, placed: Sequence[Placed]) -> None:
         raise
     if weight is not None:
         weight.write(module)
+    set_bias(module, before, placed)
     state.placed, state.dtype = list(placed), _dtype(module)
     _tidy(module, state)
 
@@ -70,12 +72,13 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def settle(module: nn.Module, name: str) -> None:
-    """Makes an entry that acts in the weight part of the layer's own weight; the others are computed from there."""
+    """Makes what acts in weight and bias part of the layer's own; the other entries are computed from there."""
     mine = [p for p in placed_on(module) if p.name == name]
     others = [p for p in placed_on(module) if p.name != name]
-    branches = [p for p in others if not p.in_weight]
+    branches = [p for p in others if p.is_branch]
     arrange(module, [*mine, *branches])
     originals.forget(module)
+    originals.forget_bias(module)
     module.__dict__[_KEY].placed = branches
     arrange(module, others)
 
@@ -84,7 +87,7 @@ def rescale(module: nn.Module, name: str, scale: float) -> None:
     """How strongly a patch's entries on a layer act from now on; a live branch is only given another number."""
     before = placed_on(module)
     after = [replace(p, scale=scale) if p.name == name else p for p in before]
-    if any(p.name == name and p.in_weight for p in before):
+    if any(p.name == name and not p.is_branch for p in before):
         arrange(module, after)
         return
     assert isinstance(module, BranchedLinear)
@@ -107,13 +110,13 @@ def _tidy(module: nn.Module, state: _State) -> None:
 
 
 def _set_branches(module: nn.Module, state: _State, before: Sequence[Placed], after: Sequence[Placed]) -> None:
-    wanted = [p for p in after if not p.in_weight]
+    wanted = [p for p in after if p.is_branch]
     if not isinstance(module, BranchedLinear):
         if not wanted:
             return
         assert isinstance(module, nn.Linear)
         module, state.converted = BranchedLinear.from_linear(module), True
-    ours = {p.name for p in before if not p.in_weight}
+    ours = {p.name for p in before if p.is_branch}
     there = {b.name: b for b in module.branches if b.name in ours}
     turned = any(p.entry.kind == "rotation" for p in (*before, *after))
     made = []
@@ -147,6 +150,10 @@ def branch_of(layer: BranchedLinear, placed: Placed, stack: Sequence[Placed]) ->
 
 def acts(module: nn.Module, placed: Placed) -> bool:
     """Whether a layer's tensors still are what its entries make of them; reads only."""
+    if placed.in_bias:
+        bias, original = stored(module, "bias"), originals.kept_bias(module)
+        biases = [p for p in placed_on(module) if p.in_bias]
+        return bias is not None and original is not None and _equal(module, bias, changed_bias(original, biases))
     if placed.in_weight:
         want, have = _expected_weight(module), _present_weight(module)
         return want is not None and _equal(module, have, want)
@@ -185,10 +192,10 @@ def _present_weight(module: nn.Module) -> Tensor:
 @contextmanager
 def lifted(root: nn.Module) -> Iterator[None]:
     """Inside, the model's weights are those before patches; branches stay."""
-    changed = [(m, placed_on(m)) for m in root.modules() if any(p.in_weight for p in placed_on(m))]
+    changed = [(m, placed_on(m)) for m in root.modules() if any(not p.is_branch for p in placed_on(m))]
     try:
         for module, placed in changed:
-            arrange(module, [p for p in placed if not p.in_weight])
+            arrange(module, [p for p in placed if p.is_branch])
         yield
     finally:
         for module, placed in changed:

@@ -25,6 +25,16 @@ class Place:
     module: nn.Module
     root: nn.Module
 
+    @property
+    def key(self) -> tuple[int, bool]:
+        """The layer, and whether its bias is meant: a patch changes each once."""
+        return id(self.module), self.entry.kind == "bias"
+
+
+def layer_path(path: str, entry: Entry) -> str:
+    """The path of an entry's layer; that of a bias entry is the bias's own."""
+    return path.removesuffix(".bias") if entry.kind == "bias" else path
+
 
 def match(name: str, entries: Mapping[str, Entry], target: Any) -> list[Place]:
     """Each entry with its layer; nothing is changed.
@@ -38,21 +48,21 @@ def match(name: str, entries: Mapping[str, Entry], target: Any) -> list[Place]:
         UserError: unless all of them fit; with the first that do not, and why.
     """
     roots = roots_of(target)
-    found: dict[int, Place] = {}
+    found: dict[tuple[int, bool], Place] = {}
     bad = []
     for path, entry in entries.items():
-        spot = locate(roots, path)
+        spot = locate(roots, layer_path(path, entry))
         module = None if spot is None else submodule(*spot)
         if spot is None or module is None:
             bad.append(f"{path} (no such layer)")
             continue
         place = Place(path=path, entry=entry, module=_shared(module, entry, spot[0]), root=spot[0])
-        twin = found.get(id(place.module))
+        twin = found.get(place.key)
         why = f"the same layer as {twin.path}" if twin else _misfit(entry, place.module, spot[0])
         if why:
             bad.append(f"{path} ({why})")
         else:
-            found[id(place.module)] = place
+            found[place.key] = place
     if bad or not entries:
         shown = "; ".join(bad[:3]) or "the patch is empty"
         raise UserError(f"{len(found)} of {len(entries)} layers of patch {name!r} fit this model; not: {shown}")
@@ -98,6 +108,8 @@ def _misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:
         return _rows_misfit(entry, module)
     if entry.kind == "lowrank":
         return no_branches(module) or _lowrank_misfit(entry, module)
+    if entry.kind == "bias":
+        return _bias_misfit(entry, module)
     return _dense_misfit(entry, module, root)
 
 
@@ -137,15 +149,25 @@ def _lowrank_misfit(entry: Entry, module: nn.Module) -> str:
     return "" if made == here else f"made for {made}, this is {here}"
 
 
+def _bias_misfit(entry: Entry, module: nn.Module) -> str:
+    bias = module._parameters.get("bias")
+    if bias is None or not bias.is_floating_point():
+        return f"a {type(module).__name__} without a bias"
+    got = tuple(entry.tensors["delta"].shape)
+    return cannot_change(module, "bias") or (
+        "" if got == bias.shape else f"made for {got}, this is {tuple(bias.shape)}"
+    )
+
+
 def _dense_misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and (entry.kind != "dense" or isinstance(module, nn.Embedding)):
         return no_branches(module)
     if isinstance(module, BranchedLinear) and module.bits != 16:
         return f"{entry.kind} changes cannot go onto {module.bits}-bit weights; truncate them, or quantize again"
     if why := no_plain_weight(module) or cannot_change(module, "weight"):
         return why
-    outputs, inputs = module.out_features, module.in_features
-    want = (outputs, inputs) if entry.kind == "dense" else (outputs, outputs)
+    shape = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
+    want = shape if entry.kind == "dense" else (shape[0], shape[0])
     got = tuple(next(iter(entry.tensors.values())).shape)
     if got != want:
         return f"made for {got}, this needs {want}"

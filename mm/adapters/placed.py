@@ -24,8 +24,18 @@ class Placed:
 
     @property
     def in_weight(self) -> bool:
-        """Whether it acts in the weight; else it is a branch."""
-        return self.fused or self.entry.kind != "lowrank"
+        """Whether it acts in the weight."""
+        return not (self.is_branch or self.in_bias)
+
+    @property
+    def in_bias(self) -> bool:
+        """Whether it acts in the bias."""
+        return self.entry.kind == "bias"
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it runs beside the weight."""
+        return self.entry.kind == "lowrank" and not self.fused
 
     @property
     def strength(self) -> float:

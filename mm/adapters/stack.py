@@ -75,6 +75,11 @@ class _Spot:
     module: nn.Module
     placed: Placed
 
+    @property
+    def key(self) -> tuple[int, bool]:
+        """The layer, and whether its bias is meant."""
+        return id(self.module), self.placed.in_bias
+
 
 def stack_of(target: Any) -> Stack:
     """The stack of a module or pipeline."""
@@ -156,7 +161,10 @@ class Stack:
             arrange(module, [*placed_on(module), made])
 
         self._all([(place.module, place) for place in places], put)
-        return Applied(tensors=sum(len(e.tensors) for e in patch.entries.values()), layers=len(places))
+        return Applied(
+            tensors=sum(len(e.tensors) for e in patch.entries.values()),
+            layers=len({id(place.module) for place in places}),
+        )
 
     def scale(self, name: str, scale: float) -> None:
         """How strongly a patch acts from now on: 0 is without it, 1 in full. Entries of all kinds follow."""
@@ -202,11 +210,13 @@ class Stack:
         for spot in spots:
             if below := _in_the_way(spot):
                 raise UserError(f"{spot.path}: {name!r} acts on what {below!r} gives there; bake {below!r} first")
-        if not all(spot.placed.in_weight for spot in spots):
+        if any(spot.placed.is_branch for spot in spots):
             self._fused((name,), True)
-        for spot in spots:
-            settle(spot.module, name)
-        return Applied(tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len(spots))
+        for module in {id(spot.module): spot.module for spot in spots}.values():
+            settle(module, name)
+        return Applied(
+            tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots})
+        )
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +224,8 @@ class Stack:
         for component, root in roots_of(self.target).items():
             for path, module in root.named_modules():
                 for placed in placed_on(module):
-                    yield _Spot(path=f"{component}.{clean(path)}".strip("."), module=module, placed=placed)
+                    end = ".bias" if placed.in_bias else ""
+                    yield _Spot(path=f"{component}.{clean(path)}{end}".strip("."), module=module, placed=placed)
 
     def _named(self, name: str) -> Sequence[_Spot]:
         found = [spot for spot in self._spots() if spot.placed.name == name]
@@ -225,16 +236,16 @@ class Stack:
     def _of(self, name: str, entries: dict[str, Entry]) -> Sequence[_Spot]:
         """Where a patch's own entries are. Raises UserError where some are missing or others of that name are there."""
         places = match(name, entries, self.target)
-        spots = {id(spot.module): spot for spot in self._spots() if spot.placed.name == name}
-        missing = [place.path for place in places if id(place.module) not in spots]
+        spots = {spot.key: spot for spot in self._spots() if spot.placed.name == name}
+        missing = [place.path for place in places if place.key not in spots]
         if missing:
             raise UserError(f"{len(missing)} of {len(places)} layers lack patch {name!r}: {missing[0]} first")
         for place in places:
-            if not _same(place.entry, spots[id(place.module)].placed.entry):
+            if not _same(place.entry, spots[place.key].placed.entry):
                 raise UserError(f"another patch named {name!r} is applied to {place.path}; its tensors are others")
         if len(spots) != len(places):
             raise UserError(f"another patch named {name!r} is applied: to {len(spots)} layers, not {len(places)}")
-        return [spots[id(place.module)] for place in places]
+        return [spots[place.key] for place in places]
 
     def _check_free(self, name: str, places: Sequence[Place]) -> None:
         taken = any(spot.placed.name == name for spot in self._spots())
@@ -243,7 +254,7 @@ class Stack:
 
     def _check_weights(self, name: str) -> None:
         for spot in self._named(name):
-            if isinstance(spot.module, BranchedLinear) and spot.module.bits != 16:
+            if isinstance(spot.module, BranchedLinear) and spot.module.bits != 16 and not spot.placed.in_bias:
                 raise UserError(
                     f"{spot.path} has {spot.module.bits}-bit weights, which take no fusing; the patch runs beside "
                     "them. To make it part of the weights, bake it into the 16-bit model and quantize that"
@@ -318,6 +329,8 @@ def _in_the_way(spot: _Spot) -> str:
     below = stack[: stack.index(spot.placed)]
     mine = spot.placed.entry
     for other in below:
+        if "bias" in (mine.kind, other.entry.kind):
+            continue
         if "rotation" in (mine.kind, other.entry.kind):
             return other.name
         if mine.kind == "rows" and torch.isin(mine.tensors["ids"].cpu(), other.entry.tensors["ids"].cpu()).any():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.layers.offloading import stored
-from mm.layers.originals import original_weight
+from mm.layers.originals import kept_bias, original_weight
 from mm.layers.surgery import clean, unwrapped
 
 
@@ -38,9 +38,10 @@ def base_hash(root: nn.Module) -> str:
 def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What `state_dict` holds of the model itself: no adapters, weights before patches, offloaded values."""
     originals = {
-        weight.data_ptr(): original
+        tensor.data_ptr(): original
         for module in root.modules()
-        if (original := original_weight(module)) is not None and (weight := stored(module, "weight")) is not None
+        for name, kept in (("weight", original_weight), ("bias", kept_bias))
+        if (original := kept(module)) is not None and (tensor := stored(module, name)) is not None
     }
     state = root.state_dict()
     for path, module in root.named_modules(remove_duplicate=False):

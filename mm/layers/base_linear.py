@@ -20,7 +20,7 @@ from mm.core.errors import UserError
 from mm.kernels.packing import GROUP, integers_of, padded
 from mm.layers.computed_weight import computed
 from mm.layers.offloading import stored
-from mm.layers.originals import kept
+from mm.layers.originals import kept, kept_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,8 @@ class QuantizableLinear(nn.Linear):
         """
         if self.bits != 16:
             raise ValueError(f"this layer has {self.bits}-bit weights already; quantize the 16-bit model again")
-        if kept(self) is not None:
-            raise UserError("patches have changed the weight of this layer; undo or bake them, then quantize")
+        if kept(self) is not None or kept_bias(self) is not None:
+            raise UserError("patches have changed the weight or bias of this layer; undo or bake them, then quantize")
         dtype, device = self.weight.dtype, self.weight.device
         self._drop_weight()
         self.register_buffer("qweight", qweight.to(device))

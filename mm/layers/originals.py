@@ -19,6 +19,7 @@ from mm.core.errors import UserError
 from mm.layers.offloading import stored
 
 KEPT = "_mm_original"
+KEPT_BIAS = "_mm_original_bias"
 _IDS = "_mm_original_ids"
 
 
@@ -48,9 +49,33 @@ def forget(module: nn.Module) -> None:
     for name in (KEPT, _IDS):
         module._buffers.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
+    _drop_hook(module, _refuse_loading)
+
+
+def _drop_hook(module: nn.Module, function: Any) -> None:
     hooks = module._load_state_dict_pre_hooks
-    for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) is _refuse_loading]:
+    for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
         del hooks[key]
+
+
+def kept_bias(module: nn.Module) -> Tensor | None:
+    """The bias kept in a layer; None where patches did not change it."""
+    return module._buffers.get(KEPT_BIAS)
+
+
+def keep_bias(module: nn.Module, original: Tensor) -> None:
+    """Keeps a bias."""
+    if kept_bias(module) is None:
+        module.register_load_state_dict_pre_hook(_refuse_bias)
+    module._buffers.pop(KEPT_BIAS, None)
+    module.register_buffer(KEPT_BIAS, original, persistent=False)
+
+
+def forget_bias(module: nn.Module) -> None:
+    """Keeps no bias from now on; the bias as it is becomes the layer's own."""
+    module._buffers.pop(KEPT_BIAS, None)
+    module._non_persistent_buffers_set.discard(KEPT_BIAS)
+    _drop_hook(module, _refuse_bias)
 
 
 def original_weight(module: nn.Module) -> Tensor | None:
@@ -68,13 +93,23 @@ def original_weight(module: nn.Module) -> Tensor | None:
 def refuse_patched(root: nn.Module, name: str) -> None:
     """Raises UserError where patches have changed weights of a model that is about to be quantized."""
     for path, module in root.named_modules():
-        if kept(module) is not None:
-            raise UserError(f"patches have changed the weight of {name}.{path}; undo or bake them, then quantize")
+        if kept(module) is not None or kept_bias(module) is not None:
+            raise UserError(
+                f"patches have changed the weight or bias of {name}.{path}; undo or bake them, then quantize"
+            )
 
 
 def _refuse_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    if f"{prefix}weight" in state_dict:
+    _refuse("weight", module, state_dict, prefix)
+
+
+def _refuse_bias(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    _refuse("bias", module, state_dict, prefix)
+
+
+def _refuse(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    if f"{prefix}{name}" in state_dict:
         raise UserError(
-            f"{prefix.rstrip('.') or type(module).__name__} has a weight that patches changed; undo or bake them "
-            "before another weight is loaded"
+            f"{prefix.rstrip('.') or type(module).__name__} has a {name} that patches changed; undo or bake them "
+            f"before another {name} is loaded"
         )
