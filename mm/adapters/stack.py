@@ -19,7 +19,7 @@ from torch import nn
 
 from mm.adapters.entry import Entry
 from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
-from mm.adapters.matching import Place, match
+from mm.adapters.matching import Place, layer_path, match
 from mm.adapters.placed import Placed
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
@@ -107,7 +107,7 @@ class Stack:
 
     def overlap(self, first: str, second: str) -> tuple[str, ...]:
         """Paths of the layers that two patches both change; empty where they share none."""
-        mine, theirs = ({s.path for s in self._named(name)} for name in (first, second))
+        mine, theirs = ({layer_path(s.path, s.placed.entry) for s in self._named(name)} for name in (first, second))
         return tuple(sorted(mine & theirs))
 
     def verify(self, name: str, entries: dict[str, Entry] | None = None) -> str:
@@ -304,7 +304,7 @@ def _item(placed: Sequence[Placed]) -> StackItem:
         name=first.name,
         method=first.method,
         scale=first.scale,
-        layers=len(placed),
+        layers=len({layer_path(p.path, p.entry) for p in placed}),
         tensors=sum(len(p.entry.tensors) for p in placed),
         base_matches=first.base_matches,
         kinds=tuple(sorted({p.entry.kind for p in placed})),
