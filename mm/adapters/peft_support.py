@@ -24,7 +24,7 @@ from torch import nn
 from mm.adapters.layer_state import placed_on
 from mm.core.errors import UserError
 from mm.layers.linear import Branch, BranchedLinear
-from mm.layers.originals import kept
+from mm.layers.originals import kept, kept_bias
 
 
 def _quantized(layer: object) -> bool:
@@ -48,10 +48,10 @@ def why_not(tuner: Any, adapter_names: Sequence[str] | None) -> str:
 
 
 def _patched(layer: nn.Module) -> str:
-    if kept(layer) is None:
+    if kept(layer) is None and kept_bias(layer) is None:
         return ""
-    names = ", ".join(repr(p.name) for p in placed_on(layer) if p.in_weight)
-    return f"patches ({names}) have changed the weight below it; undo or bake them first"
+    names = ", ".join(repr(p.name) for p in placed_on(layer) if not p.is_branch)
+    return f"patches ({names}) have changed the weight or bias below it; undo or bake them first"
 
 
 def check(models: Iterable[nn.Module], adapter_names: Sequence[str] | None = None) -> None:
