@@ -142,7 +142,9 @@ def _bias_misfit(entry: Entry, module: nn.Module) -> str:
     if bias is None or not bias.is_floating_point():
         return f"a {type(module).__name__} without a bias"
     got = tuple(entry.tensors["delta"].shape)
-    return cannot_change(module, "bias") or ("" if got == bias.shape else f"made for {got}, this is {tuple(bias.shape)}")
+    return cannot_change(module, "bias") or (
+        "" if got == bias.shape else f"made for {got}, this is {tuple(bias.shape)}"
+    )
 
 
 def _dense_misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:

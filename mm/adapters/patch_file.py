@@ -51,9 +51,7 @@ def read_patch(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no safetensors file ({error})") from error
     if text is None:
-        raise UserError(
-            f"{path} is no patch of mm; a LoRA of another program is read by mm.read_lora"
-        )
+        raise UserError(f"{path} is no patch of mm; a LoRA of another program is read by mm.read_lora")
     meta = json.loads(text)
     entries = {
         p: Entry(

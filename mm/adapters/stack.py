@@ -160,7 +160,10 @@ class Stack:
             arrange(module, [*placed_on(module), made])
 
         self._all([(place.module, place) for place in places], put)
-        return Applied(tensors=sum(len(e.tensors) for e in patch.entries.values()), layers=len({id(place.module) for place in places}))
+        return Applied(
+            tensors=sum(len(e.tensors) for e in patch.entries.values()),
+            layers=len({id(place.module) for place in places}),
+        )
 
     def scale(self, name: str, scale: float) -> None:
         """How strongly a patch acts from now on: 0 is without it, 1 in full. Entries of all kinds follow."""
@@ -210,7 +213,9 @@ class Stack:
             self._fused((name,), True)
         for spot in spots:
             settle(spot.module, name)
-        return Applied(tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots}))
+        return Applied(
+            tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots})
+        )
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

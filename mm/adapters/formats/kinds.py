@@ -138,7 +138,9 @@ def _bias(module: str, parts: Parts, outputs: int, scale: float) -> Tensor | Non
     found = [(parts.tensors[p].float() * s, p) for p, s in (("up_bias", scale), ("diff_b", 1.0)) if p in parts.tensors]
     for tensor, part in found:
         if tensor.numel() != outputs:
-            raise UserError(f"{parts.keys[part]!r} has shape {tuple(tensor.shape)}, {module} has {outputs} outputs here")
+            raise UserError(
+                f"{parts.keys[part]!r} has shape {tuple(tensor.shape)}, {module} has {outputs} outputs here"
+            )
     return sum((tensor.flatten() for tensor, _ in found), torch.zeros(outputs)) if found else None
 
 
@@ -174,9 +176,7 @@ def _delta(module: str, parts: Parts, shape: tuple[int, ...], scale: float) -> T
         down, up = _matrices(module, parts, shape)
         return scale * (up.float() @ down.float()).reshape(shape)
     if "hada_t1" in t:
-        first, second = (
-            _tucker(module, parts, (f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"), shape) for i in (1, 2)
-        )
+        first, second = (_tucker(module, parts, (f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"), shape) for i in (1, 2))
         return scale * first * second
     if "hada_w1_a" in t:
         return scale * _product(module, parts, "hada_w1", shape) * _product(module, parts, "hada_w2", shape)
@@ -265,6 +265,6 @@ def _dora(module: str, parts: Parts, magnitude: Tensor, delta: Tensor, pieces: S
             "inputs here"
         )
     dims = [d for d in range(merged.ndim) if d != (1 if along_inputs else 0)]
-    norm = merged.norm(dim=dims, keepdim=True)
+    norm = torch.linalg.vector_norm(merged, dim=dims, keepdim=True)
     eps = torch.finfo(torch.float32).tiny if part == "magnitude" else torch.finfo(torch.float32).eps
     return merged * (magnitude.float().reshape(norm.shape) / (norm + eps)) - weight

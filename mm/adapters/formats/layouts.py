@@ -80,7 +80,9 @@ def grouped(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
             adapters.add(adapter)
         parts = modules.setdefault(module, Parts())
         if part in parts.keys:
-            raise UserError(f"the keys {parts.keys[part]!r} and {key!r} are the same part of one layer, under two names")
+            raise UserError(
+                f"the keys {parts.keys[part]!r} and {key!r} are the same part of one layer, under two names"
+            )
         parts.tensors[part], parts.keys[part] = tensor, key
     if len(adapters) > 1:
         raise UserError(

@@ -82,7 +82,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not beside.is_file():
         return tensors, {}
     if beside.stat().st_size > _LONGEST_JSON:
-        raise UserError(f"{beside} has {beside.stat().st_size} bytes; settings of an adapter are at most {_LONGEST_JSON}")
+        raise UserError(
+            f"{beside} has {beside.stat().st_size} bytes; settings of an adapter are at most {_LONGEST_JSON}"
+        )
     try:
         return tensors, _settings(beside.read_text(encoding="utf-8"), str(beside))
     except (OSError, UnicodeDecodeError) as error:

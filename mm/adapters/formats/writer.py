@@ -174,7 +174,9 @@ def _originals(target: Any) -> dict[tuple[str, str], str]:
 def _joined(patch: Patch, pieces: tuple[Piece, ...], bias: bool, foreign: str) -> Entry:
     """One entry for a layer of the original code from those of the layers it stands for here."""
     suffix = ".bias" if bias else ""
-    here = [(piece, patch.entries[f"{piece.path}{suffix}"]) for piece in pieces if f"{piece.path}{suffix}" in patch.entries]
+    here = [
+        (piece, patch.entries[f"{piece.path}{suffix}"]) for piece in pieces if f"{piece.path}{suffix}" in patch.entries
+    ]
     total = sum(piece.count for piece in pieces)
     kinds = {entry.kind for _, entry in here}
     if kinds == {"lowrank"}:
