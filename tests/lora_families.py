@@ -1,4 +1,4 @@
-"""Eight families of diffusers as tiny random models, with inputs and the names that other programs give their layers."""
+"""Eight families of diffusers as tiny random models, with inputs and other programs' names for their layers."""
 
 from __future__ import annotations
 

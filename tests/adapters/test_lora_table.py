@@ -1,4 +1,4 @@
-"""Every LoRA file there is, by layout, kind and family: the model does with it what it does in the program that wrote it."""
+"""LoRA files of every layout, kind and family: the model does with one what it does in the program that wrote it."""
 
 from __future__ import annotations
 
