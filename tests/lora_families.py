@@ -260,7 +260,8 @@ FAMILIES: dict[str, Family] = {
         ],
         only_ours=[
             _fused("layers.0.attention.qkv", "layers.0.attention", _QKV),
-            ("x_embedder", ["all_x_embedder.2-1"], False), ("final_layer.linear", ["all_final_layer.2-1.linear"], False),
+            ("x_embedder", ["all_x_embedder.2-1"], False),
+            ("final_layer.linear", ["all_final_layer.2-1.linear"], False),
         ],
     ),
     "Wan": Family(
@@ -277,8 +278,10 @@ FAMILIES: dict[str, Family] = {
                 ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
             )
         ],
-        only_ours=[("head.head", ["proj_out"], False), ("time_embedding.0", ["condition_embedder.time_embedder.linear_1"],
-                                                         False)],
+        only_ours=[
+            ("head.head", ["proj_out"], False),
+            ("time_embedding.0", ["condition_embedder.time_embedder.linear_1"], False),
+        ],
     ),
 }  # fmt: skip
 
