@@ -59,8 +59,8 @@ def parse_json(
         raise UserError(f"{source} is nested too deeply; at most {depth} levels are read") from error
     except json.JSONDecodeError as error:
         near = shown(text[error.pos : error.pos + 20].strip())
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{source} is no JSON ({error.msg} at {place}, near {near})") from error
+        place = f"column {error.colno}" if "\n" not in text else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{source} is no JSON at {place} ({error.msg}, near {near})") from error
     except UserError as error:
         raise UserError(f"{source} {error}") from error
     _check_tree(value, source, depth)
@@ -223,7 +223,7 @@ def _finite(text: str) -> float:
 
 def _whole(text: str) -> int:
     if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 64:
-        raise UserError(f"holds {shown(text)}, an integer of more than 64 bits; give a smaller one")
+        raise UserError(f"holds {shown(text)}, which cannot be read: an integer of more than 64 bits")
     return int(text)
 
 
@@ -256,4 +256,4 @@ def _check_text(text: str, source: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{source} holds half a character (a lone surrogate) in {shown(text)}; mend it") from error
+        raise UserError(f"{source} holds characters that do not print (a lone surrogate) in {shown(text)}") from error

@@ -66,7 +66,8 @@ def test_values_in_messages_are_one_short_line_of_ascii() -> None:
     ("text", "why"),
     [
         (b"\xff\xfe{}", "not UTF-8"),
-        (b"{", "line 1, column 2"),
+        (b"{", "no JSON at column 2"),
+        (b"{\n", "no JSON at line 2, column 1"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[" * 70 + b"]" * 70, "nested too deeply; at most 64"),
         (b'{"a": 1, "b": 2, "a": 3}', 'gives the key "a" twice'),
