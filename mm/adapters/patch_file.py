@@ -29,7 +29,14 @@ from mm.layers.linear import Scope
 META = "mm_patch"
 FIELDS = ("method", "base", "settings", "report", "name")
 VERSION = 1
-_DIMS = {"down": 2, "up": 2, "ids": 1, "rows": 2, "delta": 2, "rotation": 2}
+_DIMS = {
+    "down": (2,),
+    "up": (2,),
+    "ids": (1,),
+    "rows": (2,),
+    "delta": (1, 2, 3, 4, 5),
+    "rotation": (2,),
+}  # deltas of convolutions, too
 
 
 def write_patch(path: str | Path, entries: Mapping[str, Entry], fields: Mapping[str, Any]) -> None:
@@ -60,9 +67,7 @@ def read_patch(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     """
     read = read_tensors(path, "patch file", types=(*FLOATS, "I64", "I32"))
     if META not in read.metadata:
-        raise UserError(
-            f"{path} is no patch of mm; a LoRA of another program is read by mm.adapters.lora_formats.read_lora"
-        )
+        raise UserError(f"{path} is no patch of mm; a LoRA of another program is read by mm.read_lora")
     meta = Fields(parse_json(read.metadata[META], f"{path}: {META}"), f"{path}: {META}")
     meta.only(("version", "entries", *FIELDS))
     meta.choice("version", (VERSION,))
@@ -100,8 +105,9 @@ def _check_tensor(key: str, name: str, tensor: Tensor, path: Path) -> None:
         raise UserError(
             f"{path}: {shown(key)} is of type {tensor.dtype}; {'int64' if name == 'ids' else 'floats'} needed"
         )
-    if tensor.ndim != _DIMS[name]:
-        raise UserError(f"{path}: {shown(key)} has shape {list(tensor.shape)}; {_DIMS[name]} dimensions are needed")
+    if tensor.ndim not in _DIMS[name]:
+        want = " or ".join(map(str, _DIMS[name]))
+        raise UserError(f"{path}: {shown(key)} has shape {list(tensor.shape)}; {want} dimensions are needed")
 
 
 def _misfit(kind: str, tensors: Mapping[str, Tensor]) -> str:
@@ -109,6 +115,8 @@ def _misfit(kind: str, tensors: Mapping[str, Tensor]) -> str:
     sizes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if kind == "lowrank" and sizes["down"][0] != sizes["up"][1]:
         return f"rank {sizes['down'][0]} in down {sizes['down']} and {sizes['up'][1]} in up {sizes['up']}"
+    if kind == "bias" and len(sizes["delta"]) != 1:
+        return f"a delta of shape {sizes['delta']}, which is no bias"
     if kind == "rotation" and sizes["rotation"][0] != sizes["rotation"][1]:
         return f"a rotation of shape {sizes['rotation']}, which is not square"
     if kind == "rows":

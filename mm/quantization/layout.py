@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm.adapters.patch import base_hash as base_hash
 from mm.core.errors import UserError
+from mm.layers.base_hash import base_hash as base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import swap
 from mm.quantization.config import SVDQuantConfig

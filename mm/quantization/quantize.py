@@ -32,6 +32,7 @@ from mm.core.files import write_bytes
 from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import ActivationRule, BranchedLinear
+from mm.layers.originals import refuse_patched
 from mm.layers.sites import FAMILIES, Site, find_sites
 from mm.layers.surgery import branched
 from mm.quantization import auto, search
@@ -66,6 +67,8 @@ def quantize(
     config = config or SVDQuantConfig()
     started = time.monotonic()
     roots = _roots(target, components)
+    for name, root in roots.items():
+        refuse_patched(root, name)
     runs = [] if config.data_free else _runs(target, calibration, config)
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
