@@ -11,10 +11,9 @@ Design choices:
 - 16-bit weights go to torch's own product (`dense`).
 - Many tokens are rounded and multiplied a stretch at a time: rounded inputs then stay in the last-level cache, where
   all of FLUX's 4096 tokens of 12288 numbers would be written out to fresh memory and fetched back.
-- Inputs that are not to be rounded are written as two digits of 8 bits a group, the second some 250 times finer: that
-  errs less than their own 16 bits, and integer products of packed weights do the rest.
-
-It does not know why a caller chose bits or groups, and it does not choose between backends (`dispatch`).
+- Inputs that are not to be rounded are written as digits of 8 bits a group, each some 250 times finer than the last:
+  two for 16-bit inputs and three for fp32, which errs less than these types do. Integer products of packed weights
+  do the rest.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mm.core.errors import UserError
 from mm.kernels.dense import add_branch, dense_linear
 from mm.kernels.packing import GROUP, padded
 
@@ -58,8 +58,17 @@ def absence() -> str | None:
 
 
 def instruction_set() -> str | None:
-    """The widest path that this CPU runs, capped by MM_KERNELS_ISA; None where the extension is absent."""
-    return None if _native is None else str(_native.choose(os.environ.get("MM_KERNELS_ISA", "")))
+    """The widest path that this CPU runs, capped by MM_KERNELS_ISA; None where the extension is absent.
+
+    Raises:
+        UserError: MM_KERNELS_ISA names no path.
+    """
+    if _native is None:
+        return None
+    try:
+        return str(_native.choose(os.environ.get("MM_KERNELS_ISA", "")))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 if _native is not None:
@@ -172,18 +181,21 @@ def weight_only_linear(
     branch_scales_R: Tensor | None,
     shift: float,
 ) -> Tensor:
-    """(M, N) in x's dtype; x is read as coarse + fine, each rounded to 8 bits a group."""
-    rows, columns = x_MK.shape
-    v = x_MK.float() + shift
-    v = v if smooth_K is None else v * (1 / smooth_K.float())
-    coarse, steps, _ = quantize_activations(v, None, None, 8, GROUP, False, 0.0)
-    left = v - (coarse.view(rows, -1, GROUP) * steps[..., None]).view(rows, -1)[:, :columns]
-    fine, fine_steps, _ = quantize_activations(left, None, None, 8, GROUP, False, 0.0)
-    both = lowbit_linear(
-        torch.cat([coarse, fine]), torch.cat([steps, fine_steps]), weight, weight_scales_NG, None, None, None, None,
-        torch.float32,
-    )  # fmt: skip
-    y = both[:rows] + both[rows:]
+    """(M, N) in x's dtype; x is read as a sum of digits, each rounded to 8 bits a group."""
+    (rows, columns), wide = x_MK.shape, padded(x_MK.shape[1])
+    left = x_MK.float() + shift
+    left = left if smooth_K is None else left * (1 / smooth_K.float())
+    digits, steps = [], []
+    for _ in range(3 if x_MK.dtype in (torch.float32, torch.float64) else 2):
+        digit, step, _ = quantize_activations(left, None, None, 8, GROUP, False, 0.0)
+        digits.append(digit)
+        steps.append(step)
+        read = (digit.view(rows, wide // GROUP, GROUP) * step[..., None]).view(rows, wide)
+        left = left - read[:, :columns]
+    parts = lowbit_linear(
+        torch.cat(digits), torch.cat(steps), weight, weight_scales_NG, None, None, None, None, torch.float32
+    )
+    y = parts.view(len(digits), rows, len(weight)).sum(0)
     if bias_N is not None:
         y += bias_N
     low = None if down_RK is None else x_MK.float() @ down_RK.float().T

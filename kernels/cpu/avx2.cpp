@@ -20,11 +20,13 @@ MM_TARGET inline __m256i dot32(const int8_t *x, const uint8_t *w) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-// Signed weights: |w| times x with w's sign. 128 * 127 * 2 still fits into 16 bits, as activations stop at -127.
+// Signed weights: in 16 bits, where -128 * -128 fits.
 MM_TARGET inline __m256i dot32(const int8_t *x, const int8_t *w) {
-    const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w));
-    const __m256i turned = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)), weights);
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), turned), _mm256_set1_epi16(1));
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < 32; i += 16)
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i))),
+                                                      _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w + i)))));
+    return sum;
 }
 
 template <typename Weight>
