@@ -1,4 +1,4 @@
-"""The C++ backend: 4- or 8-bit storage, 8-bit products, branches fused; AVX512-VNNI, AVX2 and portable paths.
+"""The C++ backend: 4- or 8-bit storage, 8-bit products, branches fused; paths by instruction set, chosen when it loads.
 
 Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
 
@@ -9,8 +9,7 @@ Design choices:
   for the cores. Hence torch is imported first, and `threads` is torch's number.
 - float16 x is read as it is and computed in fp32, as everything else is.
 - 16-bit weights go to torch's own product (`dense`).
-- Many tokens are rounded and multiplied a stretch at a time: rounded inputs then stay in the last-level cache, where
-  all of FLUX's 4096 tokens of 12288 numbers would be written out to fresh memory and fetched back.
+- A token's outputs have the same bits whatever tokens are computed beside it (kernels/cpu/product.h says how).
 - Inputs that are not to be rounded are written as digits of 8 bits a group, each some 250 times finer than the last:
   two for 16-bit inputs and three for fp32, which errs less than these types do. Integer products of packed weights
   do the rest.
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
-from mm.kernels.dense import add_branch, dense_linear
+from mm.kernels.dense import dense_linear
 from mm.kernels.packing import GROUP, padded
 
 _native: ModuleType | None
@@ -48,8 +47,6 @@ __all__ = [
 ]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STRETCH = 1024  # tokens: about as many as the product (many512.h) takes at once anyway
-_TILE = 6  # tokens of one of its tiles
 
 
 def absence() -> str | None:
@@ -89,6 +86,15 @@ def _at(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype])
 
 
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous fp32."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _bits(weight: Tensor) -> int:
+    return 4 if weight.dtype == torch.uint8 else 8
+
+
 def quantize_activations(
     x_MK: Tensor, smooth_K: Tensor | None, down_RK: Tensor | None, bits: int, group: int, unsigned: bool, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,33 +124,18 @@ def lowbit_linear(
     branch_scales_R: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    y = torch.empty(len(values_MC), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
-    _lowbit_into(y, values_MC, scales, weight, weight_scales_NG, bias_N, low_MR, up_NR, branch_scales_R)
-    return y.to(dtype)
-
-
-def _lowbit_into(
-    y_MN: Tensor,
-    values_MC: Tensor,
-    scales: Tensor,
-    weight: Tensor,
-    weight_scales_NG: Tensor,
-    bias_N: Tensor | None,
-    low_MR: Tensor | None,
-    up_NR: Tensor | None,
-    branch_scales_R: Tensor | None,
-) -> None:
     assert _native is not None
+    y_MN = torch.empty(len(values_MC), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
     values, weight, scales = values_MC.contiguous(), weight.contiguous(), scales.float().contiguous()
     weight_scales, bias, up = _ready(weight_scales_NG), _ready(bias_N), _ready(up_NR)
-    low = None if low_MR is None else low_MR.float().contiguous()
-    branch_scales = None if branch_scales_R is None else branch_scales_R.float().contiguous()
+    low, branch_scales = _floats(low_MR), _floats(branch_scales_R)
     (rows, wide), outputs = values.shape, weight.shape[0]
     _native.linear(
         (values.data_ptr(), scales.data_ptr(), weight.data_ptr()), _at(weight_scales), _at(bias), _at(low), _at(up),
         _at(branch_scales), _at(y_MN), (rows, outputs, wide, scales.shape[1], 0 if up is None else up.shape[1]),
-        4 if weight.dtype == torch.uint8 else 8, torch.get_num_threads(),
+        _bits(weight), torch.get_num_threads(),
     )  # fmt: skip
+    return y_MN.to(dtype)
 
 
 def rounded_linear(
@@ -159,15 +150,19 @@ def rounded_linear(
     rounding: tuple[int, int, bool, float],
 ) -> Tensor:
     """(M, N) in x's dtype; `rounding` holds bits, group, unsigned and shift of the inputs."""
-    dtype = x_MK.dtype
-    y = torch.empty(len(x_MK), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
-    stretches = max(1, round(len(x_MK) / _STRETCH))
-    length = max(1, -(-len(x_MK) // (stretches * _TILE))) * _TILE
-    for x, part in zip(x_MK.split(length), y.split(length), strict=True):
-        values, scales, low = quantize_activations(x, smooth_K, down_RK, *rounding)
-        branch = None if down_RK is None else low
-        _lowbit_into(part, values, scales, weight, weight_scales_NG, bias_N, branch, up_NR, branch_scales_R)
-    return y.to(dtype)
+    assert _native is not None
+    x, weight = _ready(x_MK), weight.contiguous()
+    assert x is not None
+    y_MN = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    # Named, since the extension reads what they point at
+    smooth, down, weight_scales, bias = _ready(smooth_K), _ready(down_RK), _ready(weight_scales_NG), _ready(bias_N)
+    up, branch_scales = _ready(up_NR), _floats(branch_scales_R)
+    _native.layer(
+        _at(x), _at(smooth), _at(down), weight.data_ptr(), _at(weight_scales), _at(bias), _at(up), _at(branch_scales)[0],
+        _at(y_MN), (*y_MN.shape, x.shape[1], 0 if down is None else down.shape[0]), _bits(weight), rounding,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y_MN.to(x_MK.dtype)
 
 
 def weight_only_linear(
@@ -181,22 +176,30 @@ def weight_only_linear(
     branch_scales_R: Tensor | None,
     shift: float,
 ) -> Tensor:
-    """(M, N) in x's dtype; x is read as a sum of digits, each rounded to 8 bits a group."""
+    """(M, N) in x's dtype; x is read as a sum of digits, each rounded to 8 bits a group.
+
+    All digits are tokens of one product, so that weights are read once; the branch belongs to the first.
+    """
     (rows, columns), wide = x_MK.shape, padded(x_MK.shape[1])
     left = x_MK.float() + shift
     left = left if smooth_K is None else left * (1 / smooth_K.float())
+    count = 3 if x_MK.dtype in (torch.float32, torch.float64) else 2
     digits, steps = [], []
-    for _ in range(3 if x_MK.dtype in (torch.float32, torch.float64) else 2):
+    for number in range(count):
         digit, step, _ = quantize_activations(left, None, None, 8, GROUP, False, 0.0)
         digits.append(digit)
         steps.append(step)
-        read = (digit.view(rows, wide // GROUP, GROUP) * step[..., None]).view(rows, wide)
-        left = left - read[:, :columns]
+        if number + 1 < count:
+            read = (digit.view(rows, wide // GROUP, GROUP) * step[..., None]).view(rows, wide)
+            left = left - read[:, :columns]
+    low = None
+    if down_RK is not None:
+        low = x_MK.new_zeros(count * rows, down_RK.shape[0], dtype=torch.float32)
+        low[:rows] = quantize_activations(x_MK, None, down_RK, 8, 0, False, 0.0)[2]
     parts = lowbit_linear(
-        torch.cat(digits), torch.cat(steps), weight, weight_scales_NG, None, None, None, None, torch.float32
-    )
-    y = parts.view(len(digits), rows, len(weight)).sum(0)
-    if bias_N is not None:
-        y += bias_N
-    low = None if down_RK is None else x_MK.float() @ down_RK.float().T
-    return add_branch(y, low, up_NR, branch_scales_R).to(x_MK.dtype)
+        torch.cat(digits), torch.cat(steps), weight, weight_scales_NG, None, low, up_NR, branch_scales_R, torch.float32
+    ).view(count, rows, len(weight))
+    y_MN = parts[0]
+    for part in parts[1:]:
+        y_MN += part
+    return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype)

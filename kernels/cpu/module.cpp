@@ -3,6 +3,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
@@ -24,11 +25,19 @@ T *pointer(uintptr_t address) {
 
 const Path *const paths[] = {
 #if defined(__x86_64__)
-    &avx512_path, &avx2_path,
+    &avx512_path, &avx_vnni_path, &avx_vnni_evex_path, &avx2_path,
 #endif
     &portable_path};
 
 const Path *chosen = &portable_path;
+
+// The names of all paths that were compiled, the widest first.
+std::vector<std::string> names() {
+    std::vector<std::string> found;
+    for (const Path *path : paths)
+        if (found.empty() || found.back() != path->name) found.emplace_back(path->name);
+    return found;
+}
 
 // The widest path that this CPU runs, or the widest from `cap` downward.
 std::string choose(const std::string &cap) {
@@ -40,7 +49,9 @@ std::string choose(const std::string &cap) {
             return path->name;
         }
     }
-    throw std::invalid_argument("MM_KERNELS_ISA takes avx512, avx2 or portable, not '" + cap + "'");
+    std::string known;
+    for (const std::string &name : names()) known += (known.empty() ? "" : ", ") + name;
+    throw std::invalid_argument("MM_KERNELS_ISA takes one of " + known + ", not '" + cap + "'");
 }
 
 void quantize(const Typed &x, const Typed &smooth, const Typed &down, std::tuple<int64_t, int64_t, int64_t> sizes, int bits,
@@ -65,10 +76,43 @@ void linear(std::tuple<uintptr_t, uintptr_t, uintptr_t> in, const Typed &weight_
     chosen->linear(args);
 }
 
+// Many tokens are rounded and multiplied a stretch at a time: rounded inputs then stay in the last-level cache, where all
+// of FLUX's 4096 tokens of 12288 numbers would be written out to fresh memory and fetched back.
+void run_layer(const LayerArgs &a) {
+    constexpr int64_t STRETCH = 1024, TILES = 12;  // tokens: about as many as many.h takes at once, in whole tiles
+    const int64_t stretches = std::max<int64_t>(1, (a.M + STRETCH / 2) / STRETCH);
+    const int64_t length = (a.M + stretches * TILES - 1) / (stretches * TILES) * TILES;
+    const int64_t C = (a.K + GROUP - 1) / GROUP * GROUP, most = std::min(a.M, length), columns = a.group ? C / a.group : 1;
+    const Raw<int8_t> values(most * C);
+    const Raw<float> scales(most * columns), low(most * a.R);
+    for (int64_t first = 0; first < a.M; first += length) {
+        const int64_t count = std::min(length, a.M - first);
+        chosen->quantize({a.x.at(first * a.K), a.smooth, a.down, count, a.K, C, a.R, a.bits, a.group, a.is_unsigned, a.shift,
+                          values.data(), scales.data(), low.data(), a.threads});
+        chosen->linear({values.data(), scales.data(), a.weight, a.weight_bits, a.weight_scales, a.bias, a.up, low.data(),
+                        a.branch_scales, a.out.at(first * a.N), count, a.N, C, C / GROUP, a.R, columns, a.threads});
+    }
+}
+
+void layer(const Typed &x, const Typed &smooth, const Typed &down, uintptr_t weight, const Typed &weight_scales,
+           const Typed &bias, const Typed &up, uintptr_t branch_scales, const Typed &out,
+           std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, int weight_bits,
+           std::tuple<int, int64_t, bool, float> rounding, int threads) {
+    const auto [M, N, K, R] = sizes;
+    const auto [bits, group, is_unsigned, shift] = rounding;
+    const LayerArgs args{array(x), array(smooth), array(down), pointer<const uint8_t>(weight), weight_bits,
+                         array(weight_scales), array(bias), array(up), pointer<const float>(branch_scales), array(out),
+                         M, N, K, R, bits, group, is_unsigned, shift, threads};
+    nb::gil_scoped_release release;
+    run_layer(args);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.def("choose", &choose);
+    m.def("paths", &names);
     m.def("quantize", &quantize);
     m.def("linear", &linear);
+    m.def("layer", &layer);
 }

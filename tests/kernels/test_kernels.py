@@ -19,7 +19,7 @@ from mm.kernels import dense, dispatch
 from mm.kernels.packing import integers_of
 
 CPU = dispatch.absence("cpu") is None
-ISAS = ["avx512", "avx2", "portable"]
+ISAS = ["avx512", "avx_vnni", "avx2", "portable"]
 needs_cpu = pytest.mark.skipif(not CPU, reason="the C++ extension is not built here")
 
 
@@ -28,7 +28,7 @@ def isa(request):
     """One path of the C++ backend, if this CPU runs it."""
     from mm.kernels.cpu import _native
 
-    if _native.choose(request.param) != request.param:
+    if request.param not in _native.paths() or _native.choose(request.param) != request.param:
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
     _native.choose(os.environ.get("MM_KERNELS_ISA", ""))
@@ -413,3 +413,21 @@ def test_an_environment_that_names_nothing_is_one_clear_line(name, value, messag
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, name: value})
     assert done.returncode == 0, done.stderr
     assert re.search(message, done.stdout) and len(done.stdout.splitlines()) == 1
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits, group", [(8, 0), (8, 64), (4, 64), (16, 0)])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_a_token_has_the_same_bits_in_any_batch(isa, bits, group, weight_bits, dtype):
+    """Alone, at any place of a batch, in whole tiles and rests: branch, bias, smoothing and ragged shapes included."""
+    layer = make(1024, 45, 200, rank=32, dtype=dtype, seed=bits, weight_bits=weight_bits)
+    arguments = {**layer.arguments(), "bits": bits, "group": group}
+
+    def rows(first, last):
+        return kernels.branched_linear(**arguments | {"x": layer.x[first:last].contiguous()})
+
+    whole = rows(0, 1024)
+    for size in (1, 2, 3, 4, 5, 7, 8, 9, 16, 64, 300):
+        for first in (0, 11, 1024 - size):
+            assert torch.equal(rows(first, first + size), whole[first : first + size]), (size, first)
