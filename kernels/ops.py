@@ -111,13 +111,6 @@ def _(
     return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op(
-    "mm::branched_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? weight_scales=None, Tensor? bias=None, Tensor? smooth=None, "
-    "Tensor? down=None, Tensor? up=None, Tensor? branch_scales=None, int bits=8, int group=0, bool unsigned=False, "
-    "float shift=0.0) -> Tensor",
-)
 def branched_linear(
     x: Tensor,
     weight: Tensor,
@@ -137,7 +130,61 @@ def branched_linear(
     A weight with scales is 4- or 8-bit, as `lowbit_linear` takes it, and x is quantized as `quantize_activations` says,
     or not at all with `bits` 16. Without scales it is (N, K) in floating point, and smooth, bits, group, unsigned and
     shift do not apply. All branches lie side by side in down (R, K) and up (N, R), R a multiple of 16.
+
+    It is the op `mm::branched_linear`. Where nothing watches (no compiler, tracer, fake tensor or gradient), the op's
+    function is called without torch's dispatcher, which takes longer than a small layer.
+
+    Args:
+        x: floating point (..., K).
+        weight: uint8 (N, C / 2), int8 (N, C), or floating point (N, K).
+        weight_scales: (N, G) of a 4- or 8-bit weight.
+        bias: (N,).
+        smooth: (K,), what x + shift is divided by.
+        down: (R, K).
+        up: (N, R).
+        branch_scales: (R,).
+        bits: of the rounded inputs: 4, 8, or 16 for inputs that are not rounded.
+        group: 0 for one scale per token, 64 for one per group.
+        unsigned: 4-bit inputs from 0 to 15.
+        shift: added to x before it is rounded.
+
+    Returns:
+        (..., N) in x's dtype.
+
+    Raises:
+        UserError: shapes, types or devices do not fit.
     """
+    arguments = (x, weight, weight_scales, bias, smooth, down, up, branch_scales, bits, group, unsigned, shift)
+    if _watched(x, weight, weight_scales, bias, smooth, down, up, branch_scales):
+        return torch.ops.mm.branched_linear(*arguments)
+    return _branched_linear(*arguments)
+
+
+def _watched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether something other than a backend has to see the op."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch._C._get_tracing_state() is not None:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+
+
+def _branched_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    smooth: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    branch_scales: Tensor | None = None,
+    bits: int = 8,
+    group: int = 0,
+    unsigned: bool = False,
+    shift: float = 0.0,
+) -> Tensor:
     checks.branched(x, weight, weight_scales, bias, smooth, down, up, branch_scales, bits, group, unsigned)
     flat = x.reshape(-1, x.shape[-1])
     if weight_scales is None:
@@ -152,7 +199,16 @@ def branched_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@branched_linear.register_fake
+_branched_op = torch.library.custom_op(
+    "mm::branched_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? weight_scales=None, Tensor? bias=None, Tensor? smooth=None, "
+    "Tensor? down=None, Tensor? up=None, Tensor? branch_scales=None, int bits=8, int group=0, bool unsigned=False, "
+    "float shift=0.0) -> Tensor",
+)(_branched_linear)
+
+
+@_branched_op.register_fake
 def _(
     x: Tensor,
     weight: Tensor,

@@ -69,6 +69,12 @@ MM_TARGET void few_outputs(const LinearArgs &a, const FewTokens &few, int64_t m,
     }
 }
 
+// Asks for rows [n, n + LANES) of an array: what comes once an output is too little for the hardware to see a stream in it.
+inline void fetch_rows(const LinearArgs &a, Array from, int64_t n, int64_t length) {
+    const char *at = static_cast<const char *>(from.at(n * length).data);
+    for (int64_t i = 0; n < a.N && i < LANES * length * from.bytes(); i += 64) __builtin_prefetch(at + i, 0, 3);
+}
+
 template <int BITS, bool GROUPED>
 MM_TARGET inline void few_rows(const LinearArgs &a, const FewTokens &few, int64_t n, const Ends &e) {
     int64_t m = 0;
@@ -88,6 +94,8 @@ MM_TARGET void linear_few(const LinearArgs &a) {
 #pragma omp for schedule(dynamic, 64 / LANES)
         for (int64_t n = 0; n < a.N; n += LANES) {
             fill_ends(a, n, ends);
+            fetch_rows(a, a.weight_scales, n + LANES, a.G);
+            if (a.R) fetch_rows(a, a.up, n + LANES, a.R);
             a.grouped() ? few_rows<BITS, true>(a, few, n, ends) : few_rows<BITS, false>(a, few, n, ends);
         }
     }

@@ -54,8 +54,9 @@ MM_TARGET inline void project_typed(const QuantizeArgs &a, int64_t first, int64_
     const int64_t ranks = to - from, whole = a.K / LANES * LANES, step = ranks * LANES;
     std::vector<float> sums(size_t(count * step), 0.0f);
     const void *down = a.down.at(from * a.K).data;
-    for (int64_t k = 0; k < whole; k += DEEP)
-        project_columns<TYPE>(x, a.C, count, down, a.K, k, std::min(k + DEEP, whole), ranks, sums.data(), step);
+    const int64_t deep = count < SIDE ? whole : DEEP;  // few tokens read `down` once, best in long streams
+    for (int64_t k = 0; k < whole; k += deep)
+        project_columns<TYPE>(x, a.C, count, down, a.K, k, std::min(k + deep, whole), ranks, sums.data(), step);
     if (whole < a.K) {  // the last columns, from a place where a whole vector may be read; x has zeros past its end
         std::vector<float> rest(size_t(ranks * LANES), 0.0f);
         for (int64_t r = 0; r < ranks; ++r) load_floats(a.down.at((from + r) * a.K + whole), a.K - whole, rest.data() + r * LANES);

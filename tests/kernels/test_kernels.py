@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ROUNDINGS, close, make
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm import kernels
 from mm.core.errors import UserError
@@ -266,7 +268,7 @@ def test_the_ops_pass_torchs_own_check():
     values, scales, low = kernels.quantize_activations(layer.x, layer.smooth, layer.down)
     lowbit = (values, scales, layer.weight, layer.weight_scales, layer.bias, low, layer.up, layer.branch_scales)
     torch.library.opcheck(kernels.lowbit_linear, (*lowbit, torch.bfloat16), test_utils=quick)
-    torch.library.opcheck(kernels.branched_linear, tuple(layer.arguments().values()))
+    torch.library.opcheck(torch.ops.mm.branched_linear.default, tuple(layer.arguments().values()))
 
 
 def test_compiled_code_takes_new_scales_without_compiling_again():
@@ -431,3 +433,24 @@ def test_a_token_has_the_same_bits_in_any_batch(isa, bits, group, weight_bits, d
     for size in (1, 2, 3, 4, 5, 7, 8, 9, 16, 64, 300):
         for first in (0, 11, 1024 - size):
             assert torch.equal(rows(first, first + size), whole[first : first + size]), (size, first)
+
+
+def test_what_watches_a_call_sees_the_op():
+    """A plain call goes past torch's dispatcher; modes, gradients, vmap and the compiler still meet the op."""
+    layer = make(4, 20, 100)
+    plain = kernels.branched_linear(**layer.arguments())
+    seen = []
+
+    class Watcher(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watcher():
+        assert torch.equal(kernels.branched_linear(**layer.arguments()), plain)
+    assert "mm.branched_linear.default" in seen
+    wanted = kernels.branched_linear(**{**layer.arguments(), "x": layer.x.clone().requires_grad_()})
+    with pytest.raises(RuntimeError, match="branched_linear"):
+        wanted.sum().backward()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(kernels.branched_linear(**layer.arguments()), FakeTensor)
