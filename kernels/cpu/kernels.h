@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -101,6 +102,8 @@ struct Path {
 extern const Path portable_path;
 #if defined(__x86_64__)
 extern const Path avx2_path, avx_vnni_path, avx_vnni_evex_path, avx512_path;
+#elif defined(__aarch64__)
+extern const Path neon_i8mm_path, neon_dotprod_path;
 #endif
 
 }  // namespace mm

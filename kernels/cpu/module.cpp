@@ -7,7 +7,7 @@
 
 #include <stdexcept>
 
-#include "kernels.h"
+#include "layer.h"
 
 namespace nb = nanobind;
 using namespace mm;
@@ -26,6 +26,8 @@ T *pointer(uintptr_t address) {
 const Path *const paths[] = {
 #if defined(__x86_64__)
     &avx512_path, &avx_vnni_path, &avx_vnni_evex_path, &avx2_path,
+#elif defined(__aarch64__)
+    &neon_i8mm_path, &neon_dotprod_path,
 #endif
     &portable_path};
 
@@ -76,24 +78,6 @@ void linear(std::tuple<uintptr_t, uintptr_t, uintptr_t> in, const Typed &weight_
     chosen->linear(args);
 }
 
-// Many tokens are rounded and multiplied a stretch at a time: rounded inputs then stay in the last-level cache, where all
-// of FLUX's 4096 tokens of 12288 numbers would be written out to fresh memory and fetched back.
-void run_layer(const LayerArgs &a) {
-    constexpr int64_t STRETCH = 1024, TILES = 12;  // tokens: about as many as many.h takes at once, in whole tiles
-    const int64_t stretches = std::max<int64_t>(1, (a.M + STRETCH / 2) / STRETCH);
-    const int64_t length = (a.M + stretches * TILES - 1) / (stretches * TILES) * TILES;
-    const int64_t C = (a.K + GROUP - 1) / GROUP * GROUP, most = std::min(a.M, length), columns = a.group ? C / a.group : 1;
-    const Raw<int8_t> values(most * C);
-    const Raw<float> scales(most * columns), low(most * a.R);
-    for (int64_t first = 0; first < a.M; first += length) {
-        const int64_t count = std::min(length, a.M - first);
-        chosen->quantize({a.x.at(first * a.K), a.smooth, a.down, count, a.K, C, a.R, a.bits, a.group, a.is_unsigned, a.shift,
-                          values.data(), scales.data(), low.data(), a.threads});
-        chosen->linear({values.data(), scales.data(), a.weight, a.weight_bits, a.weight_scales, a.bias, a.up, low.data(),
-                        a.branch_scales, a.out.at(first * a.N), count, a.N, C, C / GROUP, a.R, columns, a.threads});
-    }
-}
-
 void layer(const Typed &x, const Typed &smooth, const Typed &down, uintptr_t weight, const Typed &weight_scales,
            const Typed &bias, const Typed &up, uintptr_t branch_scales, const Typed &out,
            std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, int weight_bits,
@@ -104,7 +88,7 @@ void layer(const Typed &x, const Typed &smooth, const Typed &down, uintptr_t wei
                          array(weight_scales), array(bias), array(up), pointer<const float>(branch_scales), array(out),
                          M, N, K, R, bits, group, is_unsigned, shift, threads};
     nb::gil_scoped_release release;
-    run_layer(args);
+    run_layer(*chosen, args);
 }
 
 }  // namespace

@@ -91,7 +91,7 @@ MM_TARGET inline float round_stretch(const float *v, int64_t count, int top, boo
     const float low = is_unsigned ? 0.0f : float(-top), high = float(top);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        float q = __builtin_rintf(v[i] * per_step);
+        float q = std::rint(v[i] * per_step);
         q = q < low ? low : q;
         q = q > high ? high : q;
         values[i] = int8_t(int(q));

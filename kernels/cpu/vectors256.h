@@ -1,7 +1,7 @@
 // Vectors of 8 outputs in AVX2 and the shape of their tiles. Included by the paths of 256 bits, which have set MM_TARGET and
 // define Part, begin, dot and join after it (see product.h).
 
-constexpr int LANES = 8, VECTORS = 2, ROWS = 4, DEPTH = 4, FEW = 4;
+constexpr int LANES = 8, VECTORS = 2, ROWS = 4, DEPTH = 4, FEW = 4;  // DEPTH columns lie together in a panel
 constexpr int FLIP8 = 128;  // what turns a signed byte of weight into an unsigned one
 
 using F = __m256;
