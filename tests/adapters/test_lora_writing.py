@@ -81,7 +81,7 @@ def test_whole_weights_and_biases_go_into_the_layouts_that_hold_them(tmp_path):
         assert torch.equal(again.entries[path].tensors["delta"], noise(8, 8, 3, 3))
     file.unlink()
     for layout in ("peft", "diffusers"):
-        with pytest.raises(UserError, match="kind 'dense', which .* does not hold"):
+        with pytest.raises(UserError, match=r"kind 'dense', which .* does not hold"):
             mm.write_lora(patch, file, layout)
     assert not file.exists()
     entries = patch_for("SD 1.5", model).entries

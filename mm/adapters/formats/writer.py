@@ -2,8 +2,9 @@
 
 Design choices
 - Thin products are written with their scale in `up`, and alpha equal to the rank where a layout has one: diffusers 0.42
-  leaves out single alphas of a UNet's attention in kohya's files. Changes of a whole weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know; the others have no
-  place for them but a bias beside a product. What a layout cannot hold is an error, and nothing is written then.
+  misses alphas of a UNet's attention in kohya's files where they differ.
+- Changes of a whole weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know;
+  the others hold a bias beside a product only. What a layout cannot hold is an error, and nothing is written then.
 - kohya's scripts and ComfyUI call some families' layers by their original names, with q, k and v in one. The model says
   which: such a layer is written whole, rows without a change as zeros.
 """
