@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mm.adapters.registration import register as register_adapters
 from mm.core.import_hooks import after_import
 from mm.core.lazy import loader
 from mm.core.torchvision_schemas import install
@@ -50,6 +51,7 @@ def _transformers_is_there() -> None:
 after_import("open_clip.factory", _open_clip_is_there)
 after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
+register_adapters()
 
 __all__ = [
     "ImageEditPipeline",

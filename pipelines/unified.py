@@ -27,7 +27,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 
 from mm.core.errors import UserError
-from mm.core.paths import UNIFIED, unified_type
+from mm.families import family_named, model_types
+from mm.families.folders import unified_type
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
 from mm.pipelines.understanding import DESCRIBE, UnderstandingOutput
@@ -43,6 +44,12 @@ class Defaults:
     guidance_scale: float
     top_k: int = 0
     negative_prompt: str = ""
+
+    @classmethod
+    def of(cls, name: str) -> Defaults:
+        """Those of a family of `mm.families`."""
+        known = family_named(name)
+        return cls(guidance_scale=known.guidance or 1.0, top_k=known.top_k, negative_prompt=known.negative_prompt)
 
 
 class UnifiedModel(Protocol):
@@ -89,7 +96,7 @@ def kind_at(where: str | Path, options: Mapping[str, Any] | None = None) -> str 
         found = PretrainedConfig.get_config_dict(where, **_for_hub(options or {}))[0].get("model_type")
     except (OSError, ValueError):
         return None
-    return found if found in UNIFIED else None
+    return found if found in model_types() else None
 
 
 def _for_hub(options: Mapping[str, Any]) -> dict[str, Any]:

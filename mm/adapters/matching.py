@@ -102,6 +102,8 @@ def _misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:
     """Why an entry does not go onto a module; empty when it does."""
     if not all(bool(torch.isfinite(t).all()) for t in entry.tensors.values() if t.is_floating_point()):
         return "NaN or infinity among its values"
+    if why := _unloaded(module):
+        return why
     if entry.kind == "rows":
         return _rows_misfit(entry, module)
     if entry.kind == "lowrank":
@@ -109,6 +111,16 @@ def _misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:
     if entry.kind == "bias":
         return _bias_misfit(entry, module)
     return _dense_misfit(entry, module, root)
+
+
+def _unloaded(module: nn.Module) -> str:
+    """Why a layer's weight cannot be read; empty where it can, and where the layer has none."""
+    try:
+        for name in ("weight", "qweight"):
+            stored(module, name)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _rows_misfit(entry: Entry, module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
-from mm.core.png_settings import GUIDANCE
+from mm.families.mm_tiny import GUIDANCE
 
 TASKS = ("generate",)
 MODES = ("flow", "codes")

@@ -29,7 +29,8 @@ from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.core.png_settings import drawing_settings, png_bytes, steps_for
+from mm.core.png_settings import drawing_settings, png_bytes
+from mm.families.mm_tiny import steps_for
 
 if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline

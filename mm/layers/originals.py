@@ -81,13 +81,22 @@ def forget_bias(module: nn.Module) -> None:
 def original_weight(module: nn.Module) -> Tensor | None:
     """The whole weight of a layer as it was before patches; None where patches changed nothing."""
     original = kept(module)
-    if original is None or not module._buffers.get(_IDS) is not None:
+    if original is None or module._buffers.get(_IDS) is None:
         return original
     weight = stored(module, "weight")
     assert weight is not None
     whole = weight.detach().clone()
     whole[kept_ids(module).to(whole.device)] = original.to(whole)
     return whole
+
+
+def refuse_patched(root: nn.Module, name: str) -> None:
+    """Raises UserError where patches have changed weights of a model that is about to be quantized."""
+    for path, module in root.named_modules():
+        if kept(module) is not None or kept_bias(module) is not None:
+            raise UserError(
+                f"patches have changed the weight or bias of {name}.{path}; undo or bake them, then quantize"
+            )
 
 
 def _refuse_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
