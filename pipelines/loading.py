@@ -30,6 +30,7 @@ from mm.core.safe_json import Fields, parse_json, read_object
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 _TOKENIZER_BYTES = 64 << 20
+MAX_SETTING = 10_000_000  # in configs of transformers, whose lengths of context reach a million
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -98,6 +99,27 @@ def check_folder(pipeline: type, where: Path, given: Mapping[str, Any]) -> None:
         _check_component(found, where / name, given.get("variant"))
 
 
+def check_transformers_folder(kind: Any, where: Path, variant: str | None = None) -> None:
+    """Raises UserError unless a folder in transformers' layout is whole: JSON files, headers, and sizes in its config.
+
+    Args:
+        kind: the class of transformers that will load it. Names of tensors are left to that: it renames some.
+        where: the folder.
+        variant: as for `from_pretrained`.
+    """
+    _read_json_files(where)
+    config_file = where / "config.json"
+    settings, stored = read_object(config_file), weight_headers(where, variant)
+    check_sizes({k: x for k, x in settings.items() if k != "vocabulary_map"}, MAX_SETTING, config_file)
+    values = sum(header.numel for header in stored.values())
+
+    def make() -> Any:
+        with torch.device("meta"):
+            return kind(kind.config_class.from_dict(settings))
+
+    build_empty(make, len(stored), values, str(config_file))
+
+
 def _classes(hint: Any) -> tuple[type, ...]:
     """The classes of an annotation, without None."""
     return tuple(x for x in (typing.get_args(hint) or (hint,)) if isinstance(x, type) and x is not type(None))
@@ -122,11 +144,9 @@ def _check_component(kind: type, folder: Path, variant: str | None) -> None:
     """Checks the files of one component."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; copy or save the model again")
-    for path in sorted(folder.glob("*.json")):
-        source = str(path)
-        values = parse_json(read_regular(path, "JSON file", most=_TOKENIZER_BYTES), source, most=_TOKENIZER_BYTES)
-        if path.name == "scheduler_config.json":
-            _check_scheduler(Fields(values, source))
+    _read_json_files(folder)
+    if (folder / "scheduler_config.json").exists():
+        _check_scheduler(Fields(read_object(folder / "scheduler_config.json"), str(folder / "scheduler_config.json")))
     if not issubclass(kind, torch.nn.Module):
         return
     config_file = folder / "config.json"
@@ -141,6 +161,12 @@ def _check_component(kind: type, folder: Path, variant: str | None) -> None:
     if "quantization_config" in config:
         _prepare(model, config["quantization_config"], config_file)
     check_tensors(model, stored, folder)
+
+
+def _read_json_files(folder: Path) -> None:
+    """Raises UserError where a JSON file of a folder is damaged."""
+    for path in sorted(folder.glob("*.json")):
+        parse_json(read_regular(path, "JSON file", most=_TOKENIZER_BYTES), str(path), most=_TOKENIZER_BYTES)
 
 
 def _prepare(model: torch.nn.Module, settings: object, config_file: Path) -> None:

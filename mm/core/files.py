@@ -103,6 +103,14 @@ def read_regular(path: str | os.PathLike[str], what: str = "file", *, most: int)
     return data
 
 
+def read_text_lines(path: str | os.PathLike[str], what: str = "text file", *, most: int = 64 << 20) -> list[str]:
+    """The lines of a UTF-8 text file of at most `most` bytes. Raises UserError as `open_regular` does."""
+    try:
+        return read_regular(path, what, most=most).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); save the {what} as UTF-8") from error
+
+
 def _unfit(found: os.stat_result, what: str, most: int | None) -> str:
     """Why an opened file is not read; empty when it can be."""
     if stat.S_ISDIR(found.st_mode):

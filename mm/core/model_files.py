@@ -55,7 +55,8 @@ def _find(folder: Path, variant: str | None) -> Path:
                 return path
     if variant:  # diffusers takes the plain files of a component that has none of the variant
         return _find(folder, None)
-    raise UserError(f"{folder} holds no file named {STEMS[0]}.safetensors or {STEMS[1]}.safetensors; copy it again")
+    names = f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors"
+    raise UserError(f"{folder} cannot be loaded: it holds no file named {names}; copy it again")
 
 
 def check_tensors(module: nn.Module, stored: Mapping[str, TensorHeader], folder: Path) -> None:
@@ -93,14 +94,17 @@ def check_loaded(module: nn.Module, source: Any) -> None:
     for path, part in module.named_modules():
         if getattr(part, "_hf_hook", None) is not None:
             continue
-        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        unsaved = part._non_persistent_buffers_set  # masks among them hold infinities
+        for name, tensor in own:
             full = f"{path}.{name}".strip(".")
             if tensor.is_meta:
                 raise UserError(f"{source}: {full} is in no file; copy or save the model again")
             weight = isinstance(tensor, nn.Parameter) and not hasattr(part, "qweight")  # packed integers
             if weight and not (tensor.is_floating_point() or tensor.is_complex()):
                 raise UserError(f"{source}: {full} is of type {tensor.dtype}; a floating type is needed")
-            check_finite(tensor, full, source)
+            if name not in unsaved:
+                check_finite(tensor, full, source)
 
 
 def largest_size(stored: Mapping[str, TensorHeader]) -> int:

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
+from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 from mm.families import find_sites, quantizable_parts, rules_of
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import ActivationRule, BranchedLinear
@@ -258,10 +258,13 @@ def _put(layer: BranchedLinear, solution: search.Solution, rows: slice, bits: in
 
 
 def _restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
-    tensors = load_file(part)
-    with safe_open(part, "pt") as file:
-        meta = file.metadata()
-    rule: ActivationRule = search.rule_from_json(meta["rule"])
+    read = read_tensors(part, "part of an earlier run", types=(*FLOATS, *INTEGERS))
+    tensors, meta = read.tensors, read.metadata
+    try:
+        rule: ActivationRule = search.rule_from_json(meta["rule"])
+        reports = Report.load_layers(meta["reports"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{part} is damaged ({error!r:.200}); remove it, and its layers are quantized again") from error
     for site in group.sites:
         layer = branched(whole, site.path)
         own = {key.split("|")[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{site.path}|")}
@@ -269,7 +272,7 @@ def _restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
             own["qweight"], own["weight_scales"], smooth=own.get("smooth"), down=own.get("down"), up=own.get("up"),
             bias=own.get("bias"), activation=rule,
         )  # fmt: skip
-    return Report.load_layers(meta["reports"])
+    return reports
 
 
 def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
