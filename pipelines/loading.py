@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mm.core.build_limit import build_empty
 from mm.core.errors import UserError
@@ -74,6 +75,8 @@ class SharedFolderMixin:
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in kwargs:
                 check_loaded(part, where / name)
+            elif isinstance(part, PreTrainedTokenizerBase) and name not in kwargs:
+                check_tokenizer(part, where / name, getattr(pipe, "trunk", None))
         return pipe
 
 
@@ -120,6 +123,18 @@ def check_transformers_folder(kind: Any, where: Path, variant: str | None = None
     build_empty(make, len(stored), values, str(config_file))
 
 
+def check_tokenizer(tokenizer: Any, where: Path, trunk: Any) -> None:
+    """Raises UserError where a loaded tokenizer does not work, or has words that a trunk has no rows for."""
+    try:
+        made = tokenizer(["two red cats", ""], padding=True, truncation=True, return_tensors="pt")
+        most = max(int(made["input_ids"].max()), len(tokenizer) - 1)
+    except Exception as error:  # what damaged settings of a tokenizer lead to is of any type
+        raise UserError(f"the tokenizer in {where} does not work ({_line(error)}); copy or save it again") from error
+    rows = getattr(getattr(trunk, "config", None), "vocabulary_size", None)
+    if rows is not None and most >= rows:
+        raise UserError(f"the tokenizer in {where} has {most + 1} tokens, but the trunk has rows for {rows}")
+
+
 def _classes(hint: Any) -> tuple[type, ...]:
     """The classes of an annotation, without None."""
     return tuple(x for x in (typing.get_args(hint) or (hint,)) if isinstance(x, type) and x is not type(None))
@@ -153,6 +168,9 @@ def _check_component(kind: type, folder: Path, variant: str | None) -> None:
     config = read_object(config_file, "config")
     stored = weight_headers(folder, variant)
     settings = {k: x for k, x in config.items() if k != "quantization_config"}
+    if kind.__module__.startswith("mm."):
+        known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+        Fields({k: x for k, x in settings.items() if not k.startswith("_")}, str(config_file)).only(sorted(known))
     check_sizes(settings, largest_size(stored), config_file)
     values = sum(header.numel for header in stored.values())
     if "quantization_config" in config:

@@ -9,17 +9,17 @@ Design choices
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm.core.errors import UserError
+from mm.core.safe_json import parse_object, read_object
+from mm.core.safe_tensors import ADAPTER_LIMITS, load_tensors, read_header
 
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _LONGEST_JSON = 4 << 20
@@ -61,46 +61,23 @@ def _file(path: Path) -> Path:
         if not found:
             raise UserError(f"no LoRA in the folder {path}; it should hold {' or '.join(_FILES)}")
         return found[0]
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no LoRA at {path}; give a .safetensors file")
     return path
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); pickled adapters are not read") from error
-    if "mm_patch" in metadata:
+    header = read_header(path, "LoRA file", limits=ADAPTER_LIMITS)
+    if "mm_patch" in header.metadata:
         raise UserError(f"{path} is a patch of mm; read it with mm.adapters.patch.Patch.load")
-    inside = metadata.get("lora_adapter_metadata")
+    tensors = load_tensors(header)
+    inside = header.metadata.get("lora_adapter_metadata")
     if inside is not None:
-        return tensors, _settings(inside, f"the lora_adapter_metadata of {path}")
+        return tensors, parse_object(inside, f"the lora_adapter_metadata of {path}", most=_LONGEST_JSON)
     beside = path.parent / "adapter_config.json"
-    if not beside.is_file():
+    if not beside.exists():
         return tensors, {}
-    if beside.stat().st_size > _LONGEST_JSON:
-        raise UserError(
-            f"{beside} has {beside.stat().st_size} bytes; settings of an adapter are at most {_LONGEST_JSON}"
-        )
-    try:
-        return tensors, _settings(beside.read_text(encoding="utf-8"), str(beside))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{beside} is no text in UTF-8 ({error})") from error
-
-
-def _settings(text: str, where: str) -> dict[str, Any]:
-    if len(text) > _LONGEST_JSON:
-        raise UserError(f"{where} has {len(text)} characters; settings of an adapter are at most {_LONGEST_JSON}")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is a {type(value).__name__}, not an object of settings")
-    return value
+    return tensors, read_object(beside, "adapter config", most=_LONGEST_JSON)
 
 
 def _checked(key: str, tensor: Tensor, label: str) -> Tensor:
