@@ -50,11 +50,11 @@ class SharedFolderMixin:
         return (own(config[0]), *config[1:]) if isinstance(config, tuple) else own(config)
 
     @classmethod
-    def from_pretrained(cls, where: Path | str, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Path | str, **kwargs: Any) -> Any:
         """Loads a pipeline as diffusers does; a local folder is checked before and after.
 
         Args:
-            where: a folder (a `Path`), or a hub name.
+            pretrained_model_name_or_path: a folder (a `Path`), or a hub name.
             **kwargs: as for diffusers; components among them are taken as they are.
 
         Returns:
@@ -63,6 +63,7 @@ class SharedFolderMixin:
         Raises:
             UserError: where a folder is incomplete, damaged or holds values that are not finite.
         """
+        where = pretrained_model_name_or_path
         if not isinstance(where, Path):
             return super().from_pretrained(where, **kwargs)  # type: ignore[misc]
         check_folder(cls, where, kwargs)
@@ -89,8 +90,8 @@ def check_folder(pipeline: type, where: Path, given: Mapping[str, Any]) -> None:
         given: options of `from_pretrained`; components among them do not come from the folder.
     """
     index = Fields(read_object(where / "model_index.json", "model index"), str(where / "model_index.json"))
-    hints = typing.get_type_hints(pipeline.__init__)
-    for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
+    hints = typing.get_type_hints(pipeline.__init__)  # type: ignore[misc]
+    for name, parameter in inspect.signature(pipeline.__init__).parameters.items():  # type: ignore[misc]
         if name == "self" or name in given or parameter.kind is parameter.VAR_KEYWORD:
             continue
         entry = index.raw.get(name)

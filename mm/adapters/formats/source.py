@@ -45,7 +45,8 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
         UserError: for anything else, and for tensors that are not finite floating-point numbers.
     """
     if isinstance(source, Mapping):
-        tensors, settings, label = dict(source), {}, "the LoRA"
+        tensors, label = dict(source), "the LoRA"
+        settings: dict[str, Any] = {}
     else:
         path = _file(Path(source))
         tensors, settings = _read(path)
