@@ -95,7 +95,7 @@ def json_changed(value: Any, rng: random.Random) -> Any:
         if isinstance(other, dict | list) and (name in other if isinstance(other, dict) else name < len(other)):
             item[key] = json.loads(json.dumps(other[name], default=str))
     elif kind == 5 and isinstance(item, dict):
-        item[rng.choice((str(key) + "x", str(key).upper(), "", "a.b", rng.choice(list(item))))] = item.pop(key)
+        item[rng.choice((str(key) + "x", str(key).upper(), "", "a.b", rng.choice([*item, "k"])))] = item.pop(key)
     elif kind == 6 and isinstance(item[key], int | float) and not isinstance(item[key], bool):
         item[key] = rng.choice((item[key] * 2, -item[key], item[key] + 1, item[key] * 1000, str(item[key])))
     else:
@@ -298,7 +298,7 @@ def _lora(folder: Path) -> Case:
     def mutate(rng: random.Random) -> None:
         weights, settings = rng.choice(valid)
         if rng.random() < 0.4:
-            settings = _json_file(settings, rng)
+            settings = _some(settings, rng, _json_file)
         else:
             weights = _some(weights, rng, tensors_changed)
         (where / "adapter_model.safetensors").write_bytes(weights)
