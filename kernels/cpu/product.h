@@ -37,7 +37,7 @@ MM_TARGET inline F widened(I words, Type type) {
 }
 
 // Rows [first, first + rows) of a (.., length) array, at most LANES of them, turned: to[i * step] holds LANES floats of column i.
-MM_TARGET inline void turn_floats(Array from, int64_t first, int64_t rows, int64_t length, int64_t step, float *to) {
+__attribute__((noinline)) MM_TARGET void turn_floats(Array from, int64_t first, int64_t rows, int64_t length, int64_t step, float *to) {
     const Array start = from.at(first * length);
     const uint8_t *bytes = static_cast<const uint8_t *>(start.data);
     const int64_t stride = length * from.bytes(), each = 32 / from.bytes();
@@ -85,13 +85,12 @@ inline std::vector<float> scaled_low(const LinearArgs &a) {
     return low;
 }
 
+#include "project.h"
 #include "few.h"
 #include "many.h"
-#include "project.h"
 
 MM_TARGET void linear(const LinearArgs &a) {
     if (a.M <= 0 || a.N <= 0) return;
-    const bool four = a.weight_bits == 4;
-    if (a.M <= FEW) return four ? linear_few<4>(a) : linear_few<8>(a);
-    four ? linear_many<4>(a) : linear_many<8>(a);
+    if (a.M <= FEW) return linear_few(a);
+    a.weight_bits == 4 ? linear_many<4>(a) : linear_many<8>(a);
 }
