@@ -53,10 +53,17 @@ __attribute__((noinline)) MM_TARGET void turn_floats(Array from, int64_t first, 
                 store(to + (i + 2 * j + 1) * step, widened<1>(words[j], from.type));
             }
     }
-    for (; i < length; ++i)
-        for (int64_t l = 0; l < LANES; ++l) {
-            to[i * step + l] = 0;
-            if (l < rows) load_floats(start.at(l * length + i), 1, to + i * step + l);
+    if (i == length) return;
+    alignas(64) uint8_t rest[LANES * 32] = {};  // what is left of every row, where 32 bytes may be read
+    for (int64_t l = 0; l < rows; ++l) std::memcpy(rest + 32 * l, bytes + l * stride + i * from.bytes(), size_t((length - i) * from.bytes()));
+    I words[8];
+    turn(rest, 32, LANES, words);
+    for (int j = 0; i < length; ++j, ++i)
+        if (from.type == Type::f32) {
+            store(to + i * step, as_floats(words[j]));
+        } else {
+            store(to + i * step, widened<0>(words[j], from.type));
+            if (++i < length) store(to + i * step, widened<1>(words[j], from.type));
         }
 }
 
