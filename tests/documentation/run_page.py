@@ -57,18 +57,19 @@ def _parse_script(arguments: list[str]) -> None:
         raise _Parsed
 
     argparse.ArgumentParser.parse_args = stop  # type: ignore[method-assign,assignment]
-    before = sys.argv
+    before, paths = sys.argv, list(sys.path)
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
             runpy.run_path(arguments[0], run_name="__main__")
     except _Parsed:
         return
     finally:
-        sys.argv, argparse.ArgumentParser.parse_args = before, parse  # type: ignore[method-assign]
+        sys.argv, sys.path[:], argparse.ArgumentParser.parse_args = before, paths, parse  # type: ignore[method-assign]
     raise RuntimeError("the script ended without parsing its arguments")
 
 
