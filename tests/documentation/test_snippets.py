@@ -27,7 +27,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_RUN = {
     r"pip install": ("requirements", "needs a network"),
     r"pytest": ("selection", "runs these tests"),
-    r"mkdocs build|pre-commit |ruff |mypy|git ": ("nothing", "tools of others, which .ci/run runs"),
     r"python \.ci/lint_imports\.py": ("path", "a stage of .ci/run"),
     r"python benchmarks/results_page\.py": ("path", "takes reports of runs of hours; its only arguments are paths"),
     r"python (benchmarks|examples)/": ("script", "takes minutes"),
@@ -115,6 +114,18 @@ def test_page(page: str, world: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_list_of_commands_that_do_not_run_holds_no_more_than_needed() -> None:
+    lines = [
+        " ".join(command.arguments)
+        for page in pages()
+        for block in blocks_of(text_of(page))
+        if block.language == "bash"
+        for command in commands_of(block)
+    ]
+    unused = [pattern for pattern in (*NOT_RUN, *SMALLER) if not any(re.match(pattern, line) for line in lines)]
+    assert not unused
 
 
 def other_commands() -> list[tuple[str, Command]]:
