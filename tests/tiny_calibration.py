@@ -1,4 +1,4 @@
-"""Tiny random whole pipelines of diffusers' real classes, with tokenizers made on the spot: what calibration draws with."""
+"""Tiny random whole pipelines of diffusers' real classes, to calibrate with; tokenizers are made on the spot."""
 
 from __future__ import annotations
 

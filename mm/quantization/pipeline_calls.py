@@ -146,6 +146,8 @@ def _sizes(pipe: Any, takes: Mapping[str, inspect.Parameter], config: SVDQuantCo
     side = config.size or native_size(pipe)
     if side and {"height", "width"} <= set(takes):
         made |= {"height": side, "width": side}
+        if "use_resolution_binning" in takes:
+            made["use_resolution_binning"] = False  # it would go back to a list of sizes about 1024 pixels
     return made
 
 
