@@ -46,9 +46,16 @@ class Group:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What was seen of a group: input rows (M, K) in fp32, and calls of its parent with their outputs."""
+    """What was seen of a group.
+
+    Attributes:
+        rows: of its input, (M, K) in fp32; None where nothing was seen.
+        rows_a_call: of the largest call.
+        calls: of its parent: arguments, keyword arguments and output.
+    """
 
     rows: Tensor | None = None
+    rows_a_call: int = 0
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
 
 
@@ -169,7 +176,7 @@ def watch(
     Raises:
         UserError: where a layer's input is not finite.
     """
-    seen = {group.name: Seen() for group in groups}
+    seen = {group.name: Seen(rows_a_call=sizes.rows.get(group.name, 0)) for group in groups}
     kept: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     most: dict[str, int] = {}
     with ExitStack() as stack:

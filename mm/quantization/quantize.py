@@ -36,10 +36,10 @@ from mm.quantization.config import SVDQuantConfig
 from mm.quantization.layout import record
 from mm.quantization.pipeline_calls import draw
 from mm.quantization.report import LayerReport, Report
-from mm.quantization.scoring import linear, scorer
+from mm.quantization.scoring import judge, linear
 
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
-COUNTED = 2  # runs by which calls are counted; pipelines with two modes take them in turns
+COUNTED = 2  # runs by which calls are counted: pipelines with two modes take them in turns
 GROWS = "stays at 16 bits: it would be no smaller in groups of 64 inputs"
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
@@ -94,7 +94,8 @@ def quantize(
     folder = None if resume is None else Path(resume)
     if folder is not None:
         parts.claim(folder, bases, config, calibration)
-    report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtype)
+    modes = COUNTED if isinstance(target, nn.Module) else len(getattr(target, "modes", ()))
+    report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtype, modes)
     changed = {row.path.split(".")[0] for row in report.layers if row.bits != 16}
     if not changed and config.bits != "auto":
         raise UserError(f"nothing is quantized: {'; '.join(report.notes())} ({len(report.layers)} layers)")
@@ -173,10 +174,11 @@ def _quantize(
     progress: bool,
     folder: Path | None,
     dtype: torch.dtype | None,
+    modes: int,
 ) -> list[LayerReport]:
     sizes = cal.Sizes()
     if runs:
-        first = runs[:COUNTED]
+        first = runs[: max(1, min(COUNTED, modes))]
         sizes = cal.call_sizes(whole, groups, _shown(first, "counting calls", progress), len(first))
     bits: dict[str, int] = {}
     if config.bits == "auto":
@@ -268,8 +270,8 @@ def _solve(
     dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     config = _settings(group, config, bits)
     config = dataclasses.replace(config, rank=search.branch_rank(config.rank, group, layers))
-    score, after = scorer(whole, group, seen), group.first.after
-    return search.solve(weight, seen.rows, score, after=after, config=config, bits=bits, dtype=dtype)
+    parent, after = judge(whole, group, seen), group.first.after
+    return search.solve(weight, seen.rows, parent, after=after, config=config, bits=bits, dtype=dtype)
 
 
 def _put(layer: BranchedLinear, solution: search.Solution, rows: slice, bits: int) -> None:

@@ -4,8 +4,7 @@ Design choices
 - The parent runs again on kept calls, with the group's layers replaced for the moment by integers, branch and rounded
   inputs in fp32. Adapters that are attached as branches act there as well, since the kept outputs hold their part.
 - Without a parent, or without kept calls, the error is that at the layers' own outputs.
-- Of large inputs only as many calls are run as give `TOKENS` rows for each input: more tell nothing new of the weights,
-  and their time would grow with the picture instead of the weights.
+- How many calls may be run follows from their rows: `ROWS` for each input, so that time grows with the weights.
 
 Legend: M rows, N outputs of all layers of the group, K inputs, R rank.
 """
@@ -22,7 +21,8 @@ from mm.quantization import calibration as cal
 from mm.quantization import search
 from mm.quantization.calibration import Group, Seen
 
-SCORED = 1024  # rows by which candidates are told apart; rounding takes all of them
+ROWS = 64  # of the parent's calls, for each input of the layers, over all candidates
+LEAST = 8  # calls that are affordable in any case
 
 
 def linear(whole: nn.Module, path: str) -> nn.Linear:
@@ -32,14 +32,14 @@ def linear(whole: nn.Module, path: str) -> nn.Linear:
     return layer
 
 
-def scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:
-    """The squared error of a candidate for a group; None where nothing was seen of its input."""
-    if seen.rows is None:
+def judge(whole: nn.Module, group: Group, seen: Seen) -> search.Parent | None:
+    """The group's parent as the judge of candidates; None where there is none, or no call of it was kept."""
+    if seen.rows is None or not group.first.parent or not seen.calls:
         return None
     layers = [linear(whole, site.path) for site in group.sites]
-    if not group.first.parent or not seen.calls:
-        return None
-    return _at_parent(whole.get_submodule(group.first.parent), layers, seen)
+    score = _at_parent(whole.get_submodule(group.first.parent), layers, seen)
+    affordable = ROWS * layers[0].in_features // max(seen.rows_a_call, 1)
+    return search.Parent(score=score, calls=len(seen.calls), affordable=max(LEAST, affordable))
 
 
 def _at_parent(parent: nn.Module, layers: list[nn.Linear], seen: Seen) -> search.Score:
@@ -51,7 +51,7 @@ def _at_parent(parent: nn.Module, layers: list[nn.Linear], seen: Seen) -> search
         try:
             for layer, d, u in parts:
                 layer.__dict__["forward"] = _stand_in(layer, d, u, down, rounder)  # in front of the class's own
-            for k in some(len(seen.calls), share):
+            for k in search.some(len(seen.calls), share):
                 args, kwargs, output = seen.calls[k]
                 for got, want in zip(cal.tensors_of(parent(*args, **kwargs)), cal.tensors_of(output), strict=True):
                     error += float((got.float() - want.float()).square().sum())
@@ -61,12 +61,6 @@ def _at_parent(parent: nn.Module, layers: list[nn.Linear], seen: Seen) -> search
         return error
 
     return score
-
-
-def some(of: int, share: float) -> list[int]:
-    """A share of so many, at least two of them, evenly spread: rows and calls come in the order of timesteps."""
-    count = min(of, max(2, round(share * of)))
-    return [int((i + 0.5) * of / count) for i in range(count)]
 
 
 def _stand_in(

@@ -5,6 +5,8 @@ Design choices
   to 19/20. Each is tried with rounded inputs, the rank-R branch and a residual rounded to nearest. All are scored at
   the layers' own outputs, many at once, since that costs no call of the model; the best quarter is scored where the
   group's parent module gives its output, on a quarter of the kept calls, and the best three of those on all of them.
+- Calls of a parent cost time by their rows, all else by the weights: how many candidates it judges follows from what
+  the calls cost (`Parent.affordable`), so that the time of the search stays proportional to the weights.
 - Layers of a group are stacked: one lambda and one `down` serve q, k and v.
 - Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until a turn takes less than `WORTH` off the
   output error; then GPTQ rounds the residual, in turns with the branch as well, as long as that errs less. The branch
@@ -29,12 +31,13 @@ from mm.quantization.calibration import Group
 from mm.quantization.config import SVDQuantConfig
 
 Rounder = Callable[[Tensor], Tensor]
-# (integers' weight (N, K), branch's up (N, R) and down (R, K), rounder, share of what was seen)
-# -> squared error of y = rounder(x) integers^T + x down^T up^T.
+# Squared error at the parent's output of y = rounder(x) integers^T + x down^T up^T, on a share of the kept calls, from
+# (integers' weight (N, K), branch's up (N, R) and down (R, K), rounder, share).
 Score = Callable[[Tensor, Tensor, Tensor, Rounder, float], float]
-QUARTER = 0.25  # of the candidates are scored at the parent, on this share of the calls
-FINALISTS = 3  # of those, on all calls
-TRIED_ON = 512  # rows on which all candidates are scored at the layers' own outputs
+QUARTER = 0.25  # of the calls score the short list
+SHORT = (3, 10)  # candidates that are scored at the parent, by what its calls cost
+FINALISTS = 3  # of those, on all calls, where that is affordable
+TRIED_ON = 256  # rows on which all candidates are scored at the layers' own outputs
 TOGETHER = 1 << 22  # weights of candidates that are tried at once
 WORTH = 1e-3
 # A branch takes at most a 24th of a layer's smaller side: on a layer of 256 rank 32 would weigh as much as integers do.
@@ -57,6 +60,21 @@ class Solution:
     branch_share: float
     turns: int
     note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The judge of candidates: the module that holds the group.
+
+    Attributes:
+        score: a candidate's error at its output.
+        calls: kept calls of it.
+        affordable: calls that all candidates together may cost.
+    """
+
+    score: Score
+    calls: int
+    affordable: int
 
 
 def branch_rank(rank: int, group: Group, layers: Sequence[nn.Linear]) -> int:
@@ -119,24 +137,35 @@ def _branch(weight: Tensor, rank: int, generator: torch.Generator, root: Tensor 
 
 
 def search_smooth(
-    weight_NK: Tensor, x_MK: Tensor, score: Score | None, rule: ActivationRule, config: SVDQuantConfig, bits: int
+    weight_NK: Tensor, x_MK: Tensor, parent: Parent | None, rule: ActivationRule, config: SVDQuantConfig, bits: int
 ) -> Tensor:
-    """The candidate lambda (K,) with the smallest score; `score` None = at the layers' own outputs."""
+    """The candidate lambda (K,) with the smallest error; `parent` None = at the layers' own outputs."""
     every = candidates(x_MK.abs().amax(0), weight_NK.abs().amax(0))
     factors_CK = torch.stack([found for _, _, found in every])
     own = own_errors(weight_NK, x_MK[:: max(1, len(x_MK) // TRIED_ON)], factors_CK, rule, config, bits)
-    if score is None:
+    if parent is None:
         return factors_CK[int(own.argmin())]
-    short = own.argsort(stable=True)[: -(-len(every) // 4)].tolist()
+    a_quarter = len(some(parent.calls, QUARTER))
+    least, most = SHORT
+    short = own.argsort(stable=True)[: max(least, min(most, 2 * parent.affordable // (3 * a_quarter)))].tolist()
     if 0 not in short:
         short.append(0)  # no smoothing at all
 
     def scored(k: int, share: float) -> float:
         dense_CNK, up_CNR, down_CRK = _tried(weight_NK, factors_CK[k : k + 1], config, bits)
-        return score(dense_CNK[0], up_CNR[0], down_CRK[0], _rounder(rule, factors_CK[k]), share)
+        return parent.score(dense_CNK[0], up_CNR[0], down_CRK[0], _rounder(rule, factors_CK[k]), share)
 
-    finalists = sorted(short, key=lambda k: scored(k, QUARTER))[:FINALISTS]
+    left = parent.affordable - len(short) * a_quarter
+    finalists = sorted(short, key=lambda k: scored(k, QUARTER))[: max(1, min(FINALISTS, left // parent.calls))]
+    if len(finalists) == 1:
+        return factors_CK[finalists[0]]
     return factors_CK[min(finalists, key=lambda k: scored(k, 1.0))]
+
+
+def some(of: int, share: float) -> list[int]:
+    """A share of so many, at least two of them, evenly spread: calls come in the order of timesteps."""
+    count = min(of, max(2, round(share * of)))
+    return [int((i + 0.5) * of / count) for i in range(count)]
 
 
 def own_errors(
@@ -227,7 +256,7 @@ def _fed_back(
 def solve(
     weight_NK: Tensor,
     x_MK: Tensor | None,
-    score: Score | None,
+    parent: Parent | None,
     *,
     after: str | None,
     config: SVDQuantConfig,
@@ -239,7 +268,7 @@ def solve(
     Args:
         weight_NK: of the stacked layers.
         x_MK: calibration rows; None = without data.
-        score: error at the parent's output; None = at the layers' own.
+        parent: judges candidates at its output; None = the layers' own outputs do.
         after: the activation before the layers, where its outputs have a lower bound.
         config: settings, the rank already what this group gets.
         bits: of the weights.
@@ -248,7 +277,7 @@ def solve(
     rule = rule_for(config, after)
     smooth = None
     if config.smooth and x_MK is not None:
-        smooth = search_smooth(weight_NK, x_MK, score, rule, config, bits).to(dtype).float()
+        smooth = search_smooth(weight_NK, x_MK, parent, rule, config, bits).to(dtype).float()
     factors = torch.ones(weight_NK.shape[1], device=weight_NK.device) if smooth is None else smooth
     # What the integers multiply: smoothed inputs as they are rounded.
     gram = None if x_MK is None else n.Gram(_rounder(rule, factors)(x_MK) / factors)

@@ -179,8 +179,9 @@ def solved(after: str | None = None, bits: int = 4, **settings):
         rows = x[:: round(1 / share)]
         return float((rounder(rows) @ dense.T + rows @ (up @ down).T - rows @ weight.T).square().sum())
 
+    parent = search.Parent(score=score, calls=8, affordable=100)
     config = SVDQuantConfig(**{"rank": 8, "iterations": 20} | settings)
-    return x, weight, search.solve(weight, x, score, after=after, config=config, bits=bits, dtype=torch.float32)
+    return x, weight, search.solve(weight, x, parent, after=after, config=config, bits=bits, dtype=torch.float32)
 
 
 def test_each_part_of_the_method_lowers_the_error():
