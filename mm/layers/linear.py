@@ -7,21 +7,19 @@ Design choices
 - Branches are laid side by side when they are attached, padded to a multiple of 16, so that all of them cost one `down`
   and one `up` in one op (`mm.kernels.branched_linear`). Their scales are one tensor: a slider recompiles nothing.
 - It is an `nn.Linear`, so that adapters of other libraries, which look for that, wrap it. Without a 16-bit weight,
-  `.weight` is computed: the base's meaning, smoothing undone, SVD branch included.
+  `.weight` is computed: the base's meaning, smoothing undone, SVD branch included. Writing to it raises.
+- A plain layer becomes one in place, by its class: references, hooks, compiled graphs and offloading stay with it.
 - `state_dict` of a quantized layer is the checkpoint format: qweight, weight_scales, smooth, down, up, bias.
 - Where a gradient is wanted, the same sum runs in plain torch: the ops are forward only.
 
-This module does not know how branches or integers are found, nor files.
 Legend: M tokens, N outputs, K inputs, C = K up to whole groups of 64, G = C / 64, R ranks of all branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +28,13 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.kernels import branched_linear
 from mm.kernels.packing import GROUP, integers_of, padded
-
-RANK_STEP = 16
-Scope = Literal["text", "picture"]
-_split: ContextVar[int | None] = ContextVar("mm_token_split", default=None)
-
-
-@contextmanager
-def token_split(text_tokens: int) -> Iterator[None]:
-    """Inside, sequences are `text_tokens` tokens of text followed by picture tokens: scoped branches need to know."""
-    token = _split.set(text_tokens)
-    try:
-        yield
-    finally:
-        _split.reset(token)
+from mm.layers.branch import Branch as Branch
+from mm.layers.branch import Scope as Scope
+from mm.layers.branch import join
+from mm.layers.branch import token_split as token_split
+from mm.layers.computed_weight import computed
+from mm.layers.offloading import foreign_forward, rebind, run_device, stored
+from mm.layers.originals import kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +53,7 @@ class ActivationRule:
             raise ValueError(f"unsigned activations take 4 bits, not {self.bits}")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Branch:
-    """One thin term: y += scale * (x down^T) up^T, down (r, K), up (N, r), on all tokens or on one scope of them."""
-
-    name: str
-    down: Tensor
-    up: Tensor
-    scale: float = 1.0
-    origin: str = "lora"
-    scope: Scope | None = None
-
-    def __post_init__(self) -> None:
-        if self.down.ndim != 2 or self.up.ndim != 2 or self.down.shape[0] != self.up.shape[1]:
-            raise ValueError(
-                f"branch {self.name!r}: down {tuple(self.down.shape)} and up {tuple(self.up.shape)} make no product"
-            )
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`."""
-        return self.down.shape[0]
-
-
-@dataclass(kw_only=True, eq=False)
-class _Joined:
-    """Branches side by side: down (R, K), up (N, R), scales (R,), R padded with zeros."""
-
-    down: Tensor | None = None
-    up: Tensor | None = None
-    scales: Tensor | None = None
-    places: dict[str, slice] = field(default_factory=dict)
+_BUFFERS = ("smooth", "down", "up", "_down", "_up", "_scales")
 
 
 class BranchedLinear(nn.Linear):
@@ -116,20 +77,47 @@ class BranchedLinear(nn.Linear):
         self._extras()
 
     def _extras(self) -> None:
-        for name in ("smooth", "down", "up", "_down", "_up", "_scales"):
-            self.register_buffer(name, None, persistent=not name.startswith("_"))
+        for name in _BUFFERS:
+            self.register_buffer(name, None)  # those that begin with "_" are not saved once they hold something
         self.activation = ActivationRule()
         self._branches: list[Branch] = []
         self._places: dict[str, slice] = {}
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> BranchedLinear:
-        """The same layer with room for branches; it shares the linear's tensors."""
+        """Gives a layer room for branches, in place: it is the same object afterwards, with the same tensors.
+
+        Args:
+            linear: torch's own `nn.Linear`, or a `BranchedLinear`, which stays as it is.
+
+        Raises:
+            UserError: for other subclasses, and where the forward of this one layer was replaced.
+        """
         if isinstance(linear, BranchedLinear):
             return linear
-        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight, made.bias = linear.weight, linear.bias
-        return made.train(linear.training)
+        if type(linear) is not nn.Linear:
+            raise UserError(f"a {type(linear).__name__} ({type(linear).__module__}) is not torch's own nn.Linear")
+        if foreign_forward(linear):
+            raise UserError("the forward of this layer was replaced by another program; a branch would not act there")
+        cast(Any, linear).__class__ = cls
+        made = cast(BranchedLinear, linear)
+        made._extras()
+        rebind(made, nn.Linear.forward, cls.forward)
+        return made
+
+    def to_linear(self) -> nn.Linear:
+        """Makes a 16-bit layer without branches torch's own class again, in place."""
+        if self.bits != 16 or self._branches:
+            raise ValueError(f"a layer of {self.bits} bits with {len(self._branches)} branches is no plain nn.Linear")
+        for name in _BUFFERS:
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("activation", "_branches", "_places"):
+            self.__dict__.pop(name, None)
+        made = cast(nn.Linear, self)
+        cast(Any, made).__class__ = nn.Linear
+        rebind(made, BranchedLinear.forward, nn.Linear.forward)
+        return made
 
     @classmethod
     def empty(
@@ -176,6 +164,8 @@ class BranchedLinear(nn.Linear):
         """
         if self.bits != 16:
             raise ValueError(f"this layer has {self.bits}-bit weights already; quantize the 16-bit model again")
+        if kept(self) is not None:
+            raise UserError("patches have changed the weight of this layer; undo or bake them, then quantize")
         dtype, device = self.weight.dtype, self.weight.device
         self._drop_weight()
         self.register_buffer("qweight", qweight.to(device))
@@ -193,28 +183,35 @@ class BranchedLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._buffers.get("qweight") is not None:
-            return self.base_weight()
+            return computed(self.base_weight())
         return super().__getattr__(name)
 
     def integers(self) -> Tensor:
         """int8 (N, K) of a quantized base."""
-        return integers_of(self.qweight)[:, : self.in_features]
+        return integers_of(self._stored("qweight"))[:, : self.in_features]
+
+    def _stored(self, name: str) -> Tensor:
+        """One of the layer's tensors, also where offloading keeps its values elsewhere."""
+        tensor = stored(self, name)
+        assert tensor is not None, name
+        return tensor
 
     def base_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(N, K): what the base does to x, before rounding of x: smoothing undone, its SVD branch included."""
         if self.bits == 16:
-            return self.weight if dtype is None else self.weight.to(dtype)
+            weight = self._stored("weight")
+            return weight if dtype is None else weight.to(dtype)
         work = torch.promote_types(torch.float32, dtype or torch.float32)
         weight = self._dense(work)
         if self.down is not None and self.up is not None:
-            weight = weight + self.up.to(work) @ self.down.to(work)
+            weight = weight + self._stored("up").to(work) @ self._stored("down").to(work)
         return weight.to(dtype or self.weight_scales.dtype)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         """(N, K) of a quantized base's integers, smoothing undone."""
-        steps = self.weight_scales.to(dtype).repeat_interleave(GROUP, 1)[:, : self.in_features]
+        steps = self._stored("weight_scales").to(dtype).repeat_interleave(GROUP, 1)[:, : self.in_features]
         weight = self.integers().to(dtype) * steps
-        return weight if self.smooth is None else weight / self.smooth.to(dtype)
+        return weight if self.smooth is None else weight / self._stored("smooth").to(dtype)
 
     def _unlifted_bias(self) -> Tensor | None:
         """The bias where x is not shifted: the stored one has the shift's part taken off."""
@@ -231,7 +228,8 @@ class BranchedLinear(nn.Linear):
                 raise UserError(
                     f"branch {branch.name!r} acts on {branch.scope} tokens only: no single weight does that"
                 )
-            weight = weight + branch.scale * branch.up.float() @ branch.down.float()
+            up, down = (tensor.to(weight.device, torch.float32) for tensor in (branch.up, branch.down))
+            weight = weight + branch.scale * up @ down
         return weight
 
     # ---- branches -----------------------------------------------------------------------------------------------
@@ -251,14 +249,22 @@ class BranchedLinear(nn.Linear):
             raise UserError(
                 f"branch {branch.name!r} is made for a layer of {got} outputs and inputs; this one has {want}"
             )
-        self._branches.append(branch)
-        self._join()
+        self.arrange([*self._branches, branch])
+
+    def arrange(self, branches: Sequence[Branch]) -> None:
+        """Makes these the layer's branches, in this order; where it fails, those from before stay."""
+        before = self._branches
+        self._branches = list(branches)
+        try:
+            self._join()
+        except BaseException:
+            self._branches = before
+            raise
 
     def detach(self, name: str) -> Branch:
         """Takes a branch off again; the layer is then what it was before, bit for bit."""
         found = self._find(name)
-        self._branches.remove(found)
-        self._join()
+        self.arrange([b for b in self._branches if b is not found])
         return found
 
     def set_scale(self, name: str, scale: float) -> None:
@@ -266,7 +272,8 @@ class BranchedLinear(nn.Linear):
         found = self._find(name)
         self._branches[self._branches.index(found)] = replace(found, scale=float(scale))
         if found.scope is None and self._scales is not None:
-            self._scales[self._places[name]] = float(scale)
+            with torch.inference_mode(self._scales.is_inference()), torch.no_grad():
+                self._scales[self._places[name]] = float(scale)
 
     def _find(self, name: str) -> Branch:
         for branch in self._branches:
@@ -277,22 +284,18 @@ class BranchedLinear(nn.Linear):
 
     def _join(self) -> None:
         """Lays the base's branch and the unscoped ones side by side."""
-        like = self._like()
-        parts = [] if self.down is None or self.up is None else [("", self.down, self.up, 1.0)]
+        name = "weight_scales" if self.bits != 16 else "weight"
+        dtype, device = self._like()["dtype"], run_device(self, name)
+        base = self.down is not None and self.up is not None
+        parts = [("", self._stored("down"), self._stored("up"), 1.0)] if base else []
         parts += [(b.name, b.down, b.up, b.scale) for b in self._branches if b.scope is None]
-        self._places, self._down, self._up, self._scales = {}, None, None, None
-        if not parts:
-            return
-        rank = sum(down.shape[0] for _, down, _, _ in parts)
-        rows = -(-rank // RANK_STEP) * RANK_STEP
-        down, up = torch.zeros(rows, self.in_features, **like), torch.zeros(self.out_features, rows, **like)
-        scales, place = torch.zeros(rows, device=like["device"]), 0
-        for name, d, u, s in parts:
-            spot = slice(place, place + d.shape[0])
-            down[spot], up[:, spot], scales[spot] = d.detach().to(**like), u.detach().to(**like), s
-            self._places[name] = spot
-            place += d.shape[0]
-        self._down, self._up, self._scales = down, up, scales
+        made = join(parts, self.in_features, self.out_features, device, dtype)
+        self._places, self._down, self._up, self._scales = made.places, made.down, made.up, made.scales
+        # accelerate moves every name in this set, also where there is no tensor.
+        joined = {"_down", "_up", "_scales"}
+        self._non_persistent_buffers_set -= joined
+        if made.down is not None:
+            self._non_persistent_buffers_set |= joined
 
     def _like(self) -> dict[str, Any]:
         tensor = self.weight_scales if self.bits != 16 else self.weight
@@ -306,8 +309,16 @@ class BranchedLinear(nn.Linear):
             for b in self._branches
         ]
         if self._scales is not None and self._scales.device.type != "meta":
-            self._scales = self._scales.float()
+            self._scales = self._exact_scales(self._scales.device)
         return self
+
+    def _exact_scales(self, device: torch.device) -> Tensor:
+        """Scales in fp32 after the layer has changed its type, which would have rounded them."""
+        with torch.inference_mode(False):
+            scales = torch.zeros(cast(Tensor, self._scales).shape, device=device)
+            for name, spot in self._places.items():
+                scales[spot] = self._find(name).scale if name else 1.0
+        return scales
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -353,24 +364,20 @@ class BranchedLinear(nn.Linear):
         y = F.linear(x, base, None if bias is None else bias.to(x.dtype))
         for branch in self._branches:
             if branch.scope is None:
-                y = y + branch.scale * F.linear(F.linear(x, branch.down.to(x.dtype)), branch.up.to(x.dtype))
+                y = y + branch.scale * F.linear(
+                    F.linear(x, branch.down.to(x.device, x.dtype)), branch.up.to(x.device, x.dtype)
+                )
         return self._scoped(y, x)
 
     def _scoped(self, y: Tensor, x: Tensor) -> Tensor:
         for branch in self._branches:
             if branch.scope is None:
                 continue
-            split = _split.get()
-            if split is None:
-                raise UserError(
-                    f"branch {branch.name!r} acts on {branch.scope} tokens only, and nobody says which those are; "
-                    "run the model inside mm.layers.linear.token_split(text_tokens)"
-                )
-            mine = slice(None, split) if branch.scope == "text" else slice(split, None)
-            low = F.linear(x[..., mine, :], branch.down.to(x.dtype))
+            mine, split = branch.token_range()
+            low = F.linear(x[..., mine, :], branch.down.to(x.device, x.dtype))
             parts = [y[..., :split, :], y[..., split:, :]]
             place = 0 if branch.scope == "text" else 1
-            parts[place] = parts[place] + branch.scale * F.linear(low, branch.up.to(x.dtype))
+            parts[place] = parts[place] + branch.scale * F.linear(low, branch.up.to(x.device, x.dtype))
             y = torch.cat(parts, -2)
         return y
 

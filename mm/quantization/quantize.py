@@ -27,6 +27,7 @@ from tqdm import tqdm
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
+from mm.layers.originals import refuse_patched
 from mm.layers.sites import FAMILIES, Site, find_sites
 from mm.layers.surgery import branched
 from mm.quantization import auto, checks, parts, search
@@ -80,6 +81,7 @@ def quantize(
     roots = _roots(target, components)
     for name, root in roots.items():
         checks.check_model(name, root)
+        refuse_patched(root, name)
     runs = [] if config.data_free else _runs(target, calibration, config)
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
