@@ -89,13 +89,15 @@ def quantize_folder(
     compose: int = 4,
     components: Sequence[str] | None = None,
     progress: bool = True,
+    variant: str | None = None,
 ) -> Report:
     """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else.
 
     `pictures`: compared by PSNR; `compose`: prompts of each task judged, where the model draws our world; 0 for none.
+    `variant`: of the files that are read, such as "fp16".
     """
-    import torch
-
+    from mm.quantization import sources
+    from mm.quantization.pipeline_calls import preview
     from mm.quantization.plot import draw
     from mm.quantization.quantize import quantize
 
@@ -104,10 +106,10 @@ def quantize_folder(
     parts = out / ".parts"
     _check_parts(parts, model, config)
     ours = _is_ours(model)
-    pipe = load_any(model) if ours else load_any(model, torch_dtype=torch.bfloat16)
+    pipe, stored = sources.load(resolve_model(model), variant, load_any, typed=not ours)
     chosen = list(prompts) if prompts else world_prompts(32, config.seed) if ours else list(PROMPTS)
     shown = chosen[:pictures]
-    before = _pictures(pipe, shown, config) if pictures and not config.data_free else None
+    before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
     judged = verdicts(pipe, compose) if compose and ours and not config.data_free else None
     try:
         report = quantize(
@@ -117,17 +119,22 @@ def quantize_folder(
             components=components,
             progress=progress,
             resume=parts,
+            dtypes={name: part.main for name, part in stored.items()},
         )
     except UserError:
-        if len(list(parts.iterdir())) == 1:  # nothing was done yet: leave nothing behind
+        if not any(parts.glob("*.safetensors")):  # nothing was done yet: leave nothing behind
             shutil.rmtree(parts)
         raise
     if before is not None:
-        report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
+        after = preview(pipe, shown, config, "pictures after", progress)
+        report.whole |= _compare(before, after) | {"prompts": shown}
     if judged is not None:
         report.whole["compose"] = judged_change(judged, verdicts(pipe, compose))
+    sources.as_stored(pipe, stored)
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
+    report.whole["folder_before"] = sum(part.bytes for part in stored.values())
+    report.whole["folder_after"] = sources.folder_bytes(out)
     report.save(out / "report.json")
     plot = BytesIO()
     draw(report).save(plot, "PNG")
@@ -165,20 +172,6 @@ def _is_ours(model: str | Path) -> bool:
     return json.loads((where / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "") in (
         "TextToImagePipeline",
     )
-
-
-def _pictures(pipe: Any, prompts: Sequence[str], config: SVDQuantConfig) -> Any:
-    """Pictures (N, 3, H, W) in [0, 1], from seeds 0, 1, ..."""
-    import torch
-
-    pipe.set_progress_bar_config(disable=True)
-    steps = max(config.steps, 8)
-    made = []
-    for seed, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed)
-        images = pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt").images
-        made.append(torch.as_tensor(images).float().cpu())
-    return torch.cat(made)
 
 
 def _compare(before: Any, after: Any) -> dict[str, Any]:

@@ -13,12 +13,14 @@ Design choices
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.quantization import pictures
@@ -26,6 +28,7 @@ from mm.quantization.config import SVDQuantConfig
 
 FRAMES = 9  # fits video autoencoders that compress time by 4 and by 8: 4k + 1 and 8k + 1
 NEGATIVE = "blurry, low quality"
+LEAST_STEPS = 8  # of pictures that are compared
 _FALLBACK = 512  # pixels a side where neither caller nor model says
 _FRAME_NAMES = ("num_frames", "frames", "video_length")
 # These draw from text alone as well as from a picture: both are calibrated in turns.
@@ -229,10 +232,15 @@ def _flat(found: Any) -> Tensor:
     return pixels if pixels.shape[1] in (1, 3, 4) else pixels.movedim(-1, 1)
 
 
-def denoisers(pipe: Any) -> list[nn.Module]:
-    """The parts of a pipeline that draw."""
-    found = [getattr(pipe, n, None) for n in ("transformer", "transformer_2", "unet", "prior", "decoder")]
-    return [part for part in found if isinstance(part, nn.Module)]
+def preview(pipe: Any, prompts: Sequence[str], config: SVDQuantConfig, title: str, progress: bool) -> Tensor:
+    """Pictures (N, C, H, W) in [0, 1] of some prompts, from seeds 0, 1, ...; the title stands beside a bar.
 
-
-Runs = list[Callable[[], object]]
+    Raises:
+        UserError: as `draw` does.
+    """
+    config = dataclasses.replace(config, seed=0, steps=max(config.steps, LEAST_STEPS))
+    made = []
+    for number, prompt in enumerate(tqdm(prompts, desc=title, unit="picture", leave=False, disable=not progress)):
+        options = {"mode": pipe.modes[0]} if getattr(pipe, "modes", ()) else {}
+        made.append(pixels_of(draw(pipe, {"prompt": prompt} | options, config, number, output_type="pt")))
+    return torch.cat(made)

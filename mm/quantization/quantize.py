@@ -54,7 +54,7 @@ def quantize(
     components: Iterable[str] | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Report:
     """Quantizes a module or the drawing parts of a pipeline in place, and reports what each layer lost.
 
@@ -66,8 +66,8 @@ def quantize(
         components: which of a pipeline's parts; by default those that draw.
         progress: shows bars on stderr.
         resume: a folder where finished groups are kept, from which a run that was stopped goes on.
-        dtype: in which scales, factors and branches will be kept; by default each layer's own. For a model that
-            computes in float32 here and is saved in 16 bits.
+        dtypes: by part, in which scales, factors and branches will be kept; by default each layer's own. For a model
+            that computes in float32 here and is saved in 16 bits.
 
     Returns:
         What became of each layer and of the whole.
@@ -97,7 +97,7 @@ def quantize(
     if folder is not None:
         parts.claim(folder, bases, config, calibration)
     modes = COUNTED if isinstance(target, nn.Module) else len(getattr(target, "modes", ()))
-    report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtype, modes)
+    report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtypes or {}, modes)
     changed = {row.path.split(".")[0] for row in report.layers if row.bits != 16}
     if not changed and config.bits != "auto":
         raise UserError(f"nothing is quantized: {'; '.join(report.notes())} ({len(report.layers)} layers)")
@@ -175,7 +175,7 @@ def _quantize(
     config: SVDQuantConfig,
     progress: bool,
     folder: Path | None,
-    dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype],
     modes: int,
 ) -> list[LayerReport]:
     sizes = cal.Sizes()
@@ -198,6 +198,7 @@ def _quantize(
             for group in batch:
                 width = bits[group.name] if config.bits == "auto" else max(int(config.bits), group.first.bits or 0)
                 part = parts.part_of(folder, group)
+                dtype = dtypes.get(group.first.path.split(".")[0])
                 out += _finish(whole, group, seen.pop(group.name, Seen()), config, width, part, dtype)
                 bar.update()
     places = {site.path: k for k, site in enumerate(s for group in groups for s in group.sites)}
