@@ -43,8 +43,6 @@ class TransformersSVDQuant(HfQuantizer):
             from mm.quantization.saved_layers import check_stored
 
             prepare(model, self.quantization_config.layers, getattr(self, "dtype", None))
-            for _, layer in quantized(model):
-                layer._is_hf_initialized = True  # transformers would write random numbers into its weight
             # What is in no file is filled by transformers with memory that nobody wrote; afterwards nothing shows it.
             check_stored(quantized(model), kwargs.get("checkpoint_files") or ())
         return model
