@@ -119,3 +119,55 @@ def sana_sprint(seed: int = 0, width: int = 64, layers: int = 2) -> Any:
             transformer=sana_transformer(width, layers, True), scheduler=diffusers.SCMScheduler(),
         )
     )  # fmt: skip
+
+
+def sd(kind: str = "StableDiffusionImg2ImgPipeline", seed: int = 0) -> Any:
+    """Stable Diffusion in one of its pipelines: image to image, inpainting, ControlNet."""
+    torch.manual_seed(seed)
+    parts: dict[str, Any] = {
+        "vae": vae(), "text_encoder": clip_text(width=64), "tokenizer": clip_tokenizer(), "scheduler": _euler(),
+        "unet": unet(64, False, 9 if "Inpaint" in kind else 4), "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+    if "ControlNet" in kind:
+        parts["controlnet"] = diffusers.ControlNetModel.from_unet(
+            parts["unet"], conditioning_embedding_out_channels=(8, 8)
+        )
+    return quiet(getattr(diffusers, kind)(**parts, requires_safety_checker=False))
+
+
+def kontext(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[8, 8, 16], guidance_embeds=True,
+    )  # fmt: skip
+    return quiet(
+        diffusers.FluxKontextPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae(16), text_encoder=clip_text(),
+            tokenizer=clip_tokenizer(), text_encoder_2=t5_text(), tokenizer_2=t5_tokenizer(), transformer=transformer,
+        )
+    )  # fmt: skip
+
+
+def ltx(seed: int = 0) -> Any:
+    """Text to video."""
+    torch.manual_seed(seed)
+    coder = diffusers.AutoencoderKLLTXVideo(
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1), spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4, upsample_factor=(1, 1, 1, 1), timestep_conditioning=False, patch_size=1,
+        patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    coder.use_framewise_encoding = coder.use_framewise_decoding = False
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=16,
+        cross_attention_dim=64, num_layers=1, caption_channels=32,
+    )  # fmt: skip
+    return quiet(
+        diffusers.LTXPipeline(
+            transformer=transformer, vae=coder, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            text_encoder=t5_text(), tokenizer=t5_tokenizer(),
+        )
+    )  # fmt: skip

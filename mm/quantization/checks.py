@@ -86,7 +86,7 @@ def untouched(root: nn.Module) -> Iterator[tuple[str, str, int]]:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape[1:]) >= SMALLEST and parameter.shape[0] > 1:
-                yield f"{path}.{name}", "experts as one 3-D parameter", parameter.numel()
+                yield f"{path}.{name}".lstrip("."), "one 3-D parameter, as mixtures of experts have", parameter.numel()
 
 
 def warn_untouched(roots: Mapping[str, nn.Module]) -> list[dict[str, Any]]:

@@ -151,6 +151,10 @@ def _sizes(pipe: Any, takes: Mapping[str, inspect.Parameter], config: SVDQuantCo
         made |= {"height": side, "width": side}
         if "use_resolution_binning" in takes:
             made["use_resolution_binning"] = False  # it would go back to a list of sizes about 1024 pixels
+        if "_auto_resize" in takes:
+            made["_auto_resize"] = False
+        if "max_area" in takes:
+            made["max_area"] = side * side
     return made
 
 
@@ -241,6 +245,8 @@ def preview(pipe: Any, prompts: Sequence[str], config: SVDQuantConfig, title: st
     config = dataclasses.replace(config, seed=0, steps=max(config.steps, LEAST_STEPS))
     made = []
     for number, prompt in enumerate(tqdm(prompts, desc=title, unit="picture", leave=False, disable=not progress)):
-        options = {"mode": pipe.modes[0]} if getattr(pipe, "modes", ()) else {}
+        options: dict[str, Any] = {"mode": pipe.modes[0]} if getattr(pipe, "modes", ()) else {}
+        if number % 2 and "negative_prompt" in parameters(pipe):
+            options["negative_prompt"] = arguments_for(pipe, {"prompt": prompt}, config, 0).get("negative_prompt")
         made.append(pixels_of(draw(pipe, {"prompt": prompt} | options, config, number, output_type="pt")))
     return torch.cat(made)
