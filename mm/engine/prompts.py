@@ -1,8 +1,8 @@
 """Prompts with alternatives and weights: `{cat|dog}`, `__animals__`, `a | b`, `(red:1.3)`, `word++`.
 
 Design choices
-- Wildcards are expanded before a run: picture k takes the alternatives that seed + k chooses, so the same seed draws the
-  same words again, and the settings of a picture hold the words that were used.
+- Wildcards are expanded before a run: picture k takes the alternatives that seed + k chooses, so the same seed draws
+  the same words again, and the settings of a picture hold the words that were used.
 - A prompt matrix (`a cat | at night | watercolor`) is every subset of the parts after the first one, as in A1111.
 - Weights follow A1111 and compel: `(words:1.3)` multiplies by 1.3, `(words)` by 1.1, `[words]` divides by 1.1, `word++`
   multiplies by 1.1 twice, `word-` by 0.9. A backslash before a bracket keeps it as text. A number as weight must be

@@ -1,7 +1,7 @@
 """A run's own view of a pipeline: the same modules, its own scheduler and call state.
 
-diffusers' pipelines keep the state of a call (guidance, timesteps, interrupt flag) and their scheduler's position on the
-pipeline. Two runs on one object would overwrite each other. A shallow copy with a scheduler of its own costs
+diffusers' pipelines keep the state of a call (guidance, timesteps, interrupt flag) and their scheduler's position on
+the pipeline. Two runs on one object would overwrite each other. A shallow copy with a scheduler of its own costs
 microseconds and no memory for weights.
 """
 
