@@ -120,8 +120,10 @@ class Engine:
         notices = _Notices(emit)
         if isinstance(request, Describe):
             with self._turn, notices:
-                for answer in self._pipeline_for("describe").answer([request.image], [request.question]):
-                    emit(Words(text=answer))
+                reader = self._pipeline_for("describe")
+                image, question = request.image, request.question
+                answers = reader.describe([image]) if question is None else reader.answer([image], [question])
+                emit(Words(text=answers[0]))
             emit(Done(pictures=0))
         elif isinstance(request, Turn):
             self._converse(request, cancel, emit, notices)

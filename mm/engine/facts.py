@@ -9,7 +9,7 @@ from mm.engine.capabilities import Capabilities
 from mm.engine.views import call_parameters, schedulers_for
 from mm.families.family import Family, resolve
 
-# Task of a request -> task of a family file. "draw" also covers video-less priors' own names.
+# Task of a request -> task of a family file.
 FAMILY_TASKS: Mapping[str, str] = {
     "draw": "text_to_image",
     "image_to_image": "image_to_image",
@@ -37,13 +37,13 @@ def capabilities_of(name: str, pipe: Any, family: Family | None) -> Capabilities
     return Capabilities(
         model=name,
         tasks=tuple(task for task in FAMILY_TASKS if task in tasks),
-        modes=tuple(m for m in getattr(pipe, "modes", ()) or (family.modes if family else ())) if "mode" in takes else (),
+        modes=tuple(getattr(pipe, "modes", ()) or (family.modes if family else ())) if "mode" in takes else (),
         steps=_steps(family, takes),
         guidance=None if family is None else family.guidance,
         guidance_name=guidance_name,
         negative="negative_prompt" in takes,
         schedulers=schedulers_for(pipe),
-        image_guidance="image_guidance_scale" in takes or "edit" in own and _edit_takes(family),
+        image_guidance="image_guidance_scale" in takes or ("edit" in own and _edit_takes(family)),
         **_size(pipe, family, takes),
     )
 
@@ -93,11 +93,15 @@ def _size(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> dict[st
         return {"size": (side, side), "multiple": 8, "fixed_size": not free}
     side = _native_side(pipe) if family is not None and rule.default > (_native_side(pipe) or rule.default) else None
     chosen = side or rule.default
-    return {"size": (chosen, chosen), "multiple": rule.multiple, "fixed_size": not free or rule.multiple == rule.maximum}
+    return {
+        "size": (chosen, chosen),
+        "multiple": rule.multiple,
+        "fixed_size": not free or rule.multiple == rule.maximum,
+    }
 
 
 def _native_side(pipe: Any) -> int | None:
-    """The side in pixels that the denoiser's config and the autoencoder's scale stand for; None where they do not tell."""
+    """The side in pixels by the denoiser's config and the autoencoder's scale; None where they do not tell."""
     scale = getattr(pipe, "vae_scale_factor", None)
     for name in ("unet", "transformer"):
         sample = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)

@@ -9,24 +9,24 @@ Design choices
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mm.core.devices import choose_compute
+from mm.core import devices
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.engine import memory
 from mm.engine.engine import Engine
-from mm.engine.facts import FAMILY_TASKS, capabilities_of
+from mm.engine.facts import capabilities_of
+from mm.engine.opening import open_pipeline, single_file
+from mm.engine.pipelines import Pipelines
+from mm.engine.placement import Offload, place
 from mm.engine.previews import previewer
-from mm.families.family import Family, resolve
+from mm.families.family import Family
 from mm.families.folders import family_at
 from mm.families.registry import family_of
 
-Offload = Literal["auto", "none", "model", "group"]
 BITS = (None, 4, 8, 16)
 
 
@@ -61,27 +61,30 @@ def load(
     if bits not in BITS:
         raise UserError(f"bits is {bits}; give 4, 8 or 16, or leave it out")
     name = str(model)
-    choice = choose_compute(device, dtype)
-    notes = [choice.reason]
+    choice = _choice(device)
+    notes = [f"{choice.device}: {choice.reason}"]
     if bits in (4, 8):
         model = _quantized(model, bits)
         notes.append(f"{bits}-bit weights from {model}")
     family = None
     if _is_file(model):
-        pipe = _single_file(Path(model), base, choice.dtype)
         folder: Path | None = None
+        kind = _dtype(dtype, None, None, choice)
+        pipe = single_file(Path(model), base, kind)
     else:
         where = resolve_model(model)
         folder = where if isinstance(where, Path) else None
         family = family_at(where) if folder is not None else None
-        pipe = _pipeline(where, family, choice.dtype)
+        kind = _dtype(dtype, folder, family, choice)
+        pipe = open_pipeline(where, family, kind)
     family = family or family_of(pipe)
     if family is None:
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
+    notes.append(f"computes in {str(kind).removeprefix('torch.')}")
     notes.append(place(pipe, choice.device, offload))
     for adapter in adapters:
         notes.append(attach(pipe, adapter))
-    pipes = Pipelines(pipe, family, folder, choice.dtype)
+    pipes = Pipelines(pipe, family, folder, kind)
     return Engine(
         pipe,
         capabilities_of(name, pipe, family),
@@ -91,6 +94,40 @@ def load(
         notes=tuple(note for note in notes if note),
         facts={"bits": bits} if bits in (4, 8) else {},
     )
+
+
+def _choice(device: str) -> devices.Choice:
+    """The device asked for, or the one that the machine suggests."""
+    choice = devices.choose()
+    if device == "auto" or device == choice.device:
+        return choice
+    import torch
+
+    if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device is {device!r}; give auto, cpu, cuda or mps")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device is {device!r}, and torch sees no NVIDIA GPU; give auto or cpu")
+    if device.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"device is {device!r}, and torch sees no Apple GPU; give auto or cpu")
+    narrow = torch.float32 if device == "cpu" and devices.lacks_bfloat16() else choice.dtype
+    return devices.Choice(device=device, dtype=narrow, reason="as asked for")
+
+
+def _dtype(dtype: str, folder: Path | None, family: Family | None, choice: devices.Choice) -> Any:
+    """The type to load in: the one asked for; else the stored one where the device computes in it; else float32."""
+    import torch
+
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto":
+        if dtype not in named:
+            raise UserError(f"dtype is {dtype!r}; give auto, {', '.join(named)}")
+        return named[dtype]
+    if family is not None and family.dtype == "float32":
+        return torch.float32
+    if folder is None:
+        return choice.dtype
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16}.get(memory.stored_type(folder), torch.float32)
+    return devices.compute_type(stored, choice)
 
 
 def _is_file(model: str | Path) -> bool:
@@ -104,136 +141,17 @@ def _quantized(model: str | Path, bits: int) -> Path:
     return quantized_copy(model, SVDQuantConfig(bits=bits))
 
 
-def _pipeline(where: str | Path, family: Family | None, dtype: Any) -> Any:
-    """The text-to-image pipeline of a family of its own classes, or diffusers' choice for the folder."""
-    from diffusers import DiffusionPipeline
-
-    own = family.pipelines.get("text_to_image", "") if family is not None else ""
-    if ":" in own:
-        return resolve(own).from_pretrained(where, torch_dtype=dtype)
-    try:
-        return DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-
-
-def _single_file(path: Path, base: str | Path | None, dtype: Any) -> Any:
-    """A checkpoint in one file: a whole pipeline, or a denoiser for the components of `base`."""
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no .safetensors file; pickled checkpoints are not read")
-    if base is not None:
-        from mm.quantization.integrations.nunchaku import load_nunchaku
-
-        rest = resolve_model(base)
-        pipe = _pipeline(rest, None, dtype)
-        name = next((part for part in ("transformer", "unet") if getattr(pipe, part, None) is not None), None)
-        if name is None:
-            raise UserError(f"{base} has neither a transformer nor a unet that {path} could replace")
-        setattr(pipe, name, load_nunchaku(path))
-        return pipe
-    import diffusers
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
-
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
-    class_name = next((c for prefix, c in _SINGLE_FILES.items() if kind.startswith(prefix)), None)
-    if class_name is None:
-        raise UserError(f"{path} is a checkpoint of type {kind!r}, which mm cannot load alone; load its folder instead")
-    try:
-        return getattr(diffusers, class_name).from_single_file(str(path), torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-
-
-# diffusers' types of single-file checkpoints -> pipeline
-_SINGLE_FILES = {
-    "xl_base": "StableDiffusionXLPipeline", "xl_refiner": "StableDiffusionXLImg2ImgPipeline", "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline", "inpainting": "StableDiffusionInpaintPipeline", "playground": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "sana": "SanaPipeline", "lumina2": "Lumina2Pipeline",
-}  # fmt: skip
-
-
-def place(pipe: Any, device: str, offload: Offload) -> str:
-    """Moves a pipeline to its device, or sets up its offload; says which, empty for the CPU."""
-    if device == "cpu":
-        if offload not in ("auto", "none"):
-            raise UserError(f"offload is {offload!r} and the device is the CPU, where all weights are already")
-        pipe.to("cpu")
-        return ""
-    import torch
-
-    needed, largest = sizes(pipe)
-    chosen, why = offload, "as asked for"
-    if offload == "auto":
-        free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else memory.free_memory()
-        chosen, why = memory.choose_offload(needed, largest, free)
-    if chosen == "none":
-        pipe.to(device)
-    elif chosen == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
-    return f"offload: {chosen}, {why}"
-
-
-def sizes(pipe: Any) -> tuple[int, int]:
-    """Bytes of all components of a pipeline, and of the largest one."""
-    each = [
-        sum(t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers()))
-        for part in pipe.components.values()
-        if hasattr(part, "parameters") and hasattr(part, "buffers")
-    ]
-    return sum(each), max(each, default=0)
-
-
 def attach(pipe: Any, adapter: str | Path | tuple[str | Path, float]) -> str:
     """Applies a patch of mm or a LoRA of another program; says what was applied."""
     from mm.adapters.formats import read_lora
     from mm.adapters.patch import Patch
     from mm.adapters.patch_file import META
-    from safetensors import safe_open
+    from mm.core.safe_tensors import read_header
 
     path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"there is no adapter file {path}")
-    with safe_open(file, "pt") as opened:
-        ours = META in (opened.metadata() or {})
+    ours = META in read_header(file, "adapter").metadata
     patch = Patch.load(file) if ours else read_lora(file, pipe, name=file.stem)
     return f"{file.name}: {patch.apply(pipe, scale)}, scale {scale:g}"
-
-
-class Pipelines:
-    """The pipelines of one model by task; made at first use, all with the same modules."""
-
-    def __init__(self, pipe: Any, family: Family | None, folder: Path | None, dtype: Any) -> None:
-        self.pipe, self.family, self.folder, self.dtype = pipe, family, folder, dtype
-        self.made: dict[str, Any] = {}
-
-    def get(self, task: str) -> Any:
-        """The pipeline for a task of `mm.engine.capabilities.TASKS`."""
-        if task not in self.made:
-            self.made[task] = self._make(task)
-        return self.made[task]
-
-    def _make(self, task: str) -> Any:
-        name = self.family.pipelines.get(FAMILY_TASKS[task], "") if self.family is not None else ""
-        if not name or name.rpartition(":")[2] == type(self.pipe).__name__:
-            return self.pipe
-        if ":" in name:
-            return self._own(resolve(name))
-        import diffusers
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return getattr(diffusers, name).from_pipe(self.pipe)
-
-    def _own(self, kind: type) -> Any:
-        """A pipeline of a family's own class: the modules that are loaded, and from the folder those that are not."""
-        wanted = set(inspect.signature(kind.__init__).parameters) - {"self"}
-        shared = {key: part for key, part in self.pipe.components.items() if key in wanted and part is not None}
-        if wanted <= set(shared):
-            return kind(**shared)
-        if self.folder is None:
-            raise UserError(f"{kind.__name__} needs {', '.join(sorted(wanted - set(shared)))}; load it from a folder")
-        made = kind.from_pretrained(self.folder, torch_dtype=self.dtype, **shared)  # type: ignore[attr-defined]
-        return made.to(self.pipe.device)

@@ -10,20 +10,20 @@ Design choices
 
 from __future__ import annotations
 
-import json
 import os
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mm.core.errors import UserError
+from mm.core.safe_tensors import TensorHeader, read_header
 
 Offload = Literal["none", "model", "group"]
 GIB = 1 << 30
-_HEADER_LIMIT = 100 << 20  # bytes, safetensors' own limit
 _DENOISERS = ("transformer", "unet", "trunk", "prior", "model")
 _BITS_4 = 4.5 / 8  # bytes a weight
+_SMALLEST = 64  # inputs and outputs of a layer that is quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,53 +42,44 @@ class Estimate:
 def estimate(folder: Path) -> Estimate:
     """Weights of a model folder by its safetensors headers.
 
+    Args:
+        folder: in diffusers' or transformers' layout.
+
     Raises:
         UserError: where the folder has no safetensors files, or one that is damaged.
     """
-    stored, sixteen, four, parts = 0, 0, 0.0, {}
-    files = sorted(folder.rglob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no .safetensors files; pickled weights are not read")
-    for file in _without_variants(files):
-        component = file.relative_to(folder).parts[0]
-        for name, (shape, size) in header(file).items():
-            count = 1
-            for side in shape:
-                count *= side
-            stored += size
-            bytes16 = size if name.endswith((".qweight", ".weight_scales")) else 2 * count
-            sixteen += bytes16
-            parts[component] = parts.get(component, 0) + bytes16
-            low = component in _DENOISERS and len(shape) == 2 and name.endswith(".weight") and min(shape) >= 64
-            four += count * _BITS_4 if low else bytes16
+    stored, sixteen, four, parts = 0, 0, 0.0, dict[str, int]()
+    for component, name, tensor in _tensors(folder):
+        stored += tensor.end - tensor.start
+        packed = name.endswith((".qweight", ".weight_scales"))
+        bytes16 = tensor.end - tensor.start if packed else 2 * tensor.numel
+        sixteen += bytes16
+        parts[component] = parts.get(component, 0) + bytes16
+        linear = len(tensor.shape) == 2 and name.endswith(".weight") and min(tensor.shape) >= _SMALLEST
+        four += tensor.numel * _BITS_4 if component in _DENOISERS and linear else bytes16
     return Estimate(stored=stored, sixteen=sixteen, four=int(four), largest=max(parts.values()))
 
 
-def _without_variants(files: list[Path]) -> list[Path]:
-    """Of several variants of a file (`model.fp16.safetensors` beside `model.safetensors`), the plain one."""
+def stored_type(folder: Path) -> str:
+    """The type of most of a model's numbers in its files, by safetensors' name ("BF16", "F16", "F32")."""
+    counts: dict[str, int] = {}
+    for _, _, tensor in _tensors(folder):
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+    floats = {kind: count for kind, count in counts.items() if kind in ("BF16", "F16", "F32")}
+    return max(floats, key=lambda kind: floats[kind]) if floats else "F32"
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, str, TensorHeader]]:
+    """Component, name and header of every tensor; of several variants of a file, those of the plain one."""
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no .safetensors files; pickled weights are not read")
     plain = {(f.parent, f.name) for f in files if f.name.count(".") == 1}
-    return [
-        f for f in files if f.name.count(".") == 1 or (f.parent, f"{f.name.split('.')[0]}.safetensors") not in plain
-    ]
-
-
-def header(file: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of each tensor of a safetensors file."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(_HEADER_LIMIT, file.stat().st_size):
-                raise UserError(f"{file} is no safetensors file: its header claims {length} bytes")
-            entries = json.loads(opened.read(length))
-        return {
-            name: (tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
-    except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} is no safetensors file ({type(error).__name__}: {error})") from error
+    for file in files:
+        if file.name.count(".") > 1 and (file.parent, f"{file.name.split('.')[0]}.safetensors") in plain:
+            continue
+        for name, tensor in read_header(file).tensors.items():
+            yield file.relative_to(folder).parts[0], name, tensor
 
 
 def free_memory() -> int:
