@@ -23,6 +23,7 @@ PUBLIC = {
         "TextToImagePipeline",
         "UnderstandingPipeline",
         "__version__",
+        "load",
         "load_nunchaku",
         "quantize",
         "read_nunchaku",
