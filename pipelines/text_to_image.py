@@ -148,6 +148,13 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @staticmethod
+    def concept_contexts() -> Any:
+        """Prompts in which concepts of the model's world are erased and kept."""
+        from mm.world.concepts import WorldContexts
+
+        return WorldContexts()
+
     def check_inputs(
         self,
         prompt: Sequence[str],
