@@ -58,8 +58,8 @@ class Concept:
 class Contexts(Protocol):
     """Prompts of a family for erasure."""
 
-    def pairs(self, target: Concept, anchor: str) -> Sequence[tuple[str, str]]:
-        """Prompts with the target, each with the same prompt that has the anchor in its place."""
+    def pairs(self, target: Concept, anchor: str, count: int) -> Sequence[tuple[str, str]]:
+        """At most `count` prompts with the target, each with the same prompt that has the anchor in its place."""
 
     def retained(self, names: Sequence[str], targets: Sequence[Concept]) -> Sequence[str]:
         """Prompts with the names, and general ones, none of which holds a target."""
@@ -86,13 +86,13 @@ class PlainContexts:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
 
-    def pairs(self, target: Concept, anchor: str) -> list[tuple[str, str]]:
-        """Every template of the concept's kind."""
+    def pairs(self, target: Concept, anchor: str, count: int) -> list[tuple[str, str]]:
+        """Templates of the concept's kind."""
         if target.of is not None:
             whole = [t.replace("{}", f"{{}} {target.of}") for t in OBJECTS]
-            return [(t.format(target.name), " ".join(t.format(anchor).split())) for t in whole]
+            return [(t.format(target.name), " ".join(t.format(anchor).split())) for t in whole[:count]]
         templates = {"object": OBJECTS, "style": STYLES, "attribute": ATTRIBUTES}[target.kind]
-        return [(t.format(target.name), " ".join(t.format(anchor).split())) for t in templates]
+        return [(t.format(target.name), " ".join(t.format(anchor).split())) for t in templates[:count]]
 
     def retained(self, names: Sequence[str], targets: Sequence[Concept]) -> list[str]:
         """Some templates for each name, and general prompts."""

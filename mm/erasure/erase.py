@@ -32,6 +32,7 @@ from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import roots_of
 
 NEIGHBOURS = 8  # retained for each target with retain="auto"
+PAIRS = 256  # pairs of prompts in all, shared by the targets
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def erase(
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
         pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength,
-        settings=chosen, progress=lambda share, text: progress(0.3 + 0.7 * share, text),
+        targets=len(concepts), settings=chosen, progress=lambda share, text: progress(0.3 + 0.7 * share, text),
     )  # fmt: skip
     made = maker.make(job)
     report = {
@@ -183,7 +184,8 @@ def _features(
     anchors: dict[str, str], kept: Sequence[str],
 ) -> tuple[dict[str, Features], list[list[str]], int]:  # fmt: skip
     """Features of each group of layers, from all contexts."""
-    pairs = [pair for c in concepts for pair in contexts.pairs(c, anchors[str(c)])]
+    each = max(24, PAIRS // len(concepts))
+    pairs = [pair for c in concepts for pair in contexts.pairs(c, anchors[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
     groups, n = groups_of(layers, read), len(pairs)

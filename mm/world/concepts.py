@@ -12,7 +12,7 @@ from mm.world import vocabulary as v
 from mm.world.captions import caption
 from mm.world.scene import sample_scene
 
-PAIRS = 96  # prompts a target
+MOST = 96  # pairs of prompts a target
 KEPT = 240  # general prompts that must stay
 
 
@@ -68,20 +68,20 @@ class WorldContexts:
             return ""
         return near.nearest(concept.name, 1, targets)[0]
 
-    def pairs(self, target: Any, anchor: str) -> list[tuple[str, str]]:
-        """Captions with the target in an object's place, each with the anchor in the same place."""
+    def pairs(self, target: Any, anchor: str, count: int = MOST) -> list[tuple[str, str]]:
+        """At most `count` captions with the target in an object's place, each with the anchor in the same place."""
         if target.name in v.OBJECTS:
-            return self._objects(target.name, anchor)
-        return self._words(target.name, anchor, target.of)
+            return self._objects(target.name, anchor, count)
+        return self._words(target.name, anchor, target.of, count)
 
-    def _objects(self, target: str, anchor: str) -> list[tuple[str, str]]:
+    def _objects(self, target: str, anchor: str, count: int) -> list[tuple[str, str]]:
         rng, made = random.Random(f"pairs {target}"), []
         places = {word: number for name in v.OBJECTS for number in (1, 0) for word in forms(name)[number]}
         into = [words[0] for words in forms(anchor)] if anchor else ["", ""]
-        for prompt in captions(4 * PAIRS, "pairs"):
+        for prompt in captions(4 * MOST, "pairs"):
             words = tokens(prompt)
             spots = [i for i, word in enumerate(words) if word in places]
-            if not spots or holds(prompt, target) or len(made) >= PAIRS:
+            if not spots or holds(prompt, target) or len(made) >= count:
                 continue
             spot = rng.choice(spots)
             number = places[words[spot]]
@@ -89,22 +89,22 @@ class WorldContexts:
             made.append((_article(words, spot, word), _article(words, spot, into[number])))
         return made
 
-    def _words(self, target: str, anchor: str, of: str | None) -> list[tuple[str, str]]:
+    def _words(self, target: str, anchor: str, of: str | None, count: int) -> list[tuple[str, str]]:
         """Captions that hold a word or phrase (a style, a background, a colour), with the anchor in its place."""
-        found = [p for p in captions(40 * PAIRS, "words") if re.search(rf"\b{re.escape(target)}\b", p)]
+        found = [p for p in captions(40 * MOST, "words") if re.search(rf"\b{re.escape(target)}\b", p)]
         if of is not None:
             found = [re.sub(rf"\b{target} \w+", f"{target} {of}", p, count=1) for p in found]
-        pairs = [(p, joined(tokens(re.sub(rf"\b{re.escape(target)}\b", anchor, p)))) for p in found[:PAIRS]]
+        pairs = [(p, joined(tokens(re.sub(rf"\b{re.escape(target)}\b", anchor, p)))) for p in found[:count]]
         return [(target, anchor)] if not pairs and anchor else pairs
 
     def retained(self, names: Sequence[str], targets: Sequence[Any]) -> list[str]:
         """General captions without a target, and for every name captions that hold it."""
         banned = [t.name for t in targets]
-        plain = [p for p in captions(KEPT + 4 * PAIRS, "kept") if not any(holds(p, name) for name in banned)]
+        plain = [p for p in captions(KEPT + 4 * MOST, "kept") if not any(holds(p, name) for name in banned)]
         made = plain[:KEPT]
         for name in names:
             if name in v.OBJECTS:
-                made += [p for p, _ in self._objects(name, name)[:16] if not any(holds(p, b) for b in banned)]
+                made += [p for p, _ in self._objects(name, name, 16) if not any(holds(p, b) for b in banned)]
         return made
 
 

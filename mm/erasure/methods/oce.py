@@ -25,7 +25,11 @@ class OCE:
             for path in group:
                 weight = job.weights[path]
                 turned = solver.rotation(
-                    weight, features, strength=s["amplify"] * job.strength, preserve=s["preserve"], ridge=s["ridge"]
+                    weight,
+                    features,
+                    strength=s["amplify"] * job.strength * job.targets,
+                    preserve=s["preserve"],
+                    ridge=s["ridge"],
                 )
                 entries[path] = Entry(kind="rotation", tensors={"rotation": turned.float().contiguous()})
                 moved = (turned @ weight - weight).norm() / weight.norm()

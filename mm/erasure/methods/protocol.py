@@ -22,6 +22,7 @@ class Job:
         groups: paths of layers that read the same features.
         features: for the first path of each group.
         weights: effective weights (base plus branches) by path, (N, D), float64.
+        targets: number of concepts; each counts as much as one alone would.
         strength: 1 replaces the target by the anchor; less leaves a share of it.
         settings: of the method, by name.
         progress: called with a share from 0 to 1 and what is done.
@@ -33,6 +34,7 @@ class Job:
     features: Mapping[str, Features]
     weights: Mapping[str, Tensor]
     strength: float = 1.0
+    targets: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[float, str], None] = lambda share, text: None
 

@@ -11,6 +11,8 @@ from mm.adapters.patch import Entry
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 
+RANK_A_TARGET = 6  # added for every further target
+
 
 class UCE:
     """W' = W (I + A) at every text-reading layer."""
@@ -34,15 +36,16 @@ class UCE:
     def solve(self, job: Job, group: Any, features: solver.Features) -> solver.Solution:
         """A for one group."""
         s = job.settings
-        return solver.ridge(features, strength=1.0, preserve=s["preserve"], ridge=s["ridge"])
+        return solver.ridge(features, strength=float(job.targets), preserve=s["preserve"], ridge=s["ridge"])
 
 
 def lowrank_entries(
     job: Job, group: Any, found: solver.Solution, features: solver.Features
 ) -> tuple[dict[str, Entry], dict[str, float]]:
     """Low-rank entries for a group: `down` is shared, `up` is W times A's left factor."""
+    rank = int(job.settings["rank"]) + RANK_A_TARGET * (job.targets - 1)
     every = torch.cat([features.target_TD, features.retained_RD])
-    up, down, lost = solver.low_rank(found.change_DD * job.strength, solver.moment(every), int(job.settings["rank"]))
+    up, down, lost = solver.low_rank(found.change_DD * job.strength, solver.moment(every), rank)
     entries = {path: entry_of(job.weights[path] @ up, down) for path in group}
     facts = {
         "condition": found.condition, "target_error": found.target_error, "retained_error": found.retained_error,
