@@ -27,6 +27,8 @@ from mm.erasure.names import COMMON_NAMES
 from mm.erasure.neighbours import Neighbours
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
+from mm.families import family_of
+from mm.families.family import resolve
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import roots_of
@@ -105,8 +107,8 @@ def erase(
 
 def contexts_of(pipe: Any) -> Contexts:
     """The contexts that a pipeline's family brings, or plain English."""
-    own = getattr(pipe, "concept_contexts", None)
-    return own() if callable(own) else PlainContexts(COMMON_NAMES)
+    family = family_of(pipe)
+    return resolve(family.contexts)() if family is not None and family.contexts else PlainContexts(COMMON_NAMES)
 
 
 def effective(layer: nn.Linear) -> torch.Tensor:

@@ -33,7 +33,7 @@ def captions(count: int, seed: str) -> tuple[str, ...]:
 
 def tokens(prompt: str) -> list[str]:
     """Words and marks of a prompt."""
-    return re.findall(r"\w+|[^\w\s]", prompt)
+    return re.findall(r"\w+(?:-\w+)*|[^\w\s]", prompt)
 
 
 def joined(words: Sequence[str]) -> str:

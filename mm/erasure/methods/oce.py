@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mm.adapters.patch import Entry
+from mm.adapters.entry import Entry
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 

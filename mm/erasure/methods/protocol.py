@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from mm.adapters.patch import Entry
+from mm.adapters.entry import Entry
 from mm.erasure.solver import Features
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.adapters.patch import Entry
+from mm.adapters.entry import Entry
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 
