@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm.adapters.formats.reader import read_lora
     from mm.adapters.formats.writer import write_lora
     from mm.engine.loading import load
+    from mm.erasure.erase import erase
     from mm.pipelines.image_edit import ImageEditPipeline
     from mm.pipelines.interleaved import InterleavedPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline
@@ -61,6 +62,7 @@ __all__ = [
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
+    "erase",
     "load",
     "load_nunchaku",
     "quantize",
@@ -76,6 +78,7 @@ __getattr__ = loader(
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
+        "erase": "erasure.erase",
         "load": "engine.loading",
         "load_nunchaku": "quantization.integrations.nunchaku",
         "quantize": "quantization.quantize",

@@ -23,6 +23,7 @@ PUBLIC = {
         "TextToImagePipeline",
         "UnderstandingPipeline",
         "__version__",
+        "erase",
         "load",
         "load_nunchaku",
         "quantize",
