@@ -18,7 +18,7 @@ from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
 from mm.drawing import save_numbered
-from mm.models.dialogue import spoken
+from mm.models.dialogue import detokenize
 
 if TYPE_CHECKING:
     from mm.pipelines.interleaved import InterleavedPipeline
@@ -77,9 +77,9 @@ def _turn(
     said: list[str] = []
     for event in pipe.turn(conversation, words, picture, seed=seed, steps=steps):
         if event.kind == "word":
-            before = spoken(said)
+            before = detokenize(said)
             said.append(event.word)
-            print(spoken(said)[len(before) :], end="", flush=True)
+            print(detokenize(said)[len(before) :], end="", flush=True)
         elif event.picture is not None:
             used = seed + conversation.pictures - 1
             settings = drawing_settings(prompt=words, seed=used, steps=steps, mode="flow", model=model)

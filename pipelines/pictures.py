@@ -1,11 +1,9 @@
-"""Pictures from outside, made ready for the models: any mode, size and rotation.
+"""Opens pictures of any mode, size and rotation, and makes them tensors.
 
 Design choices
 - The shorter side is scaled to the model's size and the middle is cut out. Borders around the whole picture would be
   read as a background; a picture of the right size comes through unchanged.
 - EXIF rotation is obeyed, transparency lies on white, of an animation the first frame counts.
-
-This module does not know models.
 """
 
 from __future__ import annotations

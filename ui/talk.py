@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.core.errors import UserError
 from mm.core.png_settings import drawing_settings, save_png
-from mm.models.dialogue import spoken
+from mm.models.dialogue import detokenize
 from mm.pipelines.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Talker:
                 visit.messages.append(reply)
             if event.kind == "word":
                 said.append(event.word)
-                reply["text"] = spoken(said)
+                reply["text"] = detokenize(said)
             elif event.kind == "step":
                 reply["text"] = f"drawing: step {event.step} of {event.steps}"
             elif event.picture is not None:
