@@ -6,7 +6,7 @@ Design choices
   (`TextState`). A drawn picture is added as understanding tokens of its latents, without decoding; pictures from the
   user pass through the understanding encoder.
 - The last picture of the conversation is the source of the next drawing, whether that edits it or draws something new:
-  the model was trained to tell the two apart by the words.
+  the model was trained to distinguish the two by the words.
 - A turn is a generator of events, so that words, steps and pictures can be shown at once and a turn can be stopped.
 - All state of a conversation is in `Conversation`, all state of a drawing in its `Run`, so that several conversations
   on one pipeline may be interleaved.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from mm import TextToImagePipeline
+from mm import InterleavedPipeline, TextToImagePipeline
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.text import build_text_tokenizer
@@ -79,3 +79,25 @@ def says(pipe, monkeypatch, *tokens: str) -> None:
         return logits
 
     monkeypatch.setattr(type(pipe), "_advance", advance)
+
+
+def says_in_order(monkeypatch, scripts: dict[str, list[str | None]], default: list[str | None]) -> None:
+    """Makes the text head of every conversation say the tokens of its script, None leaving its own choice.
+
+    A conversation's script is that of the first word of `scripts` in its first turn, else the default.
+    """
+    read, said = InterleavedPipeline._advance, {}
+
+    def advance(self, conversation, understanding=None):
+        logits = read(self, conversation, understanding)
+        if id(conversation) not in said:
+            text = self.text_tokenizer.convert_ids_to_tokens(conversation.dialogue.ids)
+            said[id(conversation)] = (conversation, iter(next((s for w, s in scripts.items() if w in text), default)))
+        token = next(said[id(conversation)][1], None)
+        if token is None:
+            return logits
+        chosen = torch.zeros_like(logits)
+        chosen[self.text_tokenizer.convert_tokens_to_ids(token)] = 1
+        return chosen
+
+    monkeypatch.setattr(InterleavedPipeline, "_advance", advance)
