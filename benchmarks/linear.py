@@ -1,18 +1,23 @@
 """4-bit linear layers against their peers, on this machine: `python benchmarks/linear.py --json linear.json`.
 
 Design choices
-- One run, one minute of weather: every method is timed in turn, round after round, and the medians are compared. What
-  counts is the ratio to torch's bf16 in the same run. Turns are shuffled anew every round: whoever always comes after
-  the one that frees the most memory would always pay for its pages.
-- Inputs are bf16 and their rounding is inside the timing; the branch has rank 32. With one token the weights change
-  from call to call, as they do in a model: what fits into a cache would be timed as if it always did.
+- All methods are timed in one run, in turn, round after round, and the medians are compared. What counts is the ratio
+  to torch's own layer in the same run. The order is shuffled anew every round: whoever always comes after the one that
+  frees the most memory would always pay for its pages.
+- The baseline, and the type of the inputs, is bf16 where the CPU computes in it, and fp32 elsewhere: without
+  instructions for bf16, torch takes seven times as long in it. `--dtype` overrides what a short trial finds.
+- Rounding of the inputs is inside the timing; the branch has rank 32, in bf16 as files have it. With one token the
+  weights change from call to call, as they do in a model: what fits into a cache would be timed as if it always did.
 - "unfused" is the same 4-bit product with the branch as two products of torch's own beside it.
 - What the branch adds is timed among mm's own methods, before any peer's layers are there, and among the peers as well:
   between two of our own methods the peers' memory and threads only stand in the way (they cost several per cent).
-- Peers are optional: one that is not installed, or does not run here, is listed with its reason. They are installed
-  apart from mm (`pip install --no-deps sdnq optimum-quanto torchao bitsandbytes`), since none is a dependency.
+- Peers are optional (`benchmarks/linear_peers.py`): one that is not installed, or does not run here, is listed with its
+  reason.
+- `MM_KERNELS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` caps mm and torch,
+  and what a machine without AVX512 would show can be measured on one with it.
 
-This script does not judge accuracy; `tests/test_kernels.py` and `benchmarks/quantized_generate.py` do.
+`tests/kernels/test_kernels.py` and `benchmarks/quantized_generate.py` judge accuracy. `--render FILE` prints the table of
+an earlier run's JSON.
 """
 
 from __future__ import annotations
@@ -65,62 +70,12 @@ def int4pack(linear: nn.Linear) -> Step:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, scales)
 
 
-def sdnq(linear: nn.Linear, **settings: object) -> Step:
-    """sdnq's 4-bit layer."""
-    from sdnq.quantizer import sdnq_post_load_quant  # type: ignore[import-not-found]
-
-    return sdnq_post_load_quant(nn.Sequential(linear), weights_dtype="int4", **settings)
-
-
-def quanto(linear: nn.Linear) -> Step:
-    """optimum-quanto's 4-bit layer."""
-    from optimum.quanto import freeze, qint4, quantize  # type: ignore[import-not-found]
-
-    model = nn.Sequential(linear)
-    quantize(model, weights=qint4)
-    freeze(model)
-    return model
-
-
-def torchao(linear: nn.Linear, *, dynamic: bool) -> Step:
-    """torchao's 4-bit weights, inputs in bf16 or dynamically in 8 bits."""
-    import torchao.quantization as q  # type: ignore[import-not-found]
-
-    model, group = nn.Sequential(linear), q.PerGroup(64)
-    if dynamic:
-        settings = q.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=group)
-    else:
-        settings = q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
-    q.quantize_(model, settings)
-    return model
-
-
-def bitsandbytes(linear: nn.Linear) -> Step:
-    """bitsandbytes' NF4 layer."""
-    import bitsandbytes as bnb  # type: ignore[import-not-found]
-
-    outputs, inputs = linear.weight.shape
-    layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
 METHODS: dict[str, Maker] = {
     "torch bf16": bf16,
     "mm, fused branch": ours,
     "mm, no branch": lambda linear: ours(linear, rank=0),
     "mm, unfused branch": lambda linear: ours(linear, fused=False),
     "torch int4pack": int4pack,
-}
-PEERS: dict[str, Maker] = {
-    "sdnq int4": sdnq,
-    "sdnq int4, 8-bit products": lambda linear: sdnq(linear, use_quantized_matmul=True),
-    "sdnq int4, SVD": lambda linear: sdnq(linear, use_svd=True),
-    "sdnq int4, SVD, 8-bit products": lambda linear: sdnq(linear, use_svd=True, use_quantized_matmul=True),
-    "optimum-quanto int4": quanto,
-    "torchao int4": lambda linear: torchao(linear, dynamic=False),
-    "torchao int4, 8-bit inputs": lambda linear: torchao(linear, dynamic=True),
-    "bitsandbytes NF4": bitsandbytes,
 }
 
 

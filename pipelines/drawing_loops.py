@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mm.core.png_settings import GUIDANCE
+from mm.families.mm_tiny import GUIDANCE
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder

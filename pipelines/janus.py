@@ -26,7 +26,7 @@ from mm.pipelines.unified_protocol import FamilyDefaults
 class Janus(PublicModel):
     """`JanusForConditionalGeneration` and `JanusProcessor`."""
 
-    defaults = FamilyDefaults(guidance_scale=5.0)
+    defaults = FamilyDefaults.of("janus")
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The one size that the model draws."""

@@ -26,14 +26,14 @@ from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.core.png_settings import GUIDANCE, steps_for
+from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
-from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
+from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompt_encoding import check_prompts, tokenize
 from mm.pipelines.run_state import Run, RunStateMixin, StepCallback
@@ -93,16 +93,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             if cls is not TextToImagePipeline:
                 raise UserError(f"{where} is a public unified model, which {cls.__name__} cannot use")
             return UnifiedTextToImagePipeline.from_pretrained(where, **kwargs)
-        try:
-            pipe = super().from_pretrained(where, **kwargs)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            if isinstance(where, Path):
-                why = first_broken(where) or " ".join(str(error).split())[:300]
-                raise UserError(f"the weights in {where} are broken: {why}") from error
-            raise
-        if isinstance(where, Path):
-            check_complete(pipe.components, where, kwargs)
-        return pipe
+        return super().from_pretrained(where, **kwargs)
 
     @property
     def modes(self) -> tuple[str, ...]:

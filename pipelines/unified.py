@@ -23,10 +23,13 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
 from mm.core.errors import UserError
-from mm.core.paths import UNIFIED, unified_type
+from mm.core.model_files import check_loaded
+from mm.families import model_types
+from mm.families.folders import unified_type
 from mm.pipelines.answers import UnderstandingOutput, paired
 from mm.pipelines.emu3 import Emu3
 from mm.pipelines.janus import Janus
+from mm.pipelines.loading import check_transformers_folder
 from mm.pipelines.pictures import open_picture
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
@@ -47,7 +50,7 @@ def kind_at(where: str | Path, options: Mapping[str, Any] | None = None) -> str 
         found = PretrainedConfig.get_config_dict(where, **_for_hub(options or {}))[0].get("model_type")
     except (OSError, ValueError):
         return None
-    return found if found in UNIFIED else None
+    return found if found in model_types() else None
 
 
 def _for_hub(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +69,10 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
     import transformers
 
     name = kind.capitalize()
+    if Path(where).is_dir():
+        check_transformers_folder(
+            getattr(transformers, f"{name}ForConditionalGeneration"), Path(where), kwargs.get("variant")
+        )
     if "torch_dtype" in kwargs:  # diffusers' name for it
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     try:
@@ -73,7 +80,9 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
         model, loaded = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(
             where, **(kwargs | {"use_safetensors": True, "output_loading_info": True})
         )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what tokenizers and processors raise for damaged files is of any type
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{where} is a {kind} model that cannot be loaded: {why}") from error
     wrong = [
@@ -84,6 +93,8 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
             f"{where} does not hold just the tensors of a {name}ForConditionalGeneration; missing, unknown or of "
             f"another shape: {', '.join(wrong[:3])} ({len(wrong)} in all); copy or save the model again"
         )
+    if Path(where).is_dir():
+        check_loaded(model, where)
     return {"model": model.eval(), "processor": processor}
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from mm.families import family_named
 from mm.pipelines.token_sampling import Sampling
 
 
@@ -22,6 +23,12 @@ class FamilyDefaults:
     guidance_scale: float
     top_k: int = 0
     negative_prompt: str = ""
+
+    @classmethod
+    def of(cls, name: str) -> FamilyDefaults:
+        """Those of a family of `mm.families`."""
+        known = family_named(name)
+        return cls(guidance_scale=known.guidance or 1.0, top_k=known.top_k, negative_prompt=known.negative_prompt)
 
 
 class UnifiedModel(Protocol):

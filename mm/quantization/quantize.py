@@ -1,8 +1,8 @@
 """`mm.quantize`: SVDQuant on any module or pipeline, layer by layer, with a report.
 
 Design choices
-- A pipeline's drawing parts are quantized (components of a known family, text encoders only when named);
-  a bare module is quantized itself. Which layers, and how, `mm.layers.sites` says.
+- A pipeline's drawing parts are quantized (text encoders only when named); a bare module is quantized itself. Which
+  parts and layers, and how, `mm.families` says.
 - Calibration: prompts for a pipeline (it draws with them), keyword arguments for a bare module, or a callable of one's
   own that runs the model. Nothing is trained, and the 16-bit weights of a layer go as soon as it is done.
 - Groups are independent: inputs come from the 16-bit model, so the order does not matter, a run can resume from what
@@ -23,17 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
+from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
+from mm.families import find_sites, quantizable_parts, rules_of
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import ActivationRule, BranchedLinear
-from mm.layers.sites import FAMILIES, Site, find_sites
+from mm.layers.originals import refuse_patched
+from mm.layers.sites import Site
 from mm.layers.surgery import branched
+from mm.layers.tracing import regroup, trace
 from mm.quantization import auto, search
 from mm.quantization import calibration as cal
 from mm.quantization.calibration import Group, Seen
@@ -43,7 +46,6 @@ from mm.quantization.report import LayerReport, Report
 
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
 SCORED = 1024  # rows by which candidates are told apart; rounding takes all of them
-_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 
 @torch.no_grad()
@@ -65,13 +67,14 @@ def quantize(
     """
     config = config or SVDQuantConfig()
     started = time.monotonic()
-    roots = _roots(target, components)
+    roots = quantizable_parts(target, components)
+    for name, root in roots.items():
+        refuse_patched(root, name)
     runs = [] if config.data_free else _runs(target, calibration, config)
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
         whole.add_module(name, root)
-    sites = [s for name, root in roots.items() for s in _sites(name, root, config)]
-    groups = cal.groups_of(sites)
+    groups = cal.groups_of(_traced(whole, roots, config, runs))
     bases = {name: base_hash(root) for name, root in roots.items()}
     report = Report(settings=config.to_dict())
     report.layers = _quantize(whole, groups, runs, config, progress, None if resume is None else Path(resume))
@@ -79,23 +82,6 @@ def quantize(
         record(root, config, bases[name])
     report.seconds = round(time.monotonic() - started, 2)
     return report
-
-
-def _roots(target: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
-    if isinstance(target, nn.Module):
-        return {"model": target}
-    parts = {n: m for n, m in getattr(target, "components", {}).items() if isinstance(m, nn.Module)}
-    if components is not None:
-        wanted = list(components)
-        if missing := [name for name in wanted if name not in parts]:
-            raise UserError(f"the pipeline has no module {', '.join(missing)}; it has {', '.join(parts) or 'none'}")
-        return {name: parts[name] for name in wanted}
-    kinds = {name: {kind.__name__ for kind in type(module).__mro__} for name, module in parts.items()}
-    known = {n: m for n, m in parts.items() if kinds[n] & set(FAMILIES) and not kinds[n] & set(_TEXT_ENCODERS)}
-    if not known:
-        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in parts.items()) or type(target).__name__
-        raise UserError(f"found no part of a known family to quantize among {shown}; name some with components=[...]")
-    return known
 
 
 def _runs(target: Any, calibration: Calibration | None, config: SVDQuantConfig) -> list[Callable[[], object]]:
@@ -151,6 +137,19 @@ def _sites(name: str, root: nn.Module, config: SVDQuantConfig) -> list[Site]:
             parent=site.parent and f"{name}.{site.parent}",
         )
         for site in chosen
+    ]
+
+
+def _traced(
+    whole: nn.Module, roots: Mapping[str, nn.Module], config: SVDQuantConfig, runs: Sequence[cal.Run]
+) -> list[Site]:
+    """The sites of all parts, their groups split by what two runs read; those of unknown models are joined as well."""
+    by_part = {name: _sites(name, root, config) for name, root in roots.items()}
+    if not runs:
+        return [site for sites in by_part.values() for site in sites]
+    seen = trace(whole, runs[:2])  # pipelines with two modes take them in turns
+    return [
+        site for name, sites in by_part.items() for site in regroup(sites, seen, join=rules_of(roots[name]) is None)
     ]
 
 
@@ -259,10 +258,13 @@ def _put(layer: BranchedLinear, solution: search.Solution, rows: slice, bits: in
 
 
 def _restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
-    tensors = load_file(part)
-    with safe_open(part, "pt") as file:
-        meta = file.metadata()
-    rule: ActivationRule = search.rule_from_json(meta["rule"])
+    read = read_tensors(part, "part of an earlier run", types=(*FLOATS, *INTEGERS))
+    tensors, meta = read.tensors, read.metadata
+    try:
+        rule: ActivationRule = search.rule_from_json(meta["rule"])
+        reports = Report.load_layers(meta["reports"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{part} is damaged ({error!r:.200}); remove it, and its layers are quantized again") from error
     for site in group.sites:
         layer = branched(whole, site.path)
         own = {key.split("|")[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{site.path}|")}
@@ -270,7 +272,7 @@ def _restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
             own["qweight"], own["weight_scales"], smooth=own.get("smooth"), down=own.get("down"), up=own.get("up"),
             bias=own.get("bias"), activation=rule,
         )  # fmt: skip
-    return Report.load_layers(meta["reports"])
+    return reports
 
 
 def _scorer(whole: nn.Module, group: Group, seen: Seen) -> search.Score | None:

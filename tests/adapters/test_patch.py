@@ -15,7 +15,7 @@ from tiny_public import flux, flux_inputs, unet
 from torch import nn
 
 import mm
-from mm.adapters.lora_formats import read_lora, write_lora
+from mm import read_lora, write_lora
 from mm.adapters.patch import Entry, Patch
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash

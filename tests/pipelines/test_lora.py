@@ -147,3 +147,22 @@ def test_several_adapters_add_up_switch_off_and_come_off() -> None:
     assert torch.allclose(draw(pipe), with_one, atol=1e-5)
     with pytest.raises(UserError, match="2 adapter_weights for 1"):
         pipe.set_adapters("one", adapter_weights=[1.0, 2.0])
+
+
+def test_a_compiled_trunk_keeps_its_adapters() -> None:
+    pipe = tiny_pipeline()
+    plain = draw(pipe)
+    pipe.load_lora_weights(lora_of(pipe), "one")
+    pipe.set_adapters("one", 0.5)
+    half = draw(pipe)
+    pipe.trunk.compile(backend="eager")
+    pipe.set_adapters("one", 0.0)
+    assert torch.allclose(draw(pipe), plain, atol=1e-5)
+    pipe.trunk._compiled_call_impl = None
+    pipe.register_modules(trunk=torch.compile(pipe.trunk, backend="eager"))
+    assert pipe.get_active_adapters() == ["one"]
+    pipe.set_adapters("one", 0.5)
+    pipe.fuse_lora()
+    assert torch.allclose(draw(pipe), half, atol=1e-4)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)

@@ -277,11 +277,48 @@ def test_scales_and_integers_of_fused_layers_are_those_of_the_file(first):
             lambda t: t.update({"transformer_blocks.7.mlp_fc1.qweight": torch.zeros(1)}),
             "blocks.7.mlp_fc1 belongs to transformer_blocks.7.ff.net.0.proj, which this model does not have",
         ),
+        (
+            lambda t: t.update({(k := "transformer_blocks.0.mlp_fc1.wscales"): t[k].view(torch.int16)}),
+            "mlp_fc1 has a wscales of type I16, not BF16 or F16",
+        ),
+        (
+            lambda t: t.update({(k := "transformer_blocks.0.mlp_fc1.lora_down"): t[k].view(torch.uint8)}),
+            "mlp_fc1 has a proj_down of type U8",
+        ),
+        (lambda t: t.update({(k := "x_embedder.weight"): t[k].int()}), "x_embedder.weight is of type I32"),
+        (
+            lambda t: t.update({(k := "transformer_blocks.0.mlp_fc1.wscales"): t[k] * float("nan")}),
+            "wscales. holds NaN or infinite values",
+        ),
+        (lambda t: t["x_embedder.bias"].fill_(float("inf")), "x_embedder.bias. holds NaN or infinite values"),
+        (
+            lambda t: t.update(
+                {
+                    k.replace("mlp_fc1", "ff.net.0.proj"): x.clone()
+                    for k, x in list(t.items())
+                    if k.startswith("transformer_blocks.0.mlp_fc1.")
+                }
+            ),
+            "transformer_blocks.0.ff.net.0.proj is there in part only, or twice",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "transformer_blocks.0.attn.norm_q.weight": t["transformer_blocks.0.norm_q.weight"].clone(),
+                }
+            ),
+            "are both transformer_blocks.0.attn.norm_q.weight",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.mlp_fc1.lora_down": torch.tensor(1.0).half()}),
+            r"has proj_up \[256, 16\], not",
+        ),
     ],
+    ids=range(19),
 )
 def test_a_file_that_does_not_fit_names_what_and_changes_nothing(first, tmp_path, change, message):
     _, tensors, meant = first
-    tensors = dict(tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors)
     file = write(tmp_path / "bad.safetensors", tensors, meant)
     model = flux()
@@ -290,6 +327,38 @@ def test_a_file_that_does_not_fit_names_what_and_changes_nothing(first, tmp_path
         mm.read_nunchaku(file, model)
     assert not quantized(model)
     assert torch.equal(run(model), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"num_layers": 10**5}, "describes a larger model than its weights hold"),
+        ({"num_layers": "2"}, "describes no model that can be built"),
+        ({"joint_attention_dim": 10**6}, "asks for a table of 64000000 values"),
+        ({"joint_attention_dim": 10**7}, "joint_attention_dim is 10000000, more than"),
+        ({"_class_name": ["x"]}, "does not say which model"),
+        ({"_class_name": "FluxPipeline"}, "does not say which model"),
+        (
+            {"_class_name": "NunchakuFluxTransformer2dModel", "axes_dims_rope": [10**9]},
+            "axes_dims_rope is 1000000000, more than",
+        ),
+    ],
+    ids=range(7),
+)
+def test_settings_that_do_not_fit_the_file(first, tmp_path, config, why):
+    _, tensors, meant = first
+    settings = {"_class_name": "NunchakuFluxTransformer2dModel"} | dict(meant.config) | config
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"config": json.dumps(settings, default=list)})
+    with pytest.raises(UserError, match=why):
+        mm.load_nunchaku(tmp_path / "a.safetensors")
+
+
+def test_settings_that_are_no_object(first, tmp_path):
+    _, tensors, _ = first
+    for text, why in (("[1]", "a JSON object is needed"), ("{", "is no JSON"), ("[" * 9999, "nested too deeply")):
+        save_file(tensors, tmp_path / "a.safetensors", metadata={"config": text})
+        with pytest.raises(UserError, match=why):
+            mm.load_nunchaku(tmp_path / "a.safetensors")
 
 
 def test_wrong_sources_and_models(first, tmp_path):
