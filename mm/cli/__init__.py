@@ -47,7 +47,7 @@ COMMANDS = {
     "train": ("mm.cli.train", "Train a published model, or resume its training."),
     "ui": ("mm.cli.ui", "Open the web app."),
     "batch": ("mm.cli.batch", "Run a file of jobs; what is done already is skipped."),
-    "doctor": ("mm.cli.doctor", "Tell what this machine offers, what is slow, and why."),
+    "doctor": ("mm.cli.doctor", "Report what this machine offers, what is slow, and why."),
 }
 
 
