@@ -37,6 +37,7 @@ from mm.models.dialogue import Dialogue
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.pictures import open_picture, squared, to_tensor
 from mm.pipelines.prompt_encoding import left_padded
@@ -139,6 +140,18 @@ class ImageEditPipeline(TextToImagePipeline):
         if not 0 <= image_guidance_scale <= MAX_GUIDANCE:
             raise UserError(f"image_guidance_scale is {image_guidance_scale}; give 0 to {MAX_GUIDANCE}")
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
+        if len(parts_of(self, len(generators))) > 1:  # one by one: see mm.pipelines.batch_parts
+            options: dict[str, Any] = {
+                "mask_image": mask_image, "num_inference_steps": num_inference_steps, "mode": mode,
+                "guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale,
+                "output_type": output_type, "return_dict": False, "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            }  # fmt: skip
+            each = [k // num_images_per_prompt for k in range(len(generators))]
+            made = [
+                self([pictures[i]], [prompts[i]], generator=[generators[k]], **options)[0] for k, i in enumerate(each)
+            ]
+            return ImagePipelineOutput(images=joined(made)) if return_dict else (joined(made),)
         source = to_tensor(pictures, side).to(self._execution_device)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
         with self._new_run(guidance_scale=guidance_scale) as run:

@@ -31,6 +31,7 @@ from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.loading import SharedFolderMixin
@@ -199,8 +200,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             return_dict: False returns a tuple of the pictures alone.
             attention_kwargs: `{"scale": x}` scales loaded LoRAs.
             callback_on_step_end: `callback(pipe, step, timestep, tensors)`, called after each step. It may return
-            changed
-                latents and set `pipe._interrupt`.
+                changed latents and set `pipe._interrupt`. A model that rounds activations draws its pictures one by
+                one, so that each has the same bits in any call; the callback then sees one picture at a time.
             callback_on_step_end_tensor_inputs: The tensors it wants; "latents" is there.
 
         Returns:
@@ -232,12 +233,19 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             self.scaled_lora(attention_kwargs),
             self._new_run(guidance_scale=guidance_scale, temperature=temperature) as run,
         ):
-            caches = self.encode_prompt(prompts, num_images_per_prompt, negative_prompt)
-            branches = text_branches(*caches, guidance_scale)
             on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            drawn = self._draw_latents(noise, generators, branches, num_inference_steps, run, on_step)
+            several = [text for text in prompts for _ in range(num_images_per_prompt)]
+            done = []
+            for part in parts_of(self, len(generators)):
+                whole = part == slice(0, len(generators))
+                texts, each = (prompts, num_images_per_prompt) if whole else (several[part], 1)
+                caches = self.encode_prompt(texts, each, negative_prompt)
+                branches = text_branches(*caches, guidance_scale)
+                start = None if noise is None else noise[part]
+                drawn = self._draw_latents(start, generators[part], branches, num_inference_steps, run, on_step)
+                done.append(drawn if output_type == "latent" else self._decode(drawn, output_type))
 
-        pictures: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        pictures: Any = joined(done)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
