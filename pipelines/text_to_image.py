@@ -33,6 +33,7 @@ from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best
 from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize
@@ -102,6 +103,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.scale_factor)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         self._temperature = CODES_TEMPERATURE
+        self.count_reader: CountReader | None = None  # loaded when `best_of` first needs it
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TextToImagePipeline:
@@ -222,6 +224,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
+        best_of: int = 1,
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -233,7 +236,9 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         `generator`: one generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only
         the seed counts, not what was drawn from a generator before. `mode`: "flow" or "codes". `num_inference_steps`
         None: 12 in flow, 32 in codes. `guidance_scale` 1 = off. `temperature`: of sampling in codes mode; 0 takes the
-        likeliest code. `latents`: flow's starting noise (B, 16, 8, 8). `attention_kwargs={"scale": x}` scales loaded
+        likeliest code. `latents`: flow's starting noise (B, 16, 8, 8). `best_of`: the most times
+        that a picture is drawn, until it shows the numbers of things that the prompt asks for (`mm.pipelines.best_of`);
+        the output then has `tries` and `right` as well. `attention_kwargs={"scale": x}` scales loaded
         LoRAs.
         Returns ImagePipelineOutput, or with `return_dict` False a tuple of the pictures alone.
         `output_type`: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
@@ -256,6 +261,24 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
         )
         if temperature < 0:
             raise UserError(f"temperature is {temperature}; give 0 or more")
+        check_best_of(best_of, latents)
+        if best_of > 1:
+            found = self._draw_best(
+                [text for text in prompts for _ in range(num_images_per_prompt)],
+                generator,
+                best_of,
+                negative_prompt=negative_prompt,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                mode=mode,
+                temperature=temperature,
+                attention_kwargs=attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
+            pictures = found.images if output_type == "latent" else self._decode(found.images, output_type)
+            return CheckedOutput(pictures, found.tries, found.right) if return_dict else (pictures,)
+        pictures: Any
         self._guidance_scale, self._temperature, self._interrupt = guidance_scale, temperature, False
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         tell = self._teller(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -269,9 +292,25 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
             else:
                 drawn = self._fill_codes(generators, reading, num_inference_steps, tell)
 
-        pictures: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        pictures = drawn if output_type == "latent" else self._decode(drawn, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _draw_best(self, prompts: list[str], generator: Generators, best_of: int, **options: Any) -> CheckedOutput:
+        """Latents of the best of several tries, one prompt a picture; `options` are those of `__call__`."""
+
+        def draw(some: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
+            return self(list(some), generator=list(generators), output_type="latent", **options).images
+
+        if self.count_reader is None:
+            if not (name := self.name_or_path):
+                raise UserError(
+                    "best_of needs the parts that read; set pipe.count_reader = CountReader.from_pretrained(NAME)"
+                )
+            self.count_reader = CountReader.from_pretrained(name)
+        reader = self.count_reader.to(self._execution_device)
+        generators = picture_generators(generator, len(prompts))
+        return CheckedOutput(*draw_best(draw, reader, prompts, generators, best_of))
 
     def _guided(self, caches: tuple[PromptCache, PromptCache]) -> Reading:
         """What is read a step: the prompt, and with guidance the empty one as well."""

@@ -39,6 +39,7 @@ def compose(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
+    best_of: Annotated[int, typer.Option(min=1, help="Draw again, so often at most, where numbers are wrong.")] = 1,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: Json = None,
@@ -52,7 +53,9 @@ def compose(
     from mm.evaluation.prompts import COMPOSE
     from mm.world.judge import Judge
 
-    config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance)
+    config = ComposeConfig(
+        mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance, best_of=best_of
+    )
     pipe = TextToImagePipeline.from_pretrained(model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)

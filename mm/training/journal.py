@@ -77,6 +77,16 @@ def _judge(rows: list[dict[str, Any]]) -> str:
     return f"`exact`: share of held-out scenes read back without any error.\n\n{table(thinned(looks))}"
 
 
+def _crisp(rows: list[dict[str, Any]]) -> str:
+    note = (
+        "The decoder alone, on encoded renders and on latents that the model wrote. `_sharp`: gradient energy of "
+        "decoded pictures as a share of renders'. Losses are weighted, and moving averages over about 50 steps."
+    )
+    looks = [row for row in rows if "psnr" in row]
+    steps = table(thinned([row for row in rows if "psnr" not in row]))
+    return f"{note}\n\n{steps}\n\nReconstructions of held-out renders (PSNR in dB):\n\n{table(thinned(looks))}"
+
+
 def _loop(note: str) -> Callable[[list[dict[str, Any]]], str]:
     """What a stage of `mm.training.loop` has logged."""
 
@@ -121,6 +131,7 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
             "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`)."
         ),
     ),
+    ("Crisp decoder", "crisp/log.jsonl", _crisp),
 )
 
 

@@ -84,11 +84,19 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices (if wanted) and AdamW for everything else."""
+    """Muon for hidden matrices (if wanted) and AdamW for everything else.
+
+    A module's `rate_shares` name, for some of its parts, the share of AdamW's learning rate that they learn with.
+    """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     hidden = [p for n, p in named if config.muon and _is_hidden_matrix(n, p)]
     chosen = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in chosen]
+    shares = getattr(module, "rate_shares", {})
+    grouped: dict[float, list[nn.Parameter]] = {}
+    for name, p in named:
+        if id(p) not in chosen:
+            grouped.setdefault(shares.get(name.split(".")[0], 1.0), []).append(p)
+    rest = [{"params": group, "share": share} for share, group in grouped.items()]
     out: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ]
@@ -146,7 +154,7 @@ class Loop:
         factor = rate_factor(self.config, self.step - self.warm_from, self.seconds)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * factor * group.get("share", 1.0)
             optimizer.zero_grad(set_to_none=True)
         with self.accelerator.autocast():
             losses: dict[str, torch.Tensor] = self.module(batch)

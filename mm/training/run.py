@@ -1,5 +1,5 @@
 """Puts a published model's stages together from its YAML: autoencoder, bridge, judge, latents, drawing, understanding,
-stem, counter, joint.
+stem, counter, joint, crisp.
 
 Design choices
 - One YAML a model, one function a stage; command-line flags override single fields, so that a run is its YAML plus the
@@ -234,6 +234,23 @@ def train_joint(
     return joint_run.train(module, state, loop_config, settings, folder, lambda now: judged(now, state))
 
 
+def train_crisp(
+    config: dict[str, Any], state: Path, *, init_from: Path | None = None, publish_to: Path | None = None, **flags: Any
+) -> Loop:
+    """Runs (or goes on with) the crisp stage; the autoencoder with its averaged decoder goes to `publish_to`."""
+    from mm.training import crisp_run
+
+    return crisp_run.train_crisp(
+        _load(Autoencoder, state / "model" / "autoencoder"),
+        init_from or state / "model",
+        state,
+        publish_to or state / "model",
+        override(LoopConfig(**config["crisp"]["loop"]), flags),
+        override(crisp_run.CrispConfig(**config["crisp"]["stage"]), flags),
+        shards=config["crisp"]["shards"],
+    )
+
+
 def _moved(batch: Any, device: torch.device) -> Any:
     """A batch of tensors on another device."""
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
@@ -320,8 +337,10 @@ def run_stages(
         elif stage == "joint":
             write_latents(config, state, shards=1)
             train_joint(config, state, init_from=init_from, publish_to=publish_to, **flags)
+        elif stage == "crisp":
+            train_crisp(config, state, init_from=init_from, publish_to=publish_to, **flags)
         else:
-            known = "autoencoder, bridge, judge, latents, drawing, understanding, stem, counter, joint"
+            known = "autoencoder, bridge, judge, latents, drawing, understanding, stem, counter, joint, crisp"
             raise UserError(f"unknown stage {stage!r}; known: {known}")
 
 
