@@ -77,6 +77,35 @@ def compose(
     _print(_compose_table(report))
 
 
+@app.command(epilog="Example: mm eval fidelity --limit 10 --json runs/fidelity.json")
+def fidelity(
+    model: Model = "mm-tiny",
+    mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    limit: Limit = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
+    prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
+    json: Json = None,
+) -> None:
+    """Sharpness of drawn pictures beside renders, and the Frechet distance between the two on the judge's features."""
+    from mm import TextToImagePipeline
+    from mm.evaluation.compose import ComposeConfig
+    from mm.evaluation.fidelity import evaluate_fidelity
+    from mm.evaluation.prompts import COMPOSE
+    from mm.world.judge import Judge
+
+    config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures)
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    judge, told = Judge.from_pretrained(), {"model": model}
+    report = evaluate_fidelity(pipe, judge, config, prompts=prompts or COMPOSE, json_file=json, settings=told)
+    rows = {"drawn": report | {"score": report["overall"]}, "reconstructed": report["reconstructed"]} | report["tasks"]
+    for name, row in rows.items():
+        print(f"{name:14} sharpness {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
+    print(f"Frechet distance {report['frechet']:.3f}, reconstructed {report['frechet_reconstructed']:.3f}, "
+          f"between renders {report['frechet_floor']:.3f}")  # fmt: skip
+
+
 @app.command(epilog="Example: mm eval understand --limit 100 --json runs/understand.json")
 def understand(
     model: Model = "mm-tiny",

@@ -43,6 +43,7 @@ def train_crisp(
     config: CrispConfig,
     *,
     shards: int,
+    shard_size: int,
 ) -> Loop:
     """Runs (or goes on with) the stage.
 
@@ -54,9 +55,10 @@ def train_crisp(
         loop_config: Minutes, rates and batch size.
         config: Losses and the decoder's growth.
         shards: Shards of redrawn latents to have before training.
+        shard_size: Scenes of each.
     """
     if config.redrawn_share:
-        _write_shards(autoencoder, drawn_by, state / "redrawn", shards)
+        _write_shards(autoencoder, drawn_by, state / "redrawn", shards, shard_size)
     torch.manual_seed(0)
     whole = grown(autoencoder, config).float()
     loop = Loop(Crisp(whole.decoder, config), state / "crisp", loop_config)
@@ -79,7 +81,7 @@ def train_crisp(
     return loop
 
 
-def _write_shards(autoencoder: Autoencoder, drawn_by: Path, folder: Path, shards: int) -> None:
+def _write_shards(autoencoder: Autoencoder, drawn_by: Path, folder: Path, shards: int, size: int) -> None:
     if all((folder / f"{k:05d}.safetensors").is_file() for k in range(shards)):
         return
     parts: dict[str, Any] = {}
@@ -94,7 +96,7 @@ def _write_shards(autoencoder: Autoencoder, drawn_by: Path, folder: Path, shards
         scheduler=_scheduler(drawn_by / "scheduler"),
     )
     for k in range(shards):
-        write_redrawn(folder, k, pipe)
+        write_redrawn(folder, k, pipe, size=size)
 
 
 def _scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:

@@ -10,11 +10,14 @@ Design choices
   edges, wherever exactly they run.
 - The feature loss is on the discriminator's own features (feature matching, Wang et al. 2018, arXiv 1711.11585). The
   judge has no part in it.
-- The discriminator scores patches of two sizes and is given the style by a projection (Miyato and Koyama 2018, arXiv
-  1802.05637). It is training state, not published.
-- The discriminator learns faster than the decoder, which otherwise outruns it and leaves it at chance.
-- The weight of what it says adapts: its gradient at the pictures is kept at a share of the other losses' gradient there
-  (after Esser et al.), by averages of the steps before.
+- The discriminator is conditional: beside a picture it sees what the published decoder makes of the same latents, so
+  that it judges the details that were added (as in Isola et al.). It scores patches of two sizes. It is training state,
+  not published. Without the condition it stayed at chance for hundreds of steps.
+- It learns from encoded renders alone, where the render is what the latents stand for, and judges redrawn ones as well.
+- Most patches are plain ground, alike in renders and decoded pictures, so patches weigh by the strength of their edges.
+- It learns faster than the decoder, which otherwise outruns it.
+- Its weight is fixed. A weight that keeps the share of its gradient, as Esser et al. have it, amplified what a weak
+  discriminator says, and the decoder beat it before it had learned anything.
 - The decoder may grow: new residual blocks start as the identity, so the first step has the published pictures.
 
 Legend: B batch, C channels, H height, W width.
@@ -39,9 +42,6 @@ from mm.training.latents import read_scenes
 from mm.training.tokenizer_data import reconstruction_loss
 from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
-from mm.world.vocabulary import STYLES
-
-BALANCED_EVERY = 8  # passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class CrispConfig:
         pixel_weight: Of the error per pixel; of redrawn pictures, of 4 x 4 means.
         edge_weight: Of the error of edges' local strength.
         feature_weight: Of the error of the discriminator's features.
-        adversary_weight: Of the hinge loss that the discriminator gives the decoder: the norm of its gradient at the
-            pictures, as a share of the norm of the other losses' gradient there.
-        adversary_after: Steps before the hinge loss reaches the decoder, in which the discriminator learns alone.
+        adversary_weight: Of the hinge loss that the discriminator gives the decoder.
+        adversary_after: Steps before hinge loss and feature loss reach the decoder. An untrained discriminator's
+            features are soon matched, and then it has nothing to learn from.
         decoder_rate: The decoder's learning rate as a share of the discriminator's.
         quarter_depth: Residual blocks at a quarter of the side; None keeps the decoder's own number.
         refine_depth: Residual blocks at half of the side; None keeps the decoder's own number.
@@ -66,10 +66,10 @@ class CrispConfig:
     noise: float = 0.12
     pixel_weight: float = 1.0
     edge_weight: float = 1.0
-    feature_weight: float = 0.2
-    adversary_weight: float = 0.02
-    adversary_after: int = 150
-    decoder_rate: float = 0.2
+    feature_weight: float = 0.02
+    adversary_weight: float = 0.015
+    adversary_after: int = 80
+    decoder_rate: float = 0.15
     quarter_depth: int | None = None
     refine_depth: int | None = None
 
@@ -85,11 +85,13 @@ class CrispConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrispBatch:
-    """Latents to decode, the renders they stand for in [-1, 1], each style's number, and which rows are redrawn."""
+    """Latents to decode, the renders they stand for in [-1, 1], what the published decoder makes of them, and which
+    rows are redrawn (the last ones).
+    """
 
     latents_BCHW: torch.Tensor
     pictures_BCHW: torch.Tensor
-    styles_B: torch.Tensor
+    before_BCHW: torch.Tensor
     redrawn_B: torch.Tensor
 
 
@@ -139,46 +141,46 @@ class BatchMaker:
             redrawn_BCHW, known = self.pool.draw(again, rng)
             latents_BCHW = torch.cat([latents_BCHW, redrawn_BCHW])
             pictures_BCHW = torch.cat([fresh_BCHW, render(known).float() / 127.5 - 1])
-            scenes = [*scenes, *known]
+        with torch.autocast("cpu", torch.bfloat16):
+            before_BCHW = self.autoencoder.decode(latents_BCHW).float()
         return CrispBatch(
             latents_BCHW=latents_BCHW.contiguous(memory_format=torch.channels_last),
             pictures_BCHW=pictures_BCHW.contiguous(memory_format=torch.channels_last),
-            styles_B=torch.tensor([STYLES.index(scene.style) for scene in scenes]),
+            before_BCHW=before_BCHW.contiguous(memory_format=torch.channels_last),
             redrawn_B=torch.arange(self.size) >= self.size - again,
         )
 
 
 class Discriminator(nn.Module):
-    """Scores patches of pictures (about 20 and 60 pixels wide) as rendered (above 0) or decoded (below), by style."""
+    """Scores patches (about 20 and 60 pixels wide) of pictures as rendered (above 0) or decoded (below)."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 96), styles: int = len(STYLES)) -> None:
+    def __init__(self, widths: Sequence[int] = (32, 64, 96)) -> None:
         super().__init__()
         half, quarter, eighth = widths
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, half, 3, padding=1), nn.LeakyReLU(0.2)),
+                nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(24, half, 3, padding=1), nn.LeakyReLU(0.2)),
                 nn.Sequential(_conv(half, quarter, stride=2), _conv(quarter, quarter)),
                 nn.Sequential(_conv(quarter, eighth, stride=2), _conv(eighth, eighth)),
             ]
         )
         self.scores = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in widths[1:])
-        self.styles = nn.ModuleList(nn.Embedding(styles, width) for width in widths[1:])
-        for style in self.styles:
-            nn.init.zeros_(style.get_parameter("weight"))
 
     def forward(
-        self, pictures_BCHW: torch.Tensor, styles_B: torch.Tensor
+        self, pictures_BCHW: torch.Tensor, before_BCHW: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Scores (B, H, W) of the two scales, and the features of the three stages, for pictures in [-1, 1]."""
-        features, x_BCHW = [], pictures_BCHW
+        """Scores (B, H, W) of the two scales, and the features of the three stages, for pictures in [-1, 1].
+
+        Args:
+            pictures_BCHW: Renders, or decoded pictures.
+            before_BCHW: What the published decoder makes of the same latents.
+        """
+        x_BCHW = torch.cat([pictures_BCHW - before_BCHW, before_BCHW], 1)
+        features = []
         for stage in self.stages:
             x_BCHW = stage(x_BCHW)
             features.append(x_BCHW)
-        scores = []
-        for feature, score, style in zip(features[1:], self.scores, self.styles, strict=True):
-            projected = (feature * style(styles_B)[:, :, None, None].to(feature.dtype)).mean(1)
-            scores.append((score(feature)[:, 0] + projected).float())
-        return scores, features
+        return [score(x)[:, 0].float() for score, x in zip(self.scores, features[1:], strict=True)], features
 
 
 def _conv(wide_in: int, wide_out: int, stride: int = 1) -> nn.Module:
@@ -195,10 +197,7 @@ class Crisp(nn.Module):
         self.decoder = decoder
         self.discriminator = discriminator or Discriminator()
         self.rate_shares = {"decoder": config.decoder_rate}
-        # Averaged norms of the gradients at the pictures (of the errors, of the hinge loss), and passes so far.
-        self.norms: torch.Tensor
         self.passes: torch.Tensor
-        self.register_buffer("norms", torch.zeros(2))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -211,40 +210,32 @@ class Crisp(nn.Module):
         written = self.decoder(batch.latents_BCHW).float()
         critic, known = self._critic(written.detach(), batch)
         with _frozen(self.discriminator):
-            scores, features = self.discriminator(written, batch.styles_B)
+            scores, features = self.discriminator(written, batch.before_BCHW)
+        late = float(self.passes >= config.adversary_after)
+        self.passes += 1
         errors = {
             "pixels": config.pixel_weight * pixel_loss(written, wanted, batch.redrawn_B),
             "edges": config.edge_weight * edge_loss(written, wanted),
-            "features": config.feature_weight * feature_loss(features, known, batch.redrawn_B),
+            "features": late * config.feature_weight * feature_loss(features, known, batch.redrawn_B),
         }
-        hinge = -torch.stack([score.mean() for score in scores]).mean()
-        weight = self._balance(torch.stack(list(errors.values())).sum(), hinge, written)
+        weights = patch_weights(batch.before_BCHW, scores)
+        hinge = -torch.stack([(w * score).mean() for w, score in zip(weights, scores, strict=True)]).mean()
         return errors | {
-            "adversary": weight * hinge,
+            "adversary": late * config.adversary_weight * hinge,
             "critic": critic,
             "_sharp": gradient_energy(written.detach()).mean() / gradient_energy(wanted).mean(),
-            "_weight": weight.clone(),
         }
 
-    def _balance(self, error: torch.Tensor, hinge: torch.Tensor, written_BCHW: torch.Tensor) -> torch.Tensor:
-        """The hinge loss's weight, of averages that are renewed every few passes."""
-        if written_BCHW.requires_grad and self.passes % BALANCED_EVERY == 0:
-            pair = (torch.autograd.grad(loss, written_BCHW, retain_graph=True)[0] for loss in (error, hinge))
-            now = torch.stack([grad.norm() for grad in pair])
-            self.norms.lerp_(now, 1.0 if self.passes == 0 else 0.2)
-        self.passes += 1
-        if self.passes <= self.config.adversary_after:
-            return hinge.new_zeros(())
-        return self.config.adversary_weight * self.norms[0] / self.norms[1].clamp_min(1e-12)
-
     def _critic(self, written_BCHW: torch.Tensor, batch: CrispBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The discriminator's hinge loss, and its features of the renders."""
-        both = torch.cat([batch.pictures_BCHW, written_BCHW])
-        scores, features = self.discriminator(both, batch.styles_B.repeat(2))
+        """The discriminator's hinge loss on encoded renders, and its features of all renders."""
+        count = int((~batch.redrawn_B).sum())
+        both = torch.cat([batch.pictures_BCHW, written_BCHW[:count]])
+        before_BCHW = torch.cat([batch.before_BCHW, batch.before_BCHW[:count]])
+        scores, features = self.discriminator(both, before_BCHW)
         losses = []
-        for score in scores:
-            real, made = score.chunk(2)
-            losses.append(F.relu(1 - real).mean() + F.relu(1 + made).mean())
+        for weight, score in zip(patch_weights(batch.before_BCHW[:count], scores), scores, strict=True):
+            real, made = score[:count], score[-count:]
+            losses.append((weight * (F.relu(1 - real) + F.relu(1 + made))).mean())
         return torch.stack(losses).mean(), [feature[: len(written_BCHW)].detach() for feature in features]
 
 
@@ -289,6 +280,16 @@ def _strength(pictures_BCHW: torch.Tensor, side: int) -> torch.Tensor:
     down = F.pad(pictures_BCHW[..., 1:, :] - pictures_BCHW[..., :-1, :], (0, 0, 0, 1))
     energy = (across.square() + down.square()).mean(1, keepdim=True)
     return (F.avg_pool2d(energy, side) + 1e-5).sqrt()
+
+
+def patch_weights(pictures_BCHW: torch.Tensor, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For scores (B, H, W) of each scale, weights by the strength of edges in their patches; their mean is 1."""
+    weights = []
+    for score in scores:
+        strength = _strength(pictures_BCHW, pictures_BCHW.shape[-1] // score.shape[-1])[:, 0]
+        weight = strength + 0.1 * strength.mean()
+        weights.append(weight / weight.mean())
+    return weights
 
 
 def feature_loss(

@@ -26,7 +26,6 @@ from mm.world.captions import caption
 from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
 
-SHARD = 512
 STARTS = (5, 6, 7, 8)  # of 12 steps; those before are left out. From 4 on, some pictures come out in another layout
 
 
@@ -70,7 +69,7 @@ def redraw(
 
 
 @torch.no_grad()
-def write_redrawn(folder: Path, k: int, pipe: TextToImagePipeline, *, seed: int = 0, size: int = SHARD) -> None:
+def write_redrawn(folder: Path, k: int, pipe: TextToImagePipeline, *, seed: int = 0, size: int = 512) -> None:
     """Writes shard `k` into `folder`; does nothing when it is there. Every batch leaves out its own number of steps."""
     path = folder / f"{k:05d}.safetensors"
     if path.is_file():

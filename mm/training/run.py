@@ -248,6 +248,7 @@ def train_crisp(
         override(LoopConfig(**config["crisp"]["loop"]), flags),
         override(crisp_run.CrispConfig(**config["crisp"]["stage"]), flags),
         shards=config["crisp"]["shards"],
+        shard_size=config["crisp"]["shard_size"],
     )
 
 
