@@ -15,9 +15,11 @@ Design choices
   not published. Without the condition it stayed at chance for hundreds of steps.
 - It learns from encoded renders alone, where the render is what the latents stand for, and judges redrawn ones as well.
 - Most patches are plain ground, alike in renders and decoded pictures, so patches weigh by the strength of their edges.
-- It learns faster than the decoder, which otherwise outruns it.
+- The errors come first: they need no discriminator and cost half. Then it learns alone for a while, and later in more
+  steps than the decoder. Where both learned in every step, the decoder outran it and left it at chance, and features
+  that are not trained yet were soon matched.
 - Its weight is fixed. A weight that keeps the share of its gradient, as Esser et al. have it, amplified what a weak
-  discriminator says, and the decoder beat it before it had learned anything.
+  discriminator says.
 - The decoder may grow: new residual blocks start as the identity, so the first step has the published pictures.
 
 Legend: B batch, C channels, H height, W width.
@@ -55,8 +57,9 @@ class CrispConfig:
         edge_weight: Of the error of edges' local strength.
         feature_weight: Of the error of the discriminator's features.
         adversary_weight: Of the hinge loss that the discriminator gives the decoder.
-        adversary_after: Steps before hinge loss and feature loss reach the decoder. An untrained discriminator's
-            features are soon matched, and then it has nothing to learn from.
+        adversary_after: Steps at first in which the decoder learns without the discriminator.
+        critic_first: Steps after those in which the discriminator learns alone.
+        critic_steps: From then on the decoder learns in one of so many steps, the discriminator in all.
         decoder_rate: The decoder's learning rate as a share of the discriminator's.
         quarter_depth: Residual blocks at a quarter of the side; None keeps the decoder's own number.
         refine_depth: Residual blocks at half of the side; None keeps the decoder's own number.
@@ -65,20 +68,25 @@ class CrispConfig:
     redrawn_share: float = 0.5
     noise: float = 0.12
     pixel_weight: float = 1.0
-    edge_weight: float = 1.0
+    edge_weight: float = 2.0
     feature_weight: float = 0.02
     adversary_weight: float = 0.015
-    adversary_after: int = 80
-    decoder_rate: float = 0.15
+    adversary_after: int = 900
+    critic_first: int = 80
+    critic_steps: int = 4
+    decoder_rate: float = 0.5
     quarter_depth: int | None = None
     refine_depth: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.redrawn_share <= 1:
             raise ValueError(f"redrawn_share {self.redrawn_share} must lie in [0, 1]")
-        for name in ("noise", "pixel_weight", "edge_weight", "feature_weight", "adversary_weight", "adversary_after"):
+        weights = ("pixel_weight", "edge_weight", "feature_weight", "adversary_weight")
+        for name in ("noise", *weights, "adversary_after", "critic_first"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps {self.critic_steps} must be 1 or more")
         if self.decoder_rate <= 0:
             raise ValueError(f"decoder_rate {self.decoder_rate} must be positive")
 
@@ -204,26 +212,34 @@ class Crisp(nn.Module):
     def forward(self, batch: CrispBatch) -> dict[str, torch.Tensor]:
         """Weighted losses: `pixels`, `edges`, `features` and `adversary` are the decoder's, `critic` is not.
 
+        At first there is no discriminator; then it learns alone, and later with the decoder in some of its passes.
         `_sharp`: the gradient energy of the decoded pictures as a share of the renders'.
         """
         config, wanted = self.config, batch.pictures_BCHW
-        written = self.decoder(batch.latents_BCHW).float()
-        critic, known = self._critic(written.detach(), batch)
-        with _frozen(self.discriminator):
-            scores, features = self.discriminator(written, batch.before_BCHW)
-        late = float(self.passes >= config.adversary_after)
+        judged = int(self.passes) - config.adversary_after  # passes with the discriminator so far
         self.passes += 1
+        alone = 0 <= judged < config.critic_first or (judged > 0 and judged % config.critic_steps > 0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+            written = self.decoder(batch.latents_BCHW).float()
+        sharp = gradient_energy(written.detach()).mean() / gradient_energy(wanted).mean()
         errors = {
             "pixels": config.pixel_weight * pixel_loss(written, wanted, batch.redrawn_B),
             "edges": config.edge_weight * edge_loss(written, wanted),
-            "features": late * config.feature_weight * feature_loss(features, known, batch.redrawn_B),
         }
+        if judged < 0:
+            return errors | {"_sharp": sharp}
+        critic, known = self._critic(written.detach(), batch)
+        if alone:
+            return {"critic": critic, "_sharp": sharp}
+        with _frozen(self.discriminator):
+            scores, features = self.discriminator(written, batch.before_BCHW)
         weights = patch_weights(batch.before_BCHW, scores)
         hinge = -torch.stack([(w * score).mean() for w, score in zip(weights, scores, strict=True)]).mean()
         return errors | {
-            "adversary": late * config.adversary_weight * hinge,
+            "features": config.feature_weight * feature_loss(features, known, batch.redrawn_B),
+            "adversary": config.adversary_weight * hinge,
             "critic": critic,
-            "_sharp": gradient_energy(written.detach()).mean() / gradient_energy(wanted).mean(),
+            "_sharp": sharp,
         }
 
     def _critic(self, written_BCHW: torch.Tensor, batch: CrispBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -88,10 +88,11 @@ def gradients(part: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor | 
 
 def test_each_loss_teaches_its_own_part(batch):
     torch.manual_seed(1)
-    module = stage.Crisp(tiny_autoencoder().decoder, stage.CrispConfig(adversary_after=1))
-    first = module(batch)
-    assert not first["adversary"].any() and not first["features"].any()  # the discriminator learns alone
-    losses = module(batch)
+    config = stage.CrispConfig(adversary_after=1, critic_first=1, critic_steps=2)
+    module = stage.Crisp(tiny_autoencoder().decoder, config)
+    first, alone, also, losses = (module(batch) for _ in range(4))
+    assert set(first) == {"pixels", "edges", "_sharp"}
+    assert set(alone) == {"critic", "_sharp"} == set(also)  # the discriminator learns alone
     assert all(g is None for g in gradients(module.decoder, losses["critic"]))
     for name in ("pixels", "edges", "features", "adversary"):
         assert all(g is None for g in gradients(module.discriminator, losses[name])), name
@@ -101,7 +102,10 @@ def test_each_loss_teaches_its_own_part(batch):
 
 def test_the_discriminator_learns_to_tell_renders_and_the_decoder_to_please_it(batch):
     torch.manual_seed(1)
-    module = stage.Crisp(tiny_autoencoder().decoder, stage.CrispConfig(adversary_after=0, adversary_weight=1.0))
+    module = stage.Crisp(
+        tiny_autoencoder().decoder,
+        stage.CrispConfig(adversary_after=0, critic_first=0, critic_steps=1, adversary_weight=1.0),
+    )
     learner = torch.optim.AdamW(module.discriminator.parameters(), 2e-3)
     critics = []
     for _ in range(15):
@@ -178,10 +182,15 @@ def test_the_stage_runs_publishes_and_goes_on(tmp_path):
     folder, state = tmp_path / "published", tmp_path / "state"
     tiny_pipeline().save_pretrained(folder)
     before = Autoencoder.from_pretrained(folder / "autoencoder")
-    loop = {"minutes": 0.02, "batch_size": 4, "learning_rate": 0.001, "muon": False, "save_minutes": 9}
+    loop = {"minutes": 0.02, "batch_size": 4, "learning_rate": 0.02, "muon": False, "warmup": 1}
     config = {
         "state": str(state),
-        "crisp": {"shards": 1, "shard_size": 4, "loop": loop, "stage": {"adversary_after": 1, "refine_depth": 1}},
+        "crisp": {
+            "shards": 1,
+            "shard_size": 4,
+            "loop": loop,
+            "stage": {"adversary_after": 1, "critic_first": 1, "critic_steps": 2, "refine_depth": 1},
+        },
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     run.run_stages(str(tmp_path / "tiny.yaml"), stages=["crisp"], init_from=folder)
