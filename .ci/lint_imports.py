@@ -1,13 +1,14 @@
 """Runs import-linter on mm: `python .ci/lint_imports.py`. The contracts are in pyproject.toml.
 
 In a checkout mm.tokenizers, mm.pipelines, mm.kernels and mm.ui lie in root folders, which import-linter would not find.
-So it gets a folder of links in which they are where a wheel has them.
+So it gets a folder in which they are where a wheel has them.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,18 +17,18 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_FOLDERS = ("tokenizers", "pipelines", "kernels", "ui")
+NO_CODE = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.h")
 
 
 def link_package(target: Path) -> None:
-    """Fills `target` with links to the package's files as a wheel lays them out."""
+    """Fills `target` with links to, and copies of, the package's files as a wheel lays them out."""
     target.mkdir()
     for entry in (ROOT / "mm").iterdir():
         if entry.name not in ROOT_FOLDERS:
             (target / entry.name).symlink_to(entry)
             continue
-        (target / entry.name).mkdir()
-        for part in (*entry.iterdir(), *(ROOT / entry.name).iterdir()):
-            (target / entry.name / part.name).symlink_to(part)
+        for folder in (ROOT / entry.name, entry):  # copies: a link to __init__.py would lead back to its old neighbours
+            shutil.copytree(folder, target / entry.name, ignore=NO_CODE, dirs_exist_ok=True)
 
 
 def main() -> int:

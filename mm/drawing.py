@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.files import write_new_bytes
 from mm.core.paths import resolve_model
-from mm.core.png_settings import GUIDANCE, drawing_settings, png_bytes, steps_for
+from mm.core.png_settings import drawing_settings, png_bytes
+from mm.families.mm_tiny import GUIDANCE, steps_for
 
 
 def save_numbered(folder: Path, data: bytes) -> Path:
@@ -70,7 +72,7 @@ def draw_to_folder(
         raise UserError(
             f"{model} has no counter of its own, so it cannot draw the best of {best_of}; leave --best-of out"
         )
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     for start in range(0, count, batch_size):
         seeds = [first + k for k in range(start, min(count, start + batch_size))]
         drawn = pipe(

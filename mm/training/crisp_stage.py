@@ -68,7 +68,7 @@ class CrispConfig:
     redrawn_share: float = 0.5
     noise: float = 0.12
     pixel_weight: float = 1.0
-    edge_weight: float = 1.0
+    edge_weight: float = 2.5
     feature_weight: float = 0.02
     adversary_weight: float = 0.02
     adversary_after: int = 300
