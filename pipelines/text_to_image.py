@@ -32,6 +32,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
+from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best
 from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.loading import SharedFolderMixin
@@ -80,6 +81,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.scale_factor)
         self._init_runs()
+        self.count_reader: CountReader | None = None  # loaded when `best_of` first needs it
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TextToImagePipeline:
@@ -173,6 +175,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         mode: str = "flow",
         temperature: float = CODES_TEMPERATURE,
         num_images_per_prompt: int = 1,
+        best_of: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -193,6 +196,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             mode: "flow" or "codes".
             temperature: Of sampling in codes mode; 0 takes the likeliest code.
             num_images_per_prompt: Pictures of each prompt.
+            best_of: The most times that a picture is drawn, until it shows the numbers of things that the prompt asks
+                for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
             generator: One generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only
                 seeds count, not what was drawn from a generator before.
             latents: Starting noise (B, 16, 8, 8) of flow mode.
@@ -227,6 +232,17 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         )
         if temperature < 0:
             raise UserError(f"temperature is {temperature}; give 0 or more")
+        check_best_of(best_of, latents)
+        if best_of > 1:
+            found = self._draw_best(
+                [text for text in prompts for _ in range(num_images_per_prompt)], generator, best_of,
+                negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )  # fmt: skip
+            chosen = found.images if output_type == "latent" else self._decode(found.images, output_type)
+            return CheckedOutput(chosen, found.tries, found.right) if return_dict else (chosen,)
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
         with (
@@ -248,6 +264,22 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         pictures: Any = joined(done)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _draw_best(self, prompts: list[str], generator: Generators, best_of: int, **options: Any) -> CheckedOutput:
+        """Latents of the best of several tries, one prompt a picture; `options` are those of `__call__`."""
+
+        def draw(some: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
+            return self(list(some), generator=list(generators), output_type="latent", **options).images
+
+        if self.count_reader is None:
+            if not (name := self.name_or_path):
+                raise UserError(
+                    "best_of needs the parts that read; set pipe.count_reader = CountReader.from_pretrained(NAME)"
+                )
+            self.count_reader = CountReader.from_pretrained(name)
+        reader = self.count_reader.to(self._execution_device)
+        generators = picture_generators(generator, len(prompts))
+        return CheckedOutput(*draw_best(draw, reader, prompts, generators, best_of))
 
     def _draw_latents(
         self,

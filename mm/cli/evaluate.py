@@ -33,6 +33,7 @@ def compose(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
+    best_of: Annotated[int, typer.Option(min=1, help="Draw again, so often at most, where numbers are wrong.")] = 1,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: Json = None,
@@ -45,7 +46,9 @@ def compose(
     from mm.evaluation.prompts import COMPOSE
     from mm.world.judge import Judge
 
-    config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance)
+    config = ComposeConfig(
+        mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance, best_of=best_of
+    )
     pipe = TextToImagePipeline.from_pretrained(model)
     place(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -65,6 +68,35 @@ def compose(
             progress=progress,
         )
     _print(_compose_table(report))
+
+
+@app.command(epilog="Example: mm eval fidelity --limit 10 --json runs/fidelity.json")
+def fidelity(
+    model: Model = "mm-tiny",
+    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    limit: Limit = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
+    prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
+    json: Json = None,
+) -> None:
+    """Sharpness of drawn pictures beside renders, and the Frechet distance between the two on the judge's features."""
+    from mm import TextToImagePipeline
+    from mm.evaluation.compose import ComposeConfig
+    from mm.evaluation.fidelity import evaluate_fidelity
+    from mm.evaluation.prompts import COMPOSE
+    from mm.world.judge import Judge
+
+    config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures)
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    judge, told = Judge.from_pretrained(), {"model": model}
+    report = evaluate_fidelity(pipe, judge, config, prompts=prompts or COMPOSE, json_file=json, settings=told)
+    rows = {"drawn": report | {"score": report["overall"]}, "reconstructed": report["reconstructed"]} | report["tasks"]
+    for name, row in rows.items():
+        print(f"{name:14} sharpness {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
+    print(f"Frechet distance {report['frechet']:.3f}, reconstructed {report['frechet_reconstructed']:.3f}, "
+          f"between renders {report['frechet_floor']:.3f}")  # fmt: skip
 
 
 @app.command(epilog="Example: mm eval understand --limit 100 --json runs/understand.json")

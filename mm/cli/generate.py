@@ -27,6 +27,10 @@ def generate(
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")
     ] = GUIDANCE,
+    best_of: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Draw a picture again, so often at most, until its numbers are right."),
+    ] = 1,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes no picture.")] = 8,
@@ -47,6 +51,7 @@ def generate(
         steps=steps,
         mode=mode.value,
         guidance=guidance,
+        best_of=best_of,
         model=model,
         batch_size=batch_size,
         quantized=quantized,

@@ -40,7 +40,10 @@ ProgressCallback = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeConfig:
-    """How a compose run draws. `limit` takes the first prompts of each task, None all; `steps` None: the mode's."""
+    """How a compose run draws. `limit` takes the first prompts of each task, None all; `steps` None: the mode's.
+
+    `best_of`: the most times that a picture is drawn, by the model's own counter (`mm.pipelines.best_of`).
+    """
 
     mode: str = "flow"
     seed: int = 0
@@ -49,10 +52,11 @@ class ComposeConfig:
     steps: int | None = None
     guidance: float = GUIDANCE
     batch_size: int = 16
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", steps_for(self.mode, self.steps))
-        for name in ("pictures", "steps", "batch_size"):
+        for name in ("pictures", "steps", "batch_size", "best_of"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.limit is not None and self.limit < 1:
@@ -111,6 +115,7 @@ def draw(
             guidance_scale=config.guidance,
             mode=config.mode,
             output_type="pt",
+            **({"best_of": config.best_of} if config.best_of > 1 else {}),
         ).images
         parts.append((pictures * 255).round().to(torch.uint8).cpu())
         if progress:
