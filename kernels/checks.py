@@ -28,9 +28,10 @@ def one_device(x: Tensor, **others: Tensor | None) -> None:
         x: the op's input.
         **others: its other tensors by name; None where the caller gave none.
     """
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise UserError(_apart(name, tensor.device, x.device))
+        if tensor is not None and tensor.device != device:
+            raise UserError(_apart(name, tensor.device, device))
 
 
 def _apart(name: str, device: torch.device, wanted: torch.device) -> str:
@@ -165,5 +166,5 @@ def _weight(weight: Tensor, weight_scales: Tensor, wide: int) -> None:
     if weight.ndim != 2 or weight.shape[1] != columns:
         raise UserError(f"{weight.dtype} weights must have shape (N, {columns}), not {tuple(weight.shape)}")
     want = (weight.shape[0], wide // GROUP)
-    if tuple(weight_scales.shape) != want:
+    if weight_scales.shape != want:
         raise UserError(f"weight_scales must have shape {want}, not {tuple(weight_scales.shape)}")

@@ -82,4 +82,9 @@ def backend_for(x: Tensor) -> str:
 
 def implementation(op: str, x: Tensor) -> Callable[..., Any]:
     """The function that computes `op` on x."""
-    return getattr(_module(backend_for(x)), op, None) or getattr(_module("reference"), op)
+    return _function(backend_for(x), op)
+
+
+@cache
+def _function(backend: str, op: str) -> Callable[..., Any]:
+    return getattr(_module(backend), op, None) or getattr(_module("reference"), op)

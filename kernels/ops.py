@@ -186,7 +186,7 @@ def _branched_linear(
     shift: float = 0.0,
 ) -> Tensor:
     checks.branched(x, weight, weight_scales, bias, smooth, down, up, branch_scales, bits, group, unsigned)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if weight_scales is None:
         y = implementation("dense_linear", x)(flat, weight, bias, down, up, branch_scales)
     elif bits == 16:
@@ -196,7 +196,7 @@ def _branched_linear(
         run = implementation("rounded_linear", x)
         rounding = (bits, group, unsigned, shift)
         y = run(flat, weight, weight_scales, bias, smooth, down, up, branch_scales, rounding)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 _branched_op = torch.library.custom_op(

@@ -66,7 +66,7 @@ class TrunkLoraMixin:
         """Loads a LoRA and makes it the active one; says what was applied.
 
         `source` is a file, a folder holding `weight_name`, or tensors by name. `truncate_to` is a rank for LoKr, LoHa
-        and DoRA, which are refused without it. Raises UserError when any tensor does not match.
+        and DoRA, which 4-bit layers need; without it they are exact. Raises UserError when any tensor does not match.
         """
         from mm.adapters.formats import read_lora
 

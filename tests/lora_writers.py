@@ -220,3 +220,40 @@ def _lora_parts(layout: str, kind: str, down: Tensor, up: Tensor) -> tuple[dict[
         return {"lora_A.weight": down, "lora_B.weight": up}, 1.0
     scale = ALPHA / RANK**0.5 if kind == "rsLoRA" else ALPHA / RANK  # LyCORIS saves rsLoRA's alpha for alpha / rank
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(scale * RANK)}, scale
+
+
+# ---- the table in the docs ------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    """The cells as a Markdown table: which families a layout and kind is tested for, and why the others are not."""
+    reasons: list[str] = []
+    lines = ["| layout | " + " | ".join(KINDS) + " |", "|---" * (1 + len(KINDS)) + "|"]
+    for layout in LAYOUTS:
+        row = [_cell(layout, kind, reasons) for kind in KINDS]
+        lines.append(f"| {layout} | " + " | ".join(row) + " |")
+    notes = [f"{number}. {reason[0].upper()}{reason[1:]}." for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes])
+
+
+def _cell(layout: str, kind: str, reasons: list[str]) -> str:
+    works = [family for family in FAMILIES if not why_not(family, layout, kind)]
+    missing = dict.fromkeys(why for family in FAMILIES if (why := why_not(family, layout, kind)))
+    for why in missing:
+        if why not in reasons:
+            reasons.append(why)
+    marks = ", ".join(f"({reasons.index(why) + 1})" for why in missing)
+    return ("all 8" if not missing else f"{', '.join(works) or '-'} {marks}").strip()
+
+
+def write_table(docs: Path) -> None:
+    """Puts the table between its marks in docs/adapters.md."""
+    text = docs.read_text(encoding="utf-8")
+    head, _, rest = text.partition(TABLE_MARKS[0])
+    docs.write_text(f"{head}{TABLE_MARKS[0]}\n\n{table()}\n\n{TABLE_MARKS[1]}{rest.partition(TABLE_MARKS[1])[2]}")
+
+
+TABLE_MARKS = ("<!-- table of LoRA files: python tests/lora_writers.py -->", "<!-- end of the table -->")
+
+if __name__ == "__main__":
+    write_table(Path(__file__).resolve().parents[1] / "docs" / "adapters.md")

@@ -76,7 +76,7 @@ def _ready(tensor: Tensor | None) -> Tensor | None:
     """Contiguous, on the CPU, of a type that the extension reads."""
     if tensor is None:
         return None
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"the cpu backend reads tensors on the CPU, not on {tensor.device}")
     return (tensor if tensor.dtype in _CODES else tensor.float()).contiguous()
 
@@ -153,16 +153,17 @@ def rounded_linear(
     assert _native is not None
     x, weight = _ready(x_MK), weight.contiguous()
     assert x is not None
-    y_MN = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    (rows, columns), outputs, rank = x.shape, weight.shape[0], 0 if down_RK is None else down_RK.shape[0]
+    y_MN = torch.empty(rows, outputs, dtype=x.dtype)
     # Named, since the extension reads what they point at
     smooth, down, weight_scales, bias = _ready(smooth_K), _ready(down_RK), _ready(weight_scales_NG), _ready(bias_N)
     up, branch_scales = _ready(up_NR), _floats(branch_scales_R)
     _native.layer(
-        _at(x), _at(smooth), _at(down), weight.data_ptr(), _at(weight_scales), _at(bias), _at(up), _at(branch_scales)[0],
-        _at(y_MN), (*y_MN.shape, x.shape[1], 0 if down is None else down.shape[0]), _bits(weight), rounding,
+        _at(x), _at(smooth), _at(down), weight.data_ptr(), _at(weight_scales), _at(bias), _at(up),
+        _at(branch_scales)[0], _at(y_MN), (rows, outputs, columns, rank), _bits(weight), rounding,
         torch.get_num_threads(),
     )  # fmt: skip
-    return y_MN.to(x_MK.dtype)
+    return y_MN if x.dtype == x_MK.dtype else y_MN.to(x_MK.dtype)
 
 
 def weight_only_linear(

@@ -33,7 +33,7 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Path avx2_path{"avx2", runs_here, quantize, linear};
+const Path avx2_path{"avx2", runs_here, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

@@ -111,7 +111,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Path avx512_path{"avx512", runs_here, quantize, linear};
+const Path avx512_path{"avx512", runs_here, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

@@ -18,7 +18,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Path avx_vnni_evex_path{"avx_vnni", runs_here, quantize, linear};
+const Path avx_vnni_evex_path{"avx_vnni", runs_here, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

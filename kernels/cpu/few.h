@@ -84,19 +84,52 @@ MM_TARGET inline void few_rows(const LinearArgs &a, const FewTokens &few, int64_
     if (a.M - m == 1) few_outputs<1, BITS, GROUPED>(a, few, m, n, e);
 }
 
+// All outputs, shared out among the threads that are here.
 template <int BITS>
+MM_TARGET void few_panels(const LinearArgs &a, const FewTokens &few) {
+    Ends ends(a, 1);
+#pragma omp for schedule(dynamic, 64 / LANES)
+    for (int64_t n = 0; n < a.N; n += LANES) {
+        fill_ends(a, n, ends);
+        fetch_rows(a, a.weight_scales, n + LANES, a.G);
+        if (a.R) fetch_rows(a, a.up, n + LANES, a.R);
+        a.grouped() ? few_rows<BITS, true>(a, few, n, ends) : few_rows<BITS, false>(a, few, n, ends);
+    }
+}
+
+MM_TARGET inline void few_offsets(const LinearArgs &a, int64_t m, FewTokens &few) {
+    for (int64_t i = m * a.G; i < (m + 1) * a.G; ++i) few.offsets[size_t(i)] = offset_of(a, a.values + i * GROUP);
+}
+
 MM_TARGET void linear_few(const LinearArgs &a) {
     FewTokens few{std::vector<int32_t>(size_t(a.M * a.G)), scaled_low(a)};
-    for (int64_t i = 0; i < a.M * a.G; ++i) few.offsets[size_t(i)] = offset_of(a, a.values + i * GROUP);
+    for (int64_t m = 0; m < a.M; ++m) few_offsets(a, m, few);
+#pragma omp parallel num_threads(threads_for(a))
+    a.weight_bits == 4 ? few_panels<4>(a, few) : few_panels<8>(a, few);
+}
+
+// Rounding, down projection and product of few tokens with one waking of the threads, which share the ranks and the tokens
+// first: `down` is read meanwhile, since that is most of the work before the product.
+MM_TARGET void layer_few(const QuantizeArgs &q, const LinearArgs &a) {
+    constexpr int64_t RANKS = 8;
+    const std::vector<float> inverse = inverse_of(q);
+    FewTokens few{std::vector<int32_t>(size_t(a.M * a.G)), {}};
+    const Raw<float> x(a.M * a.C), v(a.M * a.C);
+    load_block(q, 0, x.data());
+    const int64_t blocks = a.R / RANKS;
 #pragma omp parallel num_threads(threads_for(a))
     {
-        Ends ends(a, 1);
-#pragma omp for schedule(dynamic, 64 / LANES)
-        for (int64_t n = 0; n < a.N; n += LANES) {
-            fill_ends(a, n, ends);
-            fetch_rows(a, a.weight_scales, n + LANES, a.G);
-            if (a.R) fetch_rows(a, a.up, n + LANES, a.R);
-            a.grouped() ? few_rows<BITS, true>(a, few, n, ends) : few_rows<BITS, false>(a, few, n, ends);
-        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < blocks + a.M; ++task)
+            if (task < a.M) {
+                std::memcpy(v.data() + task * a.C, x.data() + task * a.C, size_t(a.C) * 4);
+                quantize_row(q, task, q.smooth ? inverse.data() : nullptr, v.data() + task * a.C);
+                few_offsets(a, task, few);
+            } else {
+                project_down(q, 0, a.M, x.data(), (task - a.M) * RANKS, (task - a.M + 1) * RANKS);
+            }
+#pragma omp single
+        few.low = scaled_low(a);
+        a.weight_bits == 4 ? few_panels<4>(a, few) : few_panels<8>(a, few);
     }
 }

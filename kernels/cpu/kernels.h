@@ -97,6 +97,8 @@ struct Path {
     bool (*runs_here)();
     void (*quantize)(const QuantizeArgs &);
     void (*linear)(const LinearArgs &);
+    int64_t few = 0;  // up to so many tokens `layer_few` does both
+    void (*layer_few)(const QuantizeArgs &, const LinearArgs &) = nullptr;
 };
 
 extern const Path portable_path;

@@ -16,10 +16,16 @@ inline void run_layer(const Path &path, const LayerArgs &a) {
     const Raw<float> scales(most * columns), low(most * a.R);
     for (int64_t first = 0; first < a.M; first += length) {
         const int64_t count = std::min(length, a.M - first);
-        path.quantize({a.x.at(first * a.K), a.smooth, a.down, count, a.K, C, a.R, a.bits, a.group, a.is_unsigned, a.shift,
-                       values.data(), scales.data(), low.data(), a.threads});
-        path.linear({values.data(), scales.data(), a.weight, a.weight_bits, a.weight_scales, a.bias, a.up, low.data(),
-                     a.branch_scales, a.out.at(first * a.N), count, a.N, C, C / GROUP, a.R, columns, a.threads});
+        const QuantizeArgs rounded{a.x.at(first * a.K), a.smooth, a.down, count, a.K, C, a.R, a.bits, a.group, a.is_unsigned,
+                                   a.shift, values.data(), scales.data(), low.data(), a.threads};
+        const LinearArgs product{values.data(), scales.data(), a.weight, a.weight_bits, a.weight_scales, a.bias, a.up, low.data(),
+                                 a.branch_scales, a.out.at(first * a.N), count, a.N, C, C / GROUP, a.R, columns, a.threads};
+        if (count <= path.few) {
+            path.layer_few(rounded, product);
+        } else {
+            path.quantize(rounded);
+            path.linear(product);
+        }
     }
 }
 

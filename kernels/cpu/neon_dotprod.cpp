@@ -20,7 +20,7 @@ constexpr int DEPTH = 4;
 
 }  // namespace
 
-const Path neon_dotprod_path{"neon_dotprod", has_dotprod, quantize, linear};
+const Path neon_dotprod_path{"neon_dotprod", has_dotprod, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

@@ -68,7 +68,7 @@ MM_TARGET inline void group_sums(const int8_t *x, const uint8_t *w, const int32_
 
 }  // namespace
 
-const Path neon_i8mm_path{"neon_i8mm", [] { return has_dotprod() && has_i8mm(); }, quantize, linear};
+const Path neon_i8mm_path{"neon_i8mm", [] { return has_dotprod() && has_i8mm(); }, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

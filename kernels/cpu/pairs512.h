@@ -18,7 +18,10 @@ MM_BF16 inline void pairs_tile(const QuantizeArgs &a, int64_t first, int64_t fro
             const __mmask32 mask = a.K - k >= 32 ? ~__mmask32(0) : __mmask32((1u << (a.K - k)) - 1);
             __m512bh d[RANKS];
 #pragma GCC unroll 8
-            for (int j = 0; j < RANKS; ++j) d[j] = load_pairs(down + (r + j) * a.K + k, mask);
+            for (int j = 0; j < RANKS; ++j) {
+                if (TOKENS == 1) __builtin_prefetch(down + (r + j) * a.K + k + 512);
+                d[j] = load_pairs(down + (r + j) * a.K + k, mask);
+            }
 #pragma GCC unroll 8
             for (int i = 0; i < TOKENS; ++i) {
                 const __m512bh v = load_pairs(x + i * a.K + k, mask);

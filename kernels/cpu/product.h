@@ -37,7 +37,7 @@ MM_TARGET inline F widened(I words, Type type) {
 }
 
 // Rows [first, first + rows) of a (.., length) array, at most LANES of them, turned: to[i * step] holds LANES floats of column i.
-MM_TARGET inline void turn_floats(Array from, int64_t first, int64_t rows, int64_t length, int64_t step, float *to) {
+__attribute__((noinline)) MM_TARGET void turn_floats(Array from, int64_t first, int64_t rows, int64_t length, int64_t step, float *to) {
     const Array start = from.at(first * length);
     const uint8_t *bytes = static_cast<const uint8_t *>(start.data);
     const int64_t stride = length * from.bytes(), each = 32 / from.bytes();
@@ -53,10 +53,17 @@ MM_TARGET inline void turn_floats(Array from, int64_t first, int64_t rows, int64
                 store(to + (i + 2 * j + 1) * step, widened<1>(words[j], from.type));
             }
     }
-    for (; i < length; ++i)
-        for (int64_t l = 0; l < LANES; ++l) {
-            to[i * step + l] = 0;
-            if (l < rows) load_floats(start.at(l * length + i), 1, to + i * step + l);
+    if (i == length) return;
+    alignas(64) uint8_t rest[LANES * 32] = {};  // what is left of every row, where 32 bytes may be read
+    for (int64_t l = 0; l < rows; ++l) std::memcpy(rest + 32 * l, bytes + l * stride + i * from.bytes(), size_t((length - i) * from.bytes()));
+    I words[8];
+    turn(rest, 32, LANES, words);
+    for (int j = 0; i < length; ++j, ++i)
+        if (from.type == Type::f32) {
+            store(to + i * step, as_floats(words[j]));
+        } else {
+            store(to + i * step, widened<0>(words[j], from.type));
+            if (++i < length) store(to + i * step, widened<1>(words[j], from.type));
         }
 }
 
@@ -85,13 +92,12 @@ inline std::vector<float> scaled_low(const LinearArgs &a) {
     return low;
 }
 
+#include "project.h"
 #include "few.h"
 #include "many.h"
-#include "project.h"
 
 MM_TARGET void linear(const LinearArgs &a) {
     if (a.M <= 0 || a.N <= 0) return;
-    const bool four = a.weight_bits == 4;
-    if (a.M <= FEW) return four ? linear_few<4>(a) : linear_few<8>(a);
-    four ? linear_many<4>(a) : linear_many<8>(a);
+    if (a.M <= FEW) return linear_few(a);
+    a.weight_bits == 4 ? linear_many<4>(a) : linear_many<8>(a);
 }

@@ -16,7 +16,10 @@ MM_TARGET inline void project_tile(const float *x, int64_t stride, const void *d
     for (int64_t k = from; k < to; k += LANES) {
         F d[RANKS];
 #pragma GCC unroll 8
-        for (int r = 0; r < RANKS; ++r) d[r] = load_as<TYPE>(down, r * columns + k);
+        for (int r = 0; r < RANKS; ++r) {
+            if (TOKENS == 1) __builtin_prefetch(static_cast<const char *>(down) + (r * columns + k) * (TYPE == Type::f32 ? 4 : 2) + 1024);
+            d[r] = load_as<TYPE>(down, r * columns + k);
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             const F v = load(x + t * stride + k);

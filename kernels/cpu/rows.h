@@ -132,13 +132,16 @@ MM_TARGET inline void quantize_one_block(const QuantizeArgs &a, const float *inv
     for (int64_t i = 0; i < count; ++i) quantize_row(a, i, inverse, x.data() + i * a.C);
 }
 
+// 1 / smooth; empty where nothing is smoothed.
+MM_TARGET inline std::vector<float> inverse_of(const QuantizeArgs &a) {
+    std::vector<float> inverse(size_t(a.smooth ? a.K : 0));
+    if (a.smooth) load_floats(a.smooth, a.K, inverse.data());
+    for (float &value : inverse) value = 1.0f / value;
+    return inverse;
+}
+
 MM_TARGET void quantize(const QuantizeArgs &a) {
-    std::vector<float> inverse;
-    if (a.smooth) {
-        inverse.resize(size_t(a.K));
-        load_floats(a.smooth, a.K, inverse.data());
-        for (float &value : inverse) value = 1.0f / value;
-    }
+    const std::vector<float> inverse = inverse_of(a);
     const float *by = a.smooth ? inverse.data() : nullptr;
     const int64_t blocks = (a.M + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS;
     if (blocks <= 1) return quantize_one_block(a, by);

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
@@ -278,11 +279,9 @@ def _named(picture: Picture) -> str:
 
 
 def _load(model: str) -> TextToImagePipeline:
-    """The pipeline that a run draws with, on a GPU where there is one."""
-    import torch
 
     from mm import TextToImagePipeline
 
     pipe = TextToImagePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)  # the run has one of its own
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return place(pipe)

@@ -13,8 +13,8 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from mm.core.errors import UserError
 
@@ -60,7 +60,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int | None = None) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int | None = None) -> BufferedReader:
     """Opens a regular file for reading in binary; links to one are followed.
 
     Args:

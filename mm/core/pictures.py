@@ -45,10 +45,9 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
             file.seek(0)
             with Image.open(file, formats=formats) as picture:
                 _check_pixels(picture.size, where)
-                if getattr(picture, "n_frames", 1) > MAX_FRAMES:
-                    raise UserError(
-                        f"{where} has {picture.n_frames} frames; at most {MAX_FRAMES} are read, give one picture"
-                    )
+                frames = getattr(picture, "n_frames", 1)
+                if frames > MAX_FRAMES:
+                    raise UserError(f"{where} has {frames} frames; at most {MAX_FRAMES} are read, give one picture")
                 picture.load()
                 return ImageOps.exif_transpose(picture)
         except UserError:

@@ -333,12 +333,12 @@ def test_files_that_are_none(model, tmp_path):
     with pytest.raises(UserError, match="no LoRA in the folder"):
         mm.read_lora(tmp_path, model)
     (tmp_path / "text.safetensors").write_bytes(b"no tensors here")
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match=r"text\.safetensors"):
         mm.read_lora(tmp_path / "text.safetensors", model)
     save_file(pair(TO_Q), tmp_path / "adapter_model.safetensors")
     config = tmp_path / "adapter_config.json"
-    for content, message in ((b"\xff\xfe{}", "no text in UTF-8"), (b"[1]", "is a list"), (b"{", "is no JSON"),
-                             (b"[" * 100_000, "is no JSON")):  # fmt: skip
+    for content, message in ((b"\xff\xfe{}", "not UTF-8"), (b"[1]", "a JSON object is needed"), (b"{", "is no JSON"),
+                             (b"[" * 100_000, "nested too deeply|is no JSON")):  # fmt: skip
         config.write_bytes(content)
         with pytest.raises(UserError, match=message):
             mm.read_lora(tmp_path, model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from lora_families import FAMILIES, fresh, pipeline_of, run
-from lora_writers import cells, made
+from lora_writers import TABLE_MARKS, cells, made, table
 
 import mm
 
@@ -32,3 +34,8 @@ def test_a_file_does_what_it_does_in_the_program_that_wrote_it(family, layout, k
 def test_the_table_is_whole():
     assert len({family for family, _, _ in cells()}) == len(FAMILIES) == 8
     assert len(list(cells())) > 150
+
+
+def test_the_table_in_the_docs_is_this_one():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    assert f"{TABLE_MARKS[0]}\n\n{table()}\n\n{TABLE_MARKS[1]}" in text, "run: python tests/lora_writers.py"

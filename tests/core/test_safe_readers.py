@@ -59,6 +59,13 @@ def test_values_in_messages_are_one_short_line_of_ascii() -> None:
     assert shown("two\nlines") == '"two\\nlines"'
 
 
+def test_a_message_is_one_line_that_prints() -> None:
+    text = str(UserError("no layer a\nb\x7f\ud800 " + "x" * 5000 + " take another"))
+    assert text.isprintable() and len(text) <= 1420 and text.endswith("take another")
+    assert text.startswith("no layer a b\\x7f\\ud800 x")
+    assert str(UserError("é plain")) == "é plain" and str(UserError()) == ""
+
+
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 

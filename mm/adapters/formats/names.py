@@ -5,8 +5,8 @@ Design choices
   with underscores for dots, as kohya's scripts and LyCORIS flatten them.
 - A name stands for one or more pieces: rows of layers, in the order of the file's rows. So one LoRA on a fused qkv goes
   onto q, k and v, and one on q goes onto the first rows of a model whose projections are fused.
-- A prefix says which part of a pipeline is meant. Without one, the denoiser is; a text encoder only where no other part
-  has a layer of that name.
+- A prefix says which part of a pipeline is meant: those of the family first (`mm.families`), then general ones. Without
+  one, the denoiser is; a text encoder only where no other part has a layer of that name.
 
 Legend: N outputs, K inputs.
 """
@@ -21,6 +21,7 @@ from torch import nn
 from mm.adapters.formats.family_names import FUSED
 from mm.adapters.formats.spellings import foreign_names, layer_paths
 from mm.core.errors import UserError
+from mm.families import family_of
 from mm.layers.surgery import roots_of, submodule
 
 DENOISERS = ("transformer", "unet", "trunk", "prior", "decoder")
@@ -53,6 +54,13 @@ class Names:
 
     def __init__(self, target: Any) -> None:
         self._parts = {name: _Part(root) for name, root in roots_of(target).items()}
+        family = None if isinstance(target, nn.Module) else family_of(target)
+        own: dict[str, str] = {}
+        if family is not None and family.lora is not None:
+            own = {f"{prefix}.": c for prefix, c in family.lora.components.items()} | dict(family.lora.kohya)
+        self._prefixes = {prefix: (component,) for prefix, component in own.items()}
+        for prefix, components in PREFIXES.items():
+            self._prefixes[prefix] = (*self._prefixes.get(prefix, ()), *components)
 
     def find(self, module: str) -> tuple[Piece, ...] | None:
         """The pieces that a name stands for; None where the model has no such layer.
@@ -67,7 +75,7 @@ class Names:
             if module.startswith(f"{component}.") and part.has(module.removeprefix(f"{component}.")):
                 return part.pieces(module.removeprefix(f"{component}."), component)
         for prefix in self._prefixes_of(module):
-            for component in PREFIXES.get(prefix, ()):
+            for component in self._prefixes.get(prefix, ()):
                 if component in self._parts and self._parts[component].has(module.removeprefix(prefix)):
                     return self._parts[component].pieces(module.removeprefix(prefix), component)
         return self._without_prefix(module)
@@ -78,7 +86,7 @@ class Names:
 
     def _prefixes_of(self, module: str) -> list[str]:
         parts = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer_2.", "trunk.", "prior.")
-        return [prefix for prefix in (*PREFIXES, *parts) if module.startswith(prefix)]
+        return [prefix for prefix in (*self._prefixes, *parts) if module.startswith(prefix)]
 
     def _without_prefix(self, module: str) -> tuple[Piece, ...] | None:
         found = [c for c, part in self._parts.items() if part.has(module)]
