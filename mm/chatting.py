@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[str], asks: bool = False) -> None:
     """Answers line after line. Raises UserError for a broken model; a turn's own errors are told and passed over."""
     resolve_model(model)
-    import torch
 
     from mm import InterleavedPipeline
 
     pipe = InterleavedPipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     out.mkdir(parents=True, exist_ok=True)
     conversation, picture, failed = pipe.start(), None, False
     if asks:

@@ -13,9 +13,11 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from mm.core.devices import place
 from mm.core.files import write_new_bytes
 from mm.core.paths import resolve_model
-from mm.core.png_settings import GUIDANCE, drawing_settings, png_bytes, steps_for
+from mm.core.png_settings import drawing_settings, png_bytes
+from mm.families.mm_tiny import GUIDANCE, steps_for
 
 
 def save_numbered(folder: Path, data: bytes) -> Path:
@@ -60,7 +62,7 @@ def draw_to_folder(
     else:
         where = model
     pipe = TextToImagePipeline.from_pretrained(where)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     for start in range(0, count, batch_size):
         seeds = [first + k for k in range(start, min(count, start + batch_size))]
         pictures = pipe(

@@ -28,12 +28,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.core.png_settings import GUIDANCE, steps_for
+from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.pipelines.loading import SharedFolderMixin, check_complete, first_broken
+from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompts import check_prompts, tokenize
 from mm.pipelines.sampling import Generators, code_steps, gumbel_noise, picture_generators, picture_noise
@@ -116,16 +116,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
             if cls is not TextToImagePipeline:
                 raise UserError(f"{where} is a public unified model; {cls.__name__} has no use for it")
             return UnifiedTextToImagePipeline.from_pretrained(where, **kwargs)
-        try:
-            pipe = super().from_pretrained(where, **kwargs)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            if isinstance(where, Path):
-                why = first_broken(where) or " ".join(str(error).split())[:300]
-                raise UserError(f"the weights in {where} are broken: {why}") from error
-            raise
-        if isinstance(where, Path):
-            check_complete(pipe.components, where, kwargs)
-        return pipe
+        return super().from_pretrained(where, **kwargs)
 
     @property
     def modes(self) -> tuple[str, ...]:

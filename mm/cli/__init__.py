@@ -34,6 +34,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import mm
 from mm.core.errors import UserError
+from mm.core.threads import bound_spinning
 
 COMMANDS = {
     "generate": ("mm.cli.generate", "Draw pictures from a prompt."),
@@ -106,5 +107,6 @@ def _root(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. How threads wait is set first: it cannot be changed once torch is loaded."""
+    bound_spinning()
     app(prog_name="mm")

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mm.core.png_settings import GUIDANCE
+from mm.core.devices import place
+from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -44,7 +45,6 @@ def compose(
     json: Json = None,
 ) -> None:
     """Six compositional tasks (GenEval's protocol), read by the judge."""
-    import torch
     from tqdm import tqdm
 
     from mm import TextToImagePipeline
@@ -54,7 +54,7 @@ def compose(
 
     config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance)
     pipe = TextToImagePipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     pipe.set_progress_bar_config(disable=True)
     with tqdm(unit="picture", desc="drawing") as bar:
 
@@ -85,7 +85,7 @@ def understand(
     from mm import UnderstandingPipeline
     from mm.evaluation.understand import UnderstandConfig, evaluate_understand
 
-    pipe = UnderstandingPipeline.from_pretrained(model)
+    pipe = place(UnderstandingPipeline.from_pretrained(model))
     config = UnderstandConfig(seed=seed, limit=limit)
     report = evaluate_understand(pipe, config, json_file=json, settings={"model": model})
     print(f"overall {report['overall']:.3f} of {report['n']} questions (ceiling {report['ceiling']:.3f})")
@@ -111,7 +111,7 @@ def edit(
     from mm.evaluation.edit import EditConfig, evaluate_edit
     from mm.world.judge import Judge
 
-    pipe = ImageEditPipeline.from_pretrained(model)
+    pipe = place(ImageEditPipeline.from_pretrained(model))
     pipe.set_progress_bar_config(disable=True)
     pipe.default_guidance = (guidance, image_guidance)
     config = EditConfig(seed=seed, limit=limit, tuning=tuning)
@@ -136,7 +136,7 @@ def chat(
     from mm.evaluation.chat import SCRIPTS, evaluate_chat
     from mm.world.judge import Judge
 
-    pipe = InterleavedPipeline.from_pretrained(model)
+    pipe = place(InterleavedPipeline.from_pretrained(model))
     judge, told = Judge.from_pretrained(), {"model": model}
     where = scripts or SCRIPTS
     report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=told)
