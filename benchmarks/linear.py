@@ -65,24 +65,23 @@ def plain(linear: nn.Linear) -> Step:
 
 
 def int4pack(linear: nn.Linear) -> Step:
-    """torch's own 4-bit weights, groups of 64, inputs and scales in the layer's type."""
+    """torch's own 4-bit weights, groups of 64, inputs in bf16."""
     outputs, inputs = linear.weight.shape
     values = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-    scales = torch.randn(inputs // 64, outputs, 2).to(linear.weight.dtype)
+    scales = torch.randn(inputs // 64, outputs, 2).bfloat16()
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, scales)
 
 
 def methods(dtype: str) -> dict[str, Maker]:
-    """torch's own layers and mm's; the first is the baseline."""
-    return {f"torch {dtype}": plain, **OWN}
+    """torch's own layers and mm's; the first is the baseline. torch's 4-bit product takes seconds in fp32."""
+    return {f"torch {dtype}": plain, **OWN, **({"torch int4pack": int4pack} if dtype == "bf16" else {})}
 
 
 OWN: dict[str, Maker] = {
     "mm, fused branch": ours,
     "mm, no branch": lambda linear: ours(linear, rank=0),
     "mm, unfused branch": lambda linear: ours(linear, fused=False),
-    "torch int4pack": int4pack,
 }
 
 
@@ -139,19 +138,33 @@ def seconds(steps: dict[str, list[Step]], x: torch.Tensor, rounds: int, least: f
 
 
 def measure(
-    shape: tuple[int, int], tokens: int, dtype: str, peers: dict[str, Maker], absent: dict[str, str], rounds: int
+    shape: tuple[int, int], tokens: list[int], dtype: str, peers: dict[str, Maker], absent: dict[str, str], rounds: int
+) -> list[dict]:
+    """The rows of one shape: mm's own methods at all numbers of tokens first, then the same beside the peers."""
+    outputs, inputs = shape
+    # With one token: so many copies that no cache holds them, even of the narrowest.
+    copies = max(1, min(16, (48 << 20) // (outputs * inputs // 2))) if 1 in tokens else 1
+    steps = prepare(shape, TYPES[dtype], copies, methods(dtype), absent)
+    alone = {count: timed(steps, count, inputs, TYPES[dtype], rounds) for count in tokens}
+    if peers:
+        steps |= prepare(shape, TYPES[dtype], copies, peers, absent)
+    found = {count: timed(steps, count, inputs, TYPES[dtype], rounds) for count in tokens} if peers else alone
+    return [row_of(shape, count, f"torch {dtype}", alone[count], found[count]) for count in tokens]
+
+
+def timed(steps: dict[str, list[Step]], tokens: int, inputs: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Median seconds of every method. Reading memory, as one token does, varies by a tenth: three times the rounds."""
+    x = torch.randn(tokens, inputs).to(dtype)
+    used = steps if tokens == 1 else {name: layers[:1] for name, layers in steps.items()}
+    with torch.no_grad():
+        return seconds(used, x, 3 * rounds if tokens == 1 else rounds, 0.05 if tokens < 256 else 0.0)
+
+
+def row_of(
+    shape: tuple[int, int], tokens: int, baseline: str, alone: dict[str, float], times: dict[str, float]
 ) -> dict:
     """One row of the table."""
-    (outputs, inputs), own = shape, methods(dtype)
-    x = torch.randn(tokens, inputs).to(TYPES[dtype])
-    # With one token: enough copies that no cache holds a part of them worth the name, even of the narrowest.
-    copies = max(1, min(24, (96 << 20) // (outputs * inputs // 2))) if tokens == 1 else 1
-    rounds = 3 * rounds if tokens == 1 else rounds  # reading memory, which varies from round to round by a tenth
-    with torch.no_grad():
-        least = 0.05 if tokens < 256 else 0.0
-        alone = seconds(prepare(shape, x.dtype, copies, own, absent), x, rounds, least)
-        times = seconds(prepare(shape, x.dtype, copies, own | peers, absent), x, rounds, least) if peers else alone
-    base = times[f"torch {dtype}"]
+    (outputs, inputs), base = shape, times[baseline]
     return {
         "outputs": outputs,
         "inputs": inputs,
@@ -197,9 +210,7 @@ def options_of() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write all figures here")
-    parser.add_argument(
-        "--render", type=Path, metavar="JSON", help="print the table of an earlier run and measure nothing"
-    )
+    parser.add_argument("--render", type=Path, nargs="+", metavar="JSON", help="print the table of earlier runs")
     parser.add_argument("--columns", nargs="+", help="methods that the table shows; all by default")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--shapes", nargs="+", default=["flux", "trunk"], help="flux, trunk, or OUTPUTSxINPUTS")
@@ -233,10 +244,9 @@ def main() -> None:
     }  # fmt: skip
     report: dict[str, Any] = {"rows": [], "absent": {}, "settings": settings}
     for shape in [shape for name in options.shapes for shape in shapes_of(name)]:
-        for tokens in options.tokens:
-            row = measure(shape, tokens, dtype, peers, report["absent"], options.rounds)
-            report["rows"].append(row)
-            print(table({**report, "rows": [row], "absent": {}}, options.columns).splitlines()[-1], flush=True)
+        rows = measure(shape, options.tokens, dtype, peers, report["absent"], options.rounds)
+        report["rows"] += rows
+        print("\n".join(table({**report, "rows": rows, "absent": {}}, options.columns).splitlines()[2:]), flush=True)
     print(f"\n{table(report, options.columns)}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

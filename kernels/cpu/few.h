@@ -40,16 +40,19 @@ MM_TARGET inline void few_sums(const int8_t *x, int64_t stride, const uint8_t *w
         }
 }
 
+constexpr int64_t AHEAD = 1024;  // bytes of the outputs after the next, asked for before the ends so that memory has work meanwhile
+
 template <int T, int BITS, bool GROUPED>
 MM_TARGET void few_outputs(const LinearArgs &a, const FewTokens &few, int64_t m, int64_t n, const Ends &e) {
     const int64_t rows = std::min<int64_t>(LANES, a.N - n), row_bytes = a.row_bytes();
-    const uint8_t *w = a.weight + n * row_bytes, *next = w + LANES * row_bytes, *end = a.weight + a.N * row_bytes;
+    const uint8_t *w = a.weight + n * row_bytes, *end = a.weight + a.N * row_bytes;
+    const uint8_t *next = w + LANES * row_bytes + AHEAD, *stop = std::min(next + LANES * row_bytes - AHEAD, end);
     const int8_t *x = a.values + m * a.C;
     F y[T];
     for (int t = 0; t < T; ++t) y[t] = zero();
     for (int64_t g = 0; g < a.G; ++g) {
         constexpr int64_t BYTES = GROUP * BITS / 8;
-        for (int64_t i = 0; i < BYTES * LANES && next < end; i += 64, next += 64) __builtin_prefetch(next, 0, 2);
+        for (int64_t i = 0; i < BYTES * LANES && next < stop; i += 64, next += 64) __builtin_prefetch(next, 0, 2);
         I sums[T];
         for (int t = 0; t < T; ++t) sums[t] = splat_int(few.offsets[size_t((m + t) * a.G + g)]);
         few_sums<T, BITS>(x + g * GROUP, a.C, w + g * BYTES, row_bytes, rows, sums);
@@ -57,6 +60,7 @@ MM_TARGET void few_outputs(const LinearArgs &a, const FewTokens &few, int64_t m,
         for (int t = 0; t < T; ++t)
             y[t] = fma(floats(sums[t]), GROUPED ? mul(scale, splat(a.scales[(m + t) * a.G + g])) : scale, y[t]);
     }
+    for (stop = std::min(next + AHEAD, end); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
     for (int t = 0; t < T; ++t) y[t] = fma(y[t], splat(GROUPED ? 1.0f : a.scales[m + t]), load(e.bias.data()));
     for (int64_t r = 0; r < a.R; ++r) {
         const F up = load(e.up.data() + r * LANES);

@@ -19,7 +19,7 @@
 constexpr int COLUMNS = LANES * VECTORS;
 #endif
 constexpr int QUADS = GROUP / 4;
-constexpr int64_t SERIAL = 1 << 19;  // so few products are not worth waking other threads
+constexpr int64_t SERIAL = 1 << 18;  // so few products are not worth waking other threads
 
 MM_TARGET inline int threads_for(const LinearArgs &a) { return a.M * a.N * a.C < SERIAL ? 1 : a.threads; }
 
