@@ -56,7 +56,7 @@ class CountReader:
 
     def __init__(self, encoder: UnderstandingEncoder, stem: LatentStem, connector: Connector) -> None:
         if connector.counter is None:
-            raise UserError("this model's understanding_connector has no counter, so best_of cannot tell which picture is right")
+            raise UserError("this model's understanding_connector has no counter, which best_of needs")
         self.encoder, self.stem, self.connector = encoder.eval(), stem.eval(), connector.eval()
 
     @classmethod
