@@ -11,7 +11,8 @@ from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.files import write_new_bytes
 from mm.core.paths import resolve_model
-from mm.core.png_settings import GUIDANCE, drawing_settings, png_bytes, steps_for
+from mm.core.png_settings import drawing_settings, png_bytes
+from mm.families.mm_tiny import GUIDANCE, steps_for
 
 
 def edit_to_file(

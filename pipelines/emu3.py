@@ -24,17 +24,13 @@ from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
 from mm.pipelines.unified import Defaults
 
-NEGATIVE = (
-    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
-    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
-)
 _TAIL = 3  # tokens after the last row that transformers' decoder expects and drops
 
 
 class Emu3(PublicModel):
     """`Emu3ForConditionalGeneration` and `Emu3Processor`."""
 
-    defaults = Defaults(guidance_scale=3.0, top_k=2048, negative_prompt=NEGATIVE)
+    defaults = Defaults.of("emu3")
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)

@@ -26,7 +26,7 @@ from mm.pipelines.unified import Defaults
 class Janus(PublicModel):
     """`JanusForConditionalGeneration` and `JanusProcessor`."""
 
-    defaults = Defaults(guidance_scale=5.0)
+    defaults = Defaults.of("janus")
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The one size that the model draws."""

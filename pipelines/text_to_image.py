@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.core.png_settings import GUIDANCE, steps_for
+from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk

@@ -27,7 +27,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 
 from mm.core.errors import UserError
-from mm.core.paths import UNIFIED, unified_type
+from mm.core.model_files import check_loaded
+from mm.families import family_named, model_types
+from mm.families.folders import unified_type
+from mm.pipelines.loading import check_transformers_folder
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
 from mm.pipelines.understanding import DESCRIBE, UnderstandingOutput
@@ -43,6 +46,12 @@ class Defaults:
     guidance_scale: float
     top_k: int = 0
     negative_prompt: str = ""
+
+    @classmethod
+    def of(cls, name: str) -> Defaults:
+        """Those of a family of `mm.families`."""
+        known = family_named(name)
+        return cls(guidance_scale=known.guidance or 1.0, top_k=known.top_k, negative_prompt=known.negative_prompt)
 
 
 class UnifiedModel(Protocol):
@@ -89,7 +98,7 @@ def kind_at(where: str | Path, options: Mapping[str, Any] | None = None) -> str 
         found = PretrainedConfig.get_config_dict(where, **_for_hub(options or {}))[0].get("model_type")
     except (OSError, ValueError):
         return None
-    return found if found in UNIFIED else None
+    return found if found in model_types() else None
 
 
 def _for_hub(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +119,10 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
     import transformers
 
     name = kind.capitalize()
+    if Path(where).is_dir():
+        check_transformers_folder(
+            getattr(transformers, f"{name}ForConditionalGeneration"), Path(where), kwargs.get("variant")
+        )
     if "torch_dtype" in kwargs:  # diffusers' name for it
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     try:
@@ -117,7 +130,9 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
         model, told = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(
             where, **(kwargs | {"use_safetensors": True, "output_loading_info": True})
         )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what tokenizers and processors raise for damaged files is of any type
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{where} is a {kind} model that cannot be loaded: {why}") from error
     wrong = [
@@ -128,6 +143,8 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
             f"{where} does not hold just the tensors of a {name}ForConditionalGeneration; missing, unknown or of "
             f"another shape: {', '.join(wrong[:3])} ({len(wrong)} in all); copy or save the model again"
         )
+    if Path(where).is_dir():
+        check_loaded(model, where)
     return {"model": model.eval(), "processor": processor}
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from mm.core.errors import UserError
-from mm.core.png_settings import GUIDANCE, steps_for
+from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.ui.studio import MAX_COUNT, MAX_STEPS, Order, Session, Studio
 from mm.ui.talk import Message, Talker, Visit
 

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mm.core.errors import UserError
-from mm.core.png_settings import GUIDANCE, drawing_settings, save_png
+from mm.core.png_settings import drawing_settings, save_png
+from mm.families.mm_tiny import GUIDANCE
 
 if TYPE_CHECKING:
     from mm import TextToImagePipeline

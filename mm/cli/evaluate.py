@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.core.devices import place
-from mm.core.png_settings import GUIDANCE
+from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 

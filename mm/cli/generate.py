@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mm.core.png_settings import GUIDANCE
+from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False)
 

@@ -42,6 +42,7 @@ def quantize(
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
     from mm.core.errors import UserError
+    from mm.core.files import read_text_lines
     from mm.core.paths import resolve_model
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
@@ -62,7 +63,7 @@ def quantize(
         raise UserError(str(error)) from error
     lines = None
     if prompts is not None:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text_lines(prompts, "prompt file") if line.strip()]
         if not lines:
             raise UserError(f"{prompts} holds no prompt; give one a line")
     report = quantize_folder(

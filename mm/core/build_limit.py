@@ -97,7 +97,7 @@ def build_limit(tensors: int, values: int, source: str) -> Iterator[None]:
     """
     counter = _Counter(tensors, values, source)
     handles = [
-        hooks.register_module_parameter_registration_hook(counter.parameter),
+        hooks.register_module_parameter_registration_hook(counter.parameter),  # type: ignore[arg-type]
         hooks.register_module_module_registration_hook(counter.module),
     ]
     try:

@@ -10,7 +10,23 @@ import json
 
 
 class UserError(ValueError):
-    """Something the caller can put right: a missing file, a bad option, a prompt the model cannot read."""
+    """Something the caller can put right: a missing file, a bad option, a prompt the model cannot read.
+
+    The message is one line: what does not print is escaped, and of a very long one the middle is left out. Names and
+    values in it may come from files of others.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        """Takes the message, cleaned."""
+        super().__init__(_clean(str(message)))
+
+
+def _clean(text: str, most: int = 1000) -> str:
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def shown(value: object, most: int = 60) -> str:

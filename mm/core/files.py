@@ -13,8 +13,8 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from mm.core.errors import UserError
 
@@ -60,7 +60,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int | None = None) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int | None = None) -> BufferedReader:
     """Opens a regular file for reading in binary; links to one are followed.
 
     Args:
@@ -101,6 +101,14 @@ def read_regular(path: str | os.PathLike[str], what: str = "file", *, most: int)
     if len(data) > most:
         raise UserError(f"{path} is larger than {most} bytes, the most that a {what} may have")
     return data
+
+
+def read_text_lines(path: str | os.PathLike[str], what: str = "text file", *, most: int = 64 << 20) -> list[str]:
+    """The lines of a UTF-8 text file of at most `most` bytes. Raises UserError as `open_regular` does."""
+    try:
+        return read_regular(path, what, most=most).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); save the {what} as UTF-8") from error
 
 
 def _unfit(found: os.stat_result, what: str, most: int | None) -> str:

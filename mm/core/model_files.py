@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from mm.core.safe_json import Fields, read_object
 from mm.core.safe_tensors import FLOATS, TensorHeader, check_finite, read_header
 
 STEMS = ("diffusion_pytorch_model", "model")
+MAX_NUMBER = 1_000_000
 _SHARD = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors")
 
 
@@ -55,7 +57,8 @@ def _find(folder: Path, variant: str | None) -> Path:
                 return path
     if variant:  # diffusers takes the plain files of a component that has none of the variant
         return _find(folder, None)
-    raise UserError(f"{folder} holds no file named {STEMS[0]}.safetensors or {STEMS[1]}.safetensors; copy it again")
+    names = f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors"
+    raise UserError(f"{folder} cannot be loaded: it holds no file named {names}; copy it again")
 
 
 def check_tensors(module: nn.Module, stored: Mapping[str, TensorHeader], folder: Path) -> None:
@@ -84,23 +87,26 @@ def check_tensors(module: nn.Module, stored: Mapping[str, TensorHeader], folder:
             raise UserError(f"{folder}: {name} is of type {header.dtype}; {want} is needed")
 
 
-def check_loaded(module: nn.Module, source: Any) -> None:
+def check_loaded(module: nn.Module, source: Any, most: float = math.inf) -> None:
     """Raises UserError where a loaded module has a tensor without data, of a wrong type, or with NaN or infinity.
 
     A tensor that is still on the meta device was in no file: an operator would read memory that nobody wrote. Modules
-    that accelerate offloads keep theirs elsewhere and are not checked.
+    that accelerate offloads keep theirs elsewhere and are not checked. `most`: the largest value of sound weights.
     """
     for path, part in module.named_modules():
         if getattr(part, "_hf_hook", None) is not None:
             continue
-        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        unsaved = part._non_persistent_buffers_set  # masks among them hold infinities
+        for name, tensor in own:
             full = f"{path}.{name}".strip(".")
             if tensor.is_meta:
                 raise UserError(f"{source}: {full} is in no file; copy or save the model again")
             weight = isinstance(tensor, nn.Parameter) and not hasattr(part, "qweight")  # packed integers
             if weight and not (tensor.is_floating_point() or tensor.is_complex()):
                 raise UserError(f"{source}: {full} is of type {tensor.dtype}; a floating type is needed")
-            check_finite(tensor, full, source)
+            if name not in unsaved:
+                check_finite(tensor, full, source, most)
 
 
 def largest_size(stored: Mapping[str, TensorHeader]) -> int:
@@ -109,7 +115,7 @@ def largest_size(stored: Mapping[str, TensorHeader]) -> int:
 
 
 def check_sizes(config: Mapping[str, Any], most: int, source: object) -> None:
-    """Raises UserError where a setting is a whole number above `most`, or a list of more values."""
+    """Raises UserError where a setting is a whole number above `most`, a list of more values, or a huge number."""
     for key, value in config.items():
         parts = [value]
         while parts:
@@ -120,6 +126,8 @@ def check_sizes(config: Mapping[str, Any], most: int, source: object) -> None:
                         f"{source}: {_plain(key)} has {len(part)} values, more than a model of this size has"
                     )
                 parts += part
+            elif isinstance(part, float) and abs(part) > MAX_NUMBER:
+                raise UserError(f"{source}: {_plain(key)} is {part}; a number up to {MAX_NUMBER} is needed")
             elif isinstance(part, int) and abs(part) > most:
                 raise UserError(f"{source}: {_plain(key)} is {part}, more than a model of this size has")
 

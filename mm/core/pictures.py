@@ -3,8 +3,7 @@
 Design choices
 - Pillow is asked for three formats only. Without that list a PostScript file named .png is run by Ghostscript.
 - The number of pixels is limited before decoding: a file of some KB can stand for gigabytes.
-- Animations are refused, since a frame would be chosen in silence. JPEGs of several pictures (MPO, from phones) hold
-  the photograph first, which is taken.
+- Of an animation, and of JPEGs that hold several pictures (MPO, from phones), the first one is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from mm.core.files import open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000  # 4 bytes each once decoded, and up to four copies while transparency is taken out
+MAX_FRAMES = 1000
 MAX_BYTES = 256 << 20
 
 
@@ -35,7 +35,7 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
         A PIL picture of any mode. The file is closed.
 
     Raises:
-        UserError: for a file that is missing, no regular file, too large, of another format, animated or damaged.
+        UserError: for a file that is missing, no regular file, too large, of another format or damaged.
     """
     where = Path(path)
     with open_regular(where, "picture", most=MAX_BYTES) as file, warnings.catch_warnings():
@@ -45,8 +45,9 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
             file.seek(0)
             with Image.open(file, formats=formats) as picture:
                 _check_pixels(picture.size, where)
-                if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-                    raise UserError(f"{where} is an animation of {picture.n_frames} frames; give a single picture")
+                frames = getattr(picture, "n_frames", 1)
+                if frames > MAX_FRAMES:
+                    raise UserError(f"{where} has {frames} frames; at most {MAX_FRAMES} are read, give one picture")
                 picture.load()
                 return ImageOps.exif_transpose(picture)
         except UserError:
@@ -56,7 +57,8 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
                 f"{where} has more than {MAX_PIXELS} pixels, the most that are read; make it smaller"
             ) from error
         except Image.UnidentifiedImageError as error:
-            raise UserError(f"{where} is no {', '.join(formats[:-1])} or {formats[-1]} picture") from error
+            kinds = f"{', '.join(formats[:-1])} or {formats[-1]}" if len(formats) > 1 else formats[0]
+            raise UserError(f"{where} cannot be read as a picture (it is no {kinds} file)") from error
         except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
             raise UserError(f"{where} cannot be read as a picture ({' '.join(str(error).split())[:200]})") from error
 

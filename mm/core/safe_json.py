@@ -1,7 +1,7 @@
 """JSON from outside: read with limits on size and depth, strictly, and with errors of one line.
 
 Design choices
-- Strict: no NaN or infinity, no key given twice, no half surrogates, no integer of more than 64 bits. Each of them
+- Strict: no NaN or infinity, no key given twice, no half surrogates, no integer of thousands of digits. Each of them
   passes Python's parser and fails later, in code that does not expect it.
 - The depth is limited far below Python's own limit, so that code which walks the value afterwards never meets it.
 - `Fields` takes values out of an object by type and range. Every error names the file, the key and the value.
@@ -21,6 +21,7 @@ from mm.core.files import open_regular, read_regular
 
 MAX_BYTES = 16 << 20  # of one JSON text; the largest configs and safetensors headers have some hundred KB
 MAX_DEPTH = 64
+MAX_DIGITS = 40  # of an integer; tokenizers' configs write a length without limit as 10**30
 MAX_VALUES = 2_000_000  # of one JSON text
 
 
@@ -59,8 +60,8 @@ def parse_json(
         raise UserError(f"{source} is nested too deeply; at most {depth} levels are read") from error
     except json.JSONDecodeError as error:
         near = shown(text[error.pos : error.pos + 20].strip())
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{source} is no JSON ({error.msg} at {place}, near {near})") from error
+        place = f"column {error.colno}" if "\n" not in text else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{source} is no JSON at {place} ({error.msg}, near {near})") from error
     except UserError as error:
         raise UserError(f"{source} {error}") from error
     _check_tree(value, source, depth)
@@ -222,8 +223,8 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 64:
-        raise UserError(f"holds {shown(text)}, an integer of more than 64 bits; give a smaller one")
+    if len(text) > MAX_DIGITS:
+        raise UserError(f"holds {shown(text)}, which cannot be read: an integer of more than {MAX_DIGITS} digits")
     return int(text)
 
 
@@ -256,4 +257,4 @@ def _check_text(text: str, source: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{source} holds half a character (a lone surrogate) in {shown(text)}; mend it") from error
+        raise UserError(f"{source} holds characters that do not print (a lone surrogate) in {shown(text)}") from error

@@ -160,20 +160,29 @@ def load_tensors(header: Header, names: Collection[str] | None = None) -> dict[s
         raise UserError(f"{header.path} is no safetensors file ({_line(error)})") from error
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; integers are."""
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN or infinity where there is one; 0 for integers and tensors without values."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
-        return True
+        return 0.0
     if tensor.dtype.itemsize > 1:
         low, high = torch.aminmax(tensor.detach())
-        return math.isfinite(low.item()) and math.isfinite(high.item())
-    return all(bool(part.float().isfinite().all()) for part in tensor.detach().flatten().split(_CHUNK))
+        return math.nan if low.isnan() else max(abs(low.item()), abs(high.item()))
+    found = [part.float().abs().max().item() for part in tensor.detach().flatten().split(_CHUNK)]
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
-def check_finite(tensor: Tensor, name: str, source: object) -> None:
-    """Raises UserError, with the source and the tensor's name, where a value is NaN or infinite."""
-    if not is_finite(tensor):
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; integers are."""
+    return math.isfinite(largest(tensor))
+
+
+def check_finite(tensor: Tensor, name: str, source: object, most: float = math.inf) -> None:
+    """Raises UserError, with the source and the tensor's name, where a value is NaN, infinite or beyond `most`."""
+    size = largest(tensor)
+    if not math.isfinite(size):
         raise UserError(f"{source}: {shown(name)} holds NaN or infinite values; make or download the file again")
+    if size > most:
+        raise UserError(f"{source}: {shown(name)} holds values up to {size:.3g}; no sound weights exceed {most:.0g}")
 
 
 def stored_sizes(headers: Collection[Header]) -> tuple[int, int]:

@@ -27,7 +27,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from mm.core.errors import UserError
-from mm.core.files import write_json, write_text
+from mm.core.files import read_text_lines, write_json, write_text
+from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
 from mm.evaluation.prompts import FOLDER, Prompt
@@ -66,10 +67,10 @@ class Turn:
 def load_scripts(path: Path = SCRIPTS) -> list[list[Turn]]:
     """The conversations of a file. Raises UserError that names file and line."""
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text_lines(path, "script file"), 1):
         try:
-            out.append([_turn(row) for row in json.loads(line)["turns"]])
-        except (ValueError, KeyError, TypeError) as error:
+            out.append([_turn(row) for row in parse_object(line, "it")["turns"]])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: {error!r} in {line[:80]!r}") from error
     return out
 

@@ -24,10 +24,10 @@ import torch
 
 from mm.core.errors import UserError
 from mm.core.files import write_json
-from mm.core.png_settings import GUIDANCE, steps_for
 from mm.core.statistics import share
 from mm.evaluation.prompts import COMPOSE, Prompt, load_prompts
 from mm.evaluation.report import save_grid
+from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
 from mm.world.render import render

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
+from mm.core.files import read_text_lines
+from mm.core.safe_json import parse_json
 from mm.world import vocabulary as v
 from mm.world.scene import Group
 from mm.world.tasks import Expectation
@@ -76,10 +78,7 @@ def to_line(prompt: Prompt) -> str:
 
 def from_line(line: str) -> Prompt:
     """Reads one line; a ValueError says what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from error
+    row = parse_json(line, "it")
     if not isinstance(row, dict):
         raise ValueError(f"a line is an object, got {type(row).__name__}")
     missing, unknown = [key for key in _NEEDED if key not in row], sorted(set(row) - {*_NEEDED, *_OPTIONAL})
@@ -134,10 +133,7 @@ def _relation(value: object) -> tuple[int, str, int] | None:
 def load_prompts(path: str | Path) -> list[Prompt]:
     """All prompts of a file; empty lines are skipped, a bad one raises."""
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text; prompt files are JSON lines") from error
+    lines = read_text_lines(path, "prompt file")
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -147,7 +143,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
             prompt = from_line(line)
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was used in line {seen[prompt.id]}; give every prompt its own")
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         seen[prompt.id] = number
         prompts.append(prompt)

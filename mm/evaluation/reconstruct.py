@@ -16,7 +16,6 @@ Legend: B batch, C channels, H height, W width, N pictures.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
+from mm.core.safe_json import read_object
 from mm.tokenizers.bridge import Bridge
 from mm.world.render import render
 from mm.world.scene import sample_scene
@@ -75,7 +75,7 @@ def _saved(folder: Path) -> list[tuple[Path, str]]:
     """Folders that hold a saved component, and its class name."""
     found = []
     for config in sorted(folder.glob("**/config.json")):
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+        kind = read_object(config).get("_class_name")
         found.append((config.parent, str(kind)))
     return found
 

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
+from mm.core.safe_json import read_object
+from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 from mm.layers.linear import ActivationRule
 from mm.layers.surgery import branched
 from mm.quantization import search
@@ -53,15 +54,14 @@ def claim(folder: Path, bases: Mapping[str, str], config: SVDQuantConfig, calibr
     mark = {"bases": dict(bases), "settings": settings, "calibration": _digest(calibration)}
     file = folder / MARK
     if file.is_file():
-        _compare(folder, json.loads(file.read_text(encoding="utf-8")), mark)
+        _compare(folder, read_object(file, "mark of an earlier run"), mark)
     elif any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds safetensors files without {MARK}, so it is no folder of a stopped run")
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(file, json.dumps(mark, sort_keys=True).encode())
 
 
-def _compare(folder: Path, kept: Any, mark: dict[str, Any]) -> None:
-    kept = kept if isinstance(kept, dict) else {}
+def _compare(folder: Path, kept: Mapping[str, Any], mark: dict[str, Any]) -> None:
     what = {"bases": "another model", "settings": "other settings", "calibration": "another calibration"}
     if found := [text for key, text in what.items() if kept.get(key) != mark[key]]:
         raise UserError(
@@ -86,10 +86,13 @@ def write(part: Path, tensors: Mapping[str, Tensor], reports: list[LayerReport],
 
 def restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
     """Puts a group's layers in place from its file."""
-    tensors = load_file(part)
-    with safe_open(part, "pt") as file:
-        meta = file.metadata()
-    rule: ActivationRule = search.rule_from_json(meta["rule"])
+    read = read_tensors(part, "part of an earlier run", types=(*FLOATS, *INTEGERS))
+    tensors, meta = read.tensors, read.metadata
+    try:
+        rule: ActivationRule = search.rule_from_json(meta["rule"])
+        reports = Report.load_layers(meta["reports"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{part} is damaged ({error!r:.200}); remove it, and its layers are quantized again") from error
     for site in group.sites:
         layer = branched(whole, site.path)
         own = {key.split("|")[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{site.path}|")}
@@ -97,4 +100,4 @@ def restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
             own["qweight"], own["weight_scales"], smooth=own.get("smooth"), down=own.get("down"), up=own.get("up"),
             bias=own.get("bias"), activation=rule,
         )  # fmt: skip
-    return Report.load_layers(meta["reports"])
+    return reports

@@ -2,7 +2,8 @@
 
 Design choices
 - A pipeline's drawing parts are quantized (components of a known family, text encoders only when named);
-  a bare module is quantized itself. Which layers, and how, `mm.layers.sites` says.
+  a bare module is quantized itself. Which layers, and how, `mm.families` says. Calibration runs show which layers
+  really read the same input, by which groups are split.
 - Calibration: prompts for a pipeline (it draws with them), keyword arguments for a bare module, or a callable of one's
   own that runs the model. Nothing is trained, and the 16-bit weights of a layer go as soon as it is done.
 - Groups are independent: inputs come from the 16-bit model, so the order does not matter, a run can resume from what
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm.core.errors import UserError
+from mm.families import find_sites, quantizable_parts, rules_of
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.originals import refuse_patched
-from mm.layers.sites import FAMILIES, Site, find_sites
+from mm.layers.sites import Site
 from mm.layers.surgery import branched
+from mm.layers.tracing import regroup, trace
 from mm.quantization import auto, checks, parts, search
 from mm.quantization import calibration as cal
 from mm.quantization.calibration import Group, Seen
@@ -42,7 +45,6 @@ from mm.quantization.scoring import judge, linear
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
 COUNTED = 2  # runs by which calls are counted: pipelines with two modes take them in turns
 GROWS = "stays at 16 bits: it would be no smaller in groups of 64 inputs"
-_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 
 @torch.no_grad()
@@ -78,7 +80,7 @@ def quantize(
     """
     config = config or SVDQuantConfig()
     started = time.monotonic()
-    roots = _roots(target, components)
+    roots = quantizable_parts(target, components)
     for name, root in roots.items():
         checks.check_model(name, root)
         refuse_patched(root, name)
@@ -86,7 +88,7 @@ def quantize(
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
         whole.add_module(name, root)
-    sites = [s for name, root in roots.items() for s in _sites(name, root, config)]
+    sites = _traced(whole, roots, config, runs)
     if not sites:
         raise UserError("; ".join(checks.why_none(name, root) for name, root in roots.items()))
     report = Report(settings=config.to_dict(), untouched=checks.warn_untouched(roots))
@@ -106,23 +108,6 @@ def quantize(
     report.whole["bytes_after"] = sum(map(checks.bytes_of, roots.values()))
     report.seconds = round(time.monotonic() - started, 2)
     return report
-
-
-def _roots(target: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
-    if isinstance(target, nn.Module):
-        return {"model": target}
-    parts = {n: m for n, m in getattr(target, "components", {}).items() if isinstance(m, nn.Module)}
-    if components is not None:
-        wanted = list(components)
-        if missing := [name for name in wanted if name not in parts]:
-            raise UserError(f"the pipeline has no module {', '.join(missing)}; it has {', '.join(parts) or 'none'}")
-        return {name: parts[name] for name in wanted}
-    kinds = {name: {kind.__name__ for kind in type(module).__mro__} for name, module in parts.items()}
-    known = {n: m for n, m in parts.items() if kinds[n] & set(FAMILIES) and not kinds[n] & set(_TEXT_ENCODERS)}
-    if not known:
-        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in parts.items()) or type(target).__name__
-        raise UserError(f"found no part of a known family to quantize among {shown}; name some with components=[...]")
-    return known
 
 
 def _runs(target: Any, calibration: Calibration | None, config: SVDQuantConfig) -> list[Callable[[], object]]:
@@ -165,6 +150,19 @@ def _sites(name: str, root: nn.Module, config: SVDQuantConfig) -> list[Site]:
             parent=site.parent and f"{name}.{site.parent}",
         )
         for site in chosen
+    ]
+
+
+def _traced(
+    whole: nn.Module, roots: Mapping[str, nn.Module], config: SVDQuantConfig, runs: Sequence[cal.Run]
+) -> list[Site]:
+    """The sites of all parts, their groups split by what two runs read; those of unknown models are joined as well."""
+    by_part = {name: _sites(name, root, config) for name, root in roots.items()}
+    if not runs:
+        return [site for sites in by_part.values() for site in sites]
+    seen = trace(whole, runs[:COUNTED])
+    return [
+        site for name, sites in by_part.items() for site in regroup(sites, seen, join=rules_of(roots[name]) is None)
     ]
 
 

@@ -23,9 +23,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
+from mm.core.build_limit import build_empty
+from mm.core.errors import UserError
+from mm.core.safe_json import read_object
+from mm.core.safe_tensors import read_tensors
 from mm.world import vocabulary as v
 
 STRIDE = 8
@@ -194,15 +198,26 @@ class Judge(nn.Module):
         folder = default_folder() if folder is None else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no judge in {folder}: config.json is missing; train one with mm.training.judge_stage")
-        config = json.loads((folder / "config.json").read_text())
+        config = read_object(folder / "config.json", "judge's config")
         for kind, words in _VOCABULARY.items():
             if config.pop(kind, None) != list(words):
                 raise ValueError(f"the judge in {folder} was trained on other {kind} than mm.world.vocabulary lists")
+        file = folder / "model.safetensors"
+        stored = read_tensors(file, "judge's weights").tensors
+        count, values = len(stored), sum(tensor.numel() for tensor in stored.values())
+        build_empty(lambda: cls(JudgeConfig(**config)), count, values, str(folder / "config.json"))
         judge = cls(JudgeConfig(**config))
-        state = judge.state_dict()
-        state |= {name: t.float() for name, t in load_file(folder / "model.safetensors").items()}
-        judge.load_state_dict(state)
+        state = {name: t for name, t in judge.state_dict().items() if name.endswith("num_batches_tracked")}
+        state |= {name: t.float() for name, t in stored.items()}
+        try:
+            judge.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{file} does not hold the judge that config.json describes ({_line(error)})") from error
         return judge.eval()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def default_folder() -> Path:

@@ -103,9 +103,8 @@ def test_the_command_bounds_spinning_before_torch_and_an_import_does_not(tmp_pat
     code = "import os, mm; assert 'GOMP_SPINCOUNT' not in os.environ"
     subprocess.run([sys.executable, "-c", code], check=True, env=bare, timeout=60)
     file = tmp_path / "doctor.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "mm", "doctor", "--json", str(file)], env=bare, capture_output=True, text=True, timeout=120
-    )  # fmt: skip
+    command = [sys.executable, "-m", "mm", "doctor", "--json", str(file)]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "set by mm" in done.stdout
     facts = json.loads(file.read_text())

@@ -67,7 +67,7 @@ def folder(parts, tmp_path_factory) -> Path:
 def test_pictures_of_any_mode_and_size_come_in(tmp_path):
     red = Image.new("RGB", (300, 200), "red")
     clear = Image.new("RGBA", (50, 90), (255, 0, 0, 0))
-    gif = tmp_path / "two.gif"
+    gif = tmp_path / "two.webp"
     red.save(gif, save_all=True, append_images=[Image.new("RGB", (300, 200), "blue")])
     deep = Image.fromarray((np.arange(128 * 140).reshape(140, 128) * 3).astype(np.uint16))
     for picture in (red, red.convert("L"), red.convert("P"), red.convert("CMYK"), red.convert("1"), deep, gif, clear):

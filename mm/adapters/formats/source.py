@@ -9,17 +9,17 @@ Design choices
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mm.core.errors import UserError
+from mm.core.errors import UserError, shown
+from mm.core.safe_json import parse_object, read_object
+from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _LONGEST_JSON = 4 << 20
@@ -44,8 +44,9 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
     Raises:
         UserError: for anything else, and for tensors that are not finite floating-point numbers.
     """
+    settings: dict[str, Any] = {}
     if isinstance(source, Mapping):
-        tensors, settings, label = dict(source), {}, "the LoRA"
+        tensors, label = dict(source), "the LoRA"
     else:
         path = _file(Path(source))
         tensors, settings = _read(path)
@@ -62,62 +63,37 @@ def _file(path: Path) -> Path:
             raise UserError(f"no LoRA in the folder {path}; it should hold {' or '.join(_FILES)}")
         return found[0]
     if not path.is_file():
-        raise UserError(f"no LoRA at {path}; give a .safetensors file")
+        raise UserError(f"no LoRA at {path}; give a .safetensors file (pickled adapters are not read)")
     return path
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); pickled adapters are not read") from error
-    if "mm_patch" in metadata:
+    read = read_tensors(path, "LoRA", types=(*FLOATS, *INTEGERS), finite=False)  # `_checked` says it of each by name
+    if "mm_patch" in read.metadata:
         raise UserError(f"{path} is a patch of mm; read it with mm.adapters.patch.Patch.load")
-    inside = metadata.get("lora_adapter_metadata")
+    inside = read.metadata.get("lora_adapter_metadata")
     if inside is not None:
-        return tensors, _settings(inside, f"the lora_adapter_metadata of {path}")
+        return read.tensors, parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
     beside = path.parent / "adapter_config.json"
-    if not beside.is_file():
-        return tensors, {}
-    if beside.stat().st_size > _LONGEST_JSON:
-        raise UserError(
-            f"{beside} has {beside.stat().st_size} bytes; settings of an adapter are at most {_LONGEST_JSON}"
-        )
-    try:
-        return tensors, _settings(beside.read_text(encoding="utf-8"), str(beside))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{beside} is no text in UTF-8 ({error})") from error
-
-
-def _settings(text: str, where: str) -> dict[str, Any]:
-    if len(text) > _LONGEST_JSON:
-        raise UserError(f"{where} has {len(text)} characters; settings of an adapter are at most {_LONGEST_JSON}")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is a {type(value).__name__}, not an object of settings")
-    return value
+    return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if beside.exists() else {}
 
 
 def _checked(key: str, tensor: Tensor, label: str) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{label}: {key!r} is a {type(tensor).__name__}, not a tensor")
-    is_alpha = key.endswith("alpha")
-    kind = str(tensor.dtype).removeprefix("torch.")
+    name = f"{label}: the tensor {shown(key)}"
+    if not isinstance(key, str) or not isinstance(tensor, Tensor):
+        raise UserError(f"{label}: {shown(key)} is a {type(tensor).__name__}; give tensors by key")
     if tensor.numel() == 0:
-        raise UserError(f"{label}: the tensor {key!r} is empty, its shape is {tuple(tensor.shape)}")
-    if is_alpha and tensor.numel() != 1:
-        raise UserError(f"{label}: {key!r} has {tensor.numel()} values, an alpha is one number")
-    if is_alpha and not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_complex():
-        return tensor.float()
+        raise UserError(f"{name} is empty, its shape is {tuple(tensor.shape)}")
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if key.endswith("alpha"):
+        if tensor.numel() != 1:
+            raise UserError(f"{name} has {tensor.numel()} values; an alpha is one number")
+        tensor = tensor.float() if whole else tensor
     if tensor.dtype not in _PLAIN:
+        kind = str(tensor.dtype).removeprefix("torch.")
         if not kind.startswith("float8"):
-            raise UserError(f"{label}: the tensor {key!r} is {kind}, not floating point")
+            raise UserError(f"{name} is {kind}, not floating point")
         tensor = tensor.to(torch.bfloat16)
     if not bool(torch.isfinite(tensor).all()):
-        raise UserError(f"{label}: the tensor {key!r} has NaN or infinity among its values")
+        raise UserError(f"{name} has NaN or infinity among its values")
     return tensor.detach()

@@ -17,7 +17,7 @@ def whole(value: object) -> int | None:
         value = int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64 else None
 
 
 def number(value: object) -> int | float | None:

@@ -66,7 +66,7 @@ class _Source:
     def check_values(self) -> None:
         """Raises UserError where a tensor holds NaN or infinity. Tensors are read one at a time."""
         for key, (shape, kind) in self.headers.items():
-            if kind in FLOATS and math.prod(shape):
+            if kind in FLOATS and 0 not in shape:
                 check_finite(self.get(key), key, self.where)
 
     def get(self, key: str) -> Tensor:
@@ -142,7 +142,7 @@ def load_nunchaku(
     name = opened.config.get("_class_name", "")
     name = name if isinstance(name, str) else ""
     plain = name.removeprefix("Nunchaku").removeprefix("SDXL").removesuffix("V2").replace("2dModel", "2DModel")
-    kind = getattr(diffusers, plain, None) if plain.isidentifier() else None
+    kind: Any = getattr(diffusers, plain, None) if plain.isidentifier() else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise UserError(
             f"{opened.where} does not say which model of diffusers it holds ({shown(name)} as _class_name); build the "
