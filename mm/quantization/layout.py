@@ -78,7 +78,7 @@ def prepare(root: nn.Module, kinds: Sequence[dict[str, Any]], dtype: torch.dtype
 
 
 def ready(root: nn.Module) -> None:
-    """After a model's tensors have been loaded: lays branches side by side, and aligns what a file has left unaligned."""
+    """After a model was loaded: lays branches side by side, and aligns what a file has left unaligned."""
     align(root)
     for _, layer in quantized(root):
         layer.refresh()
