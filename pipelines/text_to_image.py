@@ -267,9 +267,8 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )
-            pictures = found.images if output_type == "latent" else self._decode(found.images, output_type)
-            return CheckedOutput(pictures, found.tries, found.right) if return_dict else (pictures,)
-        pictures: Any
+            best = found.images if output_type == "latent" else self._decode(found.images, output_type)
+            return CheckedOutput(best, found.tries, found.right) if return_dict else (best,)
         self._guidance_scale, self._temperature, self._interrupt = guidance_scale, temperature, False
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         tell = self._teller(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -283,7 +282,7 @@ class TextToImagePipeline(SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
             else:
                 drawn = self._fill_codes(generators, reading, num_inference_steps, tell)
 
-        pictures = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        pictures: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 

@@ -277,8 +277,8 @@ def pixel_loss(written_BCHW: torch.Tensor, wanted_BCHW: torch.Tensor, redrawn_B:
     total = written_BCHW.new_zeros(())
     for rows, pooled in ((~redrawn_B, 1), (redrawn_B, 4)):
         if bool(rows.any()):
-            pair = (F.avg_pool2d(x[rows], pooled) if pooled > 1 else x[rows] for x in (written_BCHW, wanted_BCHW))
-            total = total + rows.float().mean() * reconstruction_loss(*pair, 0.5)
+            made, true = (F.avg_pool2d(x[rows], pooled) for x in (written_BCHW, wanted_BCHW))
+            total = total + rows.float().mean() * reconstruction_loss(made, true, 0.5)
     return total
 
 
