@@ -3,8 +3,6 @@
 Design choices
 - Files are numbered on from what is there; nothing is ever overwritten, and each appears whole or not at all.
 - Every picture carries its own seed, so that any single one can be drawn again.
-
-This module does not know the command line.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ def draw_to_folder(
 
     `best_of`: the most times that a picture is drawn until its numbers are right; warns where none of the tries is.
     """
-    resolve_model(model)  # a wrong name is told before seconds of imports
+    resolve_model(model)  # a wrong name fails before seconds of imports
     import torch
 
     from mm import TextToImagePipeline
@@ -70,9 +68,7 @@ def draw_to_folder(
         where = model
     pipe = TextToImagePipeline.from_pretrained(where)
     if best_of > 1 and not isinstance(pipe, TextToImagePipeline):
-        raise UserError(
-            f"{model} has no counter of its own, so it cannot draw the best of {best_of}; leave --best-of out"
-        )
+        raise UserError(f"{model} has no counter, so it cannot draw the best of {best_of}; leave --best-of out")
     place(pipe)
     tries: dict[str, Any] = {"best_of": best_of} if best_of > 1 else {}  # an argument that public models do not take
     for start in range(0, count, batch_size):
@@ -101,6 +97,4 @@ def _warn_of_numbers(prompt: str, seeds: Sequence[int], right: Sequence[bool | N
         text = ", ".join(map(str, wrong))
         warnings.warn(f"{best_of} tries drew other numbers than {prompt!r} asks for (seed {text})", stacklevel=3)
     if any(fine is None for fine in right):
-        warnings.warn(
-            f"best_of: {prompt!r} does not say how many of what, so every picture was drawn once", stacklevel=3
-        )
+        warnings.warn(f"best_of: {prompt!r} does not say how many of what, so each was drawn once", stacklevel=3)

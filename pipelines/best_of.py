@@ -28,7 +28,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.models.connectors import Connector, merged
-from mm.models.understanding import LatentStem, UnderstandingEncoder
+from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.world.asked import asked_numbers
 
 MOST_TRIES = 64
@@ -56,7 +56,7 @@ class CountReader:
 
     def __init__(self, encoder: UnderstandingEncoder, stem: LatentStem, connector: Connector) -> None:
         if connector.counter is None:
-            raise UserError("this model's look_connector has no counter, so best_of cannot tell which picture is right")
+            raise UserError("this model's connector has no counter, so best_of cannot tell which picture is right")
         self.encoder, self.stem, self.connector = encoder.eval(), stem.eval(), connector.eval()
 
     @classmethod
@@ -66,7 +66,7 @@ class CountReader:
         parts: dict[str, Any] = {
             "understanding_encoder": UnderstandingEncoder,
             "latent_stem": LatentStem,
-            "look_connector": Connector,
+            "understanding_connector": Connector,
         }
         missing = [part for part in parts if isinstance(where, Path) and not (where / part / "config.json").is_file()]
         if missing:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mm.core.files import write_json
-from mm.evaluation.compose import ComposeConfig, Progress, draw, limited, picture_seed, reconstruct, true_scene
+from mm.evaluation.compose import ComposeConfig, ProgressCallback, draw, limited, picture_seed, reconstruct, true_scene
 from mm.evaluation.prompts import COMPOSE, load_prompts
 from mm.evaluation.report import save_grid
 from mm.world.judge import Judge
@@ -94,7 +94,7 @@ def evaluate_fidelity(
     prompts: str | Path = COMPOSE,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Draws, compares with renders, and reports; with `json_file`, writes it and a sheet beside it.
 

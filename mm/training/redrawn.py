@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save
 
 from mm.core.files import write_bytes, write_text
-from mm.pipelines.text_to_image import Reading, TextToImagePipeline
+from mm.pipelines.guidance import text_branches
+from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.training.latents import scene_to_json
 from mm.world.captions import caption
 from mm.world.render import render
@@ -58,13 +59,13 @@ def redraw(
     level = float(scheduler.timesteps[start] / scheduler.config.num_train_timesteps)
     noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
     x_BCHW = (1 - level) * latents_BCHW + level * noise_BCHW
-    reading = Reading(pipe.encode_prompt(list(prompts)), (guidance, 1 - guidance))
+    branches = text_branches(*pipe.encode_prompt(list(prompts)), guidance)
     for timestep in scheduler.timesteps[start:]:
-        several = x_BCHW.repeat(2, 1, 1, 1)
+        several = x_BCHW.repeat(len(branches), 1, 1, 1)
         sigma = (timestep / scheduler.config.num_train_timesteps).float().expand(len(several))
-        features = pipe.trunk(several.to(pipe.trunk.dtype), sigma, reading.prompt, "flow")
+        features = pipe.trunk(several.to(pipe.trunk.dtype), sigma, branches.cache, "flow")
         velocity = pipe.velocity_decoder(several.to(pipe.velocity_decoder.dtype), sigma, features).float()
-        x_BCHW = scheduler.step(reading.mix(velocity), timestep, x_BCHW, return_dict=False)[0]
+        x_BCHW = scheduler.step(branches.mix(velocity, guidance), timestep, x_BCHW, return_dict=False)[0]
     return x_BCHW
 
 

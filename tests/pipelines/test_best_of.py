@@ -13,7 +13,7 @@ from tiny import STEPS, seeded, tiny_pipeline
 from mm import TextToImagePipeline
 from mm.core.errors import UserError
 from mm.models.connectors import Connector
-from mm.models.understanding import LatentStem, UnderstandingEncoder
+from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.pipelines.best_of import CountReader, draw_best, seed_of_try, wrongness
 
 
@@ -62,7 +62,9 @@ def test_a_seed_has_its_own_tries() -> None:
 def reader() -> CountReader:
     torch.manual_seed(0)
     encoder = UnderstandingEncoder(width=32, depth=1, heads=2, text_width=16, text_depth=1)
-    return CountReader(encoder, LatentStem(width=32, depth=1), Connector(in_channels=32, width=16, hidden=16, alike=8))
+    return CountReader(
+        encoder, LatentStem(width=32, depth=1), Connector(in_channels=32, width=16, hidden=16, counter_keys=8)
+    )
 
 
 def test_the_reader_sums_kin_of_each_centre(reader: CountReader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ import yaml
 from tiny import tiny_pipeline
 
 from mm.tokenizers import Autoencoder
-from mm.training import crisp_stage as stage
+from mm.training import crisp_losses as stage
 from mm.training import run
-from mm.training.loop import LoopConfig, optimizers
+from mm.training.crisp_stage import stage as make_stage
 from mm.training.redrawn import redraw, write_redrawn
+from mm.training.stage import StageContext
 from mm.world.captions import caption
 from mm.world.render import render
 from mm.world.scene import sample_scene
@@ -124,12 +125,16 @@ def test_the_discriminator_learns_to_tell_renders_and_the_decoder_to_please_it(b
     assert hinges[-1] < hinges[0]
 
 
-def test_parts_learn_with_their_share_of_the_rate():
-    module = stage.Crisp(tiny_autoencoder().decoder, stage.CrispConfig(decoder_rate=0.3))
-    (adam,) = optimizers(module, LoopConfig(muon=False))
-    shares = {group["share"]: {id(p) for p in group["params"]} for group in adam.param_groups}
-    assert shares[0.3] == {id(p) for p in module.decoder.parameters()}
-    assert shares[1.0] == {id(p) for p in module.discriminator.parameters()}
+def test_parts_learn_with_their_share_of_the_rate(tmp_path):
+    tiny_pipeline().autoencoder.save_pretrained(tmp_path / "model" / "autoencoder")
+    section = {"shards": 0, "shard_size": 0, "trainer": {"learning_rate": 0.01}}
+    section["stage"] = {"decoder_rate": 0.3, "redrawn_share": 0.0}
+    made = make_stage(StageContext(config={"crisp": section}, state=tmp_path))
+    decoder, discriminator = made.optimizers(made.module)
+    for optimizer, part, rate in ((decoder, "decoder", 0.003), (discriminator, "discriminator", 0.01)):
+        (group,) = optimizer.param_groups
+        assert group["lr"] == pytest.approx(rate)
+        assert {id(p) for p in group["params"]} == {id(p) for p in getattr(made.module, part).parameters()}
 
 
 def test_redrawing_starts_from_the_picture_and_ends_with_the_model():
@@ -188,7 +193,7 @@ def test_the_stage_runs_publishes_and_goes_on(tmp_path):
         "crisp": {
             "shards": 1,
             "shard_size": 4,
-            "loop": loop,
+            "trainer": loop,
             "stage": {"adversary_after": 1, "critic_first": 1, "critic_steps": 2, "refine_depth": 1},
         },
     }
