@@ -11,6 +11,7 @@ import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mm.core.devices import place
 from mm.core.errors import UserError
@@ -67,10 +68,9 @@ def draw_to_folder(
         where = model
     pipe = TextToImagePipeline.from_pretrained(where)
     if best_of > 1 and not isinstance(pipe, TextToImagePipeline):
-        raise UserError(
-            f"{model} has no counter of its own, so it cannot draw the best of {best_of}; leave --best-of out"
-        )
+        raise UserError(f"{model} has no counter, so it cannot draw the best of {best_of}; leave --best-of out")
     place(pipe)
+    tries: dict[str, Any] = {"best_of": best_of} if best_of > 1 else {}  # an argument that public models do not take
     for start in range(0, count, batch_size):
         seeds = [first + k for k in range(start, min(count, start + batch_size))]
         drawn = pipe(
@@ -80,13 +80,13 @@ def draw_to_folder(
             guidance_scale=guidance,
             mode=mode,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
-            **({"best_of": best_of} if best_of > 1 else {}),
+            **tries,
         )
         _warn_of_numbers(prompt, seeds, getattr(drawn, "right", []), best_of)
         for used, picture in zip(seeds, drawn.images, strict=True):
             settings = drawing_settings(
                 prompt=prompt, seed=used, steps=steps, mode=mode, guidance=guidance, model=model,
-                **({"best_of": best_of} if best_of > 1 else {}), **({"quantized": True} if quantized else {}),
+                **tries, **({"quantized": True} if quantized else {}),
             )  # fmt: skip
             yield save_numbered(folder, png_bytes(picture, settings if metadata else None)), used
 
@@ -97,6 +97,4 @@ def _warn_of_numbers(prompt: str, seeds: Sequence[int], right: Sequence[bool | N
         text = ", ".join(map(str, wrong))
         warnings.warn(f"{best_of} tries drew other numbers than {prompt!r} asks for (seed {text})", stacklevel=3)
     if any(fine is None for fine in right):
-        warnings.warn(
-            f"best_of: {prompt!r} does not say how many of what, so every picture was drawn once", stacklevel=3
-        )
+        warnings.warn(f"best_of: {prompt!r} does not say how many of what, so each was drawn once", stacklevel=3)

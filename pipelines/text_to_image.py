@@ -201,6 +201,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             generator: One generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only
                 seeds count, not what was drawn from a generator before.
             latents: Starting noise (B, 16, 8, 8) of flow mode.
+            best_of: The most times that a picture is drawn, until the model's own counter reads the numbers of things
+                that the prompt asks for (`mm.pipelines.best_of`).
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
             return_dict: False returns a tuple of the pictures alone.
             attention_kwargs: `{"scale": x}` scales loaded LoRAs.
@@ -210,7 +212,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             callback_on_step_end_tensor_inputs: The tensors it wants; "latents" is there.
 
         Returns:
-            ImagePipelineOutput, or a tuple.
+            ImagePipelineOutput (with `best_of` above 1 a `CheckedOutput`), or a tuple.
 
         Raises:
             UserError: For anything that cannot be drawn. Unknown words give a warning.

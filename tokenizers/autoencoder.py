@@ -76,9 +76,14 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents to pictures; `widths` and `depths` are those at a sixteenth, an eighth and a quarter of the side."""
+    """Latents to pictures; `widths` and `depths` are those at a sixteenth, an eighth and a quarter of the side.
 
-    def __init__(self, channels: int, widths: Sequence[int], depths: Sequence[int], refine: int) -> None:
+    `refine` and `refine_depth` are the width and the depth at half of the side.
+    """
+
+    def __init__(
+        self, channels: int, widths: Sequence[int], depths: Sequence[int], refine: int, refine_depth: int = 0
+    ) -> None:
         sixteenth, eighth, quarter = widths
         super().__init__(
             nn.Conv2d(channels, sixteenth, 3, padding=1),
@@ -91,6 +96,7 @@ class Decoder(nn.Sequential):
             *residual_blocks(quarter, depths[2]),
             nn.Conv2d(quarter, 4 * refine, 1),
             nn.PixelShuffle(2),
+            *residual_blocks(refine, refine_depth),
             nn.SiLU(),
             nn.Conv2d(refine, 12, 3, padding=1),
             nn.PixelShuffle(2),
@@ -109,6 +115,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         decoder_widths: tuple[int, ...] = (160, 96, 64),
         decoder_depths: tuple[int, ...] = (2, 2, 1),
         refine_width: int = 32,
+        refine_depth: int = 0,
         sample_size: int = 128,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
@@ -118,7 +125,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             if values is not None and len(values) != latent_channels:
                 raise ValueError(f"{name} has {len(values)} values; give one for each of {latent_channels} channels")
         self.encoder = Encoder(latent_channels, encoder_widths, encoder_depths)
-        self.decoder = Decoder(latent_channels, decoder_widths, decoder_depths, refine_width)
+        self.decoder = Decoder(latent_channels, decoder_widths, decoder_depths, refine_width, refine_depth)
 
     @property
     def scale_factor(self) -> int:

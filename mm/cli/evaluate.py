@@ -89,9 +89,10 @@ def fidelity(
 
     config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures)
     pipe = TextToImagePipeline.from_pretrained(model)
+    place(pipe)
     pipe.set_progress_bar_config(disable=True)
-    judge, told = Judge.from_pretrained(), {"model": model}
-    report = evaluate_fidelity(pipe, judge, config, prompts=prompts or COMPOSE, json_file=json, settings=told)
+    judge, settings = Judge.from_pretrained(), {"model": model}
+    report = evaluate_fidelity(pipe, judge, config, prompts=prompts or COMPOSE, json_file=json, settings=settings)
     rows = {"drawn": report | {"score": report["overall"]}, "reconstructed": report["reconstructed"]} | report["tasks"]
     for name, row in rows.items():
         print(f"{name:14} sharpness {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")

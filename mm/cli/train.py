@@ -23,6 +23,7 @@ class Stage(StrEnum):
     stem = "stem"
     counter = "counter"
     joint = "joint"
+    crisp = "crisp"
 
 
 @app.command(epilog="Example: mm train mm-tiny --stage drawing --init-from weights/mm-tiny --minutes 60")

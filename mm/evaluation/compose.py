@@ -106,6 +106,7 @@ def draw(
 ) -> torch.Tensor:
     """uint8 pictures (B, 3, 128, 128) of (prompt, seed) pairs."""
     parts = []
+    tries: dict[str, Any] = {"best_of": config.best_of} if config.best_of > 1 else {}
     for start in range(0, len(jobs), config.batch_size):
         now = jobs[start : start + config.batch_size]
         pictures = pipe(
@@ -115,7 +116,7 @@ def draw(
             guidance_scale=config.guidance,
             mode=config.mode,
             output_type="pt",
-            **({"best_of": config.best_of} if config.best_of > 1 else {}),
+            **tries,
         ).images
         parts.append((pictures * 255).round().to(torch.uint8).cpu())
         if progress:

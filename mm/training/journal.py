@@ -109,6 +109,15 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
             *_COMPOSE,
         ),
     ),
+    (
+        "Crisp decoder",
+        "crisp",
+        _trained(
+            "The decoder alone, on encoded renders and on latents that the model wrote. `_sharp`: gradient energy of "
+            "decoded pictures as a share of renders'. Losses are weighted, and moving averages over about 50 steps.",
+            *_PSNR,
+        ),
+    ),
 )
 
 

@@ -34,8 +34,9 @@ STAGES: dict[str, tuple[str, int]] = {
     "stem": ("stem_stage", 1),
     "counter": ("counter_stage", 1),
     "joint": ("joint_stage", 1),
+    "crisp": ("crisp_stage", 0),
 }
-ORDER = ("autoencoder", "bridge", "judge", "latents", "drawing", "understanding", "stem", "counter", "joint")
+ORDER = ("autoencoder", "bridge", "judge", "latents", "drawing", "understanding", "stem", "counter", "joint", "crisp")
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_features_do_not_depend_on_the_batch() -> None:
     assert not judge.pooled._forward_hooks
 
 
-def test_report(tmp_path) -> None:
+def test_report(tmp_path: Path) -> None:
     judge = Judge(JudgeConfig(stem=8, width=8, deep=8, deep_blocks=1)).eval()
     config = ComposeConfig(limit=1, pictures=2, steps=1)
     report = evaluate_fidelity(tiny_pipeline(), judge, config, json_file=tmp_path / "fidelity.json")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def reader() -> CountReader:
     )
 
 
-def test_the_reader_sums_kin_of_each_centre(reader: CountReader) -> None:
+def test_the_reader_sums_kin_of_each_centre(reader: CountReader, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the counter's matrix, read by hand."""
     counter = reader.connector.counter
     assert counter is not None
@@ -73,27 +75,23 @@ def test_the_reader_sums_kin_of_each_centre(reader: CountReader) -> None:
     for a, b in ((1, 1), (4, 4), (9, 9), (1, 9), (9, 1)):
         kin[0, a, b] = 0.9
     kin[0, 2, 2] = 0.4  # no centre
-    counter.forward = lambda merged: kin.to(merged.dtype)  # type: ignore[method-assign]
-    try:
-        assert reader.numbers(torch.randn(1, 16, 8, 8)) == [[1, 2, 2]]
-    finally:
-        del counter.forward
+    monkeypatch.setattr(counter, "forward", lambda merged: kin.to(merged.dtype))
+    assert reader.numbers(torch.randn(1, 16, 8, 8)) == [[1, 2, 2]]
 
 
-def test_the_pipeline_keeps_its_first_try_where_that_is_right(reader: CountReader) -> None:
+def test_the_pipeline_keeps_its_first_try_where_that_is_right(
+    reader: CountReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config(disable=True)
     plain = pipe("a cat", generator=seeded(7)[0], num_inference_steps=STEPS, output_type="pt").images
-    options = {"num_inference_steps": STEPS, "output_type": "pt"}
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt"}
     pipe.count_reader = reader
     unsaid = pipe("cats", generator=seeded(7)[0], best_of=3, **options)
     assert (unsaid.tries, unsaid.right) == ([1], [None])
     # A reader that is never content: three tries, the first one kept since none is nearer.
-    reader.numbers = lambda latents: [[4, 4, 4, 4] for _ in latents]  # type: ignore[method-assign]
-    try:
-        never = pipe("a cat", generator=seeded(7)[0], best_of=3, **options)
-    finally:
-        del reader.numbers
+    monkeypatch.setattr(reader, "numbers", lambda latents: [[4, 4, 4, 4] for _ in latents])
+    never = pipe("a cat", generator=seeded(7)[0], best_of=3, **options)
     assert (never.tries, never.right) == ([3], [False])
     torch.testing.assert_close(never.images, plain, atol=1e-5, rtol=0)
 
@@ -102,12 +100,12 @@ def test_the_pipeline_keeps_its_first_try_where_that_is_right(reader: CountReade
     ("options", "message"),
     [({"best_of": 0}, "best_of is 0"), ({"best_of": 2, "latents": torch.zeros(1, 16, 8, 8)}, "leave one of them out")],
 )
-def test_wrong_tries(options: dict[str, object], message: str) -> None:
+def test_wrong_tries(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny_pipeline()("a cat", **options)
 
 
-def test_a_model_that_cannot_count_says_so(tmp_path) -> None:
+def test_a_model_that_cannot_count_says_so(tmp_path: Path) -> None:
     pipe: TextToImagePipeline = tiny_pipeline()
     with pytest.raises(UserError, match="count_reader"):
         pipe("a cat", best_of=2, num_inference_steps=1)
