@@ -234,7 +234,7 @@ def _check_component(kind: type, folder: Path, variant: str | None) -> None:
         known = set(inspect.signature(kind.__init__).parameters) - {"self"}
         fields = Fields({k: x for k, x in settings.items() if not k.startswith("_")}, str(config_file))
         fields.only(sorted(known))
-        for key, hint in typing.get_type_hints(kind.__init__).items():  # type: ignore[misc]
+        for key, hint in typing.get_type_hints(kind.__init__).items():
             if key in fields.raw and not _fits(fields.raw[key], hint):
                 fields.wrong(key, f"{getattr(hint, '__name__', hint)}".removeprefix("typing."))
     check_sizes(settings, largest_size(stored), config_file)

@@ -243,7 +243,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )  # fmt: skip
-            chosen = found.images if output_type == "latent" else self._decode(found.images, output_type)
+            chosen: Any = found.images
+            chosen = chosen if output_type == "latent" else self._decode(chosen, output_type)
             return CheckedOutput(chosen, found.tries, found.right) if return_dict else (chosen,)
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
@@ -281,7 +282,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             self.count_reader = CountReader.from_pretrained(name)
         reader = self.count_reader.to(self._execution_device)
         generators = picture_generators(generator, len(prompts))
-        return CheckedOutput(*draw_best(draw, reader, prompts, generators, best_of))
+        latents: Any
+        latents, tries, right = draw_best(draw, reader, prompts, generators, best_of)
+        return CheckedOutput(latents, tries, right)
 
     def _draw_latents(
         self,

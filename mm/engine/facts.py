@@ -91,8 +91,8 @@ def _size(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> dict[st
     if rule is None:
         side = _native_side(pipe) or 1024
         return {"size": (side, side), "multiple": 8, "fixed_size": not free}
-    side = _native_side(pipe) if family is not None and rule.default > (_native_side(pipe) or rule.default) else None
-    chosen = side or rule.default
+    native = _native_side(pipe) or rule.default
+    chosen = min(native, rule.default)
     return {
         "size": (chosen, chosen),
         "multiple": rule.multiple,

@@ -37,7 +37,7 @@ class Pipelines:
             warnings.simplefilter("ignore")
             return getattr(diffusers, name).from_pipe(self.pipe)
 
-    def _own(self, kind: type) -> Any:
+    def _own(self, kind: Any) -> Any:
         """A pipeline of a family's own class: the modules that are loaded, and from the folder those that are not."""
         wanted = set(inspect.signature(kind.__init__).parameters) - {"self"}
         shared = {key: part for key, part in self.pipe.components.items() if key in wanted and part is not None}
@@ -45,5 +45,5 @@ class Pipelines:
             return kind(**shared)
         if self.folder is None:
             raise UserError(f"{kind.__name__} needs {', '.join(sorted(wanted - set(shared)))}; load it from a folder")
-        made = kind.from_pretrained(self.folder, torch_dtype=self.dtype, **shared)  # type: ignore[attr-defined]
+        made = kind.from_pretrained(self.folder, torch_dtype=self.dtype, **shared)
         return made.to(self.pipe.device)

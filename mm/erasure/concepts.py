@@ -60,12 +60,15 @@ class Contexts(Protocol):
 
     def pairs(self, target: Concept, anchor: str, count: int) -> Sequence[tuple[str, str]]:
         """At most `count` prompts with the target, each with the same prompt that has the anchor in its place."""
+        ...
 
     def retained(self, names: Sequence[str], targets: Sequence[Concept]) -> Sequence[str]:
         """Prompts with the names, and general ones, none of which holds a target."""
+        ...
 
     def candidates(self) -> Sequence[str]:
         """Concepts among which neighbours and anchors are looked for."""
+        ...
 
 
 def parse(target: str | Concept) -> Concept:

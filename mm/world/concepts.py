@@ -75,7 +75,8 @@ class WorldContexts:
         return self._words(target.name, anchor, target.of, count)
 
     def _objects(self, target: str, anchor: str, count: int) -> list[tuple[str, str]]:
-        rng, made = random.Random(f"pairs {target}"), []
+        rng = random.Random(f"pairs {target}")
+        made: list[tuple[str, str]] = []
         places = {word: number for name in v.OBJECTS for number in (1, 0) for word in forms(name)[number]}
         into = [words[0] for words in forms(anchor)] if anchor else ["", ""]
         for prompt in captions(4 * MOST, "pairs"):

@@ -55,3 +55,4 @@ class Method(Protocol):
 
     def make(self, job: Job) -> Made:
         """Entries that erase the job's targets."""
+        ...

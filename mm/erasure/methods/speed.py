@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mm.adapters.entry import Entry
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 from mm.erasure.methods.uce import UCE, lowrank_entries
@@ -18,7 +19,8 @@ class SPEED(UCE):
     def make(self, job: Job) -> Made:
         """As UCE, for the layers that give values; where keys and values are one layer, for that."""
         groups = [[p for p in group if not job.settings["values_only"] or not _is_key(p)] for group in job.groups]
-        entries, facts = {}, {}
+        entries: dict[str, Entry] = {}
+        facts: dict[str, dict[str, float]] = {}
         for k, (whole, group) in enumerate(zip(job.groups, groups, strict=True)):
             features = job.features[whole[0]]
             found = solver.null_space(features, threshold=job.settings["threshold"])
