@@ -52,7 +52,7 @@ def draw_to_folder(
 
     `best_of`: the most times that a picture is drawn until its numbers are right; warns where none of the tries is.
     """
-    resolve_model(model)  # a wrong name is told before seconds of imports
+    resolve_model(model)  # a wrong name fails before seconds of imports
     import torch
 
     from mm import TextToImagePipeline

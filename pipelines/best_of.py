@@ -10,7 +10,7 @@ Design choices
 - The counter is a part of the model, trained on renders alone. The judge, which measures, is never asked.
 - The reading parts are loaded when they are first needed: plain drawing pays nothing for them.
 
-Legend: B pictures, C latent channels, H = W latents a side, S places that the counter looks at.
+Legend: B pictures, C latent channels, H = W latents a side, S places that the counter reads.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Design choices
   that it judges the details that were added (as in Isola et al.). It scores patches of two sizes. It is training state,
   not published. Without the condition it stayed at chance for hundreds of steps.
 - It learns from encoded renders alone, where the render is what the latents stand for, and judges redrawn ones as well.
-- Most patches are plain ground, alike in renders and decoded pictures, so patches weigh by the strength of their edges.
+- Most patches are plain ground, the same in renders and decoded pictures, so patches weigh by their edges' strength.
 - The errors come first: they need no discriminator and cost half. Then it learns alone for a while, and later in more
   steps than the decoder. Where both learned in every step, the decoder outran it and left it at chance, and features
   that are not trained yet were soon matched.
@@ -284,7 +284,8 @@ def pixel_loss(written_BCHW: torch.Tensor, wanted_BCHW: torch.Tensor, redrawn_B:
 def edge_loss(written_BCHW: torch.Tensor, wanted_BCHW: torch.Tensor) -> torch.Tensor:
     """Error of the edges' strength in windows of 4 and 8 pixels: of its root mean square, and of its mean.
 
-    The two together tell a few strong edges from many weak ones: speckles have the energy of edges, and a larger mean.
+    The two together distinguish a few strong edges from many weak ones: speckles have as much energy, and a larger
+    mean.
     """
     loss = written_BCHW.new_zeros(())
     made, true = (_edges(x) for x in (written_BCHW, wanted_BCHW))

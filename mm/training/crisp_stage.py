@@ -99,9 +99,8 @@ def write_shards(autoencoder: Autoencoder, drawn_by: Path, folder: Path, shards:
 def _scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     """The published one; the default where a model in the making has none yet."""
     known = (folder / "scheduler_config.json").is_file()
-    loaded: Any = (
-        FlowMatchEulerDiscreteScheduler.from_pretrained(folder) if known else FlowMatchEulerDiscreteScheduler()
-    )
+    fresh = FlowMatchEulerDiscreteScheduler
+    loaded: Any = fresh.from_pretrained(folder) if known else fresh()
     return loaded
 
 

@@ -71,11 +71,11 @@ def test_the_reader_sums_kin_of_each_centre(reader: CountReader, monkeypatch: py
     """Against the counter's matrix, read by hand."""
     counter = reader.connector.counter
     assert counter is not None
-    kin = torch.zeros(1, 16, 16)
+    same = torch.zeros(1, 16, 16)
     for a, b in ((1, 1), (4, 4), (9, 9), (1, 9), (9, 1)):
-        kin[0, a, b] = 0.9
-    kin[0, 2, 2] = 0.4  # no centre
-    monkeypatch.setattr(counter, "forward", lambda merged: kin.to(merged.dtype))
+        same[0, a, b] = 0.9
+    same[0, 2, 2] = 0.4  # no centre
+    monkeypatch.setattr(counter, "forward", lambda merged: same.to(merged.dtype))
     assert reader.numbers(torch.randn(1, 16, 8, 8)) == [[1, 2, 2]]
 
 

@@ -43,7 +43,7 @@ def test_every_caption_of_the_grammar_is_read_as_its_scene() -> None:
     for _ in range(400):
         scene = sample_scene(rng)
         words = caption(scene, rng)
-        # Of one kind, natural and in its natural colour's name may be said alike: then they are one group.
+        # Of one kind, natural and in its natural colour's name may be said the same way: then they are one group.
         kinds = [(g.object, NATURAL_COLOURS[g.object] if g.colour is None else g.colour) for g in groups(scene)]
         if len({name for name, _ in kinds}) == len(kinds):
             assert sorted(asked_numbers(words) or ()) == sorted(g.count for g in groups(scene)), words
