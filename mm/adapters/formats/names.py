@@ -27,7 +27,8 @@ from mm.layers.surgery import roots_of, submodule
 DENOISERS: tuple[str, ...] = tuple("transformer unet trunk prior decoder".split())
 _DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_", "unet.", "transformer.", "model.diffusion_model.",
              "diffusion_model.")  # fmt: skip
-PREFIXES: dict[str, tuple[str, ...]] = dict.fromkeys(_DENOISER, DENOISERS) | {
+PREFIXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_DENOISER, DENOISERS),
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
