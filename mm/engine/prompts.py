@@ -21,6 +21,7 @@ from mm.core.errors import UserError
 
 MAX_ALTERNATIVES = 100_000
 MAX_WEIGHT = 10.0
+MAX_LENGTH = 20_000  # characters of an expanded prompt
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 _WILDCARD = re.compile(r"__([A-Za-z0-9][\w/-]{0,63}?)__")
 _TOKEN = re.compile(r"\\[()\[\]\\{}|]|\(|\)|\[|\]|:\s*([+-]?[0-9]*\.?[0-9]+)\s*(?=\))|[^\\()\[\]:]+|.", re.DOTALL)
@@ -43,8 +44,10 @@ def expand(prompt: str, seed: int, lines_of: Callable[[str], list[str]] | None =
         made = _INNERMOST.sub(lambda m: _choose(m[1], rng), _WILDCARD.sub(lambda m: _line(m[1], rng, lines_of), prompt))
         if made == prompt:
             return prompt
+        if len(made) > MAX_LENGTH:  # a wildcard that holds itself twice would double in every round
+            break
         prompt = made
-    raise UserError(f"the wildcards in {prompt[:60]!r} never end; one of them holds itself")
+    raise UserError(f"the wildcards in {prompt[:60]!r} never end, or make more than {MAX_LENGTH} characters")
 
 
 def _choose(inner: str, rng: random.Random) -> str:
