@@ -118,8 +118,6 @@ def steps_of(pipe: Any, wanted: int) -> int:
 
 
 def _check_names(pipe: Any, given: Mapping[str, Any], takes: Mapping[str, inspect.Parameter]) -> None:
-    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        return
     unknown = [name for name in given if name not in takes and name != "prompt"]
     if unknown:
         raise UserError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(takes)}")
