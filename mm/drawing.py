@@ -3,17 +3,18 @@
 Design choices
 - Files are numbered on from what is there; nothing is ever overwritten, and each appears whole or not at all.
 - Every picture carries its own seed, so that any single one can be drawn again.
-
-This module does not know the command line.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mm.core.devices import place
+from mm.core.errors import UserError
 from mm.core.files import write_new_bytes
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
@@ -41,13 +42,17 @@ def draw_to_folder(
     steps: int | None = None,
     mode: str = "flow",
     guidance: float = GUIDANCE,
+    best_of: int = 1,
     model: str = "mm-tiny",
     batch_size: int = 8,
     quantized: bool = False,
     metadata: bool = True,
 ) -> Iterator[tuple[Path, int]]:
-    """Draws `count` pictures; yields each file and its seed as soon as it is written."""
-    resolve_model(model)  # a wrong name is told before seconds of imports
+    """Draws `count` pictures; yields each file and its seed as soon as it is written.
+
+    `best_of`: the most times that a picture is drawn until its numbers are right; warns where none of the tries is.
+    """
+    resolve_model(model)  # a wrong name fails before seconds of imports
     import torch
 
     from mm import TextToImagePipeline
@@ -62,20 +67,34 @@ def draw_to_folder(
     else:
         where = model
     pipe = TextToImagePipeline.from_pretrained(where)
+    if best_of > 1 and not isinstance(pipe, TextToImagePipeline):
+        raise UserError(f"{model} has no counter, so it cannot draw the best of {best_of}; leave --best-of out")
     place(pipe)
+    tries: dict[str, Any] = {"best_of": best_of} if best_of > 1 else {}  # an argument that public models do not take
     for start in range(0, count, batch_size):
         seeds = [first + k for k in range(start, min(count, start + batch_size))]
-        pictures = pipe(
+        drawn = pipe(
             prompt,
             num_images_per_prompt=len(seeds),
             num_inference_steps=steps,
             guidance_scale=guidance,
             mode=mode,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
-        ).images
-        for used, picture in zip(seeds, pictures, strict=True):
+            **tries,
+        )
+        _warn_of_numbers(prompt, seeds, getattr(drawn, "right", []), best_of)
+        for used, picture in zip(seeds, drawn.images, strict=True):
             settings = drawing_settings(
                 prompt=prompt, seed=used, steps=steps, mode=mode, guidance=guidance, model=model,
-                **({"quantized": True} if quantized else {}),
+                **tries, **({"quantized": True} if quantized else {}),
             )  # fmt: skip
             yield save_numbered(folder, png_bytes(picture, settings if metadata else None)), used
+
+
+def _warn_of_numbers(prompt: str, seeds: Sequence[int], right: Sequence[bool | None], best_of: int) -> None:
+    """Says which pictures do not show the numbers that were asked for, or that nothing was checked."""
+    if wrong := [seed for seed, fine in zip(seeds, right, strict=False) if fine is False]:
+        text = ", ".join(map(str, wrong))
+        warnings.warn(f"{best_of} tries drew other numbers than {prompt!r} asks for (seed {text})", stacklevel=3)
+    if any(fine is None for fine in right):
+        warnings.warn(f"best_of: {prompt!r} does not say how many of what, so each was drawn once", stacklevel=3)

@@ -33,6 +33,7 @@ from mm.core.safe_json import Fields, parse_json, read_object
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 _TOKENIZER_BYTES = 64 << 20
+_TEXT_STEP = 32  # prompts are padded to a multiple of it (`mm.pipelines.prompts`)
 MAX_WEIGHT = 1e6
 MAX_SETTING = 10_000_000  # in configs of transformers, whose lengths of context reach a million
 _LIBRARIES = ("diffusers", "transformers")
@@ -83,6 +84,7 @@ class SharedFolderMixin:
                 check_tokenizer(part, where / name, getattr(pipe, "trunk", None))
             elif isinstance(part, SchedulerMixin) and name not in kwargs:
                 check_scheduler(part, where / name)
+        check_together(pipe.components, where)
         return pipe
 
 
@@ -139,6 +141,28 @@ def check_tokenizer(tokenizer: Any, where: Path, trunk: Any) -> None:
     rows = getattr(getattr(trunk, "config", None), "vocabulary_size", None)
     if rows is not None and most >= rows:
         raise UserError(f"the tokenizer in {where} has {most + 1} tokens, but the trunk has rows for {rows}")
+
+
+def check_together(parts: Mapping[str, Any], where: Path) -> None:
+    """Raises UserError where loaded parts of a model disagree in what one hands to the other."""
+    trunk, autoencoder = parts.get("trunk"), parts.get("autoencoder")
+    if trunk is None:
+        return
+    if trunk.config.max_text < _TEXT_STEP:
+        raise UserError(f"{where / 'trunk'}: max_text is {trunk.config.max_text}; prompts take at least {_TEXT_STEP}")
+    wanted = {
+        ("velocity_decoder", "feature_width"): trunk.config.width,
+        ("code_head", "feature_width"): trunk.config.width,
+    }
+    wanted |= {(name, "latent_channels"): trunk.config.latent_channels for name in ("velocity_decoder", "autoencoder")}
+    if autoencoder is not None:
+        wanted["autoencoder", "sample_size"] = trunk.config.latent_size * autoencoder.scale_factor
+    for (name, key), value in wanted.items():
+        found = getattr(getattr(parts.get(name), "config", None), key, value)
+        if found != value:
+            raise UserError(
+                f"{where / name}: {key} is {found}, but the trunk needs {value}; copy or save the model again"
+            )
 
 
 def check_scheduler(scheduler: Any, where: Path) -> None:
@@ -210,7 +234,7 @@ def _check_component(kind: type, folder: Path, variant: str | None) -> None:
         known = set(inspect.signature(kind.__init__).parameters) - {"self"}
         fields = Fields({k: x for k, x in settings.items() if not k.startswith("_")}, str(config_file))
         fields.only(sorted(known))
-        for key, hint in typing.get_type_hints(kind.__init__).items():  # type: ignore[misc]
+        for key, hint in typing.get_type_hints(kind.__init__).items():
             if key in fields.raw and not _fits(fields.raw[key], hint):
                 fields.wrong(key, f"{getattr(hint, '__name__', hint)}".removeprefix("typing."))
     check_sizes(settings, largest_size(stored), config_file)

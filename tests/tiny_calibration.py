@@ -61,7 +61,7 @@ def unet(cross: int, sdxl: bool, channels: int = 4, width: int = 32) -> Any:
             "projection_class_embeddings_input_dim": 8 * 6 + cross // 2,
         }  # fmt: skip
     return diffusers.UNet2DConditionModel(
-        block_out_channels=(width, 2 * width), layers_per_block=2, sample_size=32, in_channels=channels,
+        block_out_channels=(width, 2 * width), layers_per_block=2 if sdxl else 1, sample_size=32, in_channels=channels,
         out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4), use_linear_projection=True,
         cross_attention_dim=cross, **extra,

@@ -4,13 +4,11 @@ Design choices
 - Shaped for two CPU cores: space-to-depth in place of high-resolution convolutions, most of the parameters at 16 x 16
   and 8 x 8, no normalization layers (every residual branch starts at zero, which is all the stabilizing that this depth
   needs).
-- A light encoder (pictures are encoded once and cached) and a heavier decoder (what a user looks at).
+- A light encoder (pictures are encoded once and cached) and a heavier decoder (its output is what a user sees).
 - Deterministic, with no KL term: training keeps every channel at zero mean and unit deviation by normalizing over the
   batch (REPA-E's choice) and adds noise before decoding, so that a latent which is a little off still decodes.
 - `latents_mean` and `latents_std` live in the config. `encode` applies them, the decoder is trained on the normalized
-  latents, and so nobody outside ever sees another scale.
-
-The module does not know how it is trained (`mm.training.tokenizer_stage`), nor about codes (`mm.tokenizers.bridge`).
+  latents, so that latents have one scale everywhere else.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -78,9 +76,14 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents to pictures; `widths` and `depths` are those at a sixteenth, an eighth and a quarter of the side."""
+    """Latents to pictures; `widths` and `depths` are those at a sixteenth, an eighth and a quarter of the side.
 
-    def __init__(self, channels: int, widths: Sequence[int], depths: Sequence[int], refine: int) -> None:
+    `refine` and `refine_depth` are the width and the depth at half of the side.
+    """
+
+    def __init__(
+        self, channels: int, widths: Sequence[int], depths: Sequence[int], refine: int, refine_depth: int = 0
+    ) -> None:
         sixteenth, eighth, quarter = widths
         super().__init__(
             nn.Conv2d(channels, sixteenth, 3, padding=1),
@@ -93,6 +96,7 @@ class Decoder(nn.Sequential):
             *residual_blocks(quarter, depths[2]),
             nn.Conv2d(quarter, 4 * refine, 1),
             nn.PixelShuffle(2),
+            *residual_blocks(refine, refine_depth),
             nn.SiLU(),
             nn.Conv2d(refine, 12, 3, padding=1),
             nn.PixelShuffle(2),
@@ -111,6 +115,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         decoder_widths: tuple[int, ...] = (160, 96, 64),
         decoder_depths: tuple[int, ...] = (2, 2, 1),
         refine_width: int = 32,
+        refine_depth: int = 0,
         sample_size: int = 128,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
@@ -120,13 +125,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
             if values is not None and len(values) != latent_channels:
                 raise ValueError(f"{name} has {len(values)} values; give one for each of {latent_channels} channels")
         self.encoder = Encoder(latent_channels, encoder_widths, encoder_depths)
-        self.decoder = Decoder(latent_channels, decoder_widths, decoder_depths, refine_width)
+        self.decoder = Decoder(latent_channels, decoder_widths, decoder_depths, refine_width, refine_depth)
 
     @property
     def scale_factor(self) -> int:
         return 16
 
-    @apply_forward_hook  # an offloaded autoencoder comes back to its device for these two, as for forward
+    @apply_forward_hook  # runs the offload hooks, as forward does
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides divisible by 16, to latents (B, 16, H / 16, W / 16)."""
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or any(side % 16 for side in images_BCHW.shape[2:]):

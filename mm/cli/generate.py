@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mm.cli.options import DrawingMode
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False)
-
-
-class Mode(StrEnum):
-    """How pictures are drawn."""
-
-    flow = "flow"
-    codes = "codes"
 
 
 @app.command(epilog='Example: mm generate "two red cats on grass, watercolor style" -n 4 --seed 7 -o out/')
@@ -30,10 +23,14 @@ def generate(
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; picture k has seed + k.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
-    mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
+    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")
     ] = GUIDANCE,
+    best_of: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Draw a picture again, so often at most, until its numbers are right."),
+    ] = 1,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes no picture.")] = 8,
@@ -54,6 +51,7 @@ def generate(
         steps=steps,
         mode=mode.value,
         guidance=guidance,
+        best_of=best_of,
         model=model,
         batch_size=batch_size,
         quantized=quantized,

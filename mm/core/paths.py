@@ -74,7 +74,7 @@ def _checked(folder: Path) -> Path:
     except UserError as error:
         raise UserError(f"a model index cannot be read: {error}; copy or save the model again") from error
     parts = [key for key, value in entries if isinstance(value, list) and value and value[0] is not None]
-    missing = [part for part in parts if not (folder / part).is_dir()]
+    missing = [part for part in parts if len(part) > 255 or not (folder / part).is_dir()]
     if missing:
         raise UserError(f"{folder} lacks the folders {', '.join(missing)} named in {_INDEX}; copy or save it again")
     return folder

@@ -57,7 +57,7 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
                 f"{where} has more than {MAX_PIXELS} pixels, the most that are read; make it smaller"
             ) from error
         except Image.UnidentifiedImageError as error:
-            kinds = f"{', '.join(formats[:-1])} or {formats[-1]}" if len(formats) > 1 else formats[0]
+            kinds = " or ".join(formats)
             raise UserError(f"{where} cannot be read as a picture (it is no {kinds} file)") from error
         except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
             raise UserError(f"{where} cannot be read as a picture ({' '.join(str(error).split())[:200]})") from error

@@ -7,8 +7,6 @@ Design choices
   reconstructions of these renders, which no drawing can be expected to beat.
 - A picture's seed depends on the run's seed, the prompt's id and its index alone, so that neither order, limit nor
   batch size changes it.
-
-This module does not know how pictures are drawn or read.
 """
 
 from __future__ import annotations
@@ -37,12 +35,15 @@ from mm.world.tasks import TASKS, Verdict, satisfies
 if TYPE_CHECKING:
     from mm import TextToImagePipeline
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeConfig:
-    """How a compose run draws. `limit` takes the first prompts of each task, None all; `steps` None: the mode's."""
+    """How a compose run draws. `limit` takes the first prompts of each task, None all; `steps` None: the mode's.
+
+    `best_of`: the most times that a picture is drawn, by the model's own counter (`mm.pipelines.best_of`).
+    """
 
     mode: str = "flow"
     seed: int = 0
@@ -51,10 +52,11 @@ class ComposeConfig:
     steps: int | None = None
     guidance: float = GUIDANCE
     batch_size: int = 16
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", steps_for(self.mode, self.steps))
-        for name in ("pictures", "steps", "batch_size"):
+        for name in ("pictures", "steps", "batch_size", "best_of"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.limit is not None and self.limit < 1:
@@ -97,10 +99,14 @@ def true_scene(prompt: Prompt, seed: int) -> Scene:
 
 @torch.no_grad()
 def draw(
-    pipe: TextToImagePipeline, jobs: Sequence[tuple[Prompt, int]], config: ComposeConfig, progress: Progress | None
+    pipe: TextToImagePipeline,
+    jobs: Sequence[tuple[Prompt, int]],
+    config: ComposeConfig,
+    progress: ProgressCallback | None,
 ) -> torch.Tensor:
     """uint8 pictures (B, 3, 128, 128) of (prompt, seed) pairs."""
     parts = []
+    tries: dict[str, Any] = {"best_of": config.best_of} if config.best_of > 1 else {}
     for start in range(0, len(jobs), config.batch_size):
         now = jobs[start : start + config.batch_size]
         pictures = pipe(
@@ -110,6 +116,7 @@ def draw(
             guidance_scale=config.guidance,
             mode=config.mode,
             output_type="pt",
+            **tries,
         ).images
         parts.append((pictures * 255).round().to(torch.uint8).cpu())
         if progress:
@@ -155,7 +162,7 @@ def evaluate_compose(
     prompts: str | Path = COMPOSE,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Draws, judges and reports; with `json_file`, writes it and a grid PNG beside it."""
     chosen = limited(load_prompts(prompts), config.limit)

@@ -17,8 +17,7 @@ RULES_DIT: Rules = (
     *time(r"transformer_blocks\.\d+\.norm1\.emb\..*"),
 )
 RULES_AMUSED: Rules = (
-    *attention(r"(?:down_block|up_block)\.attention_blocks\.\d+\.attn1"),
-    *cross(r"(?:down_block|up_block)\.attention_blocks\.\d+\.attn2"),
+    *cross(r"(?:down_block|up_block)\.attention_blocks\.\d+\.attn[12]"),  # both read text
     *attention(r"transformer_layers\.\d+\.attn1"),
     *cross(r"transformer_layers\.\d+\.attn2"),
     *feed_forward(r"transformer_layers\.\d+\.ff"),

@@ -187,7 +187,7 @@ def _others() -> Iterator[tuple[str, Family]]:
     for point in entry_points(group=GROUP):
         label = f"{point.name} = {point.value}"
         try:
-            found = point.load()
+            found: Any = point.load()
             found = found() if callable(found) else found
             several = [found] if isinstance(found, Family) else list(found)
             if wrong := [item for item in several if not isinstance(item, Family)]:

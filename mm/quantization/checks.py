@@ -70,6 +70,7 @@ def why_none(name: str, root: nn.Module) -> str:
 
 def _peft_adapters(root: nn.Module) -> set[str]:
     found: set[str] = set()
+    module: Any
     for module in root.modules():
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
             found |= {str(name) for name in module.active_adapters} or {"unnamed"}
@@ -93,7 +94,9 @@ def warn_untouched(roots: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
     """Warns of weights that stay as they are because of their kind; returns them for the report."""
     found: list[dict[str, Any]] = []
     for name, root in roots.items():
-        rows = [{"path": f"{name}.{path}", "kind": kind, "weights": size} for path, kind, size in untouched(root)]
+        rows: list[dict[str, Any]] = [
+            {"path": f"{name}.{path}", "kind": kind, "weights": size} for path, kind, size in untouched(root)
+        ]
         if rows:
             total = sum(p.numel() for p in root.parameters())
             share = sum(row["weights"] for row in rows) / max(total, 1)

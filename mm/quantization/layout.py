@@ -27,6 +27,7 @@ from mm.quantization.config import SVDQuantConfig
 from mm.quantization.saved_layers import saved_kinds
 
 Recorder = Callable[[Any, SVDQuantConfig], None]
+ALIGNMENT = 64  # bytes, as torch allocates
 _recorders: dict[str, Recorder] = {}
 
 
@@ -77,10 +78,22 @@ def prepare(root: nn.Module, kinds: Sequence[dict[str, Any]], dtype: torch.dtype
 
 
 def ready(root: nn.Module) -> None:
-    """After tensors have been put into layers one by one: lays branches side by side."""
+    """After a model was loaded: lays branches side by side, and aligns what a file has left unaligned."""
+    align(root)
     for _, layer in quantized(root):
         layer.refresh()
     refuse_fusing(root)
+
+
+def align(root: nn.Module) -> None:
+    """Copies tensors on the CPU that do not begin at a multiple of 64 bytes, as those mapped from a file.
+
+    torch's products of fp32 matrices differ in the last bit with the alignment, and a model is to give the same outputs
+    before saving and after loading.
+    """
+    for tensor in (*root.parameters(), *root.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def record(root: Any, config: SVDQuantConfig, base: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm.core.errors import UserError
+from mm.families import family_of
 from mm.quantization import pictures
 from mm.quantization.config import SVDQuantConfig
 
@@ -93,7 +94,7 @@ def arguments_for(pipe: Any, given: Mapping[str, Any], config: SVDQuantConfig, n
     modes = getattr(pipe, "modes", ())
     if "mode" in takes and modes:
         made["mode"] = modes[number % len(modes)]
-    made |= _guidance(takes, number)
+    made |= _guidance(pipe, takes, number)
     made |= _sizes(pipe, takes, config)
     made |= _pictures_for(pipe, takes, given, config, number)
     if "class_labels" in takes:
@@ -124,8 +125,9 @@ def _check_names(pipe: Any, given: Mapping[str, Any], takes: Mapping[str, inspec
         raise UserError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(takes)}")
 
 
-def _guidance(takes: Mapping[str, inspect.Parameter], number: int) -> dict[str, Any]:
-    if "negative_prompt" not in takes:
+def _guidance(pipe: Any, takes: Mapping[str, inspect.Parameter], number: int) -> dict[str, Any]:
+    family = family_of(pipe)
+    if "negative_prompt" not in takes or (family is not None and family.model_types):  # these have one of their own
         return {}
     true_scale = takes.get("true_cfg_scale")
     if true_scale is not None:

@@ -34,6 +34,7 @@ def test_commands_are_frozen():
         "edit",
         "chat",
         "eval",
+        "erase",
         "quantize",
         "train",
         "ui",

@@ -24,7 +24,7 @@ from mm.core.errors import UserError
 from mm.families import family_of
 from mm.layers.surgery import roots_of, submodule
 
-DENOISERS = ("transformer", "unet", "trunk", "prior", "decoder")
+DENOISERS: tuple[str, ...] = tuple("transformer unet trunk prior decoder".split())
 _DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_", "unet.", "transformer.", "model.diffusion_model.",
              "diffusion_model.")  # fmt: skip
 PREFIXES: dict[str, tuple[str, ...]] = dict.fromkeys(_DENOISER, DENOISERS) | {
@@ -58,7 +58,7 @@ class Names:
         own: dict[str, str] = {}
         if family is not None and family.lora is not None:
             own = {f"{prefix}.": c for prefix, c in family.lora.components.items()} | dict(family.lora.kohya)
-        self._prefixes = {prefix: (component,) for prefix, component in own.items()}
+        self._prefixes: dict[str, tuple[str, ...]] = {prefix: (component,) for prefix, component in own.items()}
         for prefix, components in PREFIXES.items():
             self._prefixes[prefix] = (*self._prefixes.get(prefix, ()), *components)
 

@@ -99,7 +99,7 @@ def _number(value: Any, what: str, optional: bool = False) -> None:
     if value is None and optional:
         return
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e9
-    if not fine or (value <= 0 and what.startswith(("r", "rank"))):
+    if not fine or value is None or (value <= 0 and what.startswith(("r", "rank"))):
         raise UserError(f"the setting {what} is {value!r}, not a {'positive ' if what.startswith('r') else ''}number")
 
 

@@ -47,7 +47,7 @@ class DiffusersSVDQuant(DiffusersQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from mm.quantization.layout import ready
+        from mm.quantization.layout import align, ready
 
         if self.pre_quantized:
             if not self.on_disk:
@@ -57,6 +57,7 @@ class DiffusersSVDQuant(DiffusersQuantizer):
         else:
             from mm.quantization.quantize import quantize
 
+            align(model)
             quantize(model, dataclasses.replace(self.quantization_config, data_free=True), progress=False)
             self.quantization_config = model.config.quantization_config
         return model

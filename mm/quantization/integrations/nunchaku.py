@@ -152,7 +152,8 @@ def load_nunchaku(
     check_sizes(settings, MAX_SETTING, f"{opened.where}: config")
     count, values = len(opened.headers), sum(math.prod(shape) for shape, _ in opened.headers.values())
     # Packed: two integers a byte, eight a word; and one layer of a file may be three of the model.
-    model = build_empty(lambda: kind.from_config(settings), 3 * count, 8 * values, f"{opened.where}: config")
+    made: Any = kind
+    model = build_empty(lambda: made.from_config(settings), 3 * count, 8 * values, f"{opened.where}: config")
     nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of modules that it would keep in fp32
     _fill(opened, model, _plan(opened, model, _rules(opened, model)), activation_bits)
     return model

@@ -48,7 +48,7 @@ class TransformersSVDQuant(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from mm.quantization.layout import ready
+        from mm.quantization.layout import align, ready
 
         if self.pre_quantized:
             if not self.on_disk:
@@ -58,6 +58,7 @@ class TransformersSVDQuant(HfQuantizer):
         else:
             from mm.quantization.quantize import quantize
 
+            align(model)
             quantize(model, dataclasses.replace(self.quantization_config, data_free=True), progress=False)
             self.quantization_config = model.config.quantization_config
         return model

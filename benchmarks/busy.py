@@ -1,0 +1,112 @@
+"""A warm picture beside busy processes, by how OpenMP's threads wait.
+
+Each setting runs in a process of its own, since the variables are read when torch loads. Settings take turns within
+each round, so that a change of the machine meets all of them. Reported are medians, and ratios to the idle median of
+the default policy, all of the same run.
+
+    python benchmarks/busy.py --rounds 3 --json busy.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mm.core.threads import BLOCK_TIME
+
+_DRAW = """
+import sys, time, torch, mm
+pipe = mm.TextToImagePipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+seconds = []
+for k in range(int(sys.argv[2]) + 1):
+    started = time.perf_counter()
+    pipe("two red cats on grass", generator=torch.Generator().manual_seed(k))
+    seconds.append(time.perf_counter() - started)
+print(*seconds[1:])
+"""
+_BUSY = "while True: sum(range(10000))"
+
+
+def settings(counts: list[int]) -> dict[str, dict[str, str]]:
+    """Environment variables by the setting's name."""
+    made: dict[str, dict[str, str]] = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}}
+    return made | {f"spin {n}": {"GOMP_SPINCOUNT": str(n), "KMP_BLOCKTIME": BLOCK_TIME} for n in counts}
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that want a core each."""
+    started = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def draw(model: str, pictures: int, variables: dict[str, str], limit: float) -> list[float]:
+    """Seconds of warm pictures; infinity for one that took longer than the limit altogether."""
+    cleaned = {k: x for k, x in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
+    command = [sys.executable, "-c", _DRAW, model, str(pictures)]
+    try:
+        done = subprocess.run(
+            command, env=cleaned | variables, capture_output=True, text=True, timeout=limit, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return [float("inf")]
+    return [float(word) for word in done.stdout.split()[-pictures:]]
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each setting and each number of busy processes."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(options.rounds):
+        for processes in options.busy:
+            with busy(processes):
+                for name, variables in settings(options.spin).items():
+                    if name in options.without:
+                        continue
+                    seconds = draw(options.model, options.pictures, variables, options.limit)
+                    found.setdefault((name, processes), []).extend(seconds)
+                    print(f"{name:>14} beside {processes}: {statistics.median(seconds):.2f} s", file=sys.stderr)
+    first = "default" if ("default", 0) in found else next(iter(found))[0]
+    idle = statistics.median(found.get((first, 0), [float("nan")]))
+    return [
+        {"setting": name, "busy": processes, "seconds": statistics.median(each), "worst": max(each),
+         "to_idle": statistics.median(each) / idle, "n": len(each)}
+        for (name, processes), each in found.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mm-tiny")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=3, help="warm pictures of each run")
+    parser.add_argument("--busy", type=int, nargs="*", default=[0, 1, 2], help="numbers of busy processes")
+    parser.add_argument("--spin", type=int, nargs="*", default=[1000, 10_000, 100_000], help="GOMP_SPINCOUNT to try")
+    parser.add_argument("--without", nargs="*", default=[], help="settings to leave out, such as default")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run is given up")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    rows = measure(options)
+    print(f"{'setting':>14} {'busy':>5} {'seconds':>8} {'worst':>8} {'to idle':>8}")
+    for row in rows:
+        print(f"{row['setting']:>14} {row['busy']:>5} {row['seconds']:8.2f} {row['worst']:8.2f} {row['to_idle']:8.2f}")
+    if options.json:
+        options.json.write_text(json.dumps({"settings": vars(options) | {"json": None}, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
