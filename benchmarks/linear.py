@@ -13,6 +13,7 @@ Design choices
   between two of our own methods the peers' memory and threads only stand in the way (they cost several per cent).
 - Peers are optional (`benchmarks/linear_peers.py`): one that is not installed, or does not run here, is listed with its
   reason.
+- Another busy process spoils a timing: the JSON says what share of all cores others took (`busy_elsewhere`).
 - `MM_KERNELS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` caps mm and torch,
   and what a machine without AVX512 would show can be measured on one with it.
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
@@ -206,6 +208,20 @@ def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
     return ((outputs, inputs),)
 
 
+def busy_elsewhere(before: list[int], own_before: float) -> float | None:
+    """The share of all cores that other processes took since then; None where /proc/stat is not there."""
+    now, own = cpu_ticks(), time.process_time() - own_before
+    total = sum(now) - sum(before)
+    idle = sum(now[3:5]) - sum(before[3:5])
+    return round(max(0.0, (total - idle) - own * os.sysconf("SC_CLK_TCK")) / total, 3) if total else None
+
+
+def cpu_ticks() -> list[int]:
+    """User, nice, system, idle, waiting, ... of all cores together; empty where Linux's /proc is not there."""
+    stat = Path("/proc/stat")
+    return [int(ticks) for ticks in stat.read_text().splitlines()[0].split()[1:9]] if stat.is_file() else []
+
+
 def options_of() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -242,9 +258,11 @@ def main() -> None:
         "backends": kernels.backends(), "path": cpu.instruction_set(),
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
-    report: dict[str, Any] = {"rows": [], "absent": {}, "settings": settings}
+    report: dict[str, Any] = {"rows": [], "absent": {}, "busy_elsewhere": {}, "settings": settings}
     for shape in [shape for name in options.shapes for shape in shapes_of(name)]:
+        ticks, own = cpu_ticks(), time.process_time()
         rows = measure(shape, options.tokens, dtype, peers, report["absent"], options.rounds)
+        report["busy_elsewhere"][f"{shape[0]} x {shape[1]}"] = busy_elsewhere(ticks, own)
         report["rows"] += rows
         print("\n".join(table({**report, "rows": rows, "absent": {}}, options.columns).splitlines()[2:]), flush=True)
     print(f"\n{table(report, options.columns)}")
