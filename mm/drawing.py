@@ -3,8 +3,6 @@
 Design choices
 - Files are numbered on from what is there; nothing is ever overwritten, and each appears whole or not at all.
 - Every picture carries its own seed, so that any single one can be drawn again.
-
-This module does not know the command line.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ def draw_to_folder(
     metadata: bool = True,
 ) -> Iterator[tuple[Path, int]]:
     """Draws `count` pictures; yields each file and its seed as soon as it is written."""
-    resolve_model(model)  # a wrong name is told before seconds of imports
+    resolve_model(model)  # a wrong name fails before seconds of imports
     import torch
 
     from mm import TextToImagePipeline

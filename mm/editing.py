@@ -1,7 +1,4 @@
-"""A picture changed by an instruction, from file to file: what `mm edit` does, for scripts too.
-
-This module does not know the command line.
-"""
+"""A picture changed by an instruction, from file to file: what `mm edit` does, for scripts too."""
 
 from __future__ import annotations
 

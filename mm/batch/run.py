@@ -238,7 +238,7 @@ def _draw_batch(
 
 def _warnings(pipe: TextToImagePipeline, picture: Picture) -> list[str]:
     """What the pipeline has to say about one prompt, apart from its batch: unknown words, each once."""
-    from mm.pipelines.prompts import check_prompts
+    from mm.pipelines.prompt_encoding import check_prompts
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

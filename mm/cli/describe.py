@@ -27,8 +27,9 @@ def describe(
     resolve_model(model)
     from mm.core.devices import place
     from mm.core.files import write_json
+    from mm.pipelines.answers import DESCRIBE
     from mm.pipelines.pictures import open_picture
-    from mm.pipelines.understanding import DESCRIBE, UnderstandingPipeline
+    from mm.pipelines.understanding import UnderstandingPipeline
 
     opened = [open_picture(path) for path in pictures]
     pipe = place(UnderstandingPipeline.from_pretrained(model))

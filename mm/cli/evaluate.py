@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mm.cli.options import DrawingMode
 from mm.core.devices import place
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report here, and a picture grid beside it.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="A quick look: this many prompts a task, or pictures a style.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only this many prompts a task, or pictures a style.")]
 Model = Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")]
-
-
-class Mode(StrEnum):
-    """How pictures are drawn."""
-
-    flow = "flow"
-    codes = "codes"
 
 
 @app.callback(epilog="Example: mm eval compose --limit 10 --json runs/compose.json")
@@ -34,7 +27,7 @@ def _group() -> None:
 @app.command(epilog="Example: mm eval compose --mode codes --limit 10 --json runs/compose-codes.json")
 def compose(
     model: Model = "mm-tiny",
-    mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
+    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
@@ -91,9 +84,9 @@ def understand(
     print(f"overall {report['overall']:.3f} of {report['n']} questions (ceiling {report['ceiling']:.3f})")
     for kind, task in report["tasks"].items():
         print(f"{kind:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
-    told, truth = report["captions"], report["ceiling_captions"]
-    print(f"captions     precision {told['precision']:.3f} ({truth['precision']:.3f}), recall {told['recall']:.3f} "
-          f"({truth['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
+    stated, best = report["captions"], report["ceiling_captions"]
+    print(f"captions     precision {stated['precision']:.3f} ({best['precision']:.3f}), recall {stated['recall']:.3f} "
+          f"({best['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
 
 
 @app.command(epilog="Example: mm eval edit --limit 10 --json runs/edit.json")
@@ -115,8 +108,8 @@ def edit(
     pipe.set_progress_bar_config(disable=True)
     pipe.default_guidance = (guidance, image_guidance)
     config = EditConfig(seed=seed, limit=limit, tuning=tuning)
-    told = {"model": model, "guidance": guidance, "image_guidance": image_guidance}
-    report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=told)
+    settings = {"model": model, "guidance": guidance, "image_guidance": image_guidance}
+    report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=settings)
     print(f"overall {report['overall']:.3f} of {report['n']} edits (ceiling {report['ceiling']:.3f})")
     for kind, task in report["tasks"].items():
         print(f"{kind:12} {task['score']:.3f}  success {task['success']:.3f} [{task['low']:.3f}, {task['high']:.3f}]  "
@@ -127,7 +120,7 @@ def edit(
 def chat(
     model: Model = "mm-tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="A quick look: this many conversations.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
     scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own file.")] = None,
     json: Json = None,
 ) -> None:
@@ -137,9 +130,9 @@ def chat(
     from mm.world.judge import Judge
 
     pipe = place(InterleavedPipeline.from_pretrained(model))
-    judge, told = Judge.from_pretrained(), {"model": model}
+    judge, settings = Judge.from_pretrained(), {"model": model}
     where = scripts or SCRIPTS
-    report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=told)
+    report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=settings)
     print(f"overall {report['overall']:.3f} of {report['n']} turns (ceiling {report['ceiling']:.3f})")
     for name, task in (report["tasks"] | {"faultless": report["faultless"]}).items():
         if task["n"] == 0:

@@ -1,22 +1,21 @@
-"""Conversations over scenes: what reading, editing and chatting are learned from.
+"""Conversations about scenes, as training data for reading, editing and chatting.
 
 Design choices
-- A conversation starts with a picture from outside or with one that was drawn, may change it by an edit, and asks
-  questions about what is there now; one row of tokens carries half a dozen answers, each with its own truth.
-- Asking for a description gets the plain, full caption: everything that shows, in one wording and one order.
-- Questions are drawn twice a scene, and those that are learned soon seldom: what takes looking for one thing among
-  others (how many, what colour, where) is learned slowest, and one row of looks serves many questions.
-- A third of the questions that need no picture are small talk; questions without a picture are answered by saying so.
-- What stands alone in a picture may be called "it", in questions' and edits' words alike.
-- Words that are told apart by looking (numbers, colours, things) are smoothed among themselves. Without it a model that
-  never sees three clocks learns that three is impossible of clocks, and says four when it sees three; with it, three is
-  as wrong of two clocks as any other number, whatever was seen.
-- A scene may be spoken of with another number of one of its things, which its looks are told as well (`recounted`):
-  the words must follow the counter, not what was seen together.
-- A turn keeps the scene that its words speak of (an edit's is its target), and a description the scene it tells of, for
-  `mm.training.grounding`.
+- A conversation starts with a given or a drawn picture, may change it by an edit, and asks questions about the current
+  picture; one row of tokens holds half a dozen answers, each with its own labels.
+- A request for a description is answered by the plain, full caption: everything visible, in one wording and one order.
+- Questions are sampled twice a scene, and kinds that are learned early are sampled rarely: what needs finding one
+  object among others (count, colour, position) is learned slowest.
+- A tenth of the conversations begins with small talk; questions without a picture are answered by saying so.
+- A single object of a picture may be called "it", in questions and in edits.
+- Numbers, colours and objects are label-smoothed within their kind (`word_kinds`). Without it a model that never sees
+  three clocks learns that "three" is impossible of clocks; with it, every wrong number is equally unlikely.
+- A scene may be described with another count of one of its objects (`with_other_count`), which also overrides the
+  counter's counts: replies must follow the counter.
+- Turns carry the scene that they refer to (an edit's is its target), and descriptions the scene that they describe, as
+  labels (`mm.training.scene_labels`).
 
-This module does not know tokens' numbers, latents or losses; the pictures it puts into a dialogue are scenes.
+In dialogues of this module the pictures are scenes.
 """
 
 from __future__ import annotations
@@ -56,9 +55,8 @@ SMALL_TALK: tuple[tuple[str, str], ...] = (
     ("that is great", "thank you!"),
     ("nice", "thank you!"),
 )
-ASKED = {"style": 0.3, "background": 0.3, "existence": 0.5}  # how often, of what is learned soon
-# Scenes of pictures to read: pairs teach relations; of crowds too few come up by chance for descriptions to learn them,
-# but with two in five (and .2 pairs, no counts) descriptions of a single kind of object got worse.
+ASKED = {"style": 0.3, "background": 0.3, "existence": 0.5}  # sampling rates of kinds that are learned early
+# Scenes to read. Pairs of single objects train relations, and crowds, rare by chance, train long descriptions.
 READ: dict[str, Any] = {"default_weight": 3, "pair_share": 0.15, "count_share": 0.2, "crowd_share": 0.25}
 NO_PICTURE = "sorry, there is no picture. what can i draw for you?"
 
@@ -69,7 +67,12 @@ def number_words(number: Callable[[str], int]) -> list[list[int]]:
 
 
 def word_kinds(number: Callable[[str], int], size: int) -> WordKinds:
-    """Numbers, colours, and things in the singular and in the plural; `number` gives a word's token id of `size`."""
+    """The kinds numbers, colours, objects, and objects in the plural.
+
+    Args:
+        number: Gives a word's token id.
+        size: Rows of the vocabulary.
+    """
     plurals = [v.PLURALS[name] for name in v.ALL_OBJECTS]
     of, spread = torch.full((size,), -1), torch.zeros(4, size)
     for kind, words in enumerate((("a", "an", "one", "two", "three", "four"), v.COLOURS, v.ALL_OBJECTS, plurals)):
@@ -81,7 +84,7 @@ def word_kinds(number: Callable[[str], int], size: int) -> WordKinds:
 def ask(
     dialogue: Dialogue, scene: Scene, rng: random.Random, most: int, objects: Sequence[str] = v.OBJECTS
 ) -> Dialogue:
-    """Up to `most` questions about `scene` with their answers, and now and then a description."""
+    """Adds up to `most` questions about `scene` with their answers, and now and then a description."""
     asked = {qa.question: qa for _ in range(2) for qa in questions(scene, rng, objects=objects)}
     turns: list[tuple[str, str | None]] = [
         (q, qa.answer) for q, qa in asked.items() if rng.random() < ASKED.get(qa.kind, 1.0)
@@ -89,7 +92,7 @@ def ask(
     rng.shuffle(turns)
     turns = turns[:most]
     if rng.random() < 0.4:
-        # Later answers could be read off a description, so most of the time it comes last.
+        # Later answers could be copied from a description, so most of the time it comes last.
         place = len(turns) if rng.random() < 0.8 else rng.randrange(len(turns) + 1)
         turns.insert(place, (rng.choice(DESCRIBE), None))
     for question, answer in turns:
@@ -101,18 +104,18 @@ def ask(
 
 
 def describe(dialogue: Dialogue, scene: Scene, rng: random.Random) -> Dialogue:
-    """The reply that describes `scene`."""
-    return dialogue.says(caption(scene, rng, detail="plain"), told=scene)
+    """Adds a reply that describes `scene`."""
+    return dialogue.says(caption(scene, rng, detail="plain"), describes=scene)
 
 
 def draw_words(scene: Scene, rng: random.Random) -> str:
-    """Asking for a picture of `scene`."""
+    """A request for a picture of `scene`."""
     detail = "partial" if rng.random() < 0.5 else "full"
     return rng.choice(DRAW).format(caption(scene, rng, detail=detail))  # type: ignore[arg-type]
 
 
 def with_pronoun(edit: Edit, rng: random.Random) -> str:
-    """The edit's instruction; what stands alone in the source may be called "it" or "them"."""
+    """The edit's instruction; a source's only group may be called "it" or "them"."""
     parts = groups(edit.source)
     if len(parts) != 1 or rng.random() < 0.5:
         return edit.instruction
@@ -121,7 +124,7 @@ def with_pronoun(edit: Edit, rng: random.Random) -> str:
 
 
 def begin(dialogue: Dialogue, scene: Scene, rng: random.Random, *, drawn: bool) -> Dialogue:
-    """The first picture: drawn here, or given by the user with a first question."""
+    """Adds the first picture: drawn, or given by the user with a first question."""
     if rng.random() < 0.1:
         words, reply = rng.choice(SMALL_TALK)
         dialogue.user(words).says(reply)
@@ -142,7 +145,7 @@ def reading(new: NewDialogue, scene: Scene, rng: random.Random) -> Dialogue:
 
 
 def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
-    """A picture, an edit of it, and questions about what is there then."""
+    """A picture, an edit of it, and questions about the result."""
     dialogue = begin(new(), edit.source, rng, drawn=rng.random() < 0.6)
     if rng.random() < 0.3:
         ask(dialogue, edit.source, rng, most=1)
@@ -150,10 +153,10 @@ def changing(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
     return ask(dialogue, edit.target, rng, most=4)
 
 
-def recounted(scene: Scene, rng: random.Random) -> Scene:
-    """`scene` with another number of one of its things and everything else as true as it was; itself if there is none.
+def with_other_count(scene: Scene, rng: random.Random) -> Scene:
+    """`scene` with another count of one of its groups, the same otherwise; `scene` itself where that is not possible.
 
-    What it holds is never a composition that is held out.
+    The result is never a held-out composition.
     """
     parts = groups(scene)
     choices = [(g, n) for g in parts for n in range(1, v.MAX_COUNT + 1) if n != g.count]
@@ -168,7 +171,7 @@ def recounted(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _with_number(scene: Scene, same: list[Sprite], number: int, rng: random.Random) -> Scene | None:
-    """As many sprites like `same` as `number`; None where there is no room."""
+    """The scene with `number` sprites of the group `same`; None where there is no free place."""
     gone = set(rng.sample(same, len(same) - number)) if number < len(same) else set()
     changed: Scene | None = replace(scene, sprites=tuple(s for s in scene.sprites if s not in gone))
     for _ in range(number - len(same)):
@@ -177,7 +180,7 @@ def _with_number(scene: Scene, same: list[Sprite], number: int, rng: random.Rand
 
 
 def edit_prompt(new: NewDialogue, edit: Edit, rng: random.Random) -> Dialogue:
-    """What is read when the edit is drawn: the picture alone, or a conversation that led to it."""
+    """The prompt of an edit: the picture and its instruction, or a conversation that ends in it."""
     if rng.random() < 0.5:
         return new().user(with_pronoun(edit, rng), edit.source, about=edit.target).starts_drawing()
     dialogue = begin(new(), edit.source, rng, drawn=rng.random() < 0.8)

@@ -1,12 +1,10 @@
-"""From prompts to what the trunk reads: checks, warnings and caches.
+"""Checks prompts, warns of unknown words, and turns prompts into tokens.
 
 Design choices
-- Unknown words are named in a warning, each once a call, with the nearest known ones: the model sees `<unk>` there, and
-  silence would look like a picture that ignored the prompt.
+- Unknown words are named in a warning, each once a call, with the nearest known ones: the model reads `<unk>` there,
+  and without a warning the picture would seem to ignore the prompt.
 - Prompts are padded to a multiple of 32 tokens, which is one length for all but the longest, and a mask hides the
   padding: the arithmetic of a prompt hardly depends on what else is in its batch.
-
-This module does not know pictures or sampling.
 """
 
 from __future__ import annotations
@@ -58,3 +56,13 @@ def tokenize(
     """Token numbers and mask (B, T), T a multiple of 32."""
     words = tokenizer(list(prompts), padding=True, pad_to_multiple_of=_STEP, return_tensors="pt")
     return words.input_ids.to(device), words.attention_mask.bool().to(device)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rows as ids and mask (B, T), padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), True
+    return ids.to(device), mask.to(device)

@@ -1,15 +1,14 @@
-"""The understanding encoder: a small ViT of its own, contrastively trained, apart from the generation tokenizer.
+"""The understanding encoder: a small contrastively trained ViT, separate from the generation tokenizer.
 
 Design choices
-- It is an open_clip model (Cherti et al. 2022, arXiv 2212.07143) with a config of ours: the parts carry open_clip's
-  names, so that the same weights load through open_clip's tools under the name `mm-tiny-vit`.
-- The trunk reads the tokens of the last layer, not the pooled vector: counts and positions need places.
-- The text tower is small; it serves the contrastive loss and open_clip's tools, never the trunk.
+- It is an open_clip model (Cherti et al. 2022, arXiv 2212.07143) with our own config: the parts have open_clip's names,
+  so that the same weights load through open_clip's tools under the name `mm-tiny-vit`.
+- The trunk reads the tokens of the last layer, not the pooled vector: counts and positions need spatial tokens.
+- The text tower is small; the contrastive loss and open_clip's tools use it, the trunk does not.
 - A drawn picture is read without being decoded (as in CLEAR, arXiv 2604.04780): latents lie on the same 8 x 8 grid as
-  the encoder's patches, so a stem makes patches of them and the encoder's own layers do the rest. A connector straight
-  from latents to the trunk had no layers to see with, and took 1 look of 5 to hold other objects than it does.
+  the encoder's patches, so a stem maps latents to patch embeddings and the encoder's layers follow. A connector from
+  latents directly to the trunk has no such layers: 1 of 5 of its tokens was read as another object.
 
-This module does not know the trunk, pictures' files or losses.
 Legend: B batch, C latent channels, H = image / patch, L = H * H tokens, W width.
 """
 
@@ -93,19 +92,19 @@ class UnderstandingEncoder(ModelMixin, ConfigMixin):
         return self.visual(pictures_BCHW)
 
     def encode_patches(self, patches_BWHH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, of what stands for a picture's patches (B, W, H, H): a `LatentStem`'s output.
+        """As `forward`, from patch embeddings (B, W, H, H), such as a `LatentStem`'s output.
 
         Follows open_clip's VisionTransformer from its patch convolution on.
         """
-        see, side = self.visual, self.config.image_size // self.config.patch_size
+        visual, side = self.visual, self.config.image_size // self.config.patch_size
         if patches_BWHH.shape[1:] != (self.config.width, side, side):
             shape = tuple(patches_BWHH.shape)
             raise ValueError(f"patches of shape {shape}; this encoder reads {self.config.width} x {side} x {side}")
         patches_BLW = patches_BWHH.flatten(2).transpose(1, 2)
-        whole = see.class_embedding.to(patches_BLW.dtype).expand(len(patches_BLW), 1, -1)
-        x = torch.cat([whole, patches_BLW], 1) + see.positional_embedding.to(patches_BLW.dtype)
-        pooled, tokens = see._pool(see.transformer(see.ln_pre(see.patch_dropout(x))))
-        return pooled @ see.proj, tokens
+        whole = visual.class_embedding.to(patches_BLW.dtype).expand(len(patches_BLW), 1, -1)
+        x = torch.cat([whole, patches_BLW], 1) + visual.positional_embedding.to(patches_BLW.dtype)
+        pooled, tokens = visual._pool(visual.transformer(visual.ln_pre(visual.patch_dropout(x))))
+        return pooled @ visual.proj, tokens
 
     def encode_text(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Pooled vectors (B, embed_dim) of captions, right-padded with 0 up to the context length."""
@@ -113,7 +112,7 @@ class UnderstandingEncoder(ModelMixin, ConfigMixin):
 
 
 class StemBlock(nn.Module):
-    """A depthwise look at the neighbours, then a feed-forward; the identity at first (after ConvNeXt, 2201.03545)."""
+    """A depthwise convolution, then a feed-forward; starts as the identity (after ConvNeXt, arXiv 2201.03545)."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
@@ -124,12 +123,12 @@ class StemBlock(nn.Module):
         layers.zero(self.ff.down)
 
     def forward(self, x_BWHH: torch.Tensor) -> torch.Tensor:
-        seen = self.norm(self.near(x_BWHH).permute(0, 2, 3, 1))
-        return x_BWHH + self.ff(seen).permute(0, 3, 1, 2)
+        normed = self.norm(self.near(x_BWHH).permute(0, 2, 3, 1))
+        return x_BWHH + self.ff(normed).permute(0, 3, 1, 2)
 
 
 class LatentStem(ModelMixin, ConfigMixin):
-    """Generation latents to the understanding encoder's patches, learned from pictures of the same scenes."""
+    """Maps generation latents to the understanding encoder's patch embeddings."""
 
     @register_to_config
     def __init__(self, *, latent_channels: int = 16, width: int = 192, depth: int = 2, ratio: int = 2) -> None:

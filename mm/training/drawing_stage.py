@@ -1,17 +1,15 @@
-"""The drawing stage: trunk, velocity decoder and code head learn to draw the world from captions.
+"""The drawing stage: trunk, velocity decoder and code head learn to draw from captions.
 
 Design choices
 - Flow matching with logit-normal noise levels and the velocity target of diffusers' schedulers; a tenth of the captions
-  is dropped for guidance. A share of the levels is uniform near pure noise: that is where the layout is decided, and
-  logit-normal levels alone put one sample in six hundred above 0.95.
-- Features align with the scene instead of with a foreign encoder: a linear readout of a middle layer names each cell's
-  object and colour (REPA's idea, Yu et al. 2024, arXiv 2410.06940, with the renderer's truth as teacher). The readout
-  is training state and is not published.
-- Codes mode learns on a share of the steps: MAR's masking (Li et al. 2024, arXiv 2406.11838), cross-entropy on a few
-  masked tokens a picture, since the head is causal over 16 channels and costs as much as the trunk.
+  is dropped for classifier-free guidance. A share of the levels is uniform near pure noise, where the layout is
+  decided: logit-normal levels alone put one sample in six hundred above 0.95.
+- An alignment loss: a linear readout of a middle layer predicts each cell's object and colour (as REPA, Yu et al. 2024,
+  arXiv 2410.06940, but with the renderer's labels as targets). The readout is training state and is not published.
+- Codes mode is trained on a share of the steps: MAR's masking (Li et al. 2024, arXiv 2406.11838), and cross-entropy on
+  a few masked tokens a picture, since the head is causal over 16 channels and costs as much as the trunk.
 
-This module does not know the loop, files or the judge.
-Legend: B pictures, C = 16 channels, L = 64 tokens, K = 16 codes a token, N chosen tokens.
+Legend: B pictures, C = 16 channels, L = 64 tokens, T text tokens, K = 16 codes a token, N chosen tokens, V levels.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,15 @@ from torch import nn
 
 from mm.models.cache import PromptCache
 from mm.models.codes import CodeHead
+from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.tokenizers import Bridge
-from mm.training.grounding import Nouns
+from mm.tokenizers import Autoencoder, Bridge
+from mm.training.latents import LatentCache
+from mm.training.preview import judged_preview
+from mm.training.publishing import publish_drawing
+from mm.training.scene_labels import NounLabels
+from mm.training.stage import Stage, StageContext
 from mm.world.captions import Detail, caption
 from mm.world.render import cell_labels
 from mm.world.scene import Scene
@@ -39,7 +43,20 @@ from mm.world.vocabulary import ALL_OBJECTS, COLOURS
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingConfig:
-    """What the drawing stage learns; the trunk's own sizes are in its model config."""
+    """Losses and sampling of the drawing stage.
+
+    Attributes:
+        caption_dropout: Share of pictures without a caption.
+        partial_captions: Share of captions that leave something out.
+        align_layer: The picture layer whose tokens are aligned with the scene.
+        align_weight: Of the alignment loss.
+        codes_share: Share of the steps in codes mode.
+        codes_tokens: Scored tokens a picture in codes mode.
+        sigma_mean: Mean of the logit of noise levels.
+        sigma_spread: Its standard deviation.
+        high_noise_share: Share of levels that are uniform near pure noise.
+        high_noise_from: Where that interval begins.
+    """
 
     caption_dropout: float = 0.1
     partial_captions: float = 0.25
@@ -60,10 +77,20 @@ class DrawingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawingBatch:
-    """Clean latents, noise and levels, prompts and cell truth; `codes` batches carry which tokens are masked.
+    """A batch of the drawing stage.
 
-    `weights` (mean about one): how much each latent's velocity counts (default: all the same). `nouns`: the truth of
-    the prompts' nouns, where they are grounded.
+    Attributes:
+        latents_BCHW: Clean latents.
+        noise_BCHW: Noise.
+        sigma_B: Noise levels.
+        ids_BT: Prompts.
+        mask_BT: Which tokens of the prompts are real.
+        objects_BL: The object of each cell.
+        colours_BL: The colour of each cell.
+        masked_BL: Which tokens are masked; in codes mode only.
+        chosen_BN: Which tokens are scored; in codes mode only.
+        weights_BHW: Weights (mean about one) of each latent's velocity loss; None for equal weights.
+        nouns: Labels of the prompts' nouns, for grounding losses.
     """
 
     latents_BCHW: torch.Tensor
@@ -76,11 +103,11 @@ class DrawingBatch:
     masked_BL: torch.Tensor | None = None
     chosen_BN: torch.Tensor | None = None
     weights_BHW: torch.Tensor | None = None
-    nouns: Nouns | None = None
+    nouns: NounLabels | None = None
 
 
 def words_for(scenes: Sequence[Scene], rng: random.Random, config: DrawingConfig) -> list[str]:
-    """A caption a scene, in fresh wording; some dropped, some partial."""
+    """A caption for each scene, in random wording; some dropped, some partial."""
     out = []
     for scene in scenes:
         detail: Detail = "partial" if rng.random() < config.partial_captions else "full"
@@ -103,7 +130,7 @@ def make_batch(
     generator: torch.Generator,
     config: DrawingConfig,
 ) -> DrawingBatch:
-    """A batch of either mode, drawn by `generator`."""
+    """A batch of either mode; `generator` draws mode, noise, levels and masks."""
     batch, cells = len(scenes), latents_BCHW.shape[2] * latents_BCHW.shape[3]
     objects, colours = cell_labels(scenes)
     masked = chosen = None
@@ -146,12 +173,12 @@ class Drawing(nn.Module):
         self.readout = nn.Linear(width, len(ALL_OBJECTS) + 1 + len(COLOURS) + 2)
 
     def forward(self, batch: DrawingBatch) -> dict[str, torch.Tensor]:
-        """Named losses; names with a leading underscore are only watched."""
+        """Named losses; names with a leading underscore are only logged."""
         prompt = self.prompt(batch)
         return self._flow(batch, prompt) if batch.masked_BL is None else self._codes(batch, prompt)
 
     def prompt(self, batch: DrawingBatch) -> PromptCache:
-        """What the batch's pictures read."""
+        """The cache of the batch's prompts."""
         return self.trunk.encode_text(batch.ids_BT, batch.mask_BT)
 
     def _flow(self, batch: DrawingBatch, prompt: PromptCache) -> dict[str, torch.Tensor]:
@@ -186,3 +213,52 @@ class Drawing(nn.Module):
         loss = F.cross_entropy(objects.flatten(0, 1), batch.objects_BL.flatten())
         loss = loss + F.cross_entropy(colours.flatten(0, 1), batch.colours_BL.flatten())
         return self.config.align_weight * loss
+
+
+def build_drawing(context: StageContext, settings: DrawingConfig) -> Drawing:
+    """The module: fresh, or from published weights."""
+    torch.manual_seed(0)
+    bridge = context.load(Bridge, "bridge")
+    return Drawing(
+        context.fresh_or_published(Trunk, "trunk"),
+        context.fresh_or_published(VelocityDecoder, "velocity_decoder"),
+        context.fresh_or_published(CodeHead, "code_head", order=list(bridge.config.order)),
+        bridge,
+        settings,
+    ).float()
+
+
+class DrawingBatches:
+    """Batches of cached latents with captions."""
+
+    def __init__(self, cache: LatentCache, config: DrawingConfig, batch_size: int, seed: int) -> None:
+        self.cache, self.config, self.batch_size, self.seed = cache, config, batch_size, seed
+        self.tokenizer = build_text_tokenizer()
+
+    def __call__(self, step: int, process: int = 0) -> DrawingBatch:
+        if step % 100 == 0:
+            self.cache.refresh()
+        rng = random.Random(f"drawing {self.seed} {step} {process}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        latents, scenes = self.cache.draw(self.batch_size, rng)
+        words = self.tokenizer(words_for(scenes, rng, self.config), padding=True, return_tensors="pt")
+        ids, mask = words.input_ids, words.attention_mask.bool()
+        return make_batch(latents, scenes, ids, mask, generator, self.config)
+
+
+def stage(context: StageContext) -> Stage:
+    """The drawing stage, on the state's latents."""
+    config, settings = context.trainer_config("drawing"), context.settings(DrawingConfig, "drawing")
+    cache = LatentCache(context.state / "latents")
+
+    def evaluate(trainer: Any) -> dict[str, float]:
+        publish_drawing(trainer.bare, context.published)
+        return judged_preview(trainer, context.load(Autoencoder, "autoencoder"), context.state)
+
+    return Stage(
+        name="drawing",
+        module=build_drawing(context, settings),
+        batches=DrawingBatches(cache, settings, config.batch_size, config.seed),
+        evaluate=evaluate,
+        config=config,
+    )
