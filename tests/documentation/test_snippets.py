@@ -34,7 +34,7 @@ NOT_RUN = {
     r"torchrun --nproc_per_node N -m mm train": ("torchrun", "trains for hours on several devices"),
     r"mm generate .*--quantized": (
         "parse",
-        "searches a 4-bit copy for minutes; tests/cli/test_quantize_cli.py runs it",
+        "searches for minutes; tests/cli/test_quantize_cli.py runs it",
     ),
     r"mm (train|ui|eval)\b": ("parse", "trains, serves or measures until it is stopped, or for minutes"),
 }
