@@ -7,7 +7,7 @@ Design choices
   of all prompts; the compose score is judged on the same pictures, and its change is paired picture by picture, with a
   bootstrap interval. Of so few pictures it says little, so the default is judged once more on `--judged` pictures of
   every tuning prompt, resampled by prompt.
-- Peers get the same linear layers that mm quantizes (mm.layers.sites): bitsandbytes NF4, sdnq with its SVD, torchao.
+- Peers get the same linear layers that mm quantizes (mm.families): bitsandbytes NF4, sdnq with its SVD, torchao.
   They are optional and installed apart (see benchmarks/linear.py); one that is not here is listed with its reason.
 - Size: bits a weight of the quantized layers, everything kept counted (scales, branches, smoothing).
 - LoRAs: real ones, trained for a minute to draw one object for another's name; put on the 4-bit model as they are,
@@ -35,11 +35,13 @@ from mm.adapters.patch import Entry, Patch
 from mm.core.files import write_json
 from mm.core.statistics import paired_change
 from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
+from mm.evaluation.verdicts import verdicts
+from mm.families import find_sites
 from mm.layers.linear import Branch
-from mm.layers.sites import find_sites
 from mm.layers.surgery import branched, swap
-from mm.quantization.folders import judged_change, verdicts, world_prompts
+from mm.quantization.folders import judged_change
 from mm.quantization.numerics import group_scales, round_to_nearest, rounded_inputs
+from mm.world.calibration import captions
 from mm.world.judge import Judge
 from mm.world.tasks import satisfies
 
@@ -68,7 +70,7 @@ def ours(**settings: Any) -> Callable[[Pipe], float]:
 
     def run(pipe: Pipe) -> float:
         config = mm.SVDQuantConfig(**settings)
-        prompts = None if config.data_free else world_prompts(32)
+        prompts = None if config.data_free else captions(32)
         report = mm.quantize(pipe, config, calibration=prompts, progress=False)
         weights = sum(layer.bytes_before // 2 for layer in report.layers)
         return 8 * sum(layer.bytes_after for layer in report.layers) / weights

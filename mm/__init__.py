@@ -19,6 +19,8 @@ from mm.version import __version__ as __version__
 if TYPE_CHECKING:
     from mm.adapters.formats.reader import read_lora
     from mm.adapters.formats.writer import write_lora
+    from mm.engine.loading import load
+    from mm.erasure.erase import erase
     from mm.pipelines.image_edit import ImageEditPipeline
     from mm.pipelines.interleaved import InterleavedPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline
@@ -60,6 +62,8 @@ __all__ = [
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
+    "erase",
+    "load",
     "load_nunchaku",
     "quantize",
     "read_lora",
@@ -74,6 +78,8 @@ __getattr__ = loader(
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
+        "erase": "erasure.erase",
+        "load": "engine.loading",
         "load_nunchaku": "quantization.integrations.nunchaku",
         "quantize": "quantization.quantize",
         "read_lora": "adapters.formats.reader",

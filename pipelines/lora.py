@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
-from mm.layers.surgery import unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mm.adapters.patch import Applied, Patch
+    from mm.adapters.stack import Stack
     from mm.models.trunk import Trunk
 
 _FILE = "pytorch_lora_weights.safetensors"
@@ -67,7 +66,7 @@ class TrunkLoraMixin:
         """Loads a LoRA and makes it the active one; says what was applied.
 
         `source` is a file, a folder holding `weight_name`, or tensors by name. `truncate_to` is a rank for LoKr, LoHa
-        and DoRA, which are refused without it. Raises UserError when any tensor does not match.
+        and DoRA, which 4-bit layers need; without it they are exact. Raises UserError when any tensor does not match.
         """
         from mm.adapters.formats import read_lora
 
@@ -144,7 +143,7 @@ class TrunkLoraMixin:
         twice = [a.patch.name for a in chosen if a.fused]
         if twice:
             raise UserError(f"adapter {twice[0]!r} is fused already; unfuse it first")
-        stack = stack_of(self)
+        stack = self._stack
         try:
             for adapter in chosen:
                 stack.scale(adapter.patch.name, lora_scale * adapter.weight)
@@ -159,7 +158,7 @@ class TrunkLoraMixin:
     def unfuse_lora(self) -> None:
         """Takes fused adapters out of the weights again, exactly."""
         fused = [adapter for adapter in self._adapters.by_name.values() if adapter.fused]
-        stack_of(self).unfuse(*(adapter.patch.name for adapter in fused))
+        self._stack.unfuse(*(adapter.patch.name for adapter in fused))
         for adapter in fused:
             adapter.fused = False
         self._rescale()
@@ -182,13 +181,21 @@ class TrunkLoraMixin:
             self._rescale()
 
     @property
+    def _stack(self) -> Stack:
+        from mm.adapters.stack import stack_of  # kernels are loaded where adapters are
+
+        return stack_of(self)
+
+    @property
     def _adapters(self) -> Adapters:
+        from mm.layers.surgery import unwrapped
+
         attributes = unwrapped(self.trunk).__dict__
         return attributes.setdefault("mm_adapters", Adapters())
 
     def _rescale(self, call: float = 1.0) -> None:
         """Gives every branch its strength; what is fused acts through the weights."""
-        stack = stack_of(self)
+        stack = self._stack
         for name, adapter in self._adapters.by_name.items():
             if not adapter.fused:
                 stack.scale(name, call * adapter.weight if self._adapters.enabled and adapter.active else 0.0)

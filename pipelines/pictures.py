@@ -1,4 +1,4 @@
-"""Pictures from outside, made ready for the models: any mode, size and rotation.
+"""Opens pictures of any mode, size and rotation, and makes them tensors.
 
 Design choices
 - The shorter side is scaled to the model's size and the middle is cut out. Borders around the whole picture would be

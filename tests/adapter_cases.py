@@ -42,7 +42,7 @@ def rotation(size: int, g: torch.Generator) -> Entry:
 
 
 def five() -> list[Patch]:
-    """Two LoRAs, rows, a dense change and a rotation; all but the rows meet on one layer."""
+    """Two LoRAs, rows, a dense change (of a bias too) and a rotation; all but the rows meet on one layer."""
     g = torch.Generator().manual_seed(5)
 
     def noise(*shape: int) -> Tensor:
@@ -51,7 +51,14 @@ def five() -> list[Patch]:
     rows = {"ids": torch.tensor([3, 19]), "rows": noise(2, 16)}
     return [
         Patch(name="style", entries={Q: lowrank(16, 16, 3, g, 0.7), FC1: lowrank(32, 16, 2, g)}),
-        Patch(name="no-wolf", method="dense", entries={Q: Entry(kind="dense", tensors={"delta": noise(16, 16) / 8})}),
+        Patch(
+            name="no-wolf",
+            method="dense",
+            entries={
+                Q: Entry(kind="dense", tensors={"delta": noise(16, 16) / 8}),
+                f"{Q}.bias": Entry(kind="bias", tensors={"delta": noise(16)}),
+            },
+        ),
         Patch(name="mug", method="rows", entries={WORDS: Entry(kind="rows", tensors=rows)}),
         Patch(name="turn", method="hirm", entries={Q: rotation(16, g), V: rotation(16, g)}),
         Patch(name="ink", entries={Q: lowrank(16, 16, 18, g), K: lowrank(16, 16, 1, g)}),

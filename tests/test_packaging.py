@@ -23,6 +23,8 @@ PUBLIC = {
         "TextToImagePipeline",
         "UnderstandingPipeline",
         "__version__",
+        "erase",
+        "load",
         "load_nunchaku",
         "quantize",
         "read_nunchaku",

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.placed import Placed
 from mm.layers import originals
 from mm.layers.offloading import stored, write
-
-if TYPE_CHECKING:
-    from mm.adapters.layer_state import Placed
 
 
 def set_bias(module: nn.Module, before: Sequence[Placed], after: Sequence[Placed]) -> None:

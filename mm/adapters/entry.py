@@ -24,9 +24,9 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
-    """One change. Tensors: lowrank down (r, K), up (N, r); rows ids (n,), rows (n, D); dense delta in the weight's shape,
-    (N, K) of a linear layer; rotation (N, N), W becomes rotation @ W; bias delta (N,), whose path is that of the bias
-    ("proj_out.bias"). `scale`: 0 is without it, 1 in full, and the change is linear in it."""
+    """One change. Tensors: lowrank down (r, K), up (N, r); rows ids (n,), rows (n, D); dense delta, in the
+    weight's shape, (N, K) of a linear layer; rotation (N, N), W becomes rotation @ W; bias delta (N,), whose path is
+    that of the bias ("proj_out.bias"). `scale`: 0 is without it, 1 in full, and the change is linear in it."""
 
     kind: Kind
     tensors: dict[str, Tensor]

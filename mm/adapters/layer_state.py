@@ -15,56 +15,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm.adapters.biases import changed_bias, set_bias
-from mm.adapters.entry import Entry
+from mm.adapters.placed import Placed
+from mm.adapters.weights import folded, rotated, row_change, weight_change
 from mm.layers import originals
 from mm.layers.linear import Branch, BranchedLinear
-from mm.layers.offloading import run_device, stored, write
+from mm.layers.offloading import run_device, stored
 
 _KEY = "_mm_adapters"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Placed:
-    """One entry on a layer. `scale` is the patch's; `fused`: a low-rank entry acts in the weight. `base_matches`: None
-    where the patch does not name its base."""
-
-    name: str
-    entry: Entry
-    path: str
-    scale: float = 1.0
-    order: int = 0
-    method: str = "lora"
-    base_matches: bool | None = None
-    fused: bool = False
-
-    @property
-    def in_weight(self) -> bool:
-        """Whether it acts in the weight."""
-        return not (self.is_branch or self.in_bias)
-
-    @property
-    def in_bias(self) -> bool:
-        """Whether it acts in the bias."""
-        return self.entry.kind == "bias"
-
-    @property
-    def is_branch(self) -> bool:
-        """Whether it runs beside the weight."""
-        return self.entry.kind == "lowrank" and not self.fused
-
-    @property
-    def strength(self) -> float:
-        """Scale of the patch times that of the entry."""
-        return self.scale * self.entry.scale
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Placed:
-        return self  # nothing in it ever changes
 
 
 @dataclass(kw_only=True)
@@ -89,7 +51,7 @@ def arrange(module: nn.Module, placed: Sequence[Placed]) -> None:
     """
     before = placed_on(module)
     state = module.__dict__.setdefault(_KEY, _State())
-    weight = _weight_change(module, before, placed)
+    weight = weight_change(module, before, placed)
     try:
         _set_branches(module, state, before, placed)
     except BaseException:
@@ -110,7 +72,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def settle(module: nn.Module, name: str) -> None:
-    """Makes an entry that acts in the weight part of the layer's own weight; the others are computed from there."""
+    """Makes what acts in weight and bias part of the layer's own; the other entries are computed from there."""
     mine = [p for p in placed_on(module) if p.name == name]
     others = [p for p in placed_on(module) if p.name != name]
     branches = [p for p in others if p.is_branch]
@@ -174,7 +136,7 @@ def branch_of(layer: BranchedLinear, placed: Placed, stack: Sequence[Placed]) ->
     up_Nr = placed.entry.tensors["up"]
     for above in stack[list(stack).index(placed) + 1 :]:
         if above.entry.kind == "rotation":
-            up_Nr = _rotated(up_Nr.to(device, torch.float32), above)
+            up_Nr = rotated(up_Nr.to(device, torch.float32), above)
     with torch.inference_mode(False), torch.no_grad():
         return Branch(
             name=placed.name,
@@ -184,92 +146,6 @@ def branch_of(layer: BranchedLinear, placed: Placed, stack: Sequence[Placed]) ->
             origin=placed.method,
             scope=placed.entry.scope,
         )
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Write:
-    """A weight, or rows of an embedding, ready to be written, and what is kept as original from then on."""
-
-    value: Tensor
-    ids: Tensor | None = None
-    original: Tensor | None = None
-    original_ids: Tensor | None = None
-
-    def write(self, module: nn.Module) -> None:
-        if self.ids is None:
-            write(module, "weight", self.value)
-        else:
-            weight = stored(module, "weight")
-            assert weight is not None
-            with torch.inference_mode(weight.is_inference()), torch.no_grad():
-                weight[self.ids.to(weight.device)] = self.value.to(weight)
-        if self.original is None:
-            originals.forget(module)
-        else:
-            originals.keep(module, self.original, self.original_ids)
-
-
-def _weight_change(module: nn.Module, before: Sequence[Placed], after: Sequence[Placed]) -> _Write | None:
-    """What has to be written; None where the entries that act in the weight stay the same."""
-    old, new = ([p for p in ps if p.in_weight] for ps in (before, after))
-    if [(p.entry, p.scale) for p in old] == [(p.entry, p.scale) for p in new]:
-        return None
-    with torch.inference_mode(False), torch.no_grad():
-        if isinstance(module, nn.Embedding):
-            return _row_change(module, new)
-        original = originals.kept(module)
-        if original is None:
-            weight = stored(module, "weight")
-            assert weight is not None
-            original = weight.detach().clone()
-        return _Write(value=folded(original, new), original=original if new else None)
-
-
-def folded(weight_NK: Tensor, placed: Sequence[Placed]) -> Tensor:
-    """A weight through entries in order, in fp32 at least, rounded once at the end."""
-    if not placed:
-        return weight_NK
-    wide = weight_NK.detach().to(torch.promote_types(weight_NK.dtype, torch.float32))
-    for p in placed:
-        tensors = {k: t.to(wide.device, wide.dtype) for k, t in p.entry.tensors.items()}
-        if p.entry.kind == "rotation":
-            wide = _rotated(wide, p)
-        elif p.strength:  # at 0 even an infinite change is none
-            change = tensors["delta"] if p.entry.kind == "dense" else tensors["up"] @ tensors["down"]
-            wide = wide + p.strength * change
-    return wide.to(weight_NK.dtype)
-
-
-def _rotated(rows: Tensor, placed: Placed) -> Tensor:
-    """R rows where the scale is 1, rows where it is 0, and in between (or beyond) the straight line through both."""
-    if not placed.strength:
-        return rows
-    turned = placed.entry.tensors["rotation"].to(rows) @ rows
-    return turned if placed.strength == 1.0 else rows + placed.strength * (turned - rows)
-
-
-def _row_change(module: nn.Embedding, placed: Sequence[Placed]) -> _Write:
-    weight = stored(module, "weight")
-    assert weight is not None
-    old_ids = originals.kept_ids(module).cpu()
-    new_ids = torch.cat([p.entry.tensors["ids"].cpu().long() for p in placed]).unique() if placed else old_ids[:0]
-    ids = torch.cat([old_ids, new_ids]).unique()
-    original_nD = weight.detach()[ids.to(weight.device)].clone()
-    kept = originals.kept(module)
-    if kept is not None:
-        original_nD[torch.searchsorted(ids, old_ids)] = kept.to(original_nD)
-    value_nD = original_nD.clone()
-    for p in placed:
-        spots = torch.searchsorted(ids, p.entry.tensors["ids"].cpu().long())
-        rows = p.entry.tensors["rows"].to(value_nD)
-        value_nD[spots] = rows if p.strength == 1.0 else value_nD[spots].lerp(rows, p.strength)
-    stay = torch.searchsorted(ids, new_ids)
-    return _Write(
-        value=value_nD, ids=ids, original=original_nD[stay] if placed else None, original_ids=new_ids.to(weight.device)
-    )
 
 
 def acts(module: nn.Module, placed: Placed) -> bool:
@@ -303,7 +179,7 @@ def _expected_weight(module: nn.Module) -> Tensor | None:
     if not placed or original is None:
         return None
     with torch.no_grad():
-        return _row_change(module, placed).value if isinstance(module, nn.Embedding) else folded(original, placed)
+        return row_change(module, placed).value if isinstance(module, nn.Embedding) else folded(original, placed)
 
 
 def _present_weight(module: nn.Module) -> Tensor:

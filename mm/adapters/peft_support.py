@@ -5,6 +5,7 @@ Design choices
   branch of the layer, the same sum, and unmerging takes the branch off. What is no plain LoRA raises.
 - A weight that patches changed takes no merging: undoing the patch would drop what was merged.
 - Whether everything can be merged is checked before anything is.
+- Nothing of mm's layers is imported before a model has some: the libraries are wrapped at every start.
 - diffusers looks up `<layer>.weight` in the transformer's `state_dict` when a FLUX LoRA is loaded, for its shape; a
   quantized layer gets one there.
 
@@ -16,19 +17,21 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mm.adapters.layer_state import placed_on
 from mm.core.errors import UserError
-from mm.layers.linear import Branch, BranchedLinear
-from mm.layers.originals import kept
+from mm.layers.originals import kept, kept_bias
+
+if TYPE_CHECKING:
+    from mm.layers.linear import BranchedLinear
 
 
 def _quantized(layer: object) -> bool:
-    return isinstance(layer, BranchedLinear) and layer.bits != 16
+    linear = sys.modules.get("mm.layers.linear")  # imported by whatever has made such a layer
+    return linear is not None and isinstance(layer, linear.BranchedLinear) and layer.bits != 16
 
 
 def why_not(tuner: Any, adapter_names: Sequence[str] | None) -> str:
@@ -48,10 +51,12 @@ def why_not(tuner: Any, adapter_names: Sequence[str] | None) -> str:
 
 
 def _patched(layer: nn.Module) -> str:
-    if kept(layer) is None:
+    if kept(layer) is None and kept_bias(layer) is None:
         return ""
-    names = ", ".join(repr(p.name) for p in placed_on(layer) if p.in_weight)
-    return f"patches ({names}) have changed the weight below it; undo or bake them first"
+    from mm.adapters.layer_state import placed_on
+
+    names = ", ".join(repr(p.name) for p in placed_on(layer) if not p.is_branch)
+    return f"patches ({names}) have changed the weight or bias below it; undo or bake them first"
 
 
 def check(models: Iterable[nn.Module], adapter_names: Sequence[str] | None = None) -> None:
@@ -66,6 +71,8 @@ def check(models: Iterable[nn.Module], adapter_names: Sequence[str] | None = Non
 
 def _merge(tuner: Any, adapter_names: list[str] | None) -> None:
     from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    from mm.layers.linear import Branch
 
     layer: BranchedLinear = tuner.get_base_layer()
     names = [n for n in check_adapters_to_merge(tuner, adapter_names) if n in tuner.lora_A]
@@ -164,8 +171,9 @@ class _WithWeights:
 
     def state_dict(self) -> dict[str, Any]:
         state = dict(self._model.state_dict())
+        module: Any
         for path, module in self._model.named_modules():
-            if isinstance(module, BranchedLinear) and module.bits != 16:
+            if _quantized(module):
                 one = torch.empty(1, 1, device=module.qweight.device)
                 state[f"{path}.weight"] = one.expand(module.out_features, module.in_features)
         return state

@@ -1,5 +1,6 @@
 """What `save_pretrained` writes of a model with patches on it: the model without them, and a warning that names them.
 
+Nothing of mm's layers is imported before such a model is there: libraries are wrapped at every start.
 A patch has a file of its own, and a saved 4-bit folder must match its config. `bake` puts a patch into what is saved.
 """
 
@@ -13,14 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from mm.adapters.layer_state import lifted, placed_on
-from mm.layers.linear import BranchedLinear
-
 _in_progress: ContextVar[bool] = ContextVar("mm_saving", default=False)
 
 
 def adapters_on(root: nn.Module) -> tuple[str, ...]:
     """Names of patches and of branches attached by hand, in the order of the layers."""
+    if "mm.layers.linear" not in sys.modules:  # no layer of a running program has branches or patches then
+        return ()
+    from mm.adapters.layer_state import placed_on
+    from mm.layers.linear import BranchedLinear
+
     names: dict[str, None] = {}
     for module in root.modules():
         names |= dict.fromkeys(placed.name for placed in placed_on(module))
@@ -44,6 +47,8 @@ def wrap_saving(module: str, kind: str) -> None:
             "patches with patch.save, or bake them into 16-bit weights first",
             stacklevel=2,
         )
+        from mm.adapters.layer_state import lifted
+
         token = _in_progress.set(True)
         try:
             with lifted(self):

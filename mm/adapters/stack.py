@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.layer_state import Placed, acts, arrange, placed_on, rescale, settle
-from mm.adapters.matching import Place, match
+from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
+from mm.adapters.matching import Place, layer_path, match
+from mm.adapters.placed import Placed
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
@@ -106,7 +107,7 @@ class Stack:
 
     def overlap(self, first: str, second: str) -> tuple[str, ...]:
         """Paths of the layers that two patches both change; empty where they share none."""
-        mine, theirs = ({s.path for s in self._named(name)} for name in (first, second))
+        mine, theirs = ({layer_path(s.path, s.placed.entry) for s in self._named(name)} for name in (first, second))
         return tuple(sorted(mine & theirs))
 
     def verify(self, name: str, entries: dict[str, Entry] | None = None) -> str:
@@ -211,8 +212,8 @@ class Stack:
                 raise UserError(f"{spot.path}: {name!r} acts on what {below!r} gives there; bake {below!r} first")
         if any(spot.placed.is_branch for spot in spots):
             self._fused((name,), True)
-        for spot in spots:
-            settle(spot.module, name)
+        for module in {id(spot.module): spot.module for spot in spots}.values():
+            settle(module, name)
         return Applied(
             tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots})
         )
@@ -303,7 +304,7 @@ def _item(placed: Sequence[Placed]) -> StackItem:
         name=first.name,
         method=first.method,
         scale=first.scale,
-        layers=len(placed),
+        layers=len({layer_path(p.path, p.entry) for p in placed}),
         tensors=sum(len(p.entry.tensors) for p in placed),
         base_matches=first.base_matches,
         kinds=tuple(sorted({p.entry.kind for p in placed})),

@@ -20,8 +20,8 @@ from typing import Any
 
 from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
-from mm.core.png_settings import GUIDANCE
 from mm.core.safe_json import parse_json
+from mm.families.mm_tiny import GUIDANCE
 
 TASKS = ("generate",)
 MODES = ("flow", "codes")

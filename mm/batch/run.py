@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.core.png_settings import drawing_settings, png_bytes, steps_for
+from mm.core.png_settings import drawing_settings, png_bytes
+from mm.families.mm_tiny import steps_for
 
 if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline
@@ -236,7 +238,7 @@ def _draw_batch(
 
 def _warnings(pipe: TextToImagePipeline, picture: Picture) -> list[str]:
     """What the pipeline has to say about one prompt, apart from its batch: unknown words, each once."""
-    from mm.pipelines.prompts import check_prompts
+    from mm.pipelines.prompt_encoding import check_prompts
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -277,11 +279,9 @@ def _named(picture: Picture) -> str:
 
 
 def _load(model: str) -> TextToImagePipeline:
-    """The pipeline that a run draws with, on a GPU where there is one."""
-    import torch
 
     from mm import TextToImagePipeline
 
     pipe = TextToImagePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)  # the run has one of its own
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return place(pipe)

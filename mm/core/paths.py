@@ -4,8 +4,7 @@ Design choices:
 - An embedded name wins over a folder of that name in the working directory; write `./mm-tiny` for the folder.
 - A folder is checked before anything heavy is imported, so that a half-copied model gives one clear line at once.
 - A hub name is passed through as it is; it must read owner/name, so that a misspelt embedded name never goes online.
-
-It does not know what the components of a model are, and opens no tensor file.
+- No tensor file is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from mm.core.safe_json import read_object
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model_index.json"
-UNIFIED = ("emu3", "janus")  # model types of transformers that mm.pipelines.unified draws and reads with
 
 
 def weights_dir() -> Path:
@@ -52,13 +50,11 @@ def resolve_model(name_or_folder: str | Path) -> Path | str:
     )
 
 
-def unified_type(folder: str | Path) -> str | None:
-    """The type of a public unified model in transformers' layout, by the folder's config.json; None if it is none."""
-    kind = _model_type(Path(folder).expanduser())
-    return kind if kind in UNIFIED else None
-
-
-def _model_type(folder: Path) -> str | None:
+def model_type(folder: str | Path) -> str | None:
+    """The type of a model in transformers' layout, by its config.json; None for a folder of another layout."""
+    folder = Path(folder).expanduser()
+    if (folder / _INDEX).is_file():
+        return None
     try:
         kind = read_object(folder / "config.json").get("model_type")
     except (OSError, UserError):
@@ -68,13 +64,9 @@ def _model_type(folder: Path) -> str | None:
 
 def _checked(folder: Path) -> Path:
     """Raises unless every component that the index names has its folder."""
-    index, kind = folder / _INDEX, _model_type(folder)
-    if kind in UNIFIED:
+    index = folder / _INDEX
+    if model_type(folder) is not None:  # mm.families.folders says which types are known
         return folder
-    if kind is not None and not index.is_file():
-        raise UserError(
-            f"{folder} holds a model of type {kind!r}; of transformers' models, known are {', '.join(UNIFIED)}"
-        )
     if not index.is_file():
         raise UserError(f"{folder} holds no {_INDEX}, so it is no complete diffusers model; copy or save it again")
     try:

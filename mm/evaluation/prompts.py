@@ -8,8 +8,6 @@ Design choices
   lines measures something else.
 - What a style cannot show (tints in a sketch, the ground in neon) must not be demanded of it, nor more objects than the
   renderer could place: every prompt needs a true picture, or it has no ceiling.
-
-This module does not know models, the judge or how our own files were made (`mm.evaluation.prompt_sets`).
 """
 
 from __future__ import annotations
@@ -53,12 +51,12 @@ def _check_drawable(wanted: Expectation) -> None:
         raise ValueError(f"task {wanted.task!r} needs a colour in its groups")
     hidden = sorted(tint for tint in tints if tint and tint not in v.colours_in(style))
     if hidden:
-        raise ValueError(f"colour {hidden[0]!r} cannot be told in style {style!r}")
+        raise ValueError(f"colour {hidden[0]!r} is not visible in style {style!r}")
     if wanted.background is not None and not v.shows_background(style):
         raise ValueError(f"style {style!r} shows no background, so {wanted.background!r} cannot be demanded")
-    total, room = sum(g.count for g in wanted.groups), v.MAX_SPRITES if v.smallest_sprite(style) < 44 else v.MAX_COUNT
-    if total > room:
-        raise ValueError(f"{total} objects are wanted; a picture in style {style!r} holds at most {room}")
+    total, limit = sum(g.count for g in wanted.groups), v.MAX_SPRITES if v.smallest_sprite(style) < 44 else v.MAX_COUNT
+    if total > limit:
+        raise ValueError(f"{total} objects are wanted; a picture in style {style!r} holds at most {limit}")
 
 
 def to_line(prompt: Prompt) -> str:

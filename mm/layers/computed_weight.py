@@ -31,7 +31,8 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 class ComputedWeight(Tensor):
     """What a quantized layer's `.weight` gives."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _is_hf_initialized = True  # transformers fills weights that were not in a checkpoint, unless they say this
 
     @property
     def data(self) -> Tensor:

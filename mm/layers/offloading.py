@@ -30,6 +30,11 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from getattr(hook, "hooks", () if hook is None else (hook,))
 
 
+def _held(module: nn.Module, name: str) -> Tensor | None:
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter
+
+
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """A tensor of a module, from the hook's map where the module itself holds a meta tensor.
 
@@ -43,8 +48,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     Raises:
         UserError: where the values cannot be found.
     """
-    tensor = module._parameters.get(name)
-    tensor = module._buffers.get(name) if tensor is None else tensor
+    tensor = _held(module, name)
     if tensor is None or tensor.device.type != "meta":
         return tensor
     for hook in _hooks(module):
@@ -58,8 +62,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
 
 def run_device(module: nn.Module, name: str) -> torch.device:
     """Where the module's tensor `name` is when the module runs."""
-    tensor = module._parameters.get(name)
-    tensor = module._buffers[name] if tensor is None else tensor
+    tensor = _held(module, name)
     assert tensor is not None, name
     if tensor.device.type == "meta":
         for hook in _hooks(module):

@@ -93,8 +93,10 @@ def original_weight(module: nn.Module) -> Tensor | None:
 def refuse_patched(root: nn.Module, name: str) -> None:
     """Raises UserError where patches have changed weights of a model that is about to be quantized."""
     for path, module in root.named_modules():
-        if kept(module) is not None:
-            raise UserError(f"patches have changed the weight of {name}.{path}; undo or bake them, then quantize")
+        if kept(module) is not None or kept_bias(module) is not None:
+            raise UserError(
+                f"patches have changed the weight or bias of {name}.{path}; undo or bake them, then quantize"
+            )
 
 
 def _refuse_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:

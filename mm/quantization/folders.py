@@ -1,15 +1,14 @@
 """4-bit copies of model folders: what `mm quantize` does, and the 4-bit model of `mm generate --quantized`.
 
 Design choices
-- Any diffusers folder or hub name: mm's own pipelines and diffusers' alike, and folders of public unified models. The
-  copy is an ordinary folder of the same kind with `report.json` and `report.png` in it.
-- Pictures of a few prompts are drawn before and after, from the same seeds; their PSNR is the report's headline. For a
-  model of our world the judge also scores tuning prompts before and after, picture by picture.
+- Any model folder or hub name of a known family, and any other diffusers pipeline. The family says by which class it is
+  loaded, in what type, and with which prompts it is calibrated. The copy is an ordinary folder of the same kind with
+  `report.json` and `report.png` in it.
+- Pictures of a few prompts are drawn before and after, from the same seeds; their PSNR is the report's headline. Where
+  the family names a score, it also judges pictures before and after, one by one.
 - Finished layers are kept beside the target until all is done, so that a stopped run goes on where it was.
 - The embedded 4-bit model is made once and kept in the user's cache, under the hash of what it was made from: shipping
   it would cost more megabytes than making it costs seconds.
-
-This module does not know how layers are quantized, nor the command line.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 from collections.abc import Sequence
 from io import BytesIO
@@ -27,55 +25,27 @@ from typing import TYPE_CHECKING, Any
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
-from mm.core.paths import resolve_model, unified_type
+from mm.core.paths import model_type, resolve_model
+from mm.families import family_of, quantizable_parts
+from mm.families.family import resolve
+from mm.families.folders import family_at
+from mm.families.prompts import PROMPTS
 
 if TYPE_CHECKING:
+    from mm.families import Family
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.report import Report
 
-# For pipelines that know the whole world; ours get sentences of their own grammar.
-PROMPTS: tuple[str, ...] = (
-    "a lighthouse on a cliff in a storm, oil painting",
-    "portrait of an old fisherman, soft window light",
-    "a bowl of ramen with steam, food photography",
-    "a red bicycle leaning on a stone wall",
-    "an astronaut walking through a field of sunflowers",
-    "isometric drawing of a small bookshop at night",
-    "a hummingbird in flight, macro photograph",
-    "snowy mountains behind a quiet lake at dawn",
-    "a cat sleeping on a pile of folded laundry",
-    "a street market in the rain, neon signs, reflections",
-    "watercolor of a sailing boat in a harbour",
-    "a chess board made of glass, studio lighting",
-    "children's book drawing of a fox and an owl",
-    "a steam train crossing a viaduct in autumn",
-    "a poster that says HELLO in bold letters",
-    "an empty theatre with velvet seats",
-)
-
-
-def world_prompts(count: int, seed: int = 0) -> list[str]:
-    """Captions of scenes that training may see, in a seed namespace of their own."""
-    from mm.world.captions import caption
-    from mm.world.scene import sample_scene
-
-    rng = random.Random(f"calibration {seed}")
-    return [caption(sample_scene(rng), rng, detail=rng.choice(("full", "partial"))) for _ in range(count)]
-
 
 def load_any(model: str | Path, **options: Any) -> Any:
-    """A pipeline of ours or of diffusers, by embedded name, folder or hub name."""
+    """A pipeline by embedded name, folder or hub name: of the class that its family names, or else of diffusers'."""
+    where = resolve_model(model)
+    family = family_at(where) if isinstance(where, Path) else None
+    own = family.pipelines.get("text_to_image", "") if family else ""
+    if ":" in own:
+        return resolve(own).from_pretrained(where, **options)
     from diffusers import DiffusionPipeline
 
-    from mm import TextToImagePipeline
-
-    where = resolve_model(model)
-    if isinstance(where, Path):
-        if unified_type(where) is not None:
-            return TextToImagePipeline.from_pretrained(where, **options)
-        kind = json.loads((where / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-        if kind == TextToImagePipeline.__name__:
-            return TextToImagePipeline.from_pretrained(where, **options)
     return DiffusionPipeline.from_pretrained(where, **options)
 
 
@@ -89,13 +59,15 @@ def quantize_folder(
     compose: int = 4,
     components: Sequence[str] | None = None,
     progress: bool = True,
+    variant: str | None = None,
 ) -> Report:
     """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else.
 
-    `pictures`: compared by PSNR; `compose`: prompts of each task judged, where the model draws our world; 0 for none.
+    `pictures`: compared by PSNR; `compose`: prompts of each task that the family's score judges, where it has one; 0
+    for none. `variant`: of the files that are read, such as "fp16".
     """
-    import torch
-
+    from mm.quantization import sources
+    from mm.quantization.pipeline_calls import preview
     from mm.quantization.plot import draw
     from mm.quantization.quantize import quantize
 
@@ -103,12 +75,21 @@ def quantize_folder(
         raise UserError(f"{out} is not empty; choose a new folder, or remove it first")
     parts = out / ".parts"
     _check_parts(parts, model, config)
-    ours = _is_ours(model)
-    pipe = load_any(model) if ours else load_any(model, torch_dtype=torch.bfloat16)
-    chosen = list(prompts) if prompts else world_prompts(32, config.seed) if ours else list(PROMPTS)
+    where = resolve_model(model)
+    family = family_at(where) if isinstance(where, Path) else None
+    wide = family is not None and family.dtype == "float32"
+    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
+    family = family or family_of(pipe)
+    try:
+        quantizable_parts(pipe, components)  # raises before anything is drawn
+    except UserError:
+        _clear(parts)
+        raise
+    chosen = list(prompts) if prompts else _prompts(family, config.seed)
     shown = chosen[:pictures]
-    before = _pictures(pipe, shown, config) if pictures and not config.data_free else None
-    judged = verdicts(pipe, compose) if compose and ours and not config.data_free else None
+    before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
+    score = resolve(family.score) if family and family.score and compose and not config.data_free else None
+    judged = score(pipe, compose) if score else None
     try:
         report = quantize(
             pipe,
@@ -117,17 +98,21 @@ def quantize_folder(
             components=components,
             progress=progress,
             resume=parts,
+            dtypes={name: part.main for name, part in stored.items()},
         )
     except UserError:
-        if len(list(parts.iterdir())) == 1:  # nothing was done yet: leave nothing behind
-            shutil.rmtree(parts)
+        _clear(parts)
         raise
     if before is not None:
-        report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
-    if judged is not None:
-        report.whole["compose"] = judged_change(judged, verdicts(pipe, compose))
+        after = preview(pipe, shown, config, "pictures after", progress)
+        report.whole |= _compare(before, after) | {"prompts": shown}
+    if score and judged is not None:
+        report.whole["compose"] = judged_change(judged, score(pipe, compose))
+    sources.as_stored(pipe, stored)
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
+    report.whole["folder_before"] = sum(part.bytes for part in stored.values())
+    report.whole["folder_after"] = sources.folder_bytes(out)
     report.save(out / "report.json")
     plot = BytesIO()
     draw(report).save(plot, "PNG")
@@ -136,10 +121,21 @@ def quantize_folder(
     return report
 
 
+def _clear(parts: Path) -> None:
+    """Removes the folder of parts where nothing was done yet."""
+    if not any(parts.glob("*.safetensors")):
+        shutil.rmtree(parts)
+
+
+def _prompts(family: Family | None, seed: int) -> list[str]:
+    """Calibration prompts of the family; the general ones where it has none of its own."""
+    return family.calibration_prompts(32, seed) if family else list(PROMPTS)
+
+
 def _bring_the_rest(model: str | Path, out: Path) -> None:
     """Copies components that other pipelines of the same folder use, as they are."""
     where = resolve_model(model)
-    if not isinstance(where, Path) or unified_type(where) is not None:
+    if not isinstance(where, Path) or model_type(where) is not None:
         return
     before, after = (json.loads((f / "model_index.json").read_text(encoding="utf-8")) for f in (where, out))
     missing = {k: x for k, x in before.items() if k not in after and isinstance(x, list) and (where / k).is_dir()}
@@ -158,47 +154,10 @@ def _check_parts(parts: Path, model: str | Path, config: SVDQuantConfig) -> None
     write_bytes(file, mark.encode())
 
 
-def _is_ours(model: str | Path) -> bool:
-    where = resolve_model(model)
-    if not isinstance(where, Path) or unified_type(where) is not None:
-        return False
-    return json.loads((where / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "") in (
-        "TextToImagePipeline",
-    )
-
-
-def _pictures(pipe: Any, prompts: Sequence[str], config: SVDQuantConfig) -> Any:
-    """Pictures (N, 3, H, W) in [0, 1], from seeds 0, 1, ..."""
-    import torch
-
-    pipe.set_progress_bar_config(disable=True)
-    steps = max(config.steps, 8)
-    made = []
-    for seed, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed)
-        images = pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt").images
-        made.append(torch.as_tensor(images).float().cpu())
-    return torch.cat(made)
-
-
 def _compare(before: Any, after: Any) -> dict[str, Any]:
     squares = (before - after).square().flatten(1).mean(1).clamp_min(1e-10)
     each = [-10 * math.log10(float(s)) for s in squares]
     return {"psnr": sum(each) / len(each), "psnr_each": [round(x, 2) for x in each], "pictures": len(each)}
-
-
-def verdicts(pipe: Any, limit: int | None = None, each: int = 2) -> list[bool]:
-    """The judge's verdicts on `each` pictures of each of `limit` tuning prompts a task (None: of all)."""
-    from mm.evaluation import compose as c
-    from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
-    from mm.world.judge import Judge
-    from mm.world.tasks import satisfies
-
-    pipe.set_progress_bar_config(disable=True)
-    prompts = c.limited(load_prompts(COMPOSE_TUNE), limit)
-    jobs = [(p, c.picture_seed(0, p.id, i)) for p in prompts for i in range(each)]
-    readings = Judge.from_pretrained().read(c.draw(pipe, jobs, c.ComposeConfig(), None))
-    return [satisfies(r, p.wanted).ok for r, (p, _) in zip(readings, jobs, strict=True)]
 
 
 def judged_change(before: list[bool], after: list[bool], each: int = 2) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The judge: a small network that reads a picture back into objects, colours, places, background and style.
+"""The judge: a small network that predicts objects, colours, positions, background and style of a picture.
 
 Design choices
 - It measures and does nothing else: no model is trained against it, and it shares no weights with any.
@@ -10,7 +10,6 @@ Design choices
 - Batch norm with fixed statistics when reading: a picture's reading does not depend on its batch.
 - A reading is decided in float32. Weights are stored with 16 bits, and the vocabulary is stored beside them.
 
-The module does not know how it was trained, captions, tasks (`mm.world.tasks`) or any other model.
 Legend: B pictures, C channels, G = 16 grid cells a side, O objects, K = 9 colours (natural first).
 """
 
@@ -62,10 +61,10 @@ class JudgeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One object seen: centre (x, y) and longest side in pixels, y down.
+    """One detected object: centre (x, y) and longest side in pixels, y down.
 
     `colours` holds every colour it answers to, None meaning natural; it is empty in styles without hue. `colour` is the
-    one to name: None where it looks natural, or where colour cannot be seen.
+    one to name: None where it is natural, or where colour is not visible.
     """
 
     object: str
@@ -83,7 +82,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What the judge sees in one picture, the most confident object first."""
+    """The judge's prediction for one picture, the most confident object first."""
 
     readable: bool
     objects: tuple[Found, ...]

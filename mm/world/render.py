@@ -6,7 +6,6 @@ Design choices
 - A tint keeps a sprite's shading: its brightness, centred per object, runs from black through the tint to white.
 - `cell_labels` gives, for each 16-pixel cell, which object covers most of it: supervision for latents and features.
 
-This module does not know captions, models or files other than the sheet.
 Legend: B scenes, S sprite slots, P = 60 patch side, N flattened pixels.
 """
 

@@ -169,7 +169,7 @@ def test_the_state_belongs_to_the_model(tmp_path):
     patch.apply(two, 0.5)
     patch.save(tmp_path / "p.safetensors")
     again = Patch.load(tmp_path / "p.safetensors")
-    assert again.verify(one) == "1 of 1 tensors applied"
+    assert again.verify(one) == "2 of 2 tensors applied"
     twin = copy.deepcopy(one)
     again.undo(one)
     patch.undo(two)
@@ -288,7 +288,7 @@ def test_list_and_overlap():
     items = stack_of(model).list()
     assert [item.name for item in items] == ["style", "no-wolf", "mug", "turn", "ink"]
     assert [(i.method, i.layers, i.tensors, i.kinds) for i in items[:3]] == [
-        ("lora", 2, 4, ("lowrank",)), ("dense", 1, 1, ("dense",)), ("rows", 1, 2, ("rows",))
+        ("lora", 2, 4, ("lowrank",)), ("dense", 1, 2, ("bias", "dense")), ("rows", 1, 2, ("rows",))
     ]  # fmt: skip
     assert [item.base_matches for item in items] == [True, None, None, None, None]
     assert stack_of(model).overlap("style", "turn") == (Q,)

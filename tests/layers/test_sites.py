@@ -8,7 +8,7 @@ import transformers
 from tiny_public import CODES, LANGUAGE, T5, TEXT, VISION, flux, pixart, qwen, sana, sd3, unet, zimage
 from torch import nn
 
-from mm.layers.sites import find_sites
+from mm.families import find_sites
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
@@ -134,6 +134,6 @@ def test_practice_of_the_families():
 
 def test_unknown_models_are_told_apart_by_names_and_say_so():
     model = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(4, 4)}), "lm_head": nn.Linear(4, 9)})
-    with pytest.warns(UserWarning, match="no table for ModuleDict"):
+    with pytest.warns(UserWarning, match="no rules for ModuleDict"):
         sites = find_sites(model)
     assert [(site.role, site.precision) for site in sites] == [("attn_q", "low"), ("embed", "keep")]

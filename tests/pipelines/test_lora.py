@@ -52,7 +52,7 @@ def test_a_lora_that_does_not_match_raises_and_changes_nothing(tmp_path: Path) -
     with pytest.raises(UserError, match=r"4 of 5 LoRA layers are in this model; not: trunk\.no\.such"):
         pipe.load_lora_weights(wrong)
     first = next(iter(tensors))
-    with pytest.raises(UserError, match=r"3 of 4 layers.*made for"):
+    with pytest.raises(UserError, match=r"made for"):
         pipe.load_lora_weights(tensors | {first: torch.zeros(2, 7)})
     with pytest.raises(UserError, match=r"3 of 4 layers.*rank"):
         pipe.load_lora_weights(tensors | {first: torch.zeros_like(torch.cat([tensors[first]] * 2))})

@@ -1,7 +1,6 @@
 """What an adapter's tensors stand for: a thin product, or a change of a whole weight; and a change of the bias.
 
-Sources: LoRA (Hu et al. 2021); LoHa and the Tucker form of convolutions (Hyeon-Woo et al. 2022, FedPara); LoKr
-(Edalati et al. 2022, KronA; Yeh et al. 2024, LyCORIS); DoRA (Liu et al. 2024). Strengths: `Strengths`.
+Source of DoRA: Liu et al. 2024; of the products: `products`.
 
 Design choices
 - A LoRA on linear layers stays a thin product. All else is computed exactly as a change of the weight, in fp32.
@@ -10,12 +9,11 @@ Design choices
 - DoRA's magnitude lies along the outputs (peft, and LyCORIS for new files) or along the inputs (LyCORIS' first files:
   a leading 1). It needs the layer's own weight W: with D the other change, W + D is scaled to that magnitude.
 
-Legend: N outputs, K inputs (channels of a convolution), r rank, k positions of a kernel.
+Legend: N outputs, K inputs, r rank.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from mm.adapters.formats.layouts import Parts
 from mm.adapters.formats.names import Piece
+from mm.adapters.formats.products import full_change, matrices, product
 from mm.adapters.formats.settings import Strengths
 from mm.core.errors import UserError
 from mm.layers.linear import BranchedLinear
@@ -67,15 +66,14 @@ def change_of(module: str, parts: Parts, pieces: Sequence[Piece], strengths: Str
     bias = _bias(module, parts, shape[0], scale)
     weight = set(tensors) - {"alpha", "up_bias", "diff_b"}
     if weight == _LORA and all(isinstance(piece.layer, nn.Linear) for piece in pieces):
-        down, up = _matrices(module, parts, shape)
+        down, up = matrices(module, parts, shape)
         return Change(kind=kind, scale=scale, down=down, up=up, bias=bias)
     if not weight:
         return Change(kind=kind, bias=bias)
-    delta = _delta(module, parts, shape, scale)
+    made = product(module, parts, shape)
+    delta = torch.zeros(shape) if made is None else scale * made
     if "diff" in tensors:
-        diff = tensors["diff"].float().reshape(_fitting(module, parts, "diff", shape))
-        delta = diff if delta is None else delta + diff
-    assert delta is not None
+        delta = delta + full_change(module, parts, shape)
     magnitude = tensors.get("magnitude", tensors.get("dora_scale"))
     if magnitude is not None:
         delta = _dora(module, parts, magnitude, delta, pieces)
@@ -117,7 +115,7 @@ def _check_complete(module: str, parts: Parts) -> None:
         names = {"down": "first half (lora_A, lora_down)", "up": "second half (lora_B, lora_up)"}
         there = ", ".join(repr(key) for key in parts.keys.values())
         raise UserError(f"{module} lacks its {names.get(missing[0], missing[0])}; the file has only {there}")
-    twice = ("lokr_t2" in have and "lokr_w2" in have) or any({f"lokr_{s}", f"lokr_{s}_a"} <= have for s in ("w1", "w2"))
+    twice = any({f"lokr_{side}", f"lokr_{side}_a"} <= have for side in ("w1", "w2")) or {"lokr_t2", "lokr_w2"} <= have
     families = [have & {"down", "up"}, {p for p in have if p.startswith("hada_")}, {p for p in have if "lokr_" in p}]
     if twice or sum(bool(f) for f in families) > 1 or {"magnitude", "dora_scale"} <= have:
         raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
@@ -142,96 +140,6 @@ def _bias(module: str, parts: Parts, outputs: int, scale: float) -> Tensor | Non
                 f"{parts.keys[part]!r} has shape {tuple(tensor.shape)}, {module} has {outputs} outputs here"
             )
     return sum((tensor.flatten() for tensor, _ in found), torch.zeros(outputs)) if found else None
-
-
-def _fitting(module: str, parts: Parts, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The weight's shape, where the tensor has it but for sizes of 1."""
-    got = tuple(parts.tensors[part].shape)
-    if [n for n in got if n != 1] != [n for n in shape if n != 1]:
-        raise UserError(f"{parts.keys[part]!r} has shape {got}, {module} has {shape} here")
-    return shape
-
-
-def _matrices(module: str, parts: Parts, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """down (r, K k) and up (N, r); 1 x 1 convolutions are matrices, and so is the product of any other."""
-    down, up = (parts.tensors[part].flatten(1) if parts.tensors[part].ndim > 1 else parts.tensors[part]
-                for part in ("down", "up"))  # fmt: skip
-    made = f"{parts.keys['down']!r} {tuple(parts.tensors['down'].shape)} and {tuple(parts.tensors['up'].shape)}"
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down):
-        raise UserError(f"{made} make no product of two matrices")
-    if (len(up), down.shape[1]) != (shape[0], math.prod(shape[1:])):
-        raise UserError(f"{made} are made for {(len(up), down.shape[1])}; {module} has {shape} here")
-    kernel = tuple(parts.tensors["down"].shape[2:])
-    if kernel != shape[2:] and any(n != 1 for n in (*kernel, *shape[2:])):
-        raise UserError(f"{made} are for a kernel of {kernel}; {module} has {shape} here")
-    return down, up
-
-
-def _delta(module: str, parts: Parts, shape: tuple[int, ...], scale: float) -> Tensor | None:
-    """The change of the weight, in the weight's shape; None where only a full change is there."""
-    t = {part: tensor.float() for part, tensor in parts.tensors.items()}
-    if "mid" in t:
-        return scale * _tucker(module, parts, ("mid", "up", "down"), shape)
-    if "down" in t:
-        down, up = _matrices(module, parts, shape)
-        return scale * (up.float() @ down.float()).reshape(shape)
-    if "hada_t1" in t:
-        first, second = (_tucker(module, parts, (f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"), shape) for i in (1, 2))
-        return scale * first * second
-    if "hada_w1_a" in t:
-        return scale * _product(module, parts, "hada_w1", shape) * _product(module, parts, "hada_w2", shape)
-    return scale * _lokr(module, parts, t, shape) if any(p.startswith("lokr_") for p in t) else None
-
-
-def _product(module: str, parts: Parts, stem: str, shape: tuple[int, ...]) -> Tensor:
-    a, b = (parts.tensors[f"{stem}_{side}"] for side in "ab")
-    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
-    if not fits or (len(a), b.shape[1]) != (shape[0], math.prod(shape[1:])):
-        raise UserError(
-            f"{parts.keys[f'{stem}_a']!r} {tuple(a.shape)} and {tuple(b.shape)} make no weight of {module}, {shape} here"
-        )
-    return (a.float() @ b.float()).reshape(shape)
-
-
-def _tucker(module: str, parts: Parts, names: tuple[str, str, str], shape: tuple[int, ...]) -> Tensor:
-    """core (r, r, k...) times a matrix along its first and one along its second side.
-
-    kohya's `up` is (N, r), LoHa's and LoKr's first matrix (r, N); the second is (r, K).
-    """
-    core, first, second = (parts.tensors[name].float() for name in names)
-    left = first.flatten(1).T if names[0] == "mid" else first
-    right = second.flatten(1)
-    made = (left.shape[1] if left.ndim == 2 else 0, right.shape[1], *core.shape[2:])
-    fits = left.ndim == core.ndim - 2 == 2 and core.shape[:2] == (len(left), len(right))
-    if not fits or (names[0] != "lokr_t2" and made != shape):
-        raise UserError(f"{parts.keys[names[0]]!r} and its matrices make {made}, {module} has {shape} here")
-    return torch.einsum("ijkl,in,jc->nckl", core, left, right)
-
-
-def _lokr(module: str, parts: Parts, t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The Kronecker product of two factors, each whole or a product itself."""
-
-    def sizes(side: str) -> tuple[int, ...]:
-        whole = t.get(side)
-        if whole is not None:
-            return tuple(whole.shape)
-        a, b = t[f"{side}_a"], t[f"{side}_b"]
-        if a.ndim != 2 or b.ndim != 2 or ((side, "lokr_t2" in t) != ("lokr_w2", True) and a.shape[1] != len(b)):
-            raise UserError(f"{parts.keys[f'{side}_a']!r} {tuple(a.shape)} and {tuple(b.shape)} make no product")
-        core = t.get("lokr_t2") if side == "lokr_w2" else None
-        return (len(a), b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
-
-    one, two = sizes("lokr_w1"), sizes("lokr_w2")
-    total = math.prod(one) * math.prod(two)
-    first = next(key for part, key in parts.keys.items() if part.startswith("lokr_"))
-    if len(one) != 2 or len(two) < 2 or total != math.prod(shape) or one[0] * two[0] != shape[0]:
-        raise UserError(f"{first!r}: factors of {one} and {two} make no weight of {module}, {shape} here")
-    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-    if "lokr_t2" in t:
-        w2 = _tucker(module, parts, ("lokr_t2", "lokr_w2_a", "lokr_w2_b"), shape)
-    else:
-        w2 = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2).reshape(shape)
 
 
 def _base_dtype(pieces: Sequence[Piece]) -> torch.dtype:
@@ -265,6 +173,6 @@ def _dora(module: str, parts: Parts, magnitude: Tensor, delta: Tensor, pieces: S
             "inputs here"
         )
     dims = [d for d in range(merged.ndim) if d != (1 if along_inputs else 0)]
-    norm = merged.norm(dim=dims, keepdim=True)
+    norm = torch.linalg.vector_norm(merged, dim=dims, keepdim=True)
     eps = torch.finfo(torch.float32).tiny if part == "magnitude" else torch.finfo(torch.float32).eps
     return merged * (magnitude.float().reshape(norm.shape) / (norm + eps)) - weight

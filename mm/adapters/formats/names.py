@@ -5,24 +5,24 @@ Design choices
   with underscores for dots, as kohya's scripts and LyCORIS flatten them.
 - A name stands for one or more pieces: rows of layers, in the order of the file's rows. So one LoRA on a fused qkv goes
   onto q, k and v, and one on q goes onto the first rows of a model whose projections are fused.
-- A prefix says which part of a pipeline is meant. Without one, the denoiser is; a text encoder only where no other part
-  has a layer of that name.
+- A prefix says which part of a pipeline is meant: those of the family first (`mm.families`), then general ones. Without
+  one, the denoiser is; a text encoder only where no other part has a layer of that name.
 
 Legend: N outputs, K inputs.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from mm.adapters.formats.family_names import CLIP_ATTENTION, FUSED, LDM_ENDS, LDM_RESNET, TABLES
+from mm.adapters.formats.family_names import FUSED
+from mm.adapters.formats.spellings import foreign_names, layer_paths
 from mm.core.errors import UserError
-from mm.layers.surgery import clean, roots_of, submodule
+from mm.families import family_of
+from mm.layers.surgery import roots_of, submodule
 
 DENOISERS = ("transformer", "unet", "trunk", "prior", "decoder")
 _DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_", "unet.", "transformer.", "model.diffusion_model.",
@@ -54,6 +54,13 @@ class Names:
 
     def __init__(self, target: Any) -> None:
         self._parts = {name: _Part(root) for name, root in roots_of(target).items()}
+        family = None if isinstance(target, nn.Module) else family_of(target)
+        own: dict[str, str] = {}
+        if family is not None and family.lora is not None:
+            own = {f"{prefix}.": c for prefix, c in family.lora.components.items()} | dict(family.lora.kohya)
+        self._prefixes = {prefix: (component,) for prefix, component in own.items()}
+        for prefix, components in PREFIXES.items():
+            self._prefixes[prefix] = (*self._prefixes.get(prefix, ()), *components)
 
     def find(self, module: str) -> tuple[Piece, ...] | None:
         """The pieces that a name stands for; None where the model has no such layer.
@@ -68,7 +75,7 @@ class Names:
             if module.startswith(f"{component}.") and part.has(module.removeprefix(f"{component}.")):
                 return part.pieces(module.removeprefix(f"{component}."), component)
         for prefix in self._prefixes_of(module):
-            for component in PREFIXES.get(prefix, ()):
+            for component in self._prefixes.get(prefix, ()):
                 if component in self._parts and self._parts[component].has(module.removeprefix(prefix)):
                     return self._parts[component].pieces(module.removeprefix(prefix), component)
         return self._without_prefix(module)
@@ -79,7 +86,7 @@ class Names:
 
     def _prefixes_of(self, module: str) -> list[str]:
         parts = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer_2.", "trunk.", "prior.")
-        return [prefix for prefix in (*PREFIXES, *parts) if module.startswith(prefix)]
+        return [prefix for prefix in (*self._prefixes, *parts) if module.startswith(prefix)]
 
     def _without_prefix(self, module: str) -> tuple[Piece, ...] | None:
         found = [c for c, part in self._parts.items() if part.has(module)]
@@ -94,8 +101,8 @@ class _Part:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        own = {path: path for path in _layer_paths(root)}
-        names = dict(_foreign(root, own))
+        own = {path: path for path in layer_paths(root)}
+        names = dict(foreign_names(root, own))
         self.foreign = tuple(names)
         for path in own:
             if path.endswith(".to_out.0"):
@@ -149,110 +156,7 @@ def _weight_of(layer: nn.Module) -> Any:
 
 
 def _sizes(owner: Any, fused: nn.Module, parts: tuple[str, ...]) -> list[int]:
-    layers = [getattr(owner, part, None) for part in parts]
-    if all(isinstance(layer, nn.Module) for layer in layers):
+    layers = [layer for part in parts if isinstance(layer := getattr(owner, part, None), nn.Module)]
+    if len(layers) == len(parts):
         return [outputs(layer) for layer in layers]
     return [outputs(fused) // len(parts)] * len(parts)
-
-
-def _layer_paths(root: nn.Module) -> Iterator[str]:
-    """Paths of modules with a weight, an adapter's own left out, and those that projections were fused from."""
-    for path, module in root.named_modules():
-        if re.search(r"\.lora_[AB]\.|lora_magnitude|\.lokr_|\.hada_", path):
-            continue
-        if isinstance(module, nn.Linear) or _weight_of(module) is not None:
-            yield clean(path)
-        if getattr(module, "fused_projections", False):
-            for fused, parts in FUSED.items():
-                if isinstance(getattr(module, fused, None), nn.Module):
-                    yield from (f"{clean(path)}.{part}".strip(".") for part in parts)
-
-
-def _foreign(root: nn.Module, own: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Other programs' names, each with what it stands for; only where the model has all of that."""
-    kinds = [kind.__name__ for kind in type(root).__mro__]
-    if "UNet2DConditionModel" in kinds:
-        yield from _ldm(root, own)
-    if any(kind.startswith("CLIPText") for kind in kinds):
-        yield from _clip(own)
-    for kind in kinds:
-        for (theirs, ours), layers in TABLES.get(kind, {}).items():
-            for number in range(_blocks(root, ours)):
-                for name, spec in layers.items():
-                    full = _filled(spec, ours.format(number))
-                    if all(path in own for path in full.removeprefix("~").split("|")):
-                        yield f"{theirs.format(number)}.{name}".strip("."), _last_context(root, full, own)
-    for path in own:
-        parent, _, leaf = path.rpartition(".")
-        for fused, parts in FUSED.items():
-            name = f"{parent}.{fused}".strip(".")
-            if leaf == parts[0] and name not in own and all(f"{parent}.{p}".strip(".") in own for p in parts):
-                yield name, "|".join(f"{parent}.{p}".strip(".") for p in parts)
-
-
-def _filled(spec: str, block: str) -> str:
-    swap = "~" if spec.startswith("~") else ""
-    return swap + "|".join(f"{block}.{part}".strip(".") for part in spec.removeprefix("~").split("|"))
-
-
-def _blocks(root: nn.Module, ours: str) -> int:
-    if not ours:
-        return 1
-    parent = submodule(root, ours.partition(".{}")[0])
-    return 0 if parent is None else len(list(parent.children()))
-
-
-def _last_context(root: nn.Module, spec: str, own: dict[str, str]) -> str:
-    """SD3's last block modulates its text by shift and scale only, in the other order."""
-    if not spec.endswith("norm1_context.linear"):
-        return spec
-    layer = submodule(root, spec)
-    continuous = isinstance(layer, nn.Linear) and layer.out_features == 2 * layer.in_features
-    return f"~{spec}" if continuous else spec
-
-
-def _clip(own: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """CLIP with and without the level `text_model`, which transformers 5 dropped; diffusers' early attention names."""
-    for path in own:
-        bare = path.removeprefix("text_model.")
-        other = f"text_model.{bare}" if bare == path else bare
-        yield other, path
-        for theirs, ours in CLIP_ATTENTION.items():
-            if bare.endswith(f"self_attn.{ours}"):
-                for name in (path, other):
-                    yield name.removesuffix(ours) + theirs, path
-
-
-def _ldm(root: nn.Module, own: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """The names of latent diffusion's UNet, numbered by counting this model's blocks."""
-    found = dict(LDM_ENDS)
-    for theirs, ours in _ldm_blocks(root):
-        for path in own:
-            if path.startswith(f"{ours}.") or path == ours:
-                below = path.removeprefix(ours).strip(".")
-                inner = next((k for k, v in LDM_RESNET.items() if v == below and "resnets" in ours), below)
-                found[f"{theirs}.{inner}".strip(".")] = path
-    yield from ((name, path) for name, path in found.items() if path in own)
-
-
-def _ldm_blocks(root: Any) -> Iterator[tuple[str, str]]:
-    number = 1
-    for b, block in enumerate(root.down_blocks):
-        for j in range(len(block.resnets)):
-            yield f"input_blocks.{number}.0", f"down_blocks.{b}.resnets.{j}"
-            yield f"input_blocks.{number}.1", f"down_blocks.{b}.attentions.{j}"
-            number += 1
-        if getattr(block, "downsamplers", None):
-            yield f"input_blocks.{number}.0.op", f"down_blocks.{b}.downsamplers.0.conv"
-            number += 1
-    for number, ours in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"middle_block.{number}", f"mid_block.{ours}"
-    number = 0
-    for b, block in enumerate(root.up_blocks):
-        for j in range(len(block.resnets)):
-            yield f"output_blocks.{number}.0", f"up_blocks.{b}.resnets.{j}"
-            yield f"output_blocks.{number}.1", f"up_blocks.{b}.attentions.{j}"
-            if j == len(block.resnets) - 1 and getattr(block, "upsamplers", None):
-                place = 2 if getattr(block, "attentions", None) else 1
-                yield f"output_blocks.{number}.{place}.conv", f"up_blocks.{b}.upsamplers.0.conv"
-            number += 1

@@ -3,8 +3,8 @@
 Design choices
 - An alpha tensor counts first: alpha / rank, as kohya's scripts and LyCORIS compute it. An alpha of 0 means the rank
   there. LyCORIS folds rsLoRA's root into the alpha it saves, and does not scale a LoKr of two full factors.
-- peft's settings count next: alpha / r, alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023), alpha by `alpha_pattern`
-  and the rank of a LoKr by `rank_pattern`. Without either, as in diffusers, the change acts in full.
+- peft's settings count next: alpha / r, alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023), alpha by
+  `alpha_pattern` and the rank of a LoKr by `rank_pattern`. Without either, as in diffusers, the change acts in full.
 - peft runs a pattern as a regular expression, whose time a file could make endless. mm matches names, `^`, `$`, `.`,
   `.*`, `.+`, `\\d`, `\\d+` and `[0-9]+` by a set of states, in time linear in both lengths; other syntax raises.
 - Settings under which a file's tensors mean something else (PiSSA's changed base, aLoRA) raise.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.core.errors import UserError
+from mm.core.errors import UserError, shown
 from mm.core.safe_json import parse_object, read_object
-from mm.core.safe_tensors import ADAPTER_LIMITS, load_tensors, read_header
+from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _LONGEST_JSON = 4 << 20
@@ -44,9 +44,9 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
     Raises:
         UserError: for anything else, and for tensors that are not finite floating-point numbers.
     """
+    settings: dict[str, Any] = {}
     if isinstance(source, Mapping):
         tensors, label = dict(source), "the LoRA"
-        settings: dict[str, Any] = {}
     else:
         path = _file(Path(source))
         tensors, settings = _read(path)
@@ -62,40 +62,38 @@ def _file(path: Path) -> Path:
         if not found:
             raise UserError(f"no LoRA in the folder {path}; it should hold {' or '.join(_FILES)}")
         return found[0]
-    if not path.exists():
-        raise UserError(f"no LoRA at {path}; give a .safetensors file")
+    if not path.is_file():
+        raise UserError(f"no LoRA at {path}; give a .safetensors file (pickled adapters are not read)")
     return path
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    header = read_header(path, "LoRA file", limits=ADAPTER_LIMITS)
-    if "mm_patch" in header.metadata:
+    read = read_tensors(path, "LoRA", types=(*FLOATS, *INTEGERS), finite=False)  # `_checked` says it of each by name
+    if "mm_patch" in read.metadata:
         raise UserError(f"{path} is a patch of mm; read it with mm.adapters.patch.Patch.load")
-    tensors = load_tensors(header)
-    inside = header.metadata.get("lora_adapter_metadata")
+    inside = read.metadata.get("lora_adapter_metadata")
     if inside is not None:
-        return tensors, parse_object(inside, f"the lora_adapter_metadata of {path}", most=_LONGEST_JSON)
+        return read.tensors, parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
     beside = path.parent / "adapter_config.json"
-    if not beside.exists():
-        return tensors, {}
-    return tensors, read_object(beside, "adapter config", most=_LONGEST_JSON)
+    return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if beside.exists() else {}
 
 
 def _checked(key: str, tensor: Tensor, label: str) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{label}: {key!r} is a {type(tensor).__name__}, not a tensor")
-    is_alpha = key.endswith("alpha")
-    kind = str(tensor.dtype).removeprefix("torch.")
+    name = f"{label}: the tensor {shown(key)}"
+    if not isinstance(key, str) or not isinstance(tensor, Tensor):
+        raise UserError(f"{label}: {shown(key)} is a {type(tensor).__name__}; give tensors by key")
     if tensor.numel() == 0:
-        raise UserError(f"{label}: the tensor {key!r} is empty, its shape is {tuple(tensor.shape)}")
-    if is_alpha and tensor.numel() != 1:
-        raise UserError(f"{label}: {key!r} has {tensor.numel()} values, an alpha is one number")
-    if is_alpha and not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_complex():
-        return tensor.float()
+        raise UserError(f"{name} is empty, its shape is {tuple(tensor.shape)}")
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if key.endswith("alpha"):
+        if tensor.numel() != 1:
+            raise UserError(f"{name} has {tensor.numel()} values; an alpha is one number")
+        tensor = tensor.float() if whole else tensor
     if tensor.dtype not in _PLAIN:
+        kind = str(tensor.dtype).removeprefix("torch.")
         if not kind.startswith("float8"):
-            raise UserError(f"{label}: the tensor {key!r} is {kind}, not floating point")
+            raise UserError(f"{name} is {kind}, not floating point")
         tensor = tensor.to(torch.bfloat16)
     if not bool(torch.isfinite(tensor).all()):
-        raise UserError(f"{label}: the tensor {key!r} has NaN or infinity among its values")
+        raise UserError(f"{name} has NaN or infinity among its values")
     return tensor.detach()

@@ -1,9 +1,10 @@
 """`write_lora`: a patch as a LoRA file of another program.
 
 Design choices
-- Thin products are written with their scale in `up` (peft, diffusers) or in alpha (kohya, ComfyUI). Changes of a whole
-  weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know; the others have no
-  place for them but a bias beside a product. What a layout cannot hold is an error, and nothing is written then.
+- Thin products are written with their scale in `up`, and alpha equal to the rank where a layout has one: diffusers 0.42
+  misses alphas of a UNet's attention in kohya's files where they differ.
+- Changes of a whole weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know;
+  the others hold a bias beside a product only. What a layout cannot hold is an error, and nothing is written then.
 - kohya's scripts and ComfyUI call some families' layers by their original names, with q, k and v in one. The model says
   which: such a layer is written whole, rows without a change as zeros.
 """
@@ -116,13 +117,11 @@ def _flat(patch: Patch, layout: str, target: Any) -> dict[str, Tensor]:
         stem = _stem(component, name, layout)
         if entry.kind == "lowrank":
             rank = len(entry.tensors["down"])
-            out |= {f"{stem}.lora_down.weight": entry.tensors["down"], f"{stem}.lora_up.weight": entry.tensors["up"]}
-            out[f"{stem}.alpha"] = torch.tensor(float(entry.scale * rank))
+            out[f"{stem}.lora_down.weight"] = entry.tensors["down"]
+            out[f"{stem}.lora_up.weight"] = entry.scale * entry.tensors["up"]
+            out[f"{stem}.alpha"] = torch.tensor(float(rank))
         else:
             out[f"{stem}.{'diff_b' if entry.kind == 'bias' else 'diff'}"] = entry.scale * entry.tensors["delta"]
-    zero = next((key for key, t in out.items() if key.endswith(".alpha") and not float(t)), None)
-    if zero:
-        raise UserError(f"{zero} would be 0, which kohya's scripts read as full strength; leave that layer out")
     return out
 
 
