@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from mm.core.errors import UserError
 from mm.core.paths import model_type
+from mm.core.safe_json import read_object
 from mm.families.family import Family
 from mm.families.registry import family_of, model_types
 
@@ -54,7 +54,6 @@ def unified_type(folder: str | Path) -> str | None:
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except (OSError, UserError):
         return {}
-    return found if isinstance(found, dict) else {}

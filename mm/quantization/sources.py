@@ -10,7 +10,6 @@ Design choices
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from mm.core.devices import choose, compute_type
 from mm.core.errors import UserError
+from mm.core.safe_tensors import read_header
 from mm.layers.linear import BranchedLinear
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,26 +78,13 @@ def _read(files: list[Path]) -> Stored:
     types: dict[str, torch.dtype] = {}
     sizes: dict[torch.dtype, int] = {}
     for path in files:
-        for name, row in _header(path).items():
-            kind = _TYPES.get(row.get("dtype", "")) if name != "__metadata__" else None
+        for name, row in read_header(path).tensors.items():
+            kind = _TYPES.get(row.dtype)
             if kind is not None:
                 types[name] = kind
-                first, last = row["data_offsets"]
-                sizes[kind] = sizes.get(kind, 0) + (last - first) // kind.itemsize
+                sizes[kind] = sizes.get(kind, 0) + row.numel
     main = max(sizes, key=lambda kind: sizes[kind]) if sizes else torch.float32
     return Stored(types=types, main=main, bytes=sum(path.stat().st_size for path in files))
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            found = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}); copy or save the model again") from error
-    return found
 
 
 def compute_types(parts: Mapping[str, Stored]) -> dict[str, torch.dtype]:
