@@ -5,8 +5,7 @@ Shapes: M tokens, N outputs, K inputs, C = K up to whole groups of 64, G = C / 6
 Design choices:
 - Only the branch is ours, added in place to the product.
 - What a backend has no kernel for (8-bit weights, inputs that are not rounded) is expanded to 16 bits at every call.
-
-It does not know accuracy above x's own type: `reference` computes in fp32.
+- Accuracy is that of x's own type; `reference` computes in fp32.
 """
 
 from __future__ import annotations

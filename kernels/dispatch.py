@@ -8,8 +8,7 @@ Design choices:
 - It can be forced: `with use_backend("reference"):` for a block, `MM_KERNELS=reference` for a process. A forced backend
   that is not there raises; nothing is swapped silently.
 - `MM_KERNELS_ISA=avx2|portable` (read by `cpu` at its first call) caps the instruction set, for tests and bug reports.
-
-It does not know shapes or formats: `ops` checks them before it comes here.
+- Shapes and types are checked in `checks` before it comes here.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.core.errors import UserError
+
 BACKENDS = ("reference", "cpu", "triton")
 _BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _forced: ContextVar[str | None] = ContextVar("mm_kernels_backend", default=None)
@@ -40,7 +41,7 @@ def _module(name: str) -> ModuleType:
 def absence(name: str) -> str | None:
     """Why a backend is not there; None where it is."""
     if name not in BACKENDS:
-        raise ValueError(f"no backend is called {name!r}; there are {', '.join(BACKENDS)}")
+        raise UserError(f"no backend of the kernels is called {name!r}; there are {', '.join(BACKENDS)}")
     return None if name == "reference" else _module(name).absence()
 
 
@@ -63,7 +64,10 @@ def use_backend(name: str) -> Iterator[None]:
 def _require(name: str) -> str:
     why = absence(name)
     if why:
-        raise RuntimeError(f"the kernels' backend {name!r} is not here: {why}")
+        raise UserError(
+            f"the kernels' backend {name!r} is not here: {why}. Choose another with MM_KERNELS or use_backend(), or"
+            " leave the choice to mm"
+        )
     return name
 
 
@@ -78,4 +82,9 @@ def backend_for(x: Tensor) -> str:
 
 def implementation(op: str, x: Tensor) -> Callable[..., Any]:
     """The function that computes `op` on x."""
-    return getattr(_module(backend_for(x)), op, None) or getattr(_module("reference"), op)
+    return _function(backend_for(x), op)
+
+
+@cache
+def _function(backend: str, op: str) -> Callable[..., Any]:
+    return getattr(_module(backend), op, None) or getattr(_module("reference"), op)

@@ -7,12 +7,11 @@ Design choices:
 - Byte j of a group holds column j in its low half and column j + 32 in its high half, so that one mask and one shift
   give both halves of the group in their natural order, on any machine.
 - A half holds value + 8 (offset binary). As unsigned bytes they go straight into the multiply-add instructions of CPUs,
-  whose first operand is unsigned, and 16-bit partial sums cannot overflow (15 * 127 * 2 < 2^15). Padding holds
-  zero, that is 8.
+  whose first operand is unsigned, and 8 pairs of products fit into a 16-bit sum (8 * 2 * 15 * 128 < 2^15). Padding
+  holds zero, that is 8.
 - Symmetric, [-7, 7] when rounded here; -8 is legal in a file made elsewhere.
 - 8-bit weights are int8 (N, C) as they are: the type tells the two apart.
-
-It does not know how scales or values are best chosen: `quantize_weight` rounds to nearest, mm.quantization does better.
+- `quantize_weight` rounds to nearest; mm.quantization chooses scales and values better.
 """
 
 from __future__ import annotations
@@ -38,16 +37,18 @@ def pack_int4(values_NK: Tensor) -> Tensor:
     if low < -8 or high > 7:
         raise ValueError(f"4-bit values lie in [-8, 7], these in [{low}, {high}]")
     rows, columns = values_NK.shape
-    offset_NGS = F.pad(values_NK.to(torch.int16) + 8, (0, padded(columns) - columns), value=8).view(rows, -1, GROUP)
+    wide = padded(columns)
+    offset_NGS = F.pad(values_NK.to(torch.int16) + 8, (0, wide - columns), value=8).view(rows, wide // GROUP, GROUP)
     packed = offset_NGS[..., :_HALF] | (offset_NGS[..., _HALF:] << 4)
-    return packed.to(torch.uint8).reshape(rows, -1)
+    return packed.to(torch.uint8).reshape(rows, wide // 2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """uint8 (N, C / 2) to int8 (N, C)."""
-    groups = packed.view(packed.shape[0], -1, _HALF)
+    rows, columns = packed.shape
+    groups = packed.view(rows, columns // _HALF, _HALF)
     both = torch.cat([groups & 15, groups >> 4], -1).to(torch.int8) - 8
-    return both.view(packed.shape[0], -1)
+    return both.view(rows, 2 * columns)
 
 
 def integers_of(weight: Tensor) -> Tensor:
@@ -60,9 +61,10 @@ def quantize_weight(weight_NK: Tensor, dtype: torch.dtype = torch.bfloat16) -> t
     if weight_NK.ndim != 2:
         raise ValueError(f"a weight is a matrix (N, K), not {tuple(weight_NK.shape)}")
     rows, columns = weight_NK.shape
-    weight_NGS = F.pad(weight_NK.float(), (0, padded(columns) - columns)).view(rows, -1, GROUP)
+    wide = padded(columns)
+    weight_NGS = F.pad(weight_NK.float(), (0, wide - columns)).view(rows, wide // GROUP, GROUP)
     # rounded to 16 bits before the division, so that values are rounded against the scale that is kept
     scales_NG = (weight_NGS.abs().amax(-1) / 7).to(dtype)
     steps_NG1 = torch.where(scales_NG == 0, 1, scales_NG.float())[..., None]
     values = (weight_NGS / steps_NG1).round_().clamp_(-7, 7).to(torch.int8)
-    return pack_int4(values.view(rows, -1)), scales_NG
+    return pack_int4(values.view(rows, wide)), scales_NG

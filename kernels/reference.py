@@ -8,8 +8,7 @@ Design choices:
 - Everything is computed in fp32, or in float64 where x is float64: that is how a test tells a backend's error from
   the format's.
 - `low` reads the raw x: `down` has 1 / smooth folded in, as published files have it.
-
-It does not know about speed: weights are expanded to a full matrix.
+- Speed does not count here: weights are expanded to a full matrix.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A layer that rounds its inputs, from a backend's two ops one after the other.
 
-It does not know which backend's they are. A backend that can do better (`cpu`) has a `rounded_linear` of its own.
+A backend that can do better (`cpu`) has a `rounded_linear` of its own.
 """
 
 from __future__ import annotations

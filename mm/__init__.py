@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mm.adapters.registration import register as register_adapters
 from mm.core.import_hooks import after_import
 from mm.core.lazy import loader
 from mm.core.torchvision_schemas import install
+from mm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mm.adapters.formats.reader import read_lora
+    from mm.adapters.formats.writer import write_lora
+    from mm.engine.loading import load
+    from mm.erasure.erase import erase
     from mm.pipelines.image_edit import ImageEditPipeline
     from mm.pipelines.interleaved import InterleavedPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline
@@ -47,8 +53,8 @@ def _transformers_is_there() -> None:
 after_import("open_clip.factory", _open_clip_is_there)
 after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
+register_adapters()
 
-__version__ = "0.1.0"
 __all__ = [
     "ImageEditPipeline",
     "InterleavedPipeline",
@@ -56,9 +62,13 @@ __all__ = [
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
+    "erase",
+    "load",
     "load_nunchaku",
     "quantize",
+    "read_lora",
     "read_nunchaku",
+    "write_lora",
 ]
 __getattr__ = loader(
     "mm",
@@ -68,8 +78,12 @@ __getattr__ = loader(
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
+        "erase": "erasure.erase",
+        "load": "engine.loading",
         "load_nunchaku": "quantization.integrations.nunchaku",
         "quantize": "quantization.quantize",
+        "read_lora": "adapters.formats.reader",
         "read_nunchaku": "quantization.integrations.nunchaku",
+        "write_lora": "adapters.formats.writer",
     },
 )

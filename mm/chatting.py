@@ -2,9 +2,7 @@
 
 Design choices
 - Lines come from anywhere that can be iterated; words go out as they come, pictures into numbered files that are named.
-- Ctrl-C stops the turn in hand and leaves the conversation as it was before; a second one, at the prompt, ends.
-
-This module does not know the command line.
+- Ctrl-C stops the current turn and leaves the conversation as it was before; at the prompt it ends the program.
 """
 
 from __future__ import annotations
@@ -14,28 +12,41 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
 from mm.drawing import save_numbered
-from mm.models.dialogue import spoken
+from mm.models.dialogue import detokenize
 
 if TYPE_CHECKING:
     from mm.pipelines.interleaved import InterleavedPipeline
 
 
-def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[str], asks: bool = False) -> None:
-    """Answers line after line. Raises UserError for a broken model; a turn's own errors are told and passed over."""
+def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[str], interactive: bool = False) -> None:
+    """Answers line after line.
+
+    Args:
+        model: An embedded model, a folder, or a hub name.
+        out: Folder for the pictures.
+        seed: Of the first picture.
+        steps: Sampling steps.
+        lines: What the user says; commands begin with a slash.
+        interactive: Whether to print prompts.
+
+    Raises:
+        UserError: The model cannot be loaded; or, where not interactive, a turn failed. A turn's error is printed and
+            the conversation goes on.
+    """
     resolve_model(model)
-    import torch
 
     from mm import InterleavedPipeline
 
     pipe = InterleavedPipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     out.mkdir(parents=True, exist_ok=True)
     conversation, picture, failed = pipe.start(), None, False
-    if asks:
+    if interactive:
         print("say what to draw, change or describe; /image FILE, /new, /quit\n> ", end="", flush=True)
     for line in lines:
         words = line.strip()
@@ -58,9 +69,9 @@ def converse(model: str, out: Path, *, seed: int, steps: int, lines: Iterable[st
             print(f"mm: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped)", flush=True)
-        if asks:
+        if interactive:
             print("> ", end="", flush=True)
-    if failed and not asks:
+    if failed and not interactive:
         raise UserError("some turns failed; see above")
 
 
@@ -77,9 +88,9 @@ def _turn(
     said: list[str] = []
     for event in pipe.turn(conversation, words, picture, seed=seed, steps=steps):
         if event.kind == "word":
-            before = spoken(said)
+            before = detokenize(said)
             said.append(event.word)
-            print(spoken(said)[len(before) :], end="", flush=True)
+            print(detokenize(said)[len(before) :], end="", flush=True)
         elif event.picture is not None:
             used = seed + conversation.pictures - 1
             settings = drawing_settings(prompt=words, seed=used, steps=steps, mode="flow", model=model)

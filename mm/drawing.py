@@ -3,8 +3,6 @@
 Design choices
 - Files are numbered on from what is there; nothing is ever overwritten, and each appears whole or not at all.
 - Every picture carries its own seed, so that any single one can be drawn again.
-
-This module does not know the command line.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from mm.core.devices import place
 from mm.core.files import write_new_bytes
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
@@ -46,7 +45,7 @@ def draw_to_folder(
     metadata: bool = True,
 ) -> Iterator[tuple[Path, int]]:
     """Draws `count` pictures; yields each file and its seed as soon as it is written."""
-    resolve_model(model)  # a wrong name is told before seconds of imports
+    resolve_model(model)  # a wrong name fails before seconds of imports
     import torch
 
     from mm import TextToImagePipeline
@@ -61,7 +60,7 @@ def draw_to_folder(
     else:
         where = model
     pipe = TextToImagePipeline.from_pretrained(where)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     for start in range(0, count, batch_size):
         seeds = [first + k for k in range(start, min(count, start + batch_size))]
         pictures = pipe(

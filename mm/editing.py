@@ -1,12 +1,10 @@
-"""A picture changed by an instruction, from file to file: what `mm edit` does, for scripts too.
-
-This module does not know the command line.
-"""
+"""A picture changed by an instruction, from file to file: what `mm edit` does, for scripts too."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.files import write_new_bytes
 from mm.core.paths import resolve_model
@@ -40,7 +38,7 @@ def edit_to_file(
     source = open_picture(picture)
     chosen = None if mask is None else open_picture(mask)
     pipe = ImageEditPipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     made = pipe(
         source, instruction, mask_image=chosen, num_inference_steps=steps, guidance_scale=guidance,
         image_guidance_scale=image_guidance, mode=mode, generator=torch.Generator().manual_seed(seed),

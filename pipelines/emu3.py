@@ -5,8 +5,7 @@ Design choices
   scored, and an end of line is read together with the last token of its row, so that nothing has to be forbidden.
 - The unconditional row is the negative prompt in the form of a prompt for drawing, grid included, as BAAI's own script
   has it; guidance, top-k and the words of the negative prompt are theirs as well.
-- BAAI publishes two sets of weights: Emu3-Gen draws, Emu3-Chat reads. Either loads; asked for what it has not learned
-  it answers as it can.
+- BAAI publishes two sets of weights: Emu3-Gen draws, Emu3-Chat reads. Either loads; each is bad at the other's task.
 
 Legend: B pictures, R rows (B, or 2 B with guidance), T tokens so far, N new ones, D features, V codes, L tokens drawn.
 """
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from mm.core.errors import UserError
 from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
-from mm.pipelines.unified import Defaults
+from mm.pipelines.unified_protocol import FamilyDefaults
 
 _TAIL = 3  # tokens after the last row that transformers' decoder expects and drops
 
@@ -30,7 +29,7 @@ _TAIL = 3  # tokens after the last row that transformers' decoder expects and dr
 class Emu3(PublicModel):
     """`Emu3ForConditionalGeneration` and `Emu3Processor`."""
 
-    defaults = Defaults.of("emu3")
+    defaults = FamilyDefaults.of("emu3")
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)

@@ -1,28 +1,27 @@
-"""`ImageEditPipeline`: a picture and an instruction in, the changed picture out.
+"""`ImageEditPipeline`: changes a picture by an instruction.
 
 Design choices
-- The source enters twice: as looks among the words (understanding), and as clean latents whose keys and values are
+- The source is encoded twice: as understanding tokens in the prompt, and as clean latents whose keys and values are
   computed once (`Trunk.encode_picture`).
-- Text and picture are guided apart, as in InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800): three readings (all;
-  the picture without words; nothing) with the weights s_t, s_i - s_t and 1 - s_i.
-- A mask (white may change) keeps everything outside it: while drawing, latents outside follow the noised source, and in
-  the end the source's own pixels lie there, bit for bit. In codes mode tokens outside start as known.
-- Sources of another size are edited at the model's size, from their middle, and come back at that size.
+- Text and picture have guidance scales of their own, as in InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800):
+  three branches (instruction and source; source only; neither) with weights s_t, s_i - s_t and 1 - s_i.
+- A mask (white may change) keeps everything outside: after each step latents outside are the noised source, and in the
+  end the source's own pixels are copied back, bit for bit. In codes mode latents outside are the source's.
+- Sources of another size are cropped to a square and scaled to the model's size; the result has the model's size.
 
-This module does not know wordings: how an instruction is written among looks is `mm.models.dialogue`'s.
 Legend: B pictures, C = 16 channels, H = W = 8 latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for the name in our modules
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers expects the name in our modules
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
@@ -36,17 +35,23 @@ from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue
 from mm.models.trunk import Trunk
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.pictures import open_picture, squared, to_tensor
+from mm.pipelines.prompt_encoding import left_padded
+from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import Generators, picture_generators
-from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, Reading, TextToImagePipeline
-from mm.pipelines.understanding import left_padded
+from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, TextToImagePipeline
 from mm.tokenizers import Autoencoder, Bridge
 
 
 class ImageEditPipeline(TextToImagePipeline):
-    """Edits pictures by instructions. See `__call__`. `default_guidance`: of text and picture, where none is given."""
+    """Edits pictures by instructions. See `__call__`.
+
+    Attributes:
+        default_guidance: Guidance scales of text and picture, used where the call gives none.
+    """
 
     default_guidance = (GUIDANCE, 1.5)
 
@@ -58,19 +63,21 @@ class ImageEditPipeline(TextToImagePipeline):
         autoencoder: Autoencoder,
         scheduler: SchedulerMixin,
         understanding_encoder: UnderstandingEncoder,
-        look_connector: Connector,
+        understanding_connector: Connector,
         code_head: CodeHead | None = None,
         bridge: Bridge | None = None,
     ) -> None:
         super().__init__(text_tokenizer, trunk, velocity_decoder, autoencoder, scheduler, code_head, bridge)
-        self.register_modules(understanding_encoder=understanding_encoder, look_connector=look_connector)
+        self.register_modules(
+            understanding_encoder=understanding_encoder, understanding_connector=understanding_connector
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ImageEditPipeline:
         """An embedded model by name, a diffusers folder, or a hub name."""
         where = resolve_model(pretrained_model_name_or_path)
-        if isinstance(where, Path) and not (where / "look_connector" / "config.json").is_file():
-            raise UserError(f"{where} holds no look_connector: this model draws, but cannot edit")
+        if isinstance(where, Path) and not (where / "understanding_connector" / "config.json").is_file():
+            raise UserError(f"{where} holds no understanding_connector: this model draws, but cannot edit")
         pipe = super().from_pretrained(where, **kwargs)
         assert isinstance(pipe, cls)
         return pipe
@@ -93,11 +100,28 @@ class ImageEditPipeline(TextToImagePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """Changes `image` as `prompt` says; lists of both go pairwise.
+        """Changes pictures as instructions say.
 
-        `mask_image`: white where pixels may change, of the source's size (or of the model's). `guidance_scale`: how
-        strictly the words are followed; `image_guidance_scale`: how closely the source. Generators, output types and
-        callbacks as in `TextToImagePipeline`. Raises UserError for what cannot be drawn; warns of unknown words.
+        Args:
+            image: A path or a PIL picture of any size and mode, or a list of them.
+            prompt: One instruction, or one for each picture.
+            mask_image: White where pixels may change; of the source's size or of the model's.
+            num_inference_steps: Sampling steps; by default 12 in flow mode and 32 in codes mode.
+            guidance_scale: Guidance towards the instruction.
+            image_guidance_scale: Guidance towards the source.
+            mode: "flow" or "codes".
+            num_images_per_prompt: Results for each picture.
+            generator: As in `TextToImagePipeline`, as are the arguments below.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: False returns a tuple of the pictures alone.
+            callback_on_step_end: Called after each step.
+            callback_on_step_end_tensor_inputs: The tensors it wants.
+
+        Returns:
+            ImagePipelineOutput, or a tuple.
+
+        Raises:
+            UserError: For anything that cannot be drawn. Unknown words give a warning.
         """
         guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
@@ -114,23 +138,23 @@ class ImageEditPipeline(TextToImagePipeline):
         )  # fmt: skip
         if not 0 <= image_guidance_scale <= MAX_GUIDANCE:
             raise UserError(f"image_guidance_scale is {image_guidance_scale}; give 0 to {MAX_GUIDANCE}")
-        self._guidance_scale, self._interrupt = guidance_scale, False
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         source = to_tensor(pictures, side).to(self._execution_device)
-        clean = self.autoencoder.encode(source.to(self.autoencoder.dtype)).float()
-        reading = self._read(prompts, source, clean, num_images_per_prompt, image_guidance_scale)
-        clean = clean.repeat_interleave(num_images_per_prompt, 0)
-        source = source.repeat_interleave(num_images_per_prompt, 0)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
-        tell = self._teller(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if mode == "flow":
-            noise = self.prepare_latents(generators, None)
-            kept = tell if mask is None else self._keeper(clean, noise, mask, tell)
-            drawn = self._denoise(noise, generators, reading, num_inference_steps, kept)
-        else:
-            drawn = self._fill_codes(generators, reading, num_inference_steps, tell)
-            if mask is not None:
-                drawn = torch.where(_coarse(mask, drawn.shape[-1]) > 0, drawn, clean)
+        with self._new_run(guidance_scale=guidance_scale) as run:
+            clean = self.autoencoder.encode(source.to(self.autoencoder.dtype)).float()
+            branches = self._edit_branches(
+                prompts, source, clean, num_images_per_prompt, guidance_scale, image_guidance_scale
+            )
+            on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            clean = clean.repeat_interleave(num_images_per_prompt, 0)
+            noise = self.prepare_latents(generators, None) if mode == "flow" else None
+            if noise is not None and mask is not None:
+                on_step = _keep_outside(run, clean, noise, mask, on_step)
+            drawn = self._draw_latents(noise, generators, branches, num_inference_steps, run, on_step)
+        if mode == "codes" and mask is not None:
+            drawn = torch.where(_coarse(mask, drawn.shape[-1]) > 0, drawn, clean)
+        source = source.repeat_interleave(num_images_per_prompt, 0)
         out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=out) if return_dict else (out,)
@@ -140,44 +164,38 @@ class ImageEditPipeline(TextToImagePipeline):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return self(list(pictures), list(instructions), generator=generators).images
 
-    def _read(
-        self, prompts: Sequence[str], source: torch.Tensor, clean: torch.Tensor, each: int, image_scale: float
-    ) -> Reading:
-        """Caches of words with source, source alone, and nothing; only those that guidance needs."""
+    def _edit_branches(
+        self,
+        prompts: Sequence[str],
+        source: torch.Tensor,
+        clean: torch.Tensor,
+        each: int,
+        scale: float,
+        image_scale: float,
+    ) -> GuidanceBranches:
+        """The branches of instruction and source, source only, and neither; those of weight zero are left out."""
         tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
-        looks = self.look_connector(tokens.to(self.look_connector.dtype))
-        words, pictured = self._guidance_scale, image_scale
-        caches = [self._cache(prompts, looks, clean)]
-        weights = [words]
-        if words != pictured:
-            caches.append(self._cache([""] * len(prompts), looks, clean))
-            weights.append(pictured - words)
-        if pictured != 1:
-            caches.append(self._cache([""] * len(prompts), None, None))
-            weights.append(1 - pictured)
-        return Reading([cache.repeat(each) for cache in caches], weights)
+        understanding = self.understanding_connector(tokens.to(self.understanding_connector.dtype))
+        empty = [""] * len(prompts)
+        full = self._prompt_cache(prompts, understanding, clean).repeat(each)
+        others = []
+        if scale != image_scale:
+            cache = self._prompt_cache(empty, understanding, clean).repeat(each)
+            others.append((cache, lambda now: image_scale - now))
+        if image_scale != 1:
+            others.append((self._prompt_cache(empty, None, None).repeat(each), lambda _: 1 - image_scale))
+        return GuidanceBranches(full, others, scale=scale, complete=scale != image_scale)
 
-    def _cache(self, words: Sequence[str], looks: torch.Tensor | None, clean: torch.Tensor | None) -> PromptCache:
-        count = 16 if looks is None else looks.shape[1]
-        pictures = () if looks is None else (None,)
+    def _prompt_cache(
+        self, words: Sequence[str], understanding: torch.Tensor | None, clean: torch.Tensor | None
+    ) -> PromptCache:
+        """The cache of instructions, with the source as understanding tokens and clean latents where they are given."""
+        count = 16 if understanding is None else understanding.shape[1]
+        pictures = () if understanding is None else (None,)
         rows = [Dialogue(self.text_tokenizer, count).user(w, *pictures).starts_drawing().ids for w in words]
         ids, mask = left_padded(rows, self._execution_device)
-        cache = self.trunk.encode_text(ids, mask, looks)
+        cache = self.trunk.encode_text(ids, mask, understanding)
         return cache if clean is None else self.trunk.encode_picture(clean.to(self.trunk.dtype), cache)
-
-    def _keeper(
-        self, clean: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor, tell: Callable[..., torch.Tensor]
-    ) -> Callable[..., torch.Tensor]:
-        """After each step, latents outside the mask are the source's at the level that comes next."""
-        coarse = _coarse(mask, clean.shape[-1])
-
-        def keep(step: int, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
-            left = self.scheduler.timesteps[step + 1 :]
-            sigma = float(left[0]) / self.scheduler.config.num_train_timesteps if len(left) else 0.0
-            latents = torch.where(coarse > 0, latents, (1 - sigma) * clean + sigma * noise)
-            return tell(step, timestep, latents)
-
-        return keep
 
     def _finish(self, drawn: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None, output_type: str) -> Any:
         pictures = self.autoencoder.decode(drawn.to(self.autoencoder.dtype)).float()
@@ -186,8 +204,23 @@ class ImageEditPipeline(TextToImagePipeline):
         return self.image_processor.postprocess(pictures, output_type=output_type)
 
 
+def _keep_outside(
+    run: Run, clean: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor, on_step: StepCallback
+) -> StepCallback:
+    """After each step, latents outside the mask are the source's, noised to the next step's level."""
+    coarse = _coarse(mask, clean.shape[-1])
+
+    def keep(step: int, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
+        left = run.scheduler.timesteps[step + 1 :]
+        sigma = float(left[0]) / run.scheduler.config.num_train_timesteps if len(left) else 0.0
+        latents = torch.where(coarse > 0, latents, (1 - sigma) * clean + sigma * noise)
+        return on_step(step, timestep, latents)
+
+    return keep
+
+
 def _mask(mask_image: Any, picture: Any, side: int) -> torch.Tensor:
-    """(1, 1, side, side): 1 where pixels may change."""
+    """The mask (1, 1, side, side): 1 where pixels may change."""
     mask, source = open_picture(mask_image), open_picture(picture)
     if mask.size not in (source.size, (side, side)):
         raise UserError(
@@ -200,5 +233,5 @@ def _mask(mask_image: Any, picture: Any, side: int) -> torch.Tensor:
 
 
 def _coarse(mask: torch.Tensor, side: int) -> torch.Tensor:
-    """The mask on latents: a latent may change when any of its pixels may."""
+    """The mask on latents: a latent may change where any of its pixels may."""
     return F.adaptive_max_pool2d(mask, side)

@@ -1,28 +1,30 @@
 """`InterleavedPipeline`: a conversation of words and pictures, in and out.
 
 Design choices
-- The text head decides: after the user's turn it says words, or `<image>`, and then a picture is drawn.
-- The conversation is one growing text (`mm.models.dialogue`), read once: a turn costs only itself (`TextState`). What
-  was drawn goes back as looks of its latents, without decoding; pictures that the user gives go through the encoder.
+- The text head decides: after the user's turn it generates words, or `<image>`, and then a picture is drawn.
+- The conversation is one growing text (`mm.models.dialogue`), encoded once: a turn costs only its own tokens
+  (`TextState`). A drawn picture is added as understanding tokens of its latents, without decoding; pictures from the
+  user pass through the understanding encoder.
 - The last picture of the conversation is the source of the next drawing, whether that edits it or draws something new:
-  the model was trained to tell the two apart by the words.
-- Everything comes as events, so that words, steps and pictures can be shown as they come, and be stopped in between.
-- A conversation is bounded by the trunk's `max_text`; a turn that would not fit raises before anything is said, and the
-  caller starts a new conversation.
+  the model was trained to distinguish the two by the words.
+- A turn is a generator of events, so that words, steps and pictures can be shown at once and a turn can be stopped.
+- All state of a conversation is in `Conversation`, all state of a drawing in its `Run`, so that several conversations
+  on one pipeline may be interleaved.
+- A conversation is bounded by the trunk's `max_text`; a turn that would not fit raises before anything is generated,
+  and the caller starts a new conversation.
 
-This module does not know terminals or files.
-Legend: C = 16 channels, H = W = 8 latents.
+Legend: C = 16 channels, H = W = 8 latents, V words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for the name in our modules
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers expects the name in our modules
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -32,21 +34,22 @@ from mm.core.paths import resolve_model
 from mm.models.cache import PromptCache, TextState
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
-from mm.models.dialogue import Dialogue, spoken
+from mm.models.dialogue import Dialogue, detokenize
 from mm.models.trunk import Trunk
-from mm.models.understanding import LatentStem, UnderstandingEncoder
+from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.drawing_loops import flow_steps
+from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import to_tensor
-from mm.pipelines.prompts import check_prompts
+from mm.pipelines.prompt_encoding import check_prompts
 from mm.pipelines.sampling import picture_generators
-from mm.pipelines.text_to_image import Reading
 from mm.tokenizers import Autoencoder, Bridge
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One thing that happens: a word, a step of a drawing, the picture, or the end of the turn."""
+    """A word, a step of a drawing, the picture, or the end of the turn."""
 
     kind: Literal["word", "step", "picture", "end"]
     word: str = ""
@@ -57,14 +60,21 @@ class Event:
 
 @dataclass(kw_only=True)
 class Conversation:
-    """What has been said so far: tokens, what the trunk has read of them, and the last picture's latents."""
+    """The state of a conversation.
+
+    Attributes:
+        dialogue: All tokens so far.
+        state: The trunk's state after the tokens that it has encoded.
+        read: How many tokens it has encoded.
+        latents: Latents (1, C, H, W) of the last picture.
+        pictures: How many pictures were drawn.
+    """
 
     dialogue: Dialogue
     state: TextState | None = None
     read: int = 0
     latents: torch.Tensor | None = None
     pictures: int = 0
-    words: list[str] = field(default_factory=list)
 
 
 class InterleavedPipeline(ImageEditPipeline):
@@ -78,14 +88,14 @@ class InterleavedPipeline(ImageEditPipeline):
         autoencoder: Autoencoder,
         scheduler: SchedulerMixin,
         understanding_encoder: UnderstandingEncoder,
-        look_connector: Connector,
+        understanding_connector: Connector,
         latent_stem: LatentStem,
         code_head: CodeHead | None = None,
         bridge: Bridge | None = None,
     ) -> None:
         super().__init__(
-            text_tokenizer, trunk, velocity_decoder, autoencoder, scheduler, understanding_encoder, look_connector,
-            code_head, bridge,
+            text_tokenizer, trunk, velocity_decoder, autoencoder, scheduler, understanding_encoder,
+            understanding_connector, code_head, bridge,
         )  # fmt: skip
         self.register_modules(latent_stem=latent_stem)
 
@@ -101,7 +111,7 @@ class InterleavedPipeline(ImageEditPipeline):
 
     def start(self) -> Conversation:
         """A new, empty conversation."""
-        return Conversation(dialogue=Dialogue(self.text_tokenizer, self.look_connector.looks))
+        return Conversation(dialogue=Dialogue(self.text_tokenizer, self.understanding_connector.tokens_per_picture))
 
     @torch.no_grad()
     def turn(
@@ -115,25 +125,40 @@ class InterleavedPipeline(ImageEditPipeline):
         guidance_scale: float | None = None,
         max_words: int = 48,
     ) -> Generator[Event, None, None]:
-        """The model's reply to `words` (and a picture), event by event. Stopping in between leaves the turn unsaid.
+        """Adds a turn of the user and generates the reply.
 
-        Picture k of the conversation has seed + k. Raises UserError when the conversation has no room left.
+        A turn that is stopped in between (the generator is closed) or fails leaves the conversation as it was before.
+
+        Args:
+            conversation: Changed in place.
+            words: What the user says.
+            picture: A path or a PIL picture that the user gives.
+            seed: Picture k of the conversation has seed + k.
+            steps: Sampling steps of a picture.
+            guidance_scale: Of classifier-free guidance.
+            max_words: The longest reply in words.
+
+        Yields:
+            Events in the order in which they happen.
+
+        Raises:
+            UserError: The words are empty, or the conversation is too long for another turn.
         """
         check_prompts([words], self.text_tokenizer)
-        said, pictured = len(conversation.dialogue), len(conversation.dialogue.pictures)
+        tokens, pictures = len(conversation.dialogue), len(conversation.dialogue.pictures)
         before = (conversation.state, conversation.read, conversation.latents, conversation.pictures)
         done = False
         try:
-            self._hear(conversation, words, picture, max_words)
-            yield from self._reply(conversation, seed, steps, guidance_scale, max_words)
+            logits = self._read_user_turn(conversation, words, picture, max_words)
+            yield from self._reply(conversation, logits, seed, steps, guidance_scale, max_words)
             done = True
         finally:
-            if not done:  # stopped or failed: as if the turn had never begun
-                conversation.dialogue.rewind(said, pictured)
+            if not done:
+                conversation.dialogue.rewind(tokens, pictures)
                 conversation.state, conversation.read, conversation.latents, conversation.pictures = before
 
     def chat(self, turns: Sequence[str], *, seed: int = 0, steps: int = 12) -> list[tuple[str, Image.Image | None]]:
-        """A whole conversation: what is said, or drawn, after each turn."""
+        """Runs a whole conversation; returns text and picture of each reply."""
         conversation, out = self.start(), []
         for words in turns:
             text: list[str] = []
@@ -142,47 +167,54 @@ class InterleavedPipeline(ImageEditPipeline):
                 if event.kind == "word":
                     text.append(event.word)
                 drawn = event.picture or drawn
-            out.append((spoken(text), drawn))
+            out.append((detokenize(text), drawn))
         return out
 
-    def _hear(self, conversation: Conversation, words: str, picture: Any, max_words: int) -> None:
-        """The user's turn, read up to where the reply begins."""
-        pictures = () if picture is None else (picture,)
-        conversation.dialogue.user(words, *pictures)
-        room = self.trunk.config.max_text - len(conversation.dialogue)
-        if room < max_words + conversation.dialogue.looks + 2:  # the longest reply: words, then a picture
+    def _read_user_turn(self, conversation: Conversation, words: str, picture: Any, max_words: int) -> torch.Tensor:
+        """Adds and encodes the user's turn; logits (V,) of the reply's first token."""
+        dialogue = conversation.dialogue
+        dialogue.user(words, *(() if picture is None else (picture,)))
+        free = self.trunk.config.max_text - len(dialogue)
+        if free < max_words + dialogue.tokens_per_picture + 2:  # the longest reply: words, then a picture
             raise UserError(
-                f"the conversation is {len(conversation.dialogue)} tokens long and this model reads "
+                f"the conversation is {len(dialogue)} tokens long and this model reads "
                 f"{self.trunk.config.max_text}; start a new one (mm chat: /new)"
             )
-        looks = None
+        understanding = None
         if picture is not None:
-            seen = to_tensor([picture], self.autoencoder.config.sample_size).to(self._execution_device)
-            conversation.latents = self.autoencoder.encode(seen.to(self.autoencoder.dtype)).float()
-            tokens = self.understanding_encoder(seen.to(self.understanding_encoder.dtype))[1]
-            looks = self.look_connector(tokens.to(self.look_connector.dtype))
-        self._logits = self._advance(conversation, looks)
+            pixels = to_tensor([picture], self.autoencoder.config.sample_size).to(self._execution_device)
+            conversation.latents = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).float()
+            tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
+            understanding = self.understanding_connector(tokens.to(self.understanding_connector.dtype))
+        return self._advance(conversation, understanding)
 
-    def _advance(self, conversation: Conversation, looks: torch.Tensor | None = None) -> torch.Tensor:
-        """Reads what has been added since; logits (V,) of the next token."""
+    def _advance(self, conversation: Conversation, understanding: torch.Tensor | None = None) -> torch.Tensor:
+        """Encodes the tokens added since the last call; logits (V,) of the next token."""
         new = conversation.dialogue.ids[conversation.read :]
         ids = torch.tensor([new], device=self._execution_device)
-        logits, conversation.state = self.trunk.read(ids, None, looks, conversation.state)
+        logits, conversation.state = self.trunk.read(ids, None, understanding, conversation.state)
         conversation.read = len(conversation.dialogue.ids)
         return logits[0, -1, : len(self.text_tokenizer)].float()
 
     def _reply(
-        self, conversation: Conversation, seed: int, steps: int, scale: float | None, max_words: int
+        self,
+        conversation: Conversation,
+        logits: torch.Tensor,
+        seed: int,
+        steps: int,
+        scale: float | None,
+        max_words: int,
     ) -> Iterator[Event]:
+        """Generates words greedily up to `<end>`, or until a picture is drawn."""
         dialogue = conversation.dialogue
         end, image, codes = (dialogue.token(t) for t in ("<end>", "<image>", "<codes>"))
         for _ in range(max_words):
-            best = int(self._logits.argmax())
+            best = int(logits.argmax())
             if best in (image, codes):
                 yield from self._draw(conversation, seed + conversation.pictures, steps, scale)
                 break
             dialogue.add([best], learned=True)
-            self._logits = self._advance(conversation)
+            logits = self._advance(conversation)
             if best == end:
                 break
             yield Event(kind="word", word=str(self.text_tokenizer.convert_ids_to_tokens(best)))
@@ -192,46 +224,41 @@ class InterleavedPipeline(ImageEditPipeline):
         yield Event(kind="end")
 
     def _draw(self, conversation: Conversation, seed: int, steps: int, scale: float | None) -> Iterator[Event]:
-        """Draws what the conversation asks for; its looks go back into it."""
-        self._guidance_scale = self.default_guidance[0] if scale is None else scale
-        self._interrupt = False
+        """Draws a picture and adds its understanding tokens to the conversation."""
+        scale = self.default_guidance[0] if scale is None else scale
         conversation.dialogue.starts_drawing()
         self._advance(conversation)
         assert conversation.state is not None
-        source = conversation.latents
-        reading = self._conversation_reading(conversation.state.prompt, source)
+        branches = self._conversation_branches(conversation.state.prompt, conversation.latents, scale)
         generators = picture_generators(torch.Generator().manual_seed(seed), 1)
         noise = self.prepare_latents(generators, None)
-        bar = dict(getattr(self, "_progress_bar_config", {}))
-        self.set_progress_bar_config(disable=True)
-        drawing = self._denoising(noise, generators, reading, steps, lambda _step, _timestep, latents: latents)
-        try:
+        with self._new_run(guidance_scale=scale) as run:
+            parts = (self.trunk, self.velocity_decoder, noise)
+            drawing = flow_steps(*parts, generators, branches, steps, run, run.step_callback(self, None, ()))
             latents = yield from _as_events(drawing, steps)
-        finally:
-            self.set_progress_bar_config(**bar)
         picture = self._decode(latents, "pil")[0]
         conversation.latents, conversation.pictures = latents, conversation.pictures + 1
         conversation.dialogue.has_drawn(None)
-        self._logits = self._advance(conversation, self._looks_of(latents))
+        self._advance(conversation, self._latent_tokens(latents))
         yield Event(kind="picture", picture=picture)
 
-    def _looks_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """What a drawn picture looks like, straight from its latents (1, C, 8, 8)."""
+    def _latent_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """Understanding tokens of a drawn picture, from its latents (1, C, H, W)."""
         encoder = self.understanding_encoder
         patches = self.latent_stem(latents.to(self.latent_stem.dtype))
         tokens = encoder.encode_patches(patches.to(encoder.dtype))[1]
-        return self.look_connector(tokens.to(self.look_connector.dtype))
+        return self.understanding_connector(tokens.to(self.understanding_connector.dtype))
 
-    def _conversation_reading(self, words: PromptCache, source: torch.Tensor | None) -> Reading:
-        """Guidance over the whole conversation; against the source alone where there is one, else against nothing."""
-        scale, pictured = self._guidance_scale, self.default_guidance[1]
-        nothing = self._cache([""], None, None)
+    def _conversation_branches(self, words: PromptCache, source: torch.Tensor | None, scale: float) -> GuidanceBranches:
+        """The branches of the conversation, of its source picture alone where there is one, and of an empty prompt."""
+        image_scale = self.default_guidance[1]
+        empty = self._prompt_cache([""], None, None)
         if source is None:
-            return Reading([words, nothing], (scale, 1 - scale))
-        looks = self._looks_of(source)
+            return GuidanceBranches(words, [(empty, lambda now: 1 - now)], scale=scale, complete=True)
         full = self.trunk.encode_picture(source.to(self.trunk.dtype), words)
-        alone = self._cache([""], looks, source)
-        return Reading([full, alone, nothing], (scale, pictured - scale, 1 - pictured))
+        alone = self._prompt_cache([""], self._latent_tokens(source), source)
+        others = [(alone, lambda now: image_scale - now), (empty, lambda _: 1 - image_scale)]
+        return GuidanceBranches(full, others, scale=scale, complete=True)
 
 
 def _as_events(drawing: Generator[int, None, torch.Tensor], steps: int) -> Generator[Event, None, torch.Tensor]:

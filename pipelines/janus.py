@@ -5,7 +5,7 @@ Design choices
 - The unconditional row is DeepSeek's: the prompt's row with everything but the first and the begin-of-image token
   replaced by padding that stays visible. A negative prompt was never trained, and is refused.
 - Only drawing is ours (noise that belongs to a picture); the modules, the decoder and reading are transformers'.
-  `docs/unified.md` tells where transformers' own image generation stumbles.
+  `docs/unified.md` lists faults of transformers' own image generation.
 
 Legend: B pictures, R rows (B, or 2 B with guidance), T tokens so far, N new ones, D features, V codes, L tokens drawn.
 """
@@ -20,13 +20,13 @@ import torch
 from mm.core.errors import UserError
 from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
-from mm.pipelines.unified import Defaults
+from mm.pipelines.unified_protocol import FamilyDefaults
 
 
 class Janus(PublicModel):
     """`JanusForConditionalGeneration` and `JanusProcessor`."""
 
-    defaults = Defaults.of("janus")
+    defaults = FamilyDefaults.of("janus")
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The one size that the model draws."""
@@ -50,7 +50,7 @@ class Janus(PublicModel):
     ) -> torch.Tensor:
         """Tokens (B, L) of the pictures."""
         if negative_prompt:
-            raise UserError(f"Janus knows no negative prompt, got {negative_prompt!r}; leave it out")
+            raise UserError(f"Janus was trained without negative prompts, got {negative_prompt!r}; leave it out")
         self.check_words(prompts)
         texts = [self.chat([{"type": "text", "text": prompt}]) for prompt in prompts]
         rows = self.processor(

@@ -3,14 +3,13 @@
 Design choices
 - An adapter is a patch (`mm.adapters.patch`) whose low-rank entries become live branches of the trunk's linears:
   nothing is injected or wrapped, 16-bit and 4-bit layers take them alike, and removing them restores the trunk bit for
-  bit. Files of peft, diffusers and kohya are read by `mm.adapters.lora_formats`, with each program's alpha.
+  bit. Files of peft, diffusers and kohya are read by `mm.adapters.formats`, with each program's alpha.
 - A load says "N of N tensors applied to M layers" through `Applied`, or raises; nothing is applied in part.
 - How strongly an adapter acts is its weight, whether it is active and the call's own scale, multiplied onto each
   layer's alpha / rank. The table of adapters sits on the trunk: pipelines that share a trunk share its adapters.
-- Fusing adds to 16-bit weights and keeps what was there, so that unfusing is exact; a 4-bit weight takes no fusing.
+- Fusing lets an adapter act in the 16-bit weights; the trunk's stack (`mm.adapters.stack`) keeps what was there, so
+  that unfusing is exact, in any order. A 4-bit weight takes no fusing.
 - diffusers' own `LoraBaseMixin` is not inherited: it costs every cold start a third of a second, for text encoders.
-
-This module does not know how adapters are trained, or their files' layouts.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mm.core.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mm.adapters.patch import Applied, Patch
+    from mm.adapters.stack import Stack
     from mm.models.trunk import Trunk
 
 _FILE = "pytorch_lora_weights.safetensors"
@@ -34,13 +34,12 @@ _FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass(kw_only=True, eq=False)
 class Adapter:
-    """A loaded LoRA. Once fused (at `fused`), `kept` holds the weights as they were before, by path."""
+    """A loaded LoRA. `fused`: it acts in the weights, and neither its weight nor a call's scale changes that."""
 
     patch: Patch
     weight: float = 1.0
     active: bool = True
-    fused: float = 1.0
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    fused: bool = False
 
 
 @dataclass(kw_only=True)
@@ -58,7 +57,7 @@ class TrunkLoraMixin:
 
     def load_lora_weights(
         self,
-        source: str | Path | Mapping[str, torch.Tensor],
+        source: str | Path | Mapping[str, Tensor],
         adapter_name: str = "default",
         *,
         weight_name: str = _FILE,
@@ -67,9 +66,9 @@ class TrunkLoraMixin:
         """Loads a LoRA and makes it the active one; says what was applied.
 
         `source` is a file, a folder holding `weight_name`, or tensors by name. `truncate_to` is a rank for LoKr, LoHa
-        and DoRA, which are refused without it. Raises UserError when any tensor does not match.
+        and DoRA, which 4-bit layers need; without it they are exact. Raises UserError when any tensor does not match.
         """
-        from mm.adapters.lora_formats import read_lora
+        from mm.adapters.formats import read_lora
 
         if not adapter_name or "." in adapter_name:
             raise UserError(f"adapter_name is {adapter_name!r}; give a name without dots")
@@ -86,7 +85,7 @@ class TrunkLoraMixin:
 
     def save_lora_weights(self, folder: str | Path, adapter_name: str = "default", *, weight_name: str = _FILE) -> Path:
         """Writes an adapter in diffusers' layout to `weight_name` in `folder`."""
-        from mm.adapters.lora_formats import write_lora
+        from mm.adapters.formats import write_lora
 
         [adapter] = self._known([adapter_name])
         path = Path(folder) / weight_name
@@ -109,9 +108,7 @@ class TrunkLoraMixin:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Takes adapters off for good; the others stay."""
-        chosen = self._known(adapter_names)
-        self._unfuse(chosen)
-        for adapter in chosen:
+        for adapter in self._known(adapter_names):
             adapter.patch.undo(self)
             del self._adapters.by_name[adapter.patch.name]
 
@@ -136,28 +133,34 @@ class TrunkLoraMixin:
         if self._adapters.by_name:
             self.delete_adapters(list(self._adapters.by_name))
 
-    @torch.no_grad()
     def fuse_lora(self, *, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
-        """Adds adapters to the 16-bit weights: those named, or the active ones."""
+        """Lets adapters act in the 16-bit weights: those named, or the active ones.
+
+        Raises:
+            UserError: where a weight is quantized or an adapter is fused already; nothing is changed then.
+        """
         chosen = self._known(adapter_names or self.get_active_adapters())
-        layers = [(a, path, layer) for a in chosen for path, layer in self._layers(a)]
-        hard = next(((path, layer.bits) for _, path, layer in layers if layer.bits != 16), None)
-        if hard:
-            raise UserError(f"{hard[0]} has {hard[1]}-bit weights, which take no fusing; adapters run beside them")
-        twice = [a.patch.name for a in chosen if a.kept]
+        twice = [a.patch.name for a in chosen if a.fused]
         if twice:
             raise UserError(f"adapter {twice[0]!r} is fused already; unfuse it first")
-        for adapter, path, layer in layers:
-            adapter.kept[path], adapter.fused = layer.weight.detach().clone(), lora_scale
-            entry = adapter.patch.entries[path]
-            up, down = (entry.tensors[k].to(layer.weight.device, torch.float32) for k in ("up", "down"))
-            change = lora_scale * adapter.weight * entry.scale * up @ down
-            layer.weight.copy_((layer.weight.float() + change).to(layer.weight.dtype))
+        stack = self._stack
+        try:
+            for adapter in chosen:
+                stack.scale(adapter.patch.name, lora_scale * adapter.weight)
+            stack.fuse(*(adapter.patch.name for adapter in chosen))
+        except BaseException:
+            self._rescale()
+            raise
+        for adapter in chosen:
+            adapter.fused = True
         self._rescale()
 
     def unfuse_lora(self) -> None:
-        """Takes fused adapters out of the weights again, exactly, the last one first."""
-        self._unfuse(list(self._adapters.by_name.values()))
+        """Takes fused adapters out of the weights again, exactly."""
+        fused = [adapter for adapter in self._adapters.by_name.values() if adapter.fused]
+        self._stack.unfuse(*(adapter.patch.name for adapter in fused))
+        for adapter in fused:
+            adapter.fused = False
         self._rescale()
 
     @contextmanager
@@ -178,36 +181,24 @@ class TrunkLoraMixin:
             self._rescale()
 
     @property
-    def _adapters(self) -> Adapters:
-        table = self.trunk.__dict__.get("mm_adapters")
-        if table is None:
-            table = self.trunk.__dict__["mm_adapters"] = Adapters()
-        return table
+    def _stack(self) -> Stack:
+        from mm.adapters.stack import stack_of  # kernels are loaded where adapters are
 
-    def _layers(self, adapter: Adapter) -> list[tuple[str, Any]]:
-        places = ((path, *path.split(".", 1)) for path in adapter.patch.entries)
-        return [(path, getattr(self, component).get_submodule(below)) for path, component, below in places]
+        return stack_of(self)
+
+    @property
+    def _adapters(self) -> Adapters:
+        from mm.layers.surgery import unwrapped
+
+        attributes = unwrapped(self.trunk).__dict__
+        return attributes.setdefault("mm_adapters", Adapters())
 
     def _rescale(self, call: float = 1.0) -> None:
-        """Tells every branch how strongly it acts now; what is fused acts through the weights."""
+        """Gives every branch its strength; what is fused acts through the weights."""
+        stack = self._stack
         for name, adapter in self._adapters.by_name.items():
-            on = self._adapters.enabled and adapter.active and not adapter.kept
-            for path, layer in self._layers(adapter):
-                layer.set_scale(name, call * adapter.weight * adapter.patch.entries[path].scale if on else 0.0)
-
-    @torch.no_grad()
-    def _unfuse(self, adapters: Sequence[Adapter]) -> None:
-        # Weights that a later adapter was fused into hold the earlier one too: all come out, the others go in again.
-        fused = [a for a in self._adapters.by_name.values() if a.kept]
-        if not any(a.kept for a in adapters):
-            return
-        for adapter in reversed(fused):
-            for path, layer in self._layers(adapter):
-                layer.weight.copy_(adapter.kept[path])
-            adapter.kept = {}
-        for adapter in fused:
-            if adapter not in adapters:
-                self.fuse_lora(lora_scale=adapter.fused, adapter_names=[adapter.patch.name])
+            if not adapter.fused:
+                stack.scale(name, call * adapter.weight if self._adapters.enabled and adapter.active else 0.0)
 
     def _switch(self, on: bool) -> None:
         self._known([])
@@ -224,7 +215,7 @@ class TrunkLoraMixin:
         return [loaded[name] for name in chosen]
 
 
-def _file(source: str | Path | Mapping[str, torch.Tensor], weight_name: str) -> Path | Mapping[str, torch.Tensor]:
+def _file(source: str | Path | Mapping[str, Tensor], weight_name: str) -> Path | Mapping[str, Tensor]:
     if isinstance(source, Mapping):
         return source
     path = Path(source)

@@ -1,12 +1,10 @@
-"""What families of public unified models share: prompts through the processor, and reading through `generate`.
+"""Base of the families of public unified models: prompts through the processor, and reading through `generate`.
 
 Design choices
-- Reading is transformers' `generate`, greedy, with rows padded on the left: the likeliest token, so that an answer is
-  repeatable, alone or in company.
+- Reading is transformers' `generate`, greedy, with rows padded on the left, so that an answer is repeatable and does
+  not depend on its batch.
 - Words that the tokenizer takes for control tokens (`<begin_of_image>`) are refused in prompts and questions: they
   would shift pictures or stop them midway.
-
-This module does not know a family's tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class PublicModel:
                     )
 
     def chat(self, content: list[dict[str, str]]) -> str:
-        """One user's turn in the processor's chat template, up to where the reply begins."""
+        """One turn of the user in the processor's chat template, up to where the reply begins."""
         if not self.processor.chat_template:
             raise UserError("this model's folder holds no chat template; copy its chat_template.jinja, too")
         turns = [{"role": "user", "content": content}]
@@ -58,10 +56,10 @@ class PublicModel:
 
     def unit(self, pictures_BCHW: torch.Tensor) -> torch.Tensor:
         """Pictures with the processor's normalization undone: about 0 to 1, float32."""
-        sight = self.processor.image_processor
-        mean, std = (pictures_BCHW.new_tensor(x, dtype=torch.float32)[:, None, None] for x in _normal(sight))
+        mean_std = _mean_std(self.processor.image_processor)
+        mean, std = (pictures_BCHW.new_tensor(x, dtype=torch.float32)[:, None, None] for x in mean_std)
         return pictures_BCHW.float() * std + mean
 
 
-def _normal(sight: Any) -> tuple[Sequence[float], Sequence[float]]:
-    return (sight.image_mean, sight.image_std) if sight.do_normalize else ([0.0] * 3, [1.0] * 3)
+def _mean_std(processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    return (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)

@@ -7,7 +7,6 @@ Design choices
   u + s (c - u), before temperature and top-k, as transformers does.
 - Positions count real tokens, so that padding on the left changes nothing.
 
-This module does not know models: a family reads, scores and embeds.
 Legend: B pictures, R rows (B, or 2 B with guidance), T tokens so far, N new ones, D features, V codes, L tokens drawn.
 """
 
@@ -38,13 +37,13 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; give 0 (all codes) or more")
 
 
-class Speaker(Protocol):
-    """What sampling needs of a family."""
+class TokenModel(Protocol):
+    """What sampling needs of a model."""
 
     def read(
         self, new_RND: torch.Tensor, mask_RT: torch.Tensor, positions_RN: torch.Tensor, past: Any
     ) -> tuple[torch.Tensor, Any]:
-        """Features (R, D) of the last token, and the state to go on from."""
+        """Features (R, D) of the last token, and the cache."""
         ...
 
     def score(self, features_RD: torch.Tensor) -> torch.Tensor:
@@ -60,8 +59,8 @@ def mix(logits_RV: torch.Tensor, scale: float) -> torch.Tensor:
     """Guided logits (B, V) from those of the prompts and, where guidance is on, of the unconditional rows."""
     if scale == 1:
         return logits_RV
-    told, untold = logits_RV.chunk(2)
-    return untold + scale * (told - untold)
+    prompted, unconditional = logits_RV.chunk(2)
+    return unconditional + scale * (prompted - unconditional)
 
 
 def pick(logits_BV: torch.Tensor, generators: Sequence[torch.Generator], sampling: Sampling) -> torch.Tensor:
@@ -76,7 +75,7 @@ def pick(logits_BV: torch.Tensor, generators: Sequence[torch.Generator], samplin
 
 
 def sample_codes(
-    speaker: Speaker,
+    model: TokenModel,
     prompt_RTD: torch.Tensor,
     mask_RT: torch.Tensor,
     generators: Sequence[torch.Generator],
@@ -89,10 +88,10 @@ def sample_codes(
     codes: list[torch.Tensor] = []
     for number in range(count):
         positions_RN = (mask_RT.cumsum(-1) - 1).clamp_min(0)[:, -new_RND.shape[1] :]
-        features_RD, past = speaker.read(new_RND, mask_RT, positions_RN, past)
-        logits_BV = mix(speaker.score(features_RD).float(), sampling.guidance_scale)
+        features_RD, past = model.read(new_RND, mask_RT, positions_RN, past)
+        logits_BV = mix(model.score(features_RD).float(), sampling.guidance_scale)
         codes.append(pick(logits_BV, generators, sampling))
-        new_RND = speaker.embed(codes[-1], number).repeat(len(mask_RT) // len(generators), 1, 1)
+        new_RND = model.embed(codes[-1], number).repeat(len(mask_RT) // len(generators), 1, 1)
         mask_RT = torch.cat([mask_RT, mask_RT.new_ones(new_RND.shape[:2])], 1)
         if progress is not None:
             progress.update()

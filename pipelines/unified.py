@@ -1,89 +1,43 @@
 """Public unified models in mm's pipelines: one model of transformers that draws and reads.
 
 Design choices
-- A family (`mm.pipelines.janus`, `mm.pipelines.emu3`) wraps transformers' own classes, unchanged; what it has to say is
+- A family (`mm.pipelines.janus`, `mm.pipelines.emu3`) wraps transformers' own classes, unchanged, behind the protocol
   `UnifiedModel`: draw tokens, decode them, answer. The pipelines here are the same for all families.
 - They are called as mm's own: `TextToImagePipeline.from_pretrained(folder)` and `UnderstandingPipeline.from_pretrained`
-  hand a folder whose config.json names such a model over to the classes here.
-- Rule 1, the same seed gives the same picture: transformers' `generate` draws a whole batch from one generator, so that
-  a picture depends on its neighbours. Here each picture has Gumbel noise of its own, in float32, token by token.
+  return the classes here for a folder whose config.json names such a model.
+- The same seed gives the same picture: transformers' `generate` samples a whole batch from one generator, so that a
+  picture depends on the others. Here each picture has Gumbel noise of its own, in float32, token by token.
 
-This module does not know tokens of any family.
 Legend: B pictures, L tokens a picture.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for the name in our modules
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers expects the name in our modules
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from PIL import Image
 
 from mm.core.errors import UserError
-from mm.families import family_named, model_types
+from mm.core.model_files import check_loaded
+from mm.families import model_types
 from mm.families.folders import unified_type
+from mm.pipelines.answers import UnderstandingOutput, paired
+from mm.pipelines.emu3 import Emu3
+from mm.pipelines.janus import Janus
+from mm.pipelines.loading import check_transformers_folder
+from mm.pipelines.pictures import open_picture
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
-from mm.pipelines.understanding import DESCRIBE, UnderstandingOutput
+from mm.pipelines.unified_protocol import UnifiedModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """How a family draws where nothing is said: its authors' settings. `top_k` 0 = all codes."""
-
-    guidance_scale: float
-    top_k: int = 0
-    negative_prompt: str = ""
-
-    @classmethod
-    def of(cls, name: str) -> Defaults:
-        """Those of a family of `mm.families`."""
-        known = family_named(name)
-        return cls(guidance_scale=known.guidance or 1.0, top_k=known.top_k, negative_prompt=known.negative_prompt)
-
-
-class UnifiedModel(Protocol):
-    """What a family offers. `prompts` and `generators`: one a picture."""
-
-    defaults: Defaults
-
-    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of a picture that can be drawn. Raises UserError where that is not the wanted one."""
-        ...
-
-    def length(self, size: tuple[int, int]) -> int:
-        """How many tokens a picture of this size has."""
-        ...
-
-    def draw(
-        self,
-        prompts: Sequence[str],
-        negative_prompt: str,
-        size: tuple[int, int],
-        generators: Sequence[torch.Generator],
-        sampling: Sampling,
-        progress: Any = None,
-    ) -> torch.Tensor:
-        """Tokens (B, L) of the pictures; `progress.update()` is called after each."""
-        ...
-
-    def decode(self, tokens_BL: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Pictures (B, 3, height, width), about 0 to 1."""
-        ...
-
-    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], max_words: int) -> list[str]:
-        """One answer a pair."""
-        ...
+FAMILIES: dict[str, Any] = {"emu3": Emu3, "janus": Janus}
 
 
 def kind_at(where: str | Path, options: Mapping[str, Any] | None = None) -> str | None:
@@ -107,9 +61,7 @@ def _for_hub(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def family_of(model: Any, processor: Any) -> UnifiedModel:
     """The family of a model of transformers, by its config's `model_type`."""
-    kind = model.config.model_type
-    module = importlib.import_module(f"mm.pipelines.{kind}")
-    return getattr(module, kind.capitalize())(model, processor)
+    return FAMILIES[model.config.model_type](model, processor)
 
 
 def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
@@ -117,24 +69,32 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
     import transformers
 
     name = kind.capitalize()
+    if Path(where).is_dir():
+        check_transformers_folder(
+            getattr(transformers, f"{name}ForConditionalGeneration"), Path(where), kwargs.get("variant")
+        )
     if "torch_dtype" in kwargs:  # diffusers' name for it
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     try:
         processor = getattr(transformers, f"{name}Processor").from_pretrained(where, **_for_hub(kwargs))
-        model, told = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(
+        model, loaded = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(
             where, **(kwargs | {"use_safetensors": True, "output_loading_info": True})
         )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what tokenizers and processors raise for damaged files is of any type
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{where} is a {kind} model that cannot be loaded: {why}") from error
     wrong = [
-        str(key) for kinds in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in told.get(kinds, ())
+        str(key) for kinds in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in loaded.get(kinds, ())
     ]
     if wrong:
         raise UserError(
             f"{where} does not hold just the tensors of a {name}ForConditionalGeneration; missing, unknown or of "
             f"another shape: {', '.join(wrong[:3])} ({len(wrong)} in all); copy or save the model again"
         )
+    if Path(where).is_dir():
+        check_loaded(model, where)
     return {"model": model.eval(), "processor": processor}
 
 
@@ -194,7 +154,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         """Draws `num_images_per_prompt` pictures of each prompt.
 
         Arguments and results as in `TextToImagePipeline`. `guidance_scale`, `top_k` (0 = all codes) and
-        `negative_prompt` are the family's where none is given; `temperature` 0 takes the likeliest token. A step is a
+        `negative_prompt` default to the family's; `temperature` 0 takes the likeliest token. A step is a
         token, so `num_inference_steps` changes nothing. `output_type` "latent" gives tokens (B, L).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -241,20 +201,13 @@ class UnifiedUnderstandingPipeline(UnifiedPipeline):
     ) -> UnderstandingOutput:
         """Answers `question` (default: a description) about `image`; lists of both go pairwise.
 
-        `max_words` counts tokens. The likeliest token is taken each time, so that an answer is repeatable. Public
-        models know no bounds of their world: `outside` is always False.
+        `max_words` counts tokens. Decoding is greedy, so that an answer is repeatable. `outside` is always False: it is
+        not measured for public models.
         """
-        from mm.pipelines.pictures import open_picture
-
-        pictures = list(image) if isinstance(image, (list, tuple)) else [image]
-        asked = [DESCRIBE if question is None else question] if isinstance(question, str | None) else list(question)
-        asked = asked * len(pictures) if len(asked) == 1 else asked
-        pictures = pictures * len(asked) if len(pictures) == 1 else pictures
-        if len(asked) != len(pictures):
-            raise UserError(f"{len(pictures)} pictures and {len(asked)} questions; give as many, or a single one")
+        pictures, questions = paired(image, question)
         if max_words < 1:
             raise UserError(f"max_words is {max_words}; give 1 or more")
-        answers = self.family.answer([open_picture(p) for p in pictures], asked, max_words)
+        answers = self.family.answer([open_picture(p) for p in pictures], questions, max_words)
         self.maybe_free_model_hooks()
         return UnderstandingOutput(answers=answers, outside=[False] * len(answers), psnr=[float("inf")] * len(answers))
 

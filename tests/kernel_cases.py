@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from mm import kernels
+from mm.kernels.packing import integers_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,27 @@ def close(got, want, *, dtype, ties=0.0):
     error = (got.double() - want.double()).abs()
     limit = bound * (want.double().abs() + 4) + ties
     assert (error <= limit).all(), f"off by {(error / limit).max():.2f} limits"
+
+
+def moved_products(layer: Layer, got: torch.Tensor, want: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What rounding to the other side of an edge may change of the outputs.
+
+    An input on the edge between two steps may fall to either side, by one step: then just that difference is allowed.
+
+    Args:
+        layer: the layer whose inputs were rounded.
+        got: int8 (M, C), a backend's rounded inputs.
+        want: int8 (M, C), the reference's.
+        scales: (M, 1 or G), the reference's.
+
+    Returns:
+        (M, N), float64.
+    """
+    moved = (got.int() - want.int()).abs()
+    assert moved.max() <= 1 and moved.float().mean() <= 0.01
+    steps = scales.double().repeat_interleave(moved.shape[1] // scales.shape[1], 1)
+    weight = integers_of(layer.weight).double() * layer.weight_scales.double().repeat_interleave(64, 1)
+    return (moved * steps) @ weight.abs().T
 
 
 ROUNDINGS = [(8, 0, False, 0.0), (8, 64, False, 0.0), (4, 64, False, 0.0), (4, 64, True, 0.171875), (4, 0, False, 0.5)]

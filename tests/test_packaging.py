@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ import pytest
 import mm
 from mm.core import torchvision_schemas
 
-ROOT = Path(mm.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "mm": [
         "ImageEditPipeline",
@@ -22,6 +23,8 @@ PUBLIC = {
         "TextToImagePipeline",
         "UnderstandingPipeline",
         "__version__",
+        "erase",
+        "load",
         "load_nunchaku",
         "quantize",
         "read_nunchaku",
@@ -32,17 +35,28 @@ PUBLIC = {
 
 
 def test_heavy_neighbours_import_from_the_root(python):
-    """Root folders shadow no package, and torchvision comes up although it is imported before mm."""
-    code = "import transformers, diffusers, peft, open_clip, mm, tokenizers; print(tokenizers.__file__)"
+    """Root folders shadow no package, and a torchvision without its library is no obstacle."""
+    code = "import mm, transformers, diffusers, peft, open_clip, tokenizers; print(tokenizers.__file__)"
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "site-packages" in done.stdout
 
 
-@pytest.mark.parametrize("code", ["import torchvision.ops", "import mm, torchvision.ops"])
-def test_torchvision_imports_in_any_order(python, code):
+@pytest.mark.parametrize("code", ["import mm, torchvision.ops", "import torch, mm, torchvision.ops"])
+def test_torchvision_imports_after_mm(python, code):
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_torch_runs_nothing_of_mm(python):
+    code = "import torch, sys; print([name for name in sys.modules if name.split('.')[0] == 'mm'])"
+    assert python("-c", code).stdout.strip() == "[]"
+    points = importlib.metadata.distribution("mm-gen").entry_points
+    assert {point.group for point in points} <= {"console_scripts", "mm.families"}
+
+
+def test_the_version_stands_in_one_place():
+    assert importlib.metadata.version("mm-gen") == mm.__version__
 
 
 def test_a_torchvision_that_loads_is_left_alone(tmp_path, monkeypatch):
@@ -86,7 +100,7 @@ def test_root_folders_are_no_packages():
         assert not (ROOT / name / "__init__.py").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.wheel
 def test_the_wheel_holds_everything_and_runs(tmp_path):
     build = [
         sys.executable,
@@ -112,7 +126,7 @@ def test_the_wheel_holds_everything_and_runs(tmp_path):
         check=True,
     )
     code = (
-        "import transformers, diffusers, peft, open_clip, mm, mm.tokenizers, mm.core.paths as paths;"
+        "import mm, transformers, diffusers, peft, open_clip, mm.tokenizers, mm.core.paths as paths;"
         "from mm.tokenizers import Autoencoder;"
         "print(mm.__file__, paths.weights_dir(), *mm.tokenizers.__path__, sep='\\n')"
     )

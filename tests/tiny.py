@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from mm import TextToImagePipeline
+from mm import InterleavedPipeline, TextToImagePipeline
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
-from mm.models.understanding import LatentStem, UnderstandingEncoder
+from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.tokenizers import Autoencoder, Bridge
-from mm.training.talk import number_words
+from mm.training.conversations import number_words
 
 STEPS = 3
 NUMBERS = number_words(lambda word: int(build_text_tokenizer().convert_tokens_to_ids(word)))
@@ -48,9 +48,9 @@ def tiny_reader(*, seed: int = 0) -> dict[str, Any]:
     torch.manual_seed(seed)
     parts["trunk"] = Trunk(width=32, depth=2, heads=2, reads=True, max_text=256, number_words=NUMBERS)
     parts["understanding_encoder"] = UnderstandingEncoder(width=16, depth=1, heads=2, text_width=16, text_depth=1)
-    parts["look_connector"] = Connector(in_channels=16, width=32, hidden=32, alike=8)
+    parts["understanding_connector"] = Connector(in_channels=16, width=32, hidden=32, counter_keys=8)
     parts["latent_stem"] = LatentStem(width=16, depth=1)
-    for part in (parts["trunk"], parts["look_connector"]):
+    for part in (parts["trunk"], parts["understanding_connector"]):
         for parameter in part.parameters():
             parameter.data += 0.15 * torch.randn_like(parameter)
     return parts
@@ -69,15 +69,35 @@ def says(pipe, monkeypatch, *tokens: str) -> None:
     """Makes the text head say these tokens, one after the other, whatever it has read."""
     ids = iter(pipe.text_tokenizer.convert_tokens_to_ids(list(tokens)))
     read = type(pipe)._advance
-    first = [True]
 
-    def advance(self, conversation, looks=None):
-        logits = read(self, conversation, looks)
+    def advance(self, conversation, understanding=None):
+        logits = read(self, conversation, understanding)
         chosen = next(ids, None)
         if chosen is not None:
             logits = torch.zeros_like(logits)
             logits[chosen] = 1
-        first[0] = False
         return logits
 
     monkeypatch.setattr(type(pipe), "_advance", advance)
+
+
+def says_in_order(monkeypatch, scripts: dict[str, list[str | None]], default: list[str | None]) -> None:
+    """Makes the text head of every conversation say the tokens of its script, None leaving its own choice.
+
+    A conversation's script is that of the first word of `scripts` in its first turn, else the default.
+    """
+    read, said = InterleavedPipeline._advance, {}
+
+    def advance(self, conversation, understanding=None):
+        logits = read(self, conversation, understanding)
+        if id(conversation) not in said:
+            text = self.text_tokenizer.convert_ids_to_tokens(conversation.dialogue.ids)
+            said[id(conversation)] = (conversation, iter(next((s for w, s in scripts.items() if w in text), default)))
+        token = next(said[id(conversation)][1], None)
+        if token is None:
+            return logits
+        chosen = torch.zeros_like(logits)
+        chosen[self.text_tokenizer.convert_tokens_to_ids(token)] = 1
+        return chosen
+
+    monkeypatch.setattr(InterleavedPipeline, "_advance", advance)

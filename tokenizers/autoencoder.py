@@ -4,13 +4,11 @@ Design choices
 - Shaped for two CPU cores: space-to-depth in place of high-resolution convolutions, most of the parameters at 16 x 16
   and 8 x 8, no normalization layers (every residual branch starts at zero, which is all the stabilizing that this depth
   needs).
-- A light encoder (pictures are encoded once and cached) and a heavier decoder (what a user looks at).
+- A light encoder (pictures are encoded once and cached) and a heavier decoder (its output is what a user sees).
 - Deterministic, with no KL term: training keeps every channel at zero mean and unit deviation by normalizing over the
   batch (REPA-E's choice) and adds noise before decoding, so that a latent which is a little off still decodes.
 - `latents_mean` and `latents_std` live in the config. `encode` applies them, the decoder is trained on the normalized
-  latents, and so nobody outside ever sees another scale.
-
-The module does not know how it is trained (`mm.training.tokenizer_stage`), nor about codes (`mm.tokenizers.bridge`).
+  latents, so that latents have one scale everywhere else.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -126,7 +124,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def scale_factor(self) -> int:
         return 16
 
-    @apply_forward_hook  # an offloaded autoencoder comes back to its device for these two, as for forward
+    @apply_forward_hook  # runs the offload hooks, as forward does
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides divisible by 16, to latents (B, 16, H / 16, W / 16)."""
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or any(side % 16 for side in images_BCHW.shape[2:]):

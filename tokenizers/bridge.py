@@ -9,8 +9,6 @@ Design choices
 - `order` is the channels' order for a head that is causal over channels: falling low-frequency energy, measured by FFT
   on latents. Codes themselves stay in the channels' natural order; only the head permutes.
 
-The module does not know the autoencoder, nor how codes are predicted.
-
 Legend: B batch, C channels, H height, W width, N values of one channel, K levels.
 """
 

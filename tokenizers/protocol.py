@@ -1,4 +1,4 @@
-"""What every vision tokenizer can do, so that pipelines, stages and benchmarks never ask which one they hold.
+"""The interface of every vision tokenizer, used by pipelines, stages and benchmarks.
 
 Pictures are (B, 3, H, W) in [-1, 1], latents (B, C, H / 16, W / 16) with unit deviation per channel.
 """
@@ -23,5 +23,5 @@ class VisionTokenizer(Protocol):
         ...
 
     def bits_per_picture(self) -> float:
-        """What one picture of the configured size costs to store."""
+        """Bits that one picture of the configured size needs."""
         ...

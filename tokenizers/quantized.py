@@ -9,8 +9,6 @@ Design choices
 - `encode` returns the values that the codes stand for, normalized by the config's mean and deviation like the
   autoencoder's.
 
-The module does not know how it is trained (`mm.training.tokenizer_stage`).
-
 Legend: B batch, C channels, G codes per cell, H height, W width.
 """
 

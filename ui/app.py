@@ -5,8 +5,6 @@ Design choices
   time), a bounded queue. No path is open to requests: pages get Gradio's copies of what an event returned, and so the
   studio's folder must lie in the system's temporary folder or the working directory.
 - The layout is one column on a phone, two on a desktop.
-
-This module does not know how pictures are drawn.
 """
 
 from __future__ import annotations
@@ -147,7 +145,7 @@ def build(studio: Studio, talker: Talker | None = None) -> gr.Blocks:
         mode: str,
         guidance: float,
         session: Session,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it here
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio expects it here
     ) -> Iterator[tuple[list[str], str]]:
         """Draws pictures from a prompt. Seed empty = random; mode flow or codes."""
         try:
@@ -164,11 +162,11 @@ def build(studio: Studio, talker: Talker | None = None) -> gr.Blocks:
                 done, total = picture * order.steps + step + 1, order.count * order.steps
                 progress(done / total, desc=f"picture {picture + 1} of {order.count}, step {step + 1} of {order.steps}")
 
-            told: set[str] = set()
+            shown: set[str] = set()
             for now in studio.draw(order, session, on_step):
-                for note in set(now.notes) - told:
+                for note in set(now.notes) - shown:
                     gr.Warning(_plain(note))
-                    told.add(note)
+                    shown.add(note)
                 yield list(now.files), "  \n".join([f"{now.done} of {order.count} done", *map(_plain, now.notes)])
         except UserError as error:
             raise gr.Error(_plain(str(error)), print_exception=False) from error

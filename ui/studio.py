@@ -1,12 +1,10 @@
 """What the Draw tab does, without any widget: draws picture by picture, keeps files, can be cancelled.
 
 Design choices
-- Pictures are drawn one at a time, so that each appears when done and a cancel loses at most the one in the making.
-- A cancel is a flag of the session, looked at after every step: Gradio's own `cancels=` stops only between yields.
+- Pictures are drawn one at a time, so that each appears when done and a cancel loses at most the current one.
+- A cancel is a flag of the session, checked after every step: Gradio's own `cancels=` stops only between yields.
 - Files live in a folder of the app's own and are what the page shows and offers: Gradio re-encodes PIL pictures and
   would drop their settings.
-
-This module does not know Gradio.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ class Session:
     """One visitor's pictures with their settings, and whether they asked to stop.
 
     `history`: all, newest first, at most MAX_HISTORY; `latest`: those of the last order, oldest first; `chosen`: the
-    settings of the one being looked at.
+    settings of the selected one.
     """
 
     def __init__(self) -> None:
@@ -91,8 +89,8 @@ class Session:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where an order stands: pictures done, their files, notes for the user, settings of the newest picture."""
+class OrderProgress:
+    """Progress of an order: pictures done, their files, notes for the user, settings of the newest picture."""
 
     done: int
     files: tuple[str, ...]
@@ -109,10 +107,10 @@ class Studio:
 
     def draw(
         self, order: Order, session: Session, on_step: Callable[[int, int], None] = lambda picture, step: None
-    ) -> Iterator[Progress]:
+    ) -> Iterator[OrderProgress]:
         """Draws an order; yields after every picture. What was done before a cancel stays.
 
-        `on_step` is called after every step with the number of the picture in the making and of the step, from 0.
+        `on_step` is called after every step with the numbers of the current picture and of the step, from 0.
         """
         session.latest = []
         first = secrets.randbelow(2**31) if order.seed is None else order.seed
@@ -137,14 +135,14 @@ class Studio:
             save_png(path, picture, settings)
             files.append(str(path))
             session.keep(str(path), settings)
-            yield Progress(done=k + 1, files=tuple(files), notes=tuple(notes), settings=settings)
+            yield OrderProgress(done=k + 1, files=tuple(files), notes=tuple(notes), settings=settings)
 
     @staticmethod
-    def _stopped(session: Session, order: Order, files: list[str], notes: list[str]) -> Progress:
+    def _stopped(session: Session, order: Order, files: list[str], notes: list[str]) -> OrderProgress:
         """What there is when an order was cancelled; the next one starts with a clean flag."""
         session.cancelled.clear()
-        told = (*notes, f"stopped after {len(files)} of {order.count} pictures")
-        return Progress(done=len(files), files=tuple(files), notes=told)
+        ended = (*notes, f"stopped after {len(files)} of {order.count} pictures")
+        return OrderProgress(done=len(files), files=tuple(files), notes=ended)
 
     def _one(self, order: Order, seed: int, session: Session, on_step: Callable[[int], None]) -> Any:
         def watch(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,10 @@
 """What the Talk tab does, without any widget: one conversation a visitor, words and pictures in and out.
 
 Design choices
-- Messages are plain dicts (role, text, file); the page decides how they look. They grow while the model speaks, so that
-  words and steps show as they come.
-- A stop is a flag that is looked at after every event; the pipeline then leaves the turn unsaid, and so does this.
+- Messages are plain dicts (role, text, file). They grow while the model generates, so that words and steps are shown at
+  once.
+- A stop is a flag that is checked after every event; then the turn is removed from pipeline and messages.
 - A conversation that is full says so, and a new one is a button away: what was said is never dropped in silence.
-
-This module does not know Gradio.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.core.errors import UserError
 from mm.core.png_settings import drawing_settings, save_png
-from mm.models.dialogue import spoken
+from mm.models.dialogue import detokenize
 from mm.pipelines.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ class Talker:
                 visit.messages.append(reply)
             if event.kind == "word":
                 said.append(event.word)
-                reply["text"] = spoken(said)
+                reply["text"] = detokenize(said)
             elif event.kind == "step":
                 reply["text"] = f"drawing: step {event.step} of {event.steps}"
             elif event.picture is not None:

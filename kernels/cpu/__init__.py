@@ -1,4 +1,4 @@
-"""The C++ backend: 4- or 8-bit storage, 8-bit products, branches fused; AVX512-VNNI, AVX2 and portable paths.
+"""The C++ backend: 4- or 8-bit storage, 8-bit products, branches fused; paths by instruction set, chosen when it loads.
 
 Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
 
@@ -9,12 +9,10 @@ Design choices:
   for the cores. Hence torch is imported first, and `threads` is torch's number.
 - float16 x is read as it is and computed in fp32, as everything else is.
 - 16-bit weights go to torch's own product (`dense`).
-- Many tokens are rounded and multiplied a stretch at a time: rounded inputs then stay in the last-level cache, where
-  all of FLUX's 4096 tokens of 12288 numbers would be written out to fresh memory and fetched back.
-- Inputs that are not to be rounded are written as two digits of 8 bits a group, the second some 250 times finer: that
-  errs less than their own 16 bits, and integer products of packed weights do the rest.
-
-It does not know why a caller chose bits or groups, and it does not choose between backends (`dispatch`).
+- A token's outputs have the same bits whatever tokens are computed beside it (kernels/cpu/product.h says how).
+- Inputs that are not to be rounded are written as digits of 8 bits a group, each some 250 times finer than the last:
+  two for 16-bit inputs and three for fp32, which errs less than these types do. Integer products of packed weights
+  do the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +24,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mm.kernels.dense import add_branch, dense_linear
+from mm.core.errors import UserError
+from mm.kernels.dense import dense_linear
 from mm.kernels.packing import GROUP, padded
 
 _native: ModuleType | None
@@ -48,8 +47,6 @@ __all__ = [
 ]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STRETCH = 1024  # tokens: about as many as the product (many512.h) takes at once anyway
-_TILE = 6  # tokens of one of its tiles
 
 
 def absence() -> str | None:
@@ -58,8 +55,17 @@ def absence() -> str | None:
 
 
 def instruction_set() -> str | None:
-    """The widest path that this CPU runs, capped by MM_KERNELS_ISA; None where the extension is absent."""
-    return None if _native is None else str(_native.choose(os.environ.get("MM_KERNELS_ISA", "")))
+    """The widest path that this CPU runs, capped by MM_KERNELS_ISA; None where the extension is absent.
+
+    Raises:
+        UserError: MM_KERNELS_ISA names no path.
+    """
+    if _native is None:
+        return None
+    try:
+        return str(_native.choose(os.environ.get("MM_KERNELS_ISA", "")))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 if _native is not None:
@@ -70,7 +76,7 @@ def _ready(tensor: Tensor | None) -> Tensor | None:
     """Contiguous, on the CPU, of a type that the extension reads."""
     if tensor is None:
         return None
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"the cpu backend reads tensors on the CPU, not on {tensor.device}")
     return (tensor if tensor.dtype in _CODES else tensor.float()).contiguous()
 
@@ -78,6 +84,15 @@ def _ready(tensor: Tensor | None) -> Tensor | None:
 def _at(tensor: Tensor | None) -> tuple[int, int]:
     """Address and type code; (0, 0) for none."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype])
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous fp32."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _bits(weight: Tensor) -> int:
+    return 4 if weight.dtype == torch.uint8 else 8
 
 
 def quantize_activations(
@@ -109,33 +124,18 @@ def lowbit_linear(
     branch_scales_R: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    y = torch.empty(len(values_MC), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
-    _lowbit_into(y, values_MC, scales, weight, weight_scales_NG, bias_N, low_MR, up_NR, branch_scales_R)
-    return y.to(dtype)
-
-
-def _lowbit_into(
-    y_MN: Tensor,
-    values_MC: Tensor,
-    scales: Tensor,
-    weight: Tensor,
-    weight_scales_NG: Tensor,
-    bias_N: Tensor | None,
-    low_MR: Tensor | None,
-    up_NR: Tensor | None,
-    branch_scales_R: Tensor | None,
-) -> None:
     assert _native is not None
+    y_MN = torch.empty(len(values_MC), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
     values, weight, scales = values_MC.contiguous(), weight.contiguous(), scales.float().contiguous()
     weight_scales, bias, up = _ready(weight_scales_NG), _ready(bias_N), _ready(up_NR)
-    low = None if low_MR is None else low_MR.float().contiguous()
-    branch_scales = None if branch_scales_R is None else branch_scales_R.float().contiguous()
+    low, branch_scales = _floats(low_MR), _floats(branch_scales_R)
     (rows, wide), outputs = values.shape, weight.shape[0]
     _native.linear(
         (values.data_ptr(), scales.data_ptr(), weight.data_ptr()), _at(weight_scales), _at(bias), _at(low), _at(up),
         _at(branch_scales), _at(y_MN), (rows, outputs, wide, scales.shape[1], 0 if up is None else up.shape[1]),
-        4 if weight.dtype == torch.uint8 else 8, torch.get_num_threads(),
+        _bits(weight), torch.get_num_threads(),
     )  # fmt: skip
+    return y_MN.to(dtype)
 
 
 def rounded_linear(
@@ -150,15 +150,20 @@ def rounded_linear(
     rounding: tuple[int, int, bool, float],
 ) -> Tensor:
     """(M, N) in x's dtype; `rounding` holds bits, group, unsigned and shift of the inputs."""
-    dtype = x_MK.dtype
-    y = torch.empty(len(x_MK), len(weight), dtype=dtype if dtype in _CODES else torch.float32)
-    stretches = max(1, round(len(x_MK) / _STRETCH))
-    length = max(1, -(-len(x_MK) // (stretches * _TILE))) * _TILE
-    for x, part in zip(x_MK.split(length), y.split(length), strict=True):
-        values, scales, low = quantize_activations(x, smooth_K, down_RK, *rounding)
-        branch = None if down_RK is None else low
-        _lowbit_into(part, values, scales, weight, weight_scales_NG, bias_N, branch, up_NR, branch_scales_R)
-    return y.to(dtype)
+    assert _native is not None
+    x, weight = _ready(x_MK), weight.contiguous()
+    assert x is not None
+    (rows, columns), outputs, rank = x.shape, weight.shape[0], 0 if down_RK is None else down_RK.shape[0]
+    y_MN = torch.empty(rows, outputs, dtype=x.dtype)
+    # Named, since the extension reads what they point at
+    smooth, down, weight_scales, bias = _ready(smooth_K), _ready(down_RK), _ready(weight_scales_NG), _ready(bias_N)
+    up, branch_scales = _ready(up_NR), _floats(branch_scales_R)
+    _native.layer(
+        _at(x), _at(smooth), _at(down), weight.data_ptr(), _at(weight_scales), _at(bias), _at(up),
+        _at(branch_scales)[0], _at(y_MN), (rows, outputs, columns, rank), _bits(weight), rounding,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y_MN if x.dtype == x_MK.dtype else y_MN.to(x_MK.dtype)
 
 
 def weight_only_linear(
@@ -172,19 +177,30 @@ def weight_only_linear(
     branch_scales_R: Tensor | None,
     shift: float,
 ) -> Tensor:
-    """(M, N) in x's dtype; x is read as coarse + fine, each rounded to 8 bits a group."""
-    rows, columns = x_MK.shape
-    v = x_MK.float() + shift
-    v = v if smooth_K is None else v * (1 / smooth_K.float())
-    coarse, steps, _ = quantize_activations(v, None, None, 8, GROUP, False, 0.0)
-    left = v - (coarse.view(rows, -1, GROUP) * steps[..., None]).view(rows, -1)[:, :columns]
-    fine, fine_steps, _ = quantize_activations(left, None, None, 8, GROUP, False, 0.0)
-    both = lowbit_linear(
-        torch.cat([coarse, fine]), torch.cat([steps, fine_steps]), weight, weight_scales_NG, None, None, None, None,
-        torch.float32,
-    )  # fmt: skip
-    y = both[:rows] + both[rows:]
-    if bias_N is not None:
-        y += bias_N
-    low = None if down_RK is None else x_MK.float() @ down_RK.float().T
-    return add_branch(y, low, up_NR, branch_scales_R).to(x_MK.dtype)
+    """(M, N) in x's dtype; x is read as a sum of digits, each rounded to 8 bits a group.
+
+    All digits are tokens of one product, so that weights are read once; the branch belongs to the first.
+    """
+    (rows, columns), wide = x_MK.shape, padded(x_MK.shape[1])
+    left = x_MK.float() + shift
+    left = left if smooth_K is None else left * (1 / smooth_K.float())
+    count = 3 if x_MK.dtype in (torch.float32, torch.float64) else 2
+    digits, steps = [], []
+    for number in range(count):
+        digit, step, _ = quantize_activations(left, None, None, 8, GROUP, False, 0.0)
+        digits.append(digit)
+        steps.append(step)
+        if number + 1 < count:
+            read = (digit.view(rows, wide // GROUP, GROUP) * step[..., None]).view(rows, wide)
+            left = left - read[:, :columns]
+    low = None
+    if down_RK is not None:
+        low = x_MK.new_zeros(count * rows, down_RK.shape[0], dtype=torch.float32)
+        low[:rows] = quantize_activations(x_MK, None, down_RK, 8, 0, False, 0.0)[2]
+    parts = lowbit_linear(
+        torch.cat(digits), torch.cat(steps), weight, weight_scales_NG, None, low, up_NR, branch_scales_R, torch.float32
+    ).view(count, rows, len(weight))
+    y_MN = parts[0]
+    for part in parts[1:]:
+        y_MN += part
+    return (y_MN if bias_N is None else y_MN + bias_N).to(x_MK.dtype)

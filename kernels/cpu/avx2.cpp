@@ -1,50 +1,39 @@
-// AVX2: 32 products per instruction in 16 bits (which cannot overflow here: for 4-bit weights see kernels/packing.py), summed
-// in 32.
+// AVX2: vpmaddubsw multiplies unsigned weights (value + 8, at most 15) with signed activations and adds pairs in 16 bits. Eight
+// such sums fit there (8 * 2 * 15 * 128 < 2^15, whatever the activations), and only then are they widened to 32 bits: 2.25
+// instructions for 32 products. 8-bit weights, which would saturate at once, are two 4-bit ones: value + 128 = 16 high + low.
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#include <vector>
 
 #include "kernels.h"
 
 namespace mm {
 namespace {
 
-#define MM_TARGET __attribute__((target("avx2")))
-#define MM_PROJECT_DOWN project_down
+#define MM_TARGET __attribute__((target("avx2,fma,f16c")))
+#include "vectors256.h"
+
+using Part = __m256i;  // 16 sums of 16 bits
+constexpr int CHAIN = 8, PLANES8 = 2;
+
+MM_TARGET inline Part begin(I) { return _mm256_setzero_si256(); }
+MM_TARGET inline Part dot(Part part, I w, I x) { return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x)); }
+template <int PLANE>
+MM_TARGET inline I join(I sums, Part part) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(part, _mm256_set1_epi16(PLANE ? 16 : 1)));
+}
+template <int BITS, int PLANE>
+MM_TARGET inline I plane(I w) {
+    return BITS == 4 ? w : PLANE ? high_halves(w) : low_halves(w);
+}
+
 #include "rows.h"
+#include "product.h"
 
-MM_TARGET inline __m256i dot32(const int8_t *x, const uint8_t *w) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w)),
-                                               _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-
-// Signed weights: |w| times x with w's sign. 128 * 127 * 2 still fits into 16 bits, as activations stop at -127.
-MM_TARGET inline __m256i dot32(const int8_t *x, const int8_t *w) {
-    const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w));
-    const __m256i turned = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)), weights);
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), turned), _mm256_set1_epi16(1));
-}
-
-template <typename Weight>
-MM_TARGET inline void dots(const int8_t *x, const Weight *w, int64_t G, int32_t *sums) {
-    for (int64_t g = 0; g < G; ++g, x += GROUP, w += GROUP) {
-        const __m256i eight = _mm256_add_epi32(dot32(x, w), dot32(x + 32, w + 32));
-        __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-        four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-        sums[g] = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-    }
-}
-
-MM_TARGET inline void group_dots(const int8_t *x, const uint8_t *w, int64_t G, int32_t *sums) { dots(x, w, G, sums); }
-MM_TARGET inline void signed_dots(const int8_t *x, const int8_t *w, int64_t G, int32_t *sums) { dots(x, w, G, sums); }
-
-#include "dots.h"
+bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
-const Path avx2_path{"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, quantize, linear};
+const Path avx2_path{"avx2", runs_here, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

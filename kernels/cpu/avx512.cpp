@@ -1,62 +1,117 @@
-// AVX512-VNNI: vpdpbusd multiplies unsigned weights (value + 8) with signed activations, four columns of K at a time.
-//
-// Design choices:
-// - Many tokens and few have a product each (many512.h, few512.h): the one multiplies from registers, the other reads weights
-//   as fast as memory gives them.
-// - The + 8 of the storage costs nothing: a group's sums start at -8 * (sum of its activations) instead of zero.
-// - 8-bit weights go the same ways: read with their top bit turned they are value + 128.
-// - The branch is added to the fp32 sums, in fp32.
+// AVX512-VNNI: vpdpbusd multiplies unsigned weights (value + 8, or + 128) with signed activations, four columns of K at a time.
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#include <algorithm>
-#include <memory>
-#include <vector>
 
 #include "kernels.h"
 
 namespace mm {
 namespace {
 
-#define MM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
-#define MM_PROJECT_DOWN project_down_wide
-MM_TARGET void project_down_wide(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *down, int64_t from,
-                                 int64_t to);
+#define MM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+
+constexpr int LANES = 16, VECTORS = 2, ROWS = 6, DEPTH = 4, FEW = 8;
+constexpr int FLIP8 = 128;
+
+using F = __m512;
+using I = __m512i;
+
+MM_TARGET inline F zero() { return _mm512_setzero_ps(); }
+MM_TARGET inline F splat(float value) { return _mm512_set1_ps(value); }
+MM_TARGET inline F load(const float *from) { return _mm512_loadu_ps(from); }
+MM_TARGET inline void store(float *to, F value) { _mm512_storeu_ps(to, value); }
+MM_TARGET inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+MM_TARGET inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+MM_TARGET inline F floats(I value) { return _mm512_cvtepi32_ps(value); }
+MM_TARGET inline float sum_of(F value) { return _mm512_reduce_add_ps(value); }
+
+MM_TARGET inline I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
+MM_TARGET inline I load_int(const uint8_t *from) { return _mm512_loadu_si512(from); }
+MM_TARGET inline void store_int(uint8_t *to, I value) { _mm512_storeu_si512(to, value); }
+MM_TARGET inline I low_halves(I value) { return _mm512_and_si512(value, _mm512_set1_epi8(15)); }
+MM_TARGET inline I high_halves(I value) { return low_halves(_mm512_srli_epi16(value, 4)); }
+MM_TARGET inline I flipped(I value) { return _mm512_xor_si512(value, _mm512_set1_epi8(char(FLIP8))); }
+
+template <int HALF>
+MM_TARGET inline F from_bfloats(I value) {
+    return _mm512_castsi512_ps(HALF ? _mm512_and_si512(value, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(value, 16));
+}
+template <int HALF>
+MM_TARGET inline F from_halves(I value) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(HALF ? _mm512_srli_epi32(value, 16) : value));
+}
+MM_TARGET inline F as_floats(I value) { return _mm512_castsi512_ps(value); }
+
+template <Type TYPE>
+MM_TARGET inline F load_as(const void *data, int64_t index) {
+    if constexpr (TYPE == Type::f32) return _mm512_loadu_ps(static_cast<const float *>(data) + index);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(data) + index));
+    if constexpr (TYPE == Type::f16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+MM_TARGET inline void turn(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
+    I r[8], s[8];
+    if (rows >= LANES)
+        for (int i = 0; i < 8; ++i)
+            r[i] = _mm512_inserti64x4(
+                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i * stride))),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + (i + 8) * stride)), 1);
+    else
+        for (int i = 0; i < 8; ++i) {
+            const __m256i none = _mm256_setzero_si256();
+            const __m256i low = i < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i * stride)) : none;
+            const __m256i high =
+                i + 8 < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + (i + 8) * stride)) : none;
+            r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+        }
+    // An 8 x 8 transposition of 32-bit words in either half of the registers
+    for (int i = 0; i < 4; ++i) {
+        s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 2; ++j) {
+            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+        }
+    const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), upper = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    for (int j = 0; j < 4; ++j) {
+        to[j] = _mm512_permutex2var_epi64(r[j], lower, r[j + 4]);
+        to[j + 4] = _mm512_permutex2var_epi64(r[j], upper, r[j + 4]);
+    }
+}
+
+using Part = I;
+constexpr int CHAIN = 16, PLANES8 = 1;
+
+MM_TARGET inline Part begin(I sums) { return sums; }
+MM_TARGET inline Part dot(Part part, I w, I x) { return _mm512_dpbusd_epi32(part, w, x); }
+template <int PLANE>
+MM_TARGET inline I join(I, Part part) {
+    return part;
+}
+template <int BITS, int PLANE>
+MM_TARGET inline I plane(I w) {
+    return w;
+}
+
 #include "rows.h"
-#include "project512.h"
-
-// -8 (or -128) * (sum of a group's activations), from one instruction per group.
-MM_TARGET inline int32_t offset_of(const LinearArgs &a, const int8_t *x) {
-    const __m512i zeros = _mm512_set1_epi8(char(a.weight_bits == 4 ? 8 : 128));
-    return -_mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), zeros, _mm512_loadu_si512(x)));
-}
-
-inline std::vector<float> scaled_low(const LinearArgs &a) {
-    std::vector<float> low(a.low, a.low + (a.R ? a.M * a.R : 0));
-    if (a.branch_scales != nullptr)
-        for (int64_t i = 0; i < int64_t(low.size()); ++i) low[size_t(i)] *= a.branch_scales[i % a.R];
-    return low;
-}
-
-#include "few512.h"
-#include "many512.h"
-
-constexpr int64_t FEW = 8;  // at so many tokens both products take about as long
-
-MM_TARGET void linear(const LinearArgs &a) {
-    if (a.M > FEW) return linear_many(a);
-    if (a.weight_bits == 4) return a.grouped() ? linear_few<4, true>(a) : linear_few<4, false>(a);
-    return a.grouped() ? linear_few<8, true>(a) : linear_few<8, false>(a);
-}
+#include "pairs512.h"
+struct Panel;
+template <int T, int BITS, bool GROUPED>
+MM_TARGET void whole_tile(const int8_t *x, const int32_t *offsets, const float *scales, const Panel &p, int64_t G, float *sums);
+#define MM_WHOLE_TILE whole_tile
+#include "product.h"
+#include "tile512.h"
 
 bool runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
 }
 
 }  // namespace
 
-const Path avx512_path{"avx512", runs_here, quantize, linear};
+const Path avx512_path{"avx512", runs_here, quantize, linear, FEW, layer_few};
 
 }  // namespace mm
 #endif

@@ -3,8 +3,12 @@
 // Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -64,17 +68,44 @@ inline void ask_for_large_pages(const void *data, int64_t bytes) {
 #endif
 }
 
+// Left as it comes: whoever fills it touches its pages first, in parallel.
+template <typename T>
+struct Raw {
+    std::unique_ptr<T[]> memory;
+    explicit Raw(int64_t count) : memory(new T[size_t(count)]) {}
+    T *data() const { return memory.get(); }
+};
+
+// A whole layer that rounds its inputs: what both kernels take, but for what lies between them.
+struct LayerArgs {
+    Array x, smooth, down;
+    const uint8_t *weight;
+    int weight_bits;
+    Array weight_scales, bias, up;
+    const float *branch_scales;
+    Array out;
+    int64_t M, N, K, R;
+    int bits;
+    int64_t group;
+    bool is_unsigned;
+    float shift;
+    int threads;
+};
+
 struct Path {
     const char *name;
     bool (*runs_here)();
     void (*quantize)(const QuantizeArgs &);
     void (*linear)(const LinearArgs &);
+    int64_t few = 0;  // up to so many tokens `layer_few` does both
+    void (*layer_few)(const QuantizeArgs &, const LinearArgs &) = nullptr;
 };
 
 extern const Path portable_path;
 #if defined(__x86_64__)
-extern const Path avx2_path;
-extern const Path avx512_path;
+extern const Path avx2_path, avx_vnni_path, avx_vnni_evex_path, avx512_path;
+#elif defined(__aarch64__)
+extern const Path neon_i8mm_path, neon_dotprod_path;
 #endif
 
 }  // namespace mm

@@ -3,10 +3,11 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
-#include "kernels.h"
+#include "layer.h"
 
 namespace nb = nanobind;
 using namespace mm;
@@ -24,11 +25,21 @@ T *pointer(uintptr_t address) {
 
 const Path *const paths[] = {
 #if defined(__x86_64__)
-    &avx512_path, &avx2_path,
+    &avx512_path, &avx_vnni_path, &avx_vnni_evex_path, &avx2_path,
+#elif defined(__aarch64__)
+    &neon_i8mm_path, &neon_dotprod_path,
 #endif
     &portable_path};
 
 const Path *chosen = &portable_path;
+
+// The names of all paths that were compiled, the widest first.
+std::vector<std::string> names() {
+    std::vector<std::string> found;
+    for (const Path *path : paths)
+        if (found.empty() || found.back() != path->name) found.emplace_back(path->name);
+    return found;
+}
 
 // The widest path that this CPU runs, or the widest from `cap` downward.
 std::string choose(const std::string &cap) {
@@ -40,7 +51,9 @@ std::string choose(const std::string &cap) {
             return path->name;
         }
     }
-    throw std::invalid_argument("MM_KERNELS_ISA takes avx512, avx2 or portable, not '" + cap + "'");
+    std::string known;
+    for (const std::string &name : names()) known += (known.empty() ? "" : ", ") + name;
+    throw std::invalid_argument("MM_KERNELS_ISA takes one of " + known + ", not '" + cap + "'");
 }
 
 void quantize(const Typed &x, const Typed &smooth, const Typed &down, std::tuple<int64_t, int64_t, int64_t> sizes, int bits,
@@ -65,10 +78,25 @@ void linear(std::tuple<uintptr_t, uintptr_t, uintptr_t> in, const Typed &weight_
     chosen->linear(args);
 }
 
+void layer(const Typed &x, const Typed &smooth, const Typed &down, uintptr_t weight, const Typed &weight_scales,
+           const Typed &bias, const Typed &up, uintptr_t branch_scales, const Typed &out,
+           std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, int weight_bits,
+           std::tuple<int, int64_t, bool, float> rounding, int threads) {
+    const auto [M, N, K, R] = sizes;
+    const auto [bits, group, is_unsigned, shift] = rounding;
+    const LayerArgs args{array(x), array(smooth), array(down), pointer<const uint8_t>(weight), weight_bits,
+                         array(weight_scales), array(bias), array(up), pointer<const float>(branch_scales), array(out),
+                         M, N, K, R, bits, group, is_unsigned, shift, threads};
+    nb::gil_scoped_release release;
+    run_layer(*chosen, args);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.def("choose", &choose);
+    m.def("paths", &names);
     m.def("quantize", &quantize);
     m.def("linear", &linear);
+    m.def("layer", &layer);
 }

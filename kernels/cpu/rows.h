@@ -1,8 +1,13 @@
 // Row-wise work, written as plain loops and compiled once per path: the includer sets MM_TARGET (its instruction set) and
 // includes this inside its own anonymous namespace, so that no two paths share a compiled function.
 //
+// project_down is the path's: `low` of `count` tokens from `first` on, ranks [from, to), a multiple of 8; x holds the tokens in
+// fp32, C apart, zeros from K on.
+//
 // The order of steps is the reference's; see kernels/reference.py. Contraction to fused multiply-adds is switched off for
 // the whole extension, as it would move values across rounding edges.
+
+MM_TARGET void project_down(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, int64_t from, int64_t to);
 
 MM_TARGET inline float bits_to_float(uint32_t bits) {
     float value;
@@ -65,13 +70,6 @@ MM_TARGET inline void store_floats(const float *from, int64_t count, Array out) 
     }
 }
 
-MM_TARGET inline float dot(const float *a, const float *b, int64_t count) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
 // One stretch of v that shares a scale. The largest magnitude is found among bit patterns, where anything that is no
 // number exceeds every number: it ends up in the scale, hence in the output, instead of vanishing. No loop here has a
 // branch: on signs of real data each would be guessed wrong half of the time, which took four fifths of the whole pass.
@@ -93,7 +91,7 @@ MM_TARGET inline float round_stretch(const float *v, int64_t count, int top, boo
     const float low = is_unsigned ? 0.0f : float(-top), high = float(top);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-        float q = __builtin_rintf(v[i] * per_step);
+        float q = std::rint(v[i] * per_step);
         q = q < low ? low : q;
         q = q > high ? high : q;
         values[i] = int8_t(int(q));
@@ -106,7 +104,6 @@ MM_TARGET inline void quantize_row(const QuantizeArgs &a, int64_t m, const float
         for (int64_t k = 0; k < a.K; ++k) v[k] = (v[k] + a.shift) * inverse[k];
     else if (a.shift != 0)
         for (int64_t k = 0; k < a.K; ++k) v[k] = v[k] + a.shift;
-    std::memset(v + a.K, 0, size_t(a.C - a.K) * 4);
     const int top = a.bits == 8 ? 127 : a.is_unsigned ? 15 : 7;
     const int64_t stretch = a.group ? a.group : a.C, count = a.C / stretch;
     for (int64_t g = 0; g < count; ++g)
@@ -116,52 +113,46 @@ MM_TARGET inline void quantize_row(const QuantizeArgs &a, int64_t m, const float
 
 constexpr int64_t QUANTIZE_ROWS = 8;  // rows that share one reading of `down`
 
-MM_TARGET inline void project_down(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, float *down, int64_t from,
-                                   int64_t to) {
-    for (int64_t r = from; r < to; ++r) {
-        load_floats(a.down.at(r * a.K), a.K, down);
-        for (int64_t i = 0; i < count; ++i) a.low[(first + i) * a.R + r] = dot(x + i * a.C, down, a.K);
-    }
-}
-
 MM_TARGET inline int64_t load_block(const QuantizeArgs &a, int64_t first, float *x) {
     const int64_t count = a.M - first < QUANTIZE_ROWS ? a.M - first : QUANTIZE_ROWS;
-    for (int64_t i = 0; i < count; ++i) load_floats(a.x.at((first + i) * a.K), a.K, x + i * a.C);
+    for (int64_t i = 0; i < count; ++i) {
+        load_floats(a.x.at((first + i) * a.K), a.K, x + i * a.C);
+        std::memset(x + i * a.C + a.K, 0, size_t(a.C - a.K) * 4);
+    }
     return count;
 }
 
-// A single block: threads share its ranks, since reading `down` is most of the work. 
+// A single block: threads share its ranks, since reading `down` is most of the work.
 MM_TARGET inline void quantize_one_block(const QuantizeArgs &a, const float *inverse) {
     constexpr int64_t RANKS = 8;
     std::vector<float> x(size_t(QUANTIZE_ROWS * a.C));
     const int64_t count = load_block(a, 0, x.data());
-#pragma omp parallel num_threads(a.threads) if (a.R * a.K >= 32768)
-    {
-        std::vector<float> down(size_t(a.K));
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < a.R; r += RANKS) MM_PROJECT_DOWN(a, 0, count, x.data(), down.data(), r, r + RANKS);
-    }
+#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.R * a.K >= 32768)
+    for (int64_t r = 0; r < a.R; r += RANKS) project_down(a, 0, count, x.data(), r, r + RANKS);
     for (int64_t i = 0; i < count; ++i) quantize_row(a, i, inverse, x.data() + i * a.C);
 }
 
+// 1 / smooth; empty where nothing is smoothed.
+MM_TARGET inline std::vector<float> inverse_of(const QuantizeArgs &a) {
+    std::vector<float> inverse(size_t(a.smooth ? a.K : 0));
+    if (a.smooth) load_floats(a.smooth, a.K, inverse.data());
+    for (float &value : inverse) value = 1.0f / value;
+    return inverse;
+}
+
 MM_TARGET void quantize(const QuantizeArgs &a) {
-    std::vector<float> inverse;
-    if (a.smooth) {
-        inverse.resize(size_t(a.K));
-        load_floats(a.smooth, a.K, inverse.data());
-        for (float &value : inverse) value = 1.0f / value;
-    }
+    const std::vector<float> inverse = inverse_of(a);
     const float *by = a.smooth ? inverse.data() : nullptr;
     const int64_t blocks = (a.M + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS;
-    if (blocks == 1) return quantize_one_block(a, by);
+    if (blocks <= 1) return quantize_one_block(a, by);
     ask_for_large_pages(a.values, a.M * a.C);
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(a.M * a.C * (a.R + 8) < (1 << 19) ? 1 : a.threads)
     {
-        std::vector<float> x(size_t(QUANTIZE_ROWS * a.C)), down(size_t(a.K));
+        std::vector<float> x(size_t(QUANTIZE_ROWS * a.C));
 #pragma omp for schedule(dynamic, 4)
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = block * QUANTIZE_ROWS, count = load_block(a, first, x.data());
-            MM_PROJECT_DOWN(a, first, count, x.data(), down.data(), 0, a.R);
+            if (a.R) project_down(a, first, count, x.data(), 0, a.R);
             for (int64_t i = 0; i < count; ++i) quantize_row(a, first + i, by, x.data() + i * a.C);
         }
     }

@@ -7,66 +7,30 @@ Design choices
 - Applying says "N of N tensors" or raises with the first names that do not match; nothing is applied in part.
 - A file carries the hash of the base it was made for, by its 16-bit tensors; a quantized model keeps that hash. Another
   base, or a foreign adapter without one, warns.
-- Undo restores what was there bit for bit: branches are detached, rows and weights are kept and put back.
+- A patch holds no state of any model: what is applied, and how it comes off, is the model's stack
+  (`mm.adapters.stack`). The same patch goes onto several models, and one read again from its file takes it off.
 
-This module does not know how patches are made, nor foreign formats (`mm.adapters.lora_formats`).
 Legend: N outputs, K inputs, r rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
+from mm.adapters.entry import Entry as Entry
+from mm.adapters.patch_file import FIELDS, read_patch, write_patch
+from mm.adapters.stack import Applied as Applied
+from mm.adapters.stack import Stack, stack_of
 from mm.core.errors import UserError
-from mm.core.files import write_bytes
-from mm.layers.base_hash import base_hash
-from mm.layers.linear import Branch, BranchedLinear, Scope
-from mm.layers.surgery import branched, locate, roots_of
-
-Kind = Literal["lowrank", "rows", "dense", "rotation"]
-_PARTS: dict[str, tuple[str, ...]] = {
-    "lowrank": ("down", "up"),
-    "rows": ("ids", "rows"),
-    "dense": ("delta",),
-    "rotation": ("rotation",),
-}
-_META = "mm_patch"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Entry:
-    """One change. Tensors: lowrank down (r, K), up (N, r); rows ids (n,), rows (n, D); dense delta (N, K); rotation
-    (N, N), W becomes rotation @ W. `scale` multiplies the first and third."""
-
-    kind: Kind
-    tensors: dict[str, Tensor]
-    scale: float = 1.0
-    scope: Scope | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in _PARTS or set(self.tensors) != set(_PARTS[self.kind]):
-            raise ValueError(f"an entry of kind {self.kind!r} with {sorted(self.tensors)}; kinds and tensors: {_PARTS}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Applied:
-    """What was done; `str` says it."""
-
-    tensors: int
-    layers: int
-
-    def __str__(self) -> str:
-        return f"{self.tensors} of {self.tensors} tensors applied to {self.layers} layers"
+from mm.layers.linear import BranchedLinear
+from mm.layers.offloading import stored
+from mm.layers.surgery import locate, no_branches, roots_of, submodule
 
 
 @dataclass(kw_only=True)
@@ -79,208 +43,128 @@ class Patch:
     settings: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     name: str = "patch"
-    _kept: list[tuple[Any, Tensor]] = field(default_factory=list, repr=False)
 
     # ---- files --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
-        tensors = {f"{p}|{k}": t.contiguous().cpu() for p, e in self.entries.items() for k, t in e.tensors.items()}
-        kinds = {p: {"kind": e.kind, "scale": e.scale, "scope": e.scope} for p, e in self.entries.items()}
-        meta = {"version": 1, "method": self.method, "base": self.base, "name": self.name, "entries": kinds}
-        meta |= {"settings": self.settings, "report": self.report}
-        write_bytes(Path(path), save(tensors, metadata={_META: json.dumps(meta)}))
+        write_patch(path, self.entries, {name: getattr(self, name) for name in FIELDS})
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
         """Reads a file that `save` wrote. Raises UserError for anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                text = (file.metadata() or {}).get(_META)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is no safetensors file ({error})") from error
-        if text is None:
-            raise UserError(
-                f"{path} is no patch of mm; a LoRA of another program is read by mm.adapters.lora_formats.read_lora"
-            )
-        meta = json.loads(text)
-        entries = {
-            p: Entry(
-                kind=e["kind"],
-                scale=e["scale"],
-                scope=e["scope"],
-                tensors={k: tensors[f"{p}|{k}"] for k in _PARTS[e["kind"]]},
-            )
-            for p, e in meta["entries"].items()
-        }
-        fields = {k: meta[k] for k in ("method", "base", "settings", "report", "name")}
+        entries, fields = read_patch(path)
         return cls(entries=entries, **fields)
 
     # ---- on and off ---------------------------------------------------------------------------------------------
 
     def apply(self, target: Any, scale: float = 1.0) -> Applied:
-        """Puts all entries onto a module or pipeline. Raises UserError when one misfits; nothing is changed then."""
-        places = self._match(target)
-        self._check_base(target)
-        for entry, root, path in places:
-            self._put(entry, root, path, scale)
-        return Applied(tensors=sum(len(e.tensors) for e in self.entries.values()), layers=len(places))
+        """Puts all entries onto a module or pipeline, on top of what is there.
+
+        Args:
+            target: a module or pipeline.
+            scale: how strongly: 0 is without the patch, 1 in full.
+
+        Raises:
+            UserError: when an entry misfits or a patch of this name is there already; nothing is changed then.
+        """
+        return stack_of(target).apply(self, scale)
 
     def scale(self, target: Any, scale: float) -> None:
-        """How strongly the patch acts from now on; low-rank entries only."""
-        for entry, root, path in self._match(target):
-            if entry.kind != "lowrank":
-                raise UserError(
-                    f"{path}: an entry of kind {entry.kind!r} has no live scale; undo it and apply it again"
-                )
-            branched(root, path).set_scale(self.name, scale * entry.scale)
+        """How strongly the patch acts from now on: 0 is without it, 1 in full."""
+        self._on(target).scale(self.name, scale)
 
     def undo(self, target: Any) -> None:
-        """Takes the patch off; the model is then what it was, bit for bit."""
-        for entry, root, path in self._match(target):
-            if entry.kind == "lowrank":
-                branched(root, path).detach(self.name)
-        with torch.no_grad():
-            while self._kept:
-                module, before = self._kept.pop()
-                module.weight.copy_(before)
+        """Takes the patch off; the model is then, bit for bit, what it would be without it."""
+        self._on(target).undo(self.name)
 
-    def bake(self, target: Any, scale: float = 1.0) -> Applied:
-        """Adds the patch to 16-bit weights for good, for example before quantizing."""
-        places = self._match(target)
-        for entry, root, path in places:
-            layer: Any = root.get_submodule(path)
-            if isinstance(layer, BranchedLinear) and layer.bits != 16:
-                raise UserError(f"{path} has {layer.bits}-bit weights; bake into the 16-bit model and quantize that")
-            if entry.scope:
-                raise UserError(f"{path}: a branch for {entry.scope} tokens only cannot be baked into one weight")
-            with torch.no_grad():
-                layer.weight.copy_(_changed(entry, layer.weight, scale))
-        return Applied(tensors=sum(len(e.tensors) for e in self.entries.values()), layers=len(places))
+    def bake(self, target: Any, scale: float | None = None) -> Applied:
+        """Adds the patch to 16-bit weights for good, for example before quantizing.
+
+        Args:
+            target: a module or pipeline, with the patch on it or not.
+            scale: how strongly; by default as it acts now, or in full where it is not applied.
+
+        Raises:
+            UserError: where that is not possible; nothing is changed then.
+        """
+        stack = stack_of(target)
+        item = next((item for item in stack.list() if item.name == self.name), None)
+        if item is None:
+            self.apply(target, 1.0 if scale is None else scale)
+        else:
+            self._on(target)
+            if scale is not None:
+                stack.scale(self.name, scale)
+        try:
+            return stack.bake(self.name)
+        except BaseException:
+            if item is None:
+                stack.undo(self.name)
+            else:
+                stack.scale(self.name, item.scale)
+            raise
 
     def verify(self, target: Any) -> str:
-        """Says "N of N tensors applied" when the model carries the patch; raises UserError where it does not."""
-        missing = [
-            path
-            for entry, root, path in self._match(target)
-            if entry.kind == "lowrank" and self.name not in [b.name for b in branched(root, path).branches]
-        ]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(self.entries)} layers lack patch {self.name!r}: {missing[0]} first"
-            )
-        total = sum(len(e.tensors) for e in self.entries.values())
-        return f"{total} of {total} tensors applied"
+        """Says "N of N tensors applied" when the model carries the patch; raises UserError where it does not.
 
-    def truncated(self, rank: int) -> Patch:
-        """Dense entries as low-rank ones of at most `rank`; what is lost is in the report and printed."""
+        Nothing is changed.
+        """
+        return stack_of(target).verify(self.name, self.entries)
+
+    def _on(self, target: Any) -> Stack:
+        """The stack, with this very patch on it."""
+        stack = stack_of(target)
+        stack.require(self.name, self.entries)
+        return stack
+
+    def truncated(self, rank: int, target: Any = None) -> Patch:
+        """Dense and rotation entries as low-rank ones of at most `rank`; what is lost is in the report and printed.
+
+        Args:
+            rank: of the new entries.
+            target: the model, which rotations need: (R - I) W is a change of its weights as they are now, branches
+                included; 4-bit layers give what they compute with.
+
+        Raises:
+            UserError: for a rotation without a target.
+        """
+        if rank < 1:
+            raise UserError(f"rank is {rank}; give 1 or more")
         entries, lost = dict(self.entries), {}
         for path, entry in self.entries.items():
-            if entry.kind == "dense":
-                entries[path], lost[path] = _truncate(entry, rank)
+            if entry.kind in ("dense", "rotation"):
+                entries[path], lost[path] = _truncate(entry, rank, path, target)
         if lost:
             worst = max(lost, key=lambda p: lost[p])
-            print(f"truncated {len(lost)} dense entries to rank {rank}; at most {lost[worst]:.1%} lost ({worst})")
-        return dataclasses.replace(self, entries=entries, report=self.report | {"truncated": lost}, _kept=[])
-
-    def _put(self, entry: Entry, root: nn.Module, path: str, scale: float) -> None:
-        if entry.kind == "lowrank":
-            layer = branched(root, path)
-            like = layer.weight_scales if layer.bits != 16 else layer.weight
-            made = Branch(
-                name=self.name,
-                down=entry.tensors["down"].to(like.device, like.dtype),
-                up=entry.tensors["up"].to(like.device, like.dtype),
-                scale=scale * entry.scale,
-                origin=self.method,
-                scope=entry.scope,
-            )
-            layer.attach(made)
-            return
-        module: Any = root.get_submodule(path)
-        with torch.no_grad():
-            self._kept.append((module, module.weight.detach().clone()))
-            module.weight.copy_(_changed(entry, module.weight, scale))
-
-    def _match(self, target: Any) -> list[tuple[Entry, nn.Module, str]]:
-        """Each entry with its root module and the path below it; raises UserError unless all of them fit."""
-        roots = roots_of(target)
-        found, bad = [], []
-        for path, entry in self.entries.items():
-            place = locate(roots, path)
-            why = "no such layer" if place is None else _misfit(entry, place[0].get_submodule(place[1]))
-            if place is None or why:
-                bad.append(f"{path} ({why})")
-            else:
-                found.append((entry, *place))
-        if bad or not self.entries:
-            shown = "; ".join(bad[:3]) or "the patch is empty"
-            raise UserError(
-                f"{len(found)} of {len(self.entries)} layers of patch {self.name!r} fit this model; not: {shown}"
-            )
-        return found
-
-    def _check_base(self, target: Any) -> None:
-        if not self.base:
-            warnings.warn(
-                f"patch {self.name!r} does not say which model it was made for; shapes fit, more is not known",
-                stacklevel=3,
-            )
-            return
-        hashes = [base_hash(root) for root in roots_of(target).values()]
-        if self.base not in hashes:
-            warnings.warn(
-                f"patch {self.name!r} was made for another base ({self.base[:12]}..., this is {hashes[0][:12]}...)",
-                stacklevel=3,
-            )
+            kinds = " and ".join(sorted({self.entries[p].kind for p in lost}))
+            print(f"truncated {len(lost)} {kinds} entries to rank {rank}; at most {lost[worst]:.1%} lost ({worst})")
+        return dataclasses.replace(self, entries=entries, report=self.report | {"truncated": lost})
 
 
-def _misfit(entry: Entry, module: nn.Module) -> str:
-    """Why an entry does not go onto a module; empty when it does."""
-    if entry.kind == "rows":
-        if not isinstance(module, nn.Embedding):
-            return f"rows go into an embedding, this is a {type(module).__name__}"
-        fits = entry.tensors["rows"].shape[1] == module.embedding_dim
-        return "" if fits and int(entry.tensors["ids"].max()) < module.num_embeddings else "shape"
-    if not isinstance(module, nn.Linear):
-        return f"a {type(module).__name__}, not a linear layer"
-    outputs, inputs = module.out_features, module.in_features
-    if entry.kind == "lowrank":
-        up, down = entry.tensors["up"].shape, entry.tensors["down"].shape
-        if up[1] != down[0]:
-            return f"rank {down[0]} down, rank {up[1]} up"
-        made = (up[0], down[1])
-        return "" if made == (outputs, inputs) else f"made for {made}, this is {(outputs, inputs)}"
-    if isinstance(module, BranchedLinear) and module.bits != 16:
-        return f"{entry.kind} changes cannot go onto {module.bits}-bit weights; truncate them, or quantize again"
-    want = (outputs, inputs) if entry.kind == "dense" else (outputs, outputs)
-    got = tuple(next(iter(entry.tensors.values())).shape)
-    return "" if got == want else f"made for {got}, this needs {want}"
-
-
-def _changed(entry: Entry, weight: Tensor, scale: float) -> Tensor:
-    """A weight with an entry added for good, in the weight's own type."""
-    if entry.kind == "rows":
-        out = weight.detach().clone()
-        out[entry.tensors["ids"].to(weight.device)] = entry.tensors["rows"].to(weight)
-        return out
-    wide = weight.detach().float()
-    tensors = {k: t.to(weight.device, torch.float32) for k, t in entry.tensors.items()}
-    if entry.kind == "lowrank":
-        wide = wide + scale * entry.scale * tensors["up"] @ tensors["down"]
-    elif entry.kind == "dense":
-        wide = wide + scale * entry.scale * tensors["delta"]
-    else:
-        wide = tensors["rotation"] @ wide
-    return wide.to(weight.dtype)
-
-
-def _truncate(entry: Entry, rank: int) -> tuple[Entry, float]:
-    """The best low-rank entry for a dense one, and the share of its norm that is lost."""
-    delta = entry.tensors["delta"].float()
-    left, sizes, right = torch.linalg.svd(delta, full_matrices=False)
+def _truncate(entry: Entry, rank: int, path: str, target: Any) -> tuple[Entry, float]:
+    """The best low-rank entry for another one, and the share of the change's norm that is lost (Eckart-Young)."""
+    delta_NK = entry.tensors["delta"].float() if entry.kind == "dense" else _rotation_change(entry, path, target)
+    left, sizes, right = torch.linalg.svd(delta_NK, full_matrices=False)
     root = sizes[:rank].sqrt()
     made = {"up": left[:, :rank] * root, "down": root[:, None] * right[:rank]}
     lost = float(sizes[rank:].norm() / sizes.norm().clamp_min(1e-30))
     return dataclasses.replace(entry, kind="lowrank", tensors=made), lost
+
+
+def _rotation_change(entry: Entry, path: str, target: Any) -> Tensor:
+    """(R - I) W, W what the layer does now."""
+    if target is None:
+        raise UserError(f"{path} is a rotation of the model's weights; give the model too: truncated(rank, model)")
+    spot = locate(roots_of(target), path)
+    layer = None if spot is None else submodule(*spot)
+    why = "no such layer" if layer is None else no_branches(layer)
+    if layer is None or why:
+        raise UserError(f"the rotation of {path} does not fit this model: {why}")
+    weight = layer.effective_weight() if isinstance(layer, BranchedLinear) else stored(layer, "weight")
+    assert weight is not None
+    weight_NK = weight.detach().float()
+    rotation_NN = entry.tensors["rotation"].to(weight_NK)
+    if rotation_NN.shape != (len(weight_NK), len(weight_NK)):
+        raise UserError(f"the rotation of {path} is {tuple(rotation_NN.shape)}, the layer has {len(weight_NK)} outputs")
+    return (rotation_NN @ weight_NK - weight_NK).cpu()

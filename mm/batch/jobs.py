@@ -6,20 +6,21 @@ Design choices:
 - Ids become parts of file names, so the few characters that no file system and no path takes otherwise are allowed.
 - JSON is read strictly: no NaN, no key given twice, no field that would be ignored in silence.
 
-It does not know which words or modes a model takes (the pipeline checks those, and the row fails with its words), nor
-where results go. Nothing a row names is opened or fetched.
+- Which words and modes a model takes, the pipeline checks; the row fails with its words. Nothing a row names is opened
+  or fetched.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mm.core.errors import UserError
+from mm.core.errors import UserError, shown
+from mm.core.files import open_regular
+from mm.core.safe_json import parse_json
 from mm.families.mm_tiny import GUIDANCE
 
 TASKS = ("generate",)
@@ -43,19 +44,19 @@ class Generate:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise UserError(f"prompt is {_shown(self.prompt)}; say in words what to draw")
+            raise UserError(f"prompt is {shown(self.prompt)}; say in words what to draw")
         if not self.prompt.isprintable():  # line ends, NUL, half surrogates: none can be written into a PNG's text
-            raise UserError(f"prompt {_shown(self.prompt)} holds characters that do not print; take them out")
+            raise UserError(f"prompt {shown(self.prompt)} holds characters that do not print; take them out")
         _whole("n", self.n, 1, MAX_PICTURES)
         if self.seed is not None:
             _whole("seed", self.seed, 0, MAX_SEED - self.n + 1)
         if self.steps is not None:
             _whole("steps", self.steps, 1, 1000)
         if self.mode not in MODES:
-            raise UserError(f"mode is {_shown(self.mode)}; take one of {', '.join(MODES)}")
+            raise UserError(f"mode is {shown(self.mode)}; take one of {', '.join(MODES)}")
         guidance = self.guidance
         if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
-            raise UserError(f"guidance is {_shown(guidance)}; give a number from 0 to 100")
+            raise UserError(f"guidance is {shown(guidance)}; give a number from 0 to 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,10 @@ class BadRow:
 def read_jobs(path: str | Path) -> Iterator[Row | BadRow]:
     """The rows of a job file in order; lines are counted from 1, empty ones and those of only blanks are passed over.
 
-    Raises OSError where the file cannot be read at all.
+    Raises UserError where the file cannot be read at all.
     """
     first_line: dict[str, int] = {}
-    with Path(path).open("rb") as file:
+    with open_regular(path, "job file") as file:
         for line, data in enumerate(_lines(file), start=1):
             if data is not None and not data.strip():
                 continue
@@ -94,7 +95,7 @@ def read_jobs(path: str | Path) -> Iterator[Row | BadRow]:
                 row = _row(raw, line)
                 if row.custom_id in first_line:
                     first = first_line[row.custom_id]
-                    raise UserError(f"custom_id {_shown(row.custom_id)} is line {first}'s; give each row its own")
+                    raise UserError(f"custom_id {shown(row.custom_id)} is line {first}'s; give each row its own")
                 first_line[row.custom_id] = line
                 yield row
             except UserError as error:
@@ -115,35 +116,10 @@ def _lines(file: Any) -> Iterator[bytes | None]:
 def _parsed(data: bytes | None) -> dict[str, Any]:
     if data is None:
         raise UserError(f"longer than {MAX_LINE} bytes; a row is one JSON object with a prompt and some numbers")
-    try:
-        text = data.decode("utf-8-sig")
-        raw = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise UserError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except RecursionError as error:
-        raise UserError("nested too deeply; a row is one JSON object with a body of plain values") from error
-    except json.JSONDecodeError as error:
-        near = _shown(text[error.pos : error.pos + 20].strip())
-        raise UserError(f"no JSON at column {error.colno} ({error.msg}, near {near}); mend the line") from error
-    except UserError:
-        raise
-    except ValueError as error:  # a whole number of thousands of digits
-        raise UserError(f"a value cannot be read ({error}); mend the line") from error
+    raw = parse_json(data.strip(), "it", most=MAX_LINE)
     if not isinstance(raw, dict):
-        raise UserError(f"holds {_shown(raw)}; a row is an object with custom_id, task and body")
+        raise UserError(f"holds {shown(raw)}; a row is an object with custom_id, task and body")
     return raw
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UserError(f"gives {_shown(next(key for key in keys if keys.count(key) > 1))} twice; keep one of them")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise UserError(f"{name} is no JSON number; give a finite one, or leave the field out")
 
 
 def _row(raw: dict[str, Any], line: int) -> Row:
@@ -151,13 +127,13 @@ def _row(raw: dict[str, Any], line: int) -> Row:
     custom_id, task, body = raw.get("custom_id"), raw.get("task"), raw.get("body")
     if not isinstance(custom_id, str) or not _ID.fullmatch(custom_id):
         raise UserError(
-            f"custom_id is {_shown(custom_id)}; take letters A-Z a-z, digits, '.', '_' and '-', "
+            f"custom_id is {shown(custom_id)}; take letters A-Z a-z, digits, '.', '_' and '-', "
             "beginning with a letter or digit, at most 100: it becomes part of a file name"
         )
     if task not in TASKS:
-        raise UserError(f"task is {_shown(task)}; known is {', '.join(TASKS)}")
+        raise UserError(f"task is {shown(task)}; known is {', '.join(TASKS)}")
     if not isinstance(body, dict):
-        raise UserError(f'body is {_shown(body)}; give an object such as {{"prompt": "two red cats on grass"}}')
+        raise UserError(f'body is {shown(body)}; give an object such as {{"prompt": "two red cats on grass"}}')
     _only(body, tuple(field.name for field in fields(Generate)), "the body of generate")
     if "prompt" not in body:
         raise UserError('body has no prompt; give one, such as {"prompt": "two red cats on grass"}')
@@ -167,15 +143,9 @@ def _row(raw: dict[str, Any], line: int) -> Row:
 def _only(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise UserError(f"unknown field {_shown(unknown[0])}; {what} takes {', '.join(known)}")
+        raise UserError(f"unknown field {shown(unknown[0])}; {what} takes {', '.join(known)}")
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{name} is {_shown(value)}; give a whole number from {low} to {high}")
-
-
-def _shown(value: object) -> str:
-    """A value as its row has it, in ASCII and cut short, so that no row floods or garbles a terminal."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise UserError(f"{name} is {shown(value)}; give a whole number from {low} to {high}")

@@ -9,9 +9,7 @@ Design choices:
 - A batch that fails is drawn again picture by picture, so one bad prompt costs only itself. Any exception fails its
   picture and nothing else; a full disk stops the run, since every later picture would fail too.
 - What failed stays failed until `retry_failed` asks for it, and counts as failed in every run's result.
-- `stop` is asked at every step and before every file: what was begun is dropped, what is finished is kept whole.
-
-It does not know how pictures are drawn (the pipeline) or kept (the store).
+- `stop` is asked at every row, step and file: what was begun is dropped, what is finished is kept whole.
 """
 
 from __future__ import annotations
@@ -23,10 +21,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
 from mm.batch.store import Picture, Store
+from mm.core.devices import place
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.core.png_settings import drawing_settings, png_bytes
@@ -34,6 +33,9 @@ from mm.families.mm_tiny import steps_for
 
 if TYPE_CHECKING:
     from mm.pipelines.text_to_image import TextToImagePipeline
+
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +79,29 @@ def run_jobs(
     stop: Callable[[], bool] = lambda: False,
     load: Callable[[], TextToImagePipeline] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_drawing: Callable[[], None] = lambda: None,
 ) -> Report:
     """Draws what is missing of a job file in the folder `out`.
 
     `load` gives the pipeline and is called once, only if something is to be drawn (default: `model` from its weights);
     `model` is part of every picture's settings. A dry run counts, and neither draws nor writes. `limit` takes only the
-    first rows. Once `stop` says True, the run ends with what is finished.
+    first rows. Once `stop` says True, the run ends with what is finished. `on_drawing` is called when the pipeline is
+    loaded: nothing is written before.
     """
     if not 1 <= batch_size <= 256:
         raise UserError(f"batch size is {batch_size}; give a whole number from 1 to 256")
-    rows = list(islice(read_jobs(jobs), limit))
-    if not rows:
-        raise UserError(f"{jobs} holds no rows; write one JSON object a line, see docs/batch.md")
-    store, report = Store(out), Report(rows=len(rows))
-    bad = [row for row in rows if isinstance(row, BadRow)]
-    missing = _survey([row for row in rows if isinstance(row, Row)], bad, store, report, model, seed, retry_failed)
+    report = Report()
+    try:
+        rows = list(_asking(islice(read_jobs(jobs), limit), stop))
+        if not rows:
+            raise UserError(f"{jobs} holds no rows; write one JSON object a line, see docs/batch.md")
+        store, report.rows = Store(out), len(rows)
+        bad = [row for row in rows if isinstance(row, BadRow)]
+        good = _asking((row for row in rows if isinstance(row, Row)), stop)
+        missing = _survey(good, bad, store, report, model, seed, retry_failed)
+    except _StoppedError:  # nothing was written yet
+        report.stopped = True
+        return report
 
     def tell() -> None:
         on_progress(Progress(total=report.total, drawn=report.drawn, skipped=report.skipped, failed=report.failed))
@@ -102,6 +112,7 @@ def run_jobs(
     try:
         if missing:
             pipe = load() if load else _load(model)
+            on_drawing()
             for batch in _batches(missing, batch_size):
                 _draw_batch(pipe, batch, store, report, stop)
                 tell()
@@ -110,6 +121,14 @@ def run_jobs(
     finally:
         store.write_manifests(bad)
     return report
+
+
+def _asking(rows: Iterable[_Kind], stop: Callable[[], bool]) -> Iterator[_Kind]:
+    """The rows, with a look at `stop` before each."""
+    for row in rows:
+        if stop():
+            raise _StoppedError
+        yield row
 
 
 def picture_seed(row: Row, index: int, run_seed: int) -> int:
@@ -219,7 +238,7 @@ def _draw_batch(
 
 def _warnings(pipe: TextToImagePipeline, picture: Picture) -> list[str]:
     """What the pipeline has to say about one prompt, apart from its batch: unknown words, each once."""
-    from mm.pipelines.prompts import check_prompts
+    from mm.pipelines.prompt_encoding import check_prompts
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -260,10 +279,9 @@ def _named(picture: Picture) -> str:
 
 
 def _load(model: str) -> TextToImagePipeline:
-    import torch
 
     from mm import TextToImagePipeline
 
     pipe = TextToImagePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)  # the run has one of its own
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return place(pipe)

@@ -1,17 +1,18 @@
 """The output folder: pictures with their records beside them, and a manifest per shard.
 
-    00000/000000123-<custom_id>-s<seed>.png    the picture; 123 is the row's line in the job file, 1000 lines a shard
-    00000/000000123-<custom_id>-s<seed>.json   its record: settings, status, error, and the picture's sha256
-    00000/manifest.jsonl                       all records of the folder, and this run's rows that could not be read
+    00000/000000123-<custom_id>-2-s<seed>.png    the picture; 123 is the row's line in the job file, 1000 lines a shard,
+                                                 2 the picture's number in the row, from 0
+    00000/000000123-<custom_id>-2-s<seed>.json   its record: settings, status, error, and the picture's sha256
+    00000/manifest.jsonl                         all records of the folder, and this run's rows that could not be read
 
 Design choices:
 - The record is written after its picture, each whole or not at all: where a record says "done", the picture is there.
 - A picture counts as present by content: a record has its settings' hash, and the PNG beside it has the record's
   sha256. Records are found by custom_id, so rows may be moved or inserted without drawing anything again.
+- The number is part of the name: hashed seeds of two pictures of a row may be the same. Folders of versions that left
+  it out go on, since records are found by what is in them.
 - Manifests are made from the records, so a run that was killed loses nothing: the next one writes them.
 - Every path is resolved and must lie under the root, also where somebody planted a link in it.
-
-It does not know how pictures are drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 from mm.batch.jobs import BadRow
 from mm.core.errors import UserError
-from mm.core.files import write_bytes, write_json, write_text
+from mm.core.files import open_regular, write_bytes, write_json, write_text
+from mm.core.safe_json import read_object
 
 SHARD = 1000  # lines of the job file
 MANIFEST = "manifest.jsonl"
@@ -53,7 +55,7 @@ class Picture:
 
     @property
     def stem(self) -> str:
-        return f"{self.line:09d}-{self.custom_id}-s{self.seed}"
+        return f"{self.line:09d}-{self.custom_id}-{self.index}-s{self.seed}"
 
 
 class Store:
@@ -122,7 +124,12 @@ class Store:
             **more,
         }
         write_json(path, record)
-        self._records[picture.custom_id, picture.index].append((path, record))
+        known = self._records[picture.custom_id, picture.index]
+        for old, before in [entry for entry in known if entry[0] != path]:
+            if before["status"] == "failed" and before["settings_hash"] == picture.settings_hash:
+                self._inside(old).unlink(missing_ok=True)  # the same picture under a name of before
+                known.remove((old, before))
+        known.append((path, record))
 
     def _shard(self, line: int) -> Path:
         return self.root / f"{line // SHARD:05d}"
@@ -141,16 +148,17 @@ class Store:
 def _read_record(path: Path) -> dict[str, Any] | None:
     """A record, or None for any other JSON file and for a damaged one: its picture is drawn again."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_object(path)
+    except (OSError, UserError):
         return None
-    right = isinstance(record, dict) and set(record) == set(_RECORD) and record["status"] in ("done", "failed")
-    whole = right and all(isinstance(record[key], int) for key in ("index", "line"))
+    right = set(record) == set(_RECORD) and record["status"] in ("done", "failed")
+    whole = right and all(type(record[key]) is int and record[key] >= 0 for key in ("index", "line"))
     return record if whole and isinstance(record["custom_id"], str) else None
 
 
 def _sha256(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, UserError):
         return None

@@ -34,6 +34,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import mm
 from mm.core.errors import UserError
+from mm.core.threads import bound_spinning
 
 COMMANDS = {
     "generate": ("mm.cli.generate", "Draw pictures from a prompt."),
@@ -41,11 +42,12 @@ COMMANDS = {
     "edit": ("mm.cli.edit", "Change a picture by an instruction."),
     "chat": ("mm.cli.chat", "Converse: words and pictures, in and out."),
     "eval": ("mm.cli.evaluate", "Measure a model: reconstruct, compose."),
+    "erase": ("mm.cli.erase", "Make a patch that keeps a model from drawing concepts."),
     "quantize": ("mm.cli.quantize", "Write a 4-bit copy of a model, with a report."),
     "train": ("mm.cli.train", "Train a published model, or resume its training."),
     "ui": ("mm.cli.ui", "Open the web app."),
     "batch": ("mm.cli.batch", "Run a file of jobs; what is done already is skipped."),
-    "doctor": ("mm.cli.doctor", "Tell what this machine offers, what is slow, and why."),
+    "doctor": ("mm.cli.doctor", "Report what this machine offers, what is slow, and why."),
 }
 
 
@@ -106,5 +108,6 @@ def _root(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. How threads wait is set first: it cannot be changed once torch is loaded."""
+    bound_spinning()
     app(prog_name="mm")

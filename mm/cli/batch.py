@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -27,13 +27,33 @@ def batch(
 ) -> None:
     """Runs a file of jobs; what is done already is skipped.
 
-    Exit code 0: all done. 2: some rows failed. 1: could not start. 130: stopped; run it again to go on.
+    Exit code 0: all done. 2: some rows failed. 1: could not start. 130, 143: stopped by Ctrl+C, by SIGTERM; run it
+    again to go on.
     """
+    with _stop_signals() as stopping:
+        try:
+            _run(stopping, jobs, out, model, batch_size, seed, retry_failed, dry_run, limit)
+        except KeyboardInterrupt:
+            stopping.leave()
+
+
+def _run(
+    stopping: _Stopping,
+    jobs: Path,
+    out: Path,
+    model: str,
+    batch_size: int,
+    seed: int,
+    retry_failed: bool,
+    dry_run: bool,
+    limit: int | None,
+) -> None:
+    """Runs the jobs and prints what was done."""
     from tqdm import tqdm
 
     from mm.batch.run import Progress, run_jobs
 
-    with _stop_signals() as stopped, tqdm(unit="picture", disable=dry_run or None, file=sys.stderr) as bar:
+    with tqdm(unit="picture", disable=dry_run or None, file=sys.stderr) as bar:
 
         def show(progress: Progress) -> None:
             bar.total = progress.total
@@ -49,7 +69,8 @@ def batch(
             retry_failed=retry_failed,
             dry_run=dry_run,
             limit=limit,
-            stop=lambda: bool(stopped),
+            stop=lambda: stopping.number is not None,
+            on_drawing=stopping.hold,
             on_progress=show,
         )
     for error in report.errors:
@@ -57,26 +78,48 @@ def batch(
     undone = f"{report.missing} to draw" if dry_run else f"{report.drawn} drawn"
     print(f"{report.rows} rows, {report.total} pictures: {undone}, {report.skipped} there, {report.failed} failed")
     if report.stopped:
-        print("mm: stopped; nothing is half-written, run it again to go on", file=sys.stderr)
-        raise typer.Exit(130)
+        stopping.leave()
     if report.failed:
         raise typer.Exit(2)
 
 
+class _Stopping:
+    """What Ctrl+C and SIGTERM do: before drawing they end the command at once, later after the file being written."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.drawing = False
+
+    def note(self, number: int, _: object) -> None:
+        """The handler of the first signal; the second one acts as if mm had none."""
+        self.number = number
+        if not self.drawing:
+            raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        """From now on a signal is only noted: a picture and its record are kept together."""
+        self.drawing = True
+
+    def leave(self) -> NoReturn:
+        """Ends the command as a shell expects of a stopped one: 128 and the signal's number."""
+        print("mm: stopped; nothing is half-written, run it again to go on", file=sys.stderr)
+        raise typer.Exit(128 + (self.number or signal.SIGINT))
+
+
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl+C fills, so that a picture and its record are kept together; the second one ends at once."""
-    stopped: list[int] = []
+def _stop_signals() -> Iterator[_Stopping]:
+    """Handles the two signals while the command runs."""
+    stopping = _Stopping()
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, _: object) -> None:
-        stopped.append(number)
+    def first(number: int, frame: object) -> None:
         signal.signal(number, before[signal.Signals(number)])
+        stopping.note(number, frame)
 
     for kind in before:
-        signal.signal(kind, note)
+        signal.signal(kind, first)
     try:
-        yield stopped
+        yield stopping
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)

@@ -25,4 +25,4 @@ def chat(
     from mm.chatting import converse
 
     warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
-    converse(model, out, seed=seed, steps=steps, lines=sys.stdin, asks=sys.stdin.isatty())
+    converse(model, out, seed=seed, steps=steps, lines=sys.stdin, interactive=sys.stdin.isatty())

@@ -25,12 +25,14 @@ def describe(
 
     warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
     resolve_model(model)
+    from mm.core.devices import place
     from mm.core.files import write_json
+    from mm.pipelines.answers import DESCRIBE
     from mm.pipelines.pictures import open_picture
-    from mm.pipelines.understanding import DESCRIBE, UnderstandingPipeline
+    from mm.pipelines.understanding import UnderstandingPipeline
 
     opened = [open_picture(path) for path in pictures]
-    pipe = UnderstandingPipeline.from_pretrained(model)
+    pipe = place(UnderstandingPipeline.from_pretrained(model))
     questions = ask or [DESCRIBE]
     rows = []
     for path, picture in zip(pictures, opened, strict=True):

@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import typer
 
 import mm
-from mm.core import files
+from mm.core import devices, files
+from mm.core import threads as waiting
 from mm.core.paths import embedded_models, weights_dir
 
 _PACKAGES = (
@@ -59,6 +60,7 @@ def report() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": device(),
         "cpu": cpu(),
+        "threads": threads(),
         "kernels": kernels(),
         "versions": {name: version(name) for name in _PACKAGES},
         "weights": weights(),
@@ -71,9 +73,11 @@ def device() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    chosen = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+    chosen = devices.choose()
     return {
-        "default": chosen,
+        "default": chosen.device,
+        "computes_in": str(chosen.dtype).removeprefix("torch."),
+        "why": chosen.reason,
         "gpus": [{"name": gpu.name, "gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU",
     }
@@ -91,6 +95,12 @@ def cpu() -> dict[str, Any]:
         "features": [feature for feature in _FEATURES if feature in named],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def threads() -> dict[str, Any]:
+    """How OpenMP's threads wait, and how busy the machine is."""
+    busy = waiting.load()
+    return {"waiting": waiting.policy(), "load": busy[0] if busy else None, "cores": busy[1] if busy else None}
 
 
 def _cpu_field(key: str) -> str:
@@ -144,6 +154,7 @@ def notes(facts: dict[str, Any]) -> Iterator[str]:
             yield "xformers is absent: attention goes through torch's own. `pip install 'mm-gen[xformers]'` adds it."
         if not versions["triton"]:
             yield "triton is absent, so torch.compile has no GPU backend: `pip install 'mm-gen[triton]'`."
+    yield from _thread_notes(facts["threads"])
     if not any(facts["kernels"].values()):
         yield "mm.kernels holds no backend: linear layers run through torch's own."
     if not facts["weights"]["models"]:
@@ -151,6 +162,14 @@ def notes(facts: dict[str, Any]) -> Iterator[str]:
     absent = [name for name, found in versions.items() if found is None and name not in _OPTIONAL]
     if absent:
         yield f"Missing packages: {', '.join(absent)}. `pip install mm-gen` again brings them."
+
+
+def _thread_notes(found: dict[str, Any]) -> Iterator[str]:
+    if found["load"] is not None and found["load"] > found["cores"]:
+        yield (
+            f"The machine is busy: {found['load']:.1f} processes want {found['cores']} cores, so that all of this "
+            "takes longer."
+        )
 
 
 def _cpu_notes(processor: dict[str, Any]) -> Iterator[str]:
@@ -173,8 +192,12 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"mm        {facts['mm']}, Python {facts['python']}, {facts['system']}"
     gpus = ", ".join(f"{gpu['name']} ({gpu['gib']} GiB)" for gpu in machine["gpus"])
     yield f"device    {machine['default']}{gpus and f': {gpus}'}; torch is built for {machine['torch_built_for']}"
+    yield f"type      {machine['computes_in']}: {machine['why']}"
     yield f"cpu       {processor['name']}, {processor['cores']} cores, {processor['threads']} threads"
     yield f"features  {' '.join(processor['features']) or 'not told here'}; torch uses {processor['torch_uses']}"
+    busy = facts["threads"]
+    load = "" if busy["load"] is None else f"; load {busy['load']:.1f} on {busy['cores']} cores"
+    yield f"threads   {busy['waiting']}{load}"
     yield f"kernels   {', '.join(name for name, found in facts['kernels'].items() if found) or 'none'}"
     sizes = [f"{name} {size / 2**20:.1f} MiB" for name, size in stored["bytes"].items()]
     yield f"weights   {', '.join(sizes) or 'none'} in {stored['folder']}"

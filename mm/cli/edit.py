@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mm.cli.options import DrawingMode
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False)
-
-
-class Mode(StrEnum):
-    """How pictures are drawn."""
-
-    flow = "flow"
-    codes = "codes"
 
 
 @app.command(epilog='Example: mm edit out/00000.png "make the cat blue" -o edited.png')
@@ -36,10 +29,10 @@ def edit(
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(min=0, max=100, help="How strictly the words are followed.")] = GUIDANCE,
     image_guidance: Annotated[float, typer.Option(min=0, max=100, help="How closely the source is followed.")] = 1.5,
-    mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
+    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
 ) -> None:
-    """Changes a picture as told."""
+    """Changes a picture by an instruction."""
     from mm.editing import edit_to_file
 
     warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mm.cli.options import DrawingMode
+from mm.core.devices import place
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report here, and a picture grid beside it.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="A quick look: this many prompts a task, or pictures a style.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only this many prompts a task, or pictures a style.")]
 Model = Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")]
-
-
-class Mode(StrEnum):
-    """How pictures are drawn."""
-
-    flow = "flow"
-    codes = "codes"
 
 
 @app.callback(epilog="Example: mm eval compose --limit 10 --json runs/compose.json")
@@ -33,7 +27,7 @@ def _group() -> None:
 @app.command(epilog="Example: mm eval compose --mode codes --limit 10 --json runs/compose-codes.json")
 def compose(
     model: Model = "mm-tiny",
-    mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
+    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
@@ -44,7 +38,6 @@ def compose(
     json: Json = None,
 ) -> None:
     """Six compositional tasks (GenEval's protocol), read by the judge."""
-    import torch
     from tqdm import tqdm
 
     from mm import TextToImagePipeline
@@ -54,7 +47,7 @@ def compose(
 
     config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance)
     pipe = TextToImagePipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     pipe.set_progress_bar_config(disable=True)
     with tqdm(unit="picture", desc="drawing") as bar:
 
@@ -85,15 +78,15 @@ def understand(
     from mm import UnderstandingPipeline
     from mm.evaluation.understand import UnderstandConfig, evaluate_understand
 
-    pipe = UnderstandingPipeline.from_pretrained(model)
+    pipe = place(UnderstandingPipeline.from_pretrained(model))
     config = UnderstandConfig(seed=seed, limit=limit)
     report = evaluate_understand(pipe, config, json_file=json, settings={"model": model})
     print(f"overall {report['overall']:.3f} of {report['n']} questions (ceiling {report['ceiling']:.3f})")
     for kind, task in report["tasks"].items():
         print(f"{kind:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
-    told, truth = report["captions"], report["ceiling_captions"]
-    print(f"captions     precision {told['precision']:.3f} ({truth['precision']:.3f}), recall {told['recall']:.3f} "
-          f"({truth['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
+    stated, best = report["captions"], report["ceiling_captions"]
+    print(f"captions     precision {stated['precision']:.3f} ({best['precision']:.3f}), recall {stated['recall']:.3f} "
+          f"({best['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
 
 
 @app.command(epilog="Example: mm eval edit --limit 10 --json runs/edit.json")
@@ -111,12 +104,12 @@ def edit(
     from mm.evaluation.edit import EditConfig, evaluate_edit
     from mm.world.judge import Judge
 
-    pipe = ImageEditPipeline.from_pretrained(model)
+    pipe = place(ImageEditPipeline.from_pretrained(model))
     pipe.set_progress_bar_config(disable=True)
     pipe.default_guidance = (guidance, image_guidance)
     config = EditConfig(seed=seed, limit=limit, tuning=tuning)
-    told = {"model": model, "guidance": guidance, "image_guidance": image_guidance}
-    report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=told)
+    settings = {"model": model, "guidance": guidance, "image_guidance": image_guidance}
+    report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=settings)
     print(f"overall {report['overall']:.3f} of {report['n']} edits (ceiling {report['ceiling']:.3f})")
     for kind, task in report["tasks"].items():
         print(f"{kind:12} {task['score']:.3f}  success {task['success']:.3f} [{task['low']:.3f}, {task['high']:.3f}]  "
@@ -127,7 +120,7 @@ def edit(
 def chat(
     model: Model = "mm-tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="A quick look: this many conversations.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
     scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own file.")] = None,
     json: Json = None,
 ) -> None:
@@ -136,10 +129,10 @@ def chat(
     from mm.evaluation.chat import SCRIPTS, evaluate_chat
     from mm.world.judge import Judge
 
-    pipe = InterleavedPipeline.from_pretrained(model)
-    judge, told = Judge.from_pretrained(), {"model": model}
+    pipe = place(InterleavedPipeline.from_pretrained(model))
+    judge, settings = Judge.from_pretrained(), {"model": model}
     where = scripts or SCRIPTS
-    report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=told)
+    report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=settings)
     print(f"overall {report['overall']:.3f} of {report['n']} turns (ceiling {report['ceiling']:.3f})")
     for name, task in (report["tasks"] | {"faultless": report["faultless"]}).items():
         if task["n"] == 0:

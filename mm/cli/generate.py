@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mm.cli.options import DrawingMode
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False)
-
-
-class Mode(StrEnum):
-    """How pictures are drawn."""
-
-    flow = "flow"
-    codes = "codes"
 
 
 @app.command(epilog='Example: mm generate "two red cats on grass, watercolor style" -n 4 --seed 7 -o out/')
@@ -30,7 +23,7 @@ def generate(
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; picture k has seed + k.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
-    mode: Annotated[Mode, typer.Option(help="By flow matching, or in codes.")] = Mode.flow,
+    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")
     ] = GUIDANCE,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mm.quantization.report import Report
 
 app = typer.Typer(add_completion=False)
 
@@ -23,6 +27,10 @@ def quantize(
     data_free: Annotated[bool, typer.Option(help="No calibration: quick, and worse.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Calibration prompts, one a line (default: built in).")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of calibration pictures.")] = 8,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels a side of calibration pictures (default: the model's own).")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Read files of this variant, for example fp16.")] = None,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures compared before and after.")] = 8,
     compose: Annotated[
         int, typer.Option(min=0, help="Prompts a task judged before and after (models of our world).")
@@ -34,6 +42,7 @@ def quantize(
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
     from mm.core.errors import UserError
+    from mm.core.files import read_text_lines
     from mm.core.paths import resolve_model
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
@@ -47,20 +56,44 @@ def quantize(
             activation_bits=activation_bits,
             data_free=data_free,
             steps=steps,
+            size=size,
             seed=seed,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
     lines = None
     if prompts is not None:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text_lines(prompts, "prompt file") if line.strip()]
         if not lines:
             raise UserError(f"{prompts} holds no prompt; give one a line")
     report = quantize_folder(
-        model, out, config, prompts=lines, pictures=pictures, compose=compose, components=component or None
+        model,
+        out,
+        config,
+        prompts=lines,
+        pictures=pictures,
+        compose=compose,
+        components=component or None,
+        variant=variant,
     )
-    psnr = f", {report.whole['psnr']:.1f} dB to the 16-bit pictures" if "psnr" in report.whole else ""
-    if judged := report.whole.get("compose"):
-        psnr += f", compose {judged['before']:.2f} -> {judged['after']:.2f} ({100 * judged['change']:+.1f} points, "
-        psnr += f"95 % {100 * judged['low']:+.1f} to {100 * judged['high']:+.1f})"
-    print(f"{out}: {len(report.layers)} layers, {report.ratio:.2f} times smaller, {report.seconds:.0f} s{psnr}")
+    for line in _lines(out, report):
+        print(line)
+
+
+def _lines(out: Path, report: Report) -> Iterator[str]:
+    """What became of the model, for a reader."""
+    whole = report.whole
+    done = [layer for layer in report.layers if layer.bits != 16]
+    said = f", {whole['psnr']:.1f} dB to the 16-bit pictures" if "psnr" in whole else ""
+    if judged := whole.get("compose"):
+        said += f", compose {judged['before']:.2f} -> {judged['after']:.2f} ({100 * judged['change']:+.1f} points, "
+        said += f"95 % {100 * judged['low']:+.1f} to {100 * judged['high']:+.1f})"
+    yield f"{out}: {len(done)} layers, {report.ratio:.2f} times smaller, {report.seconds:.0f} s{said}"
+    if whole.get("folder_after"):
+        before, after = whole["folder_before"], whole["folder_after"]
+        yield f"all weights of the model: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, {before / after:.2f} times"
+    for note, paths in report.notes().items():
+        yield f"{len(paths)} layers: {note} ({paths[0]}{', ...' if len(paths) > 1 else ''})"
+    if report.untouched:
+        rows = report.untouched
+        yield f"{len(rows)} weights stay at 16 bits, as {rows[0]['kind']} ({rows[0]['path']})"

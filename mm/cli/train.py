@@ -29,10 +29,8 @@ class Stage(StrEnum):
 def train(
     model: Annotated[str, typer.Argument(help="A published model's name, or a YAML file.")] = "mm-tiny",
     stage: Annotated[Stage | None, typer.Option(help="One stage alone; all of them by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes of training, earlier runs of it counted in.")] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder of everything in the making (default: the YAML's).")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of training, earlier runs included.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder of everything unfinished (default: the YAML's).")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Published weights to start from.")] = None,
     publish: Annotated[Path | None, typer.Option(help="Where averaged weights go (default: STATE/model).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step and device.")] = None,
@@ -40,7 +38,7 @@ def train(
     codes_share: Annotated[float | None, typer.Option(help="Share of the drawing steps in codes mode.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of scenes, wording and noise.")] = None,
 ) -> None:
-    """Trains a published model, or goes on where a stopped run left off."""
+    """Trains a published model, or resumes a stopped run."""
     from mm.training.run import run_stages
 
     flags = {"minutes": minutes, "batch_size": batch_size, "learning_rate": learning_rate}

@@ -20,12 +20,12 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
 ) -> None:
     """Opens the web app."""
-    import torch
 
     from mm import TextToImagePipeline
+    from mm.core.devices import place
 
     pipe = TextToImagePipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(pipe)
     pipe.set_progress_bar_config(disable=True)
     with TemporaryDirectory(prefix="mm-ui-", ignore_cleanup_errors=True) as folder:
         os.chdir(folder)  # Gradio trusts the working directory: an empty one of its own

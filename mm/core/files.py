@@ -1,6 +1,10 @@
-"""Results reach the disk whole or not at all: written under a temporary name, flushed, then renamed.
+"""Files: written whole or not at all, and opened for reading only where they are regular files.
 
-It does not know what it writes. A stopped job leaves at most a hidden `.NAME.PID.part` behind.
+Design choices
+- A result is written under a temporary name, flushed, then renamed. A stopped job leaves at most a hidden
+  `.NAME.PID.part` behind.
+- A named pipe, a device or a folder given as an input is refused before anything is read: reading a pipe waits for
+  ever, and `/dev/zero` has no end.
 """
 
 from __future__ import annotations
@@ -8,7 +12,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
+from io import BufferedReader
 from pathlib import Path
+
+from mm.core.errors import UserError
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -50,3 +58,65 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Writes indented JSON. A NaN raises: it is no JSON, and a result with one is none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int | None = None) -> BufferedReader:
+    """Opens a regular file for reading in binary; links to one are followed.
+
+    Args:
+        path: the file.
+        what: what the file is, for the error message, for example "picture".
+        most: the largest size allowed, in bytes; None for any.
+
+    Returns:
+        The open file. Close it, or use it in a `with` statement.
+
+    Raises:
+        UserError: where there is no such file, it is no regular file, it is larger than `most`, or cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK, opening a named pipe waits until somebody writes to it.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise UserError(f"no {what} at {path}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder; give a {what}") from error
+        raise UserError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    found = os.fstat(number)
+    why = _unfit(found, what, most)
+    if why:
+        os.close(number)
+        raise UserError(f"{path} {why}")
+    return os.fdopen(number, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], what: str = "file", *, most: int) -> bytes:
+    """All bytes of a regular file of at most `most` bytes. Raises UserError as `open_regular` does."""
+    try:
+        with open_regular(path, what, most=most) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    if len(data) > most:
+        raise UserError(f"{path} is larger than {most} bytes, the most that a {what} may have")
+    return data
+
+
+def read_text_lines(path: str | os.PathLike[str], what: str = "text file", *, most: int = 64 << 20) -> list[str]:
+    """The lines of a UTF-8 text file of at most `most` bytes. Raises UserError as `open_regular` does."""
+    try:
+        return read_regular(path, what, most=most).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); save the {what} as UTF-8") from error
+
+
+def _unfit(found: os.stat_result, what: str, most: int | None) -> str:
+    """Why an opened file is not read; empty when it can be."""
+    if stat.S_ISDIR(found.st_mode):
+        return f"is a folder; give a {what}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"is no regular file; give a {what}"
+    if most is not None and found.st_size > most:
+        return f"has {found.st_size} bytes; a {what} may have at most {most}"
+    return ""

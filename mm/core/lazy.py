@@ -1,6 +1,7 @@
-"""Two things that `mm` and its sub-packages share: public names loaded on first use, and root folders as sub-packages.
+"""Public names loaded on first use (PEP 562), and root folders as sub-packages.
 
-It does not know which names there are, and imports nothing but the module that a name asks for.
+`loader` is not the `lazy_loader` package: that would be one more dependency for ten lines, imports its own machinery at
+`import mm`, and gives `AttributeError` without the names that exist.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ Design choices:
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from mm.core.errors import UserError
 from mm.core.lazy import checkout
+from mm.core.safe_json import read_object
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model_index.json"
@@ -56,8 +56,8 @@ def model_type(folder: str | Path) -> str | None:
     if (folder / _INDEX).is_file():
         return None
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        kind = read_object(folder / "config.json").get("model_type")
+    except (OSError, UserError):
         return None
     return kind if isinstance(kind, str) else None
 
@@ -70,9 +70,9 @@ def _checked(folder: Path) -> Path:
     if not index.is_file():
         raise UserError(f"{folder} holds no {_INDEX}, so it is no complete diffusers model; copy or save it again")
     try:
-        entries = json.loads(index.read_text(encoding="utf-8")).items()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read ({error}); copy or save the model again") from error
+        entries = read_object(index, "model index").items()
+    except UserError as error:
+        raise UserError(f"a model index cannot be read: {error}; copy or save the model again") from error
     parts = [key for key, value in entries if isinstance(value, list) and value and value[0] is not None]
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:

@@ -1,18 +1,17 @@
-"""Settings inside PNG files: written in two dialects, read back from either.
+"""Settings inside PNG files: written in two dialects, read back from those and from other programs'.
 
 Design choices
 - `parameters` holds A1111's text (prompt on the first line, then "Steps: 12, Seed: 7, ..."), which other tools read;
   `mm` holds JSON, which loses nothing. Reading prefers the JSON.
 - A file is judged by its content: whatever its suffix, it must be a PNG with text chunks of bounded size.
-
-This module does not know pipelines; settings are a plain dict.
+- Settings are a plain dict.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,25 @@ from PIL import Image, PngImagePlugin
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
+from mm.core.foreign_settings import a1111, read_foreign
+from mm.core.png_chunks import read_texts
+from mm.core.safe_json import Fields, parse_json
 
 _A1111_NAMES = {"steps": "Steps", "mode": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model"}
-_PAIR = re.compile(r"([A-Z][\w ]*): ([^,]*)")
+_MODES = ("flow", "codes")  # what mm writes where other programs name their sampler
 
 
 def to_a1111(settings: dict[str, Any]) -> str:
     """A1111's text for settings with prompt, steps, mode, guidance, seed, size and model (those that are there)."""
-    pairs = [f"{label}: {settings[key]}" for key, label in _A1111_NAMES.items() if key in settings]
-    if "width" in settings:
-        pairs.insert(4, f"Size: {settings['width']}x{settings['height']}")
-    return f"{settings.get('prompt', '')}\n{', '.join(pairs)}"
+    return a1111.write(settings, _A1111_NAMES)
 
 
 def from_a1111(text: str) -> dict[str, Any]:
-    """Settings of an A1111 text; numbers become numbers."""
-    prompt, _, rest = text.rpartition("\n") if "\n" in text else (text, "", "")
-    found = dict(_PAIR.findall(rest))
-    settings: dict[str, Any] = {"prompt": prompt.split("\nNegative prompt:")[0]}
-    for key, label in _A1111_NAMES.items():
-        if label in found:
-            settings[key] = _number(found[label].strip())
-    if re.fullmatch(r"\d{1,6}x\d{1,6}", found.get("Size", "").strip()):
-        settings["width"], settings["height"] = map(int, found["Size"].strip().split("x"))
+    """Settings of an A1111 text, of mm or another program; what has no name in mm is under "other"."""
+    settings = a1111.read(text)
+    if settings.get("sampler") in _MODES:
+        settings["mode"] = settings.pop("sampler")
     return settings
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
 
 
 def drawing_settings(
@@ -81,21 +66,47 @@ def save_png(path: str | Path, picture: Image.Image, settings: dict[str, Any] | 
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Settings of a PNG. Raises UserError where the file is no PNG or carries none."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            texts = dict(getattr(picture, "text", {}))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise UserError(f"{path} is no readable PNG ({error})") from error
+    """The settings that a PNG was drawn with, by mm or by another program.
+
+    Args:
+        path: a PNG file, of any suffix. The picture in it is not decoded.
+
+    Returns:
+        Of mm's own pictures, all that was written. Of others (A1111, Forge, ComfyUI, InvokeAI, SwarmUI) prompt,
+        negative_prompt, seed, steps, guidance, sampler, scheduler, width, height and model where they are known, and
+        the rest under "other".
+
+    Raises:
+        UserError: where the file is no PNG, carries no settings, or settings that are damaged.
+    """
+    texts = read_texts(path)
     if "mm" in texts:
-        try:
-            settings = json.loads(texts["mm"])
-        except (ValueError, RecursionError) as error:  # brackets nested deeper than Python goes
-            raise UserError(f"{path}: its settings cannot be read ({error})") from error
-        if isinstance(settings, dict):
-            return settings
-    if "parameters" in texts:
+        return _own(texts["mm"], path)
+    if "parameters" in texts and not texts["parameters"].lstrip().startswith("{"):
         return from_a1111(texts["parameters"])
-    raise UserError(f"{path} carries no settings; it was saved by another program, or with --no-metadata")
+    settings = read_foreign(texts, str(path))
+    if settings is None:
+        raise UserError(f"{path} carries no settings that are known; it was saved by another program, or without them")
+    return settings
+
+
+def _own(text: str, path: str | Path) -> dict[str, Any]:
+    """What `png_bytes` wrote, with the types that it has."""
+    source = f"{path}: its settings cannot be read:"
+    fields = Fields(parse_json(text, source), source)
+    for key, check in _CHECKS.items():
+        if key in fields.raw:
+            check(fields, key)
+    return fields.raw
+
+
+_CHECKS: dict[str, Callable[[Fields, str], object]] = {
+    "prompt": lambda fields, key: fields.text(key),
+    "mode": lambda fields, key: fields.text(key),
+    "model": lambda fields, key: fields.text(key),
+    "seed": lambda fields, key: fields.whole(key, 0, 2**64 - 1),
+    "steps": lambda fields, key: fields.whole(key, 1, 100_000),
+    "guidance": lambda fields, key: fields.number(key, -1000, 1000),
+    "width": lambda fields, key: fields.whole(key, 1, 1_000_000),
+    "height": lambda fields, key: fields.whole(key, 1, 1_000_000),
+}

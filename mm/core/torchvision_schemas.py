@@ -7,11 +7,9 @@ just before torchvision's own code runs. The operators stay without kernels: cal
 
 Design choices:
 - A lazy import hook: whoever never imports torchvision pays microseconds, and no torch.
-- `install` is also a "torch.backends" entry point (pyproject.toml), so torch calls it at the end of its own import:
-  `import open_clip, mm` works as well as `import mm, open_clip`.
+- `import mm` installs it, so mm is imported before open_clip, timm or peft where torchvision is broken. An entry point
+  that torch calls would make the order free, and would run at every `import torch` of the environment.
 - A torchvision whose library loads is left alone.
-
-It does not know who imports torchvision, and never patches torchvision itself.
 """
 
 from __future__ import annotations
@@ -27,13 +25,9 @@ _kept: list[object] = []  # torch forgets the schemas when the library object th
 
 
 def install() -> None:
-    """Puts the hook in place, once. Safe to call at any time, also in the midst of torchvision's import."""
-    half_imported = sys.modules.get("torchvision")
-    if half_imported is None:
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
-    elif not hasattr(half_imported, "ops"):  # torchvision came first and is importing torch, which calls this
-        _define_missing(Path(half_imported.__path__[0]))
+    """Puts the hook in place, once; does nothing where torchvision is imported already."""
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:

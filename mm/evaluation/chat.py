@@ -5,12 +5,10 @@ Design choices
   of those (`draws`), or an answer (`asks`). Ours, `prompts/chat.jsonl`, keep to compositions that training never saw.
 - A picture is judged as in `mm eval compose` (`mm.world.tasks`): groups, relation, background, style; what was to go
   must be gone. A turn that draws must draw, and one that asks must not.
-- An answer is judged by what the judge sees in the picture that was really drawn last, not by what was asked for: who
-  draws two owls and says two has answered right, though the drawing turn was wrong.
+- An answer is compared with the judge's reading of the picture that was drawn last, not with what was asked for: a
+  model that draws two owls instead of three and answers two is right in that turn.
 - All turns count the same; the share of them that are right is the score, with the share of conversations without any
   fault beside it.
-
-This module does not know pipelines: anything that has `chat` can be measured.
 """
 
 from __future__ import annotations
@@ -27,7 +25,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from mm.core.errors import UserError
-from mm.core.files import write_json, write_text
+from mm.core.files import read_text_lines, write_json, write_text
+from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
 from mm.evaluation.prompts import FOLDER, Prompt
@@ -46,10 +45,10 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
 class Converser(Protocol):
-    """What is measured."""
+    """A model to evaluate."""
 
     def chat(self, turns: Sequence[str], *, seed: int = 0, steps: int = 12) -> list[tuple[str, Image.Image | None]]:
-        """What is said, and drawn, after each turn."""
+        """Text and picture of each reply."""
         ...
 
 
@@ -66,10 +65,10 @@ class Turn:
 def load_scripts(path: Path = SCRIPTS) -> list[list[Turn]]:
     """The conversations of a file. Raises UserError that names file and line."""
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text_lines(path, "script file"), 1):
         try:
-            out.append([_turn(row) for row in json.loads(line)["turns"]])
-        except (ValueError, KeyError, TypeError) as error:
+            out.append([_turn(row) for row in parse_object(line, "it")["turns"]])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: {error!r} in {line[:80]!r}") from error
     return out
 
@@ -102,7 +101,7 @@ def _colours(reading: Reading, name: str) -> set[str]:
     return {str(c) for f in reading.objects if f.object == name for c in f.colours if c is not None}
 
 
-# What the judge's reading of the last picture grants as an answer.
+# Which answers the judge's reading of the last picture allows.
 _ANSWERS: dict[str, Any] = {
     "count": lambda reading, name: {_count(reading, name)},
     "existence": lambda reading, name: {"yes" if any(f.object == name for f in reading.objects) else "no"},
@@ -173,7 +172,7 @@ def evaluate_chat(
 
 
 def _ceiling(scripts: Sequence[Sequence[Turn]], judge: Judge, seed: int) -> float:
-    """The share of right turns of one who draws the renderer's truth and answers what the judge sees."""
+    """The share of right turns of a model that draws true renders and answers what the judge reads."""
     asked = [(f"{k} {i}", turn) for k, script in enumerate(scripts) for i, turn in enumerate(script)]
     right = [turn.asks is not None for _, turn in asked]
     drawn = [(i, name, turn) for i, (name, turn) in enumerate(asked) if turn.draws is not None]

@@ -7,8 +7,6 @@ Design choices
   reconstructions of these renders, which no drawing can be expected to beat.
 - A picture's seed depends on the run's seed, the prompt's id and its index alone, so that neither order, limit nor
   batch size changes it.
-
-This module does not know how pictures are drawn or read.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from mm.world.tasks import TASKS, Verdict, satisfies
 if TYPE_CHECKING:
     from mm import TextToImagePipeline
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,10 @@ def true_scene(prompt: Prompt, seed: int) -> Scene:
 
 @torch.no_grad()
 def draw(
-    pipe: TextToImagePipeline, jobs: Sequence[tuple[Prompt, int]], config: ComposeConfig, progress: Progress | None
+    pipe: TextToImagePipeline,
+    jobs: Sequence[tuple[Prompt, int]],
+    config: ComposeConfig,
+    progress: ProgressCallback | None,
 ) -> torch.Tensor:
     """uint8 pictures (B, 3, 128, 128) of (prompt, seed) pairs."""
     parts = []
@@ -155,7 +156,7 @@ def evaluate_compose(
     prompts: str | Path = COMPOSE,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Draws, judges and reports; with `json_file`, writes it and a grid PNG beside it."""
     chosen = limited(load_prompts(prompts), config.limit)

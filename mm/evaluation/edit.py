@@ -9,8 +9,6 @@ Design choices
 - Preservation: the share of everything else that is still there, sprites within a quarter of their size of their place,
   background and style. The score is the root of the product of the two, as in GEdit (sqrt(SC * PQ)).
 - The ceiling is the renderer's own target through the same reading.
-
-This module does not know pipelines: anything that has `edit` can be measured.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from mm.world.scene import Sprite, relation_of
 
 
 class Editor(Protocol):
-    """What is measured."""
+    """A model to evaluate."""
 
     def edit(self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One edited picture each, from its own seed."""
@@ -63,7 +61,7 @@ def held_out_edits(config: EditConfig) -> list[Edit]:
 
 
 def _there(found: Sequence[Found], sprite: Sprite, reach: float = 0.25) -> bool:
-    """Whether a sprite is seen at its place, in its colour."""
+    """Whether a sprite is found at its place, in its colour."""
     for f in found:
         near = max(abs(f.x - sprite.x), abs(f.y - sprite.y)) <= max(8.0, reach * sprite.size)
         tinted = not f.colours or f.answers_to(sprite.colour)  # a style without hue shows none

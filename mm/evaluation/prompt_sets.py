@@ -8,8 +8,6 @@ Design choices
 - A quarter of the prompts name a style, and a background where that style shows it; most others name neither, as in
   GenEval. Few counts and colours are held out, so those prompts name a background more often, to vary.
 - The generator is seeded by name and the files are committed; a test compares them.
-
-This module does not know models or the judge.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ Design choices
   lines measures something else.
 - What a style cannot show (tints in a sketch, the ground in neon) must not be demanded of it, nor more objects than the
   renderer could place: every prompt needs a true picture, or it has no ceiling.
-
-This module does not know models, the judge or how our own files were made (`mm.evaluation.prompt_sets`).
 """
 
 from __future__ import annotations
@@ -20,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
+from mm.core.files import read_text_lines
+from mm.core.safe_json import parse_json
 from mm.world import vocabulary as v
 from mm.world.scene import Group
 from mm.world.tasks import Expectation
@@ -51,12 +51,12 @@ def _check_drawable(wanted: Expectation) -> None:
         raise ValueError(f"task {wanted.task!r} needs a colour in its groups")
     hidden = sorted(tint for tint in tints if tint and tint not in v.colours_in(style))
     if hidden:
-        raise ValueError(f"colour {hidden[0]!r} cannot be told in style {style!r}")
+        raise ValueError(f"colour {hidden[0]!r} is not visible in style {style!r}")
     if wanted.background is not None and not v.shows_background(style):
         raise ValueError(f"style {style!r} shows no background, so {wanted.background!r} cannot be demanded")
-    total, room = sum(g.count for g in wanted.groups), v.MAX_SPRITES if v.smallest_sprite(style) < 44 else v.MAX_COUNT
-    if total > room:
-        raise ValueError(f"{total} objects are wanted; a picture in style {style!r} holds at most {room}")
+    total, limit = sum(g.count for g in wanted.groups), v.MAX_SPRITES if v.smallest_sprite(style) < 44 else v.MAX_COUNT
+    if total > limit:
+        raise ValueError(f"{total} objects are wanted; a picture in style {style!r} holds at most {limit}")
 
 
 def to_line(prompt: Prompt) -> str:
@@ -76,10 +76,7 @@ def to_line(prompt: Prompt) -> str:
 
 def from_line(line: str) -> Prompt:
     """Reads one line; a ValueError says what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from error
+    row = parse_json(line, "it")
     if not isinstance(row, dict):
         raise ValueError(f"a line is an object, got {type(row).__name__}")
     missing, unknown = [key for key in _NEEDED if key not in row], sorted(set(row) - {*_NEEDED, *_OPTIONAL})
@@ -134,10 +131,7 @@ def _relation(value: object) -> tuple[int, str, int] | None:
 def load_prompts(path: str | Path) -> list[Prompt]:
     """All prompts of a file; empty lines are skipped, a bad one raises."""
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text; prompt files are JSON lines") from error
+    lines = read_text_lines(path, "prompt file")
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -147,7 +141,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
             prompt = from_line(line)
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was used in line {seen[prompt.id]}; give every prompt its own")
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         seen[prompt.id] = number
         prompts.append(prompt)

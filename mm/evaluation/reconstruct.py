@@ -9,14 +9,11 @@ Design choices
 - PSNR and SSIM per picture (torchmetrics), then averaged; intervals are 95 % of the mean, by the pictures' deviation.
 - There is no ceiling: a perfect tokenizer has an infinite PSNR, so the field is null.
 
-The module does not know how tokenizers are trained, nor the command line.
-
 Legend: B batch, C channels, H height, W width, N pictures.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +25,8 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
+from mm.core.picture_metrics import psnr
+from mm.core.safe_json import read_object
 from mm.tokenizers.bridge import Bridge
 from mm.world.render import render
 from mm.world.scene import sample_scene
@@ -75,7 +74,7 @@ def _saved(folder: Path) -> list[tuple[Path, str]]:
     """Folders that hold a saved component, and its class name."""
     found = []
     for config in sorted(folder.glob("**/config.json")):
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+        kind = read_object(config).get("_class_name")
         found.append((config.parent, str(kind)))
     return found
 
@@ -104,18 +103,16 @@ def _autoencoder_lines(path: Path, bridges: list[Path], device: str) -> Iterator
 @torch.inference_mode()
 def measure(candidate: Candidate, pictures_u8: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """PSNR (N), SSIM (N) and the reconstructions as bytes."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
-    psnr, ssim, outputs = [], [], []
+    quality, ssim, outputs = [], [], []
     for chunk in pictures_u8.split(_CHUNK):
         output = ((candidate.reconstruct(chunk.float() / 127.5 - 1).float() + 1) * 127.5).round().clamp(0, 255)
         target = chunk.float()
-        psnr.append(
-            peak_signal_noise_ratio(output, target, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp_max(99.0)
-        )
+        quality.append(psnr(output, target, data_range=255.0))
         ssim.append(structural_similarity_index_measure(output, target, data_range=255.0, reduction="none"))
         outputs.append(output.to(torch.uint8))
-    return torch.cat(psnr), torch.cat([torch.as_tensor(s) for s in ssim]), torch.cat(outputs)
+    return torch.cat(quality), torch.cat([torch.as_tensor(s) for s in ssim]), torch.cat(outputs)
 
 
 def _summary(values_N: Tensor) -> dict[str, float | int]:
@@ -163,11 +160,11 @@ def _line(candidate: Candidate, pictures: dict[str, Tensor], rows: dict[str, lis
     """One tokenizer's entry in `tasks`; its first reconstructions are added to `rows`."""
     all_psnr, all_ssim, styles = [], [], {}
     for style, sample in pictures.items():
-        psnr, ssim, output = measure(candidate, sample)
+        quality, ssim, output = measure(candidate, sample)
         rows[style].append(output[:8])
-        all_psnr.append(psnr)
+        all_psnr.append(quality)
         all_ssim.append(ssim)
-        styles[style] = {**_summary(psnr), "ssim": round(ssim.mean().item(), 4)}
+        styles[style] = {**_summary(quality), "ssim": round(ssim.mean().item(), 4)}
     ssim_mean = round(torch.cat(all_ssim).mean().item(), 4)
     return {**_summary(torch.cat(all_psnr)), "ssim": ssim_mean, "bits": candidate.bits, "styles": styles}
 

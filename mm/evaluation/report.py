@@ -1,11 +1,4 @@
-"""Shares with their intervals, and the picture grid that goes with every report.
-
-Design choices
-- Wilson's 95 % interval (Wilson 1927): honest near 0 and 1, where the normal one is not. Pictures of one prompt are
-  counted as independent, so the interval is a little too narrow where a prompt decides more than chance.
-
-This module does not know what is measured.
-"""
+"""The picture grid of every report."""
 
 from __future__ import annotations
 
@@ -19,7 +12,6 @@ from PIL import Image, ImageDraw
 
 from mm.core.files import write_bytes
 
-_Z = 1.959964
 _FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
 
 

@@ -1,15 +1,13 @@
-"""How well a model reads pictures: questions by kind, yes/no balance, and the facts of its descriptions.
+"""Evaluates reading: accuracy by kind of question, yes/no balance, and precision and recall of captions.
 
 Design choices
 - Scenes whose composition training never saw; every question that a scene can answer, in a random wording. Another
   namespace of seeds is for tuning.
 - Existence is asked as in POPE (Li et al. 2023, arXiv 2305.10355): as many yes as no, half of the absent ones
-  look-alikes; the share of yes is reported, since a model that always agrees is half right.
+  similar objects; the share of yes is reported, since always answering yes is half right.
 - A description is read back into a scene graph: groups (count, colour, object), background, style and relation.
-  Precision is the share of stated facts that hold, recall the share of the scene's facts that were stated.
+  Caption precision is the share of stated facts that are true, recall the share of the scene's facts that are stated.
 - The ceiling is the grammar's own plain caption through the same reading.
-
-This module does not know pipelines: anything that has `answer` and `describe` can be measured.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ _NOUNS |= {noun: o for o, pair in v.SYNONYMS.items() for noun in pair}
 
 
 class Reader(Protocol):
-    """What is measured."""
+    """A model to evaluate."""
 
     def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """One answer a pair."""
@@ -161,9 +159,9 @@ def evaluate_understand(
         right[qa.kind].append(answer.strip(" .") == qa.answer)
         if qa.kind == "existence":
             yes.append(answer.strip(" .") == "yes")
-    told: list[str] = []
+    captions: list[str] = []
     for start in range(0, len(pictures), config.batch_size):
-        told += reader.describe(pictures[start : start + config.batch_size])
+        captions += reader.describe(pictures[start : start + config.batch_size])
     tasks = {kind: share(right[kind]) for kind in KINDS if right[kind]}
     truth = [c.caption(s, rng, detail="plain") for s in scenes]
     report = {
@@ -172,7 +170,7 @@ def evaluate_understand(
         "n": len(asked),
         "tasks": tasks,
         "yes_share": round(sum(yes) / max(len(yes), 1), 4),
-        "captions": _captions(told, scenes),
+        "captions": _captions(captions, scenes),
         "ceiling_captions": _captions(truth, scenes),
         "settings": asdict(config) | (settings or {}),
     }
@@ -181,7 +179,9 @@ def evaluate_understand(
         shown = list(range(min(48, len(scenes))))
         marks: list[bool | None] = []
         for i in shown:
-            holds, said, recalled, there = judge_facts(read_caption(told[i]), scenes[i])
+            holds, said, recalled, there = judge_facts(read_caption(captions[i]), scenes[i])
             marks.append(holds == said and recalled == there)
-        save_grid(json_file.with_suffix(".png"), render([scenes[i] for i in shown]), [told[i] for i in shown], marks)
+        save_grid(
+            json_file.with_suffix(".png"), render([scenes[i] for i in shown]), [captions[i] for i in shown], marks
+        )
     return report

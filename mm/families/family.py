@@ -120,6 +120,8 @@ class Family:
         text_sites: patterns over the denoiser's module paths: linear layers that see text features.
         edit_sites: patterns over the denoiser's module paths: linear layers where concepts are edited.
         lora: names in LoRA files.
+        contexts: "module:Class" that gives prompts for erasing concepts (`mm.erasure.concepts.Contexts`); None takes
+            templates of plain English.
         score: "module:function" called with (pipe, limit), which gives a list of booleans, one a picture; or None.
         dtype: "float32" for models that are small enough not to be loaded in 16 bits.
     """
@@ -144,6 +146,7 @@ class Family:
     text_sites: tuple[str, ...] = ()
     edit_sites: tuple[str, ...] = ()
     lora: LoraNames = LoraNames()
+    contexts: str | None = None
     score: str | None = None
     dtype: str = "bfloat16"
 

@@ -65,6 +65,7 @@ MM_TINY = Family(
     text_sites=_TEXT,
     edit_sites=_TEXT,
     lora=LoraNames(components={"trunk": "trunk"}, kohya={"lora_unet_": "trunk"}),
+    contexts="mm.world.concepts:WorldContexts",
     score="mm.evaluation.verdicts:verdicts",
     dtype="float32",
 )

@@ -1,4 +1,4 @@
-"""Other video models of diffusers, whose sites matter: LTX, Mochi, Allegro, Latte, EasyAnimate, Cosmos, UNets."""
+"""Other video models of diffusers, of which the sites matter: LTX, Mochi, Allegro, Latte, EasyAnimate, Cosmos."""
 
 from __future__ import annotations
 

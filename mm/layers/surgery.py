@@ -1,4 +1,11 @@
-"""Finds and replaces layers of a model: linear layers by path, the modules of a pipeline, one module by another."""
+"""Finds and replaces layers of a model: linear layers by path, the modules of a pipeline, one module by another.
+
+Design choices
+- Paths are those of the plain model. `torch.compile` (`_orig_mod`), peft (`base_layer`, `PeftModel`) and parallel
+  wrappers stand between; they are passed through, and what they wrap is what changes.
+- What holds no ordinary floating-point weight is named by its class: layers of other quantization libraries call
+  themselves linear and are no place for branches.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +13,64 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.layers.linear import BranchedLinear
+from mm.layers.offloading import foreign_forward
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WRAPPERS = {  # class name: where the wrapped module is
+    "OptimizedModule": "_orig_mod",
+    "PeftModel": "base_model.model",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, out of wrappers of torch.compile, peft and parallel training."""
+    while True:
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        inner = next((path for name, path in _WRAPPERS.items() if name in kinds), None)
+        if inner is None and "BaseTunerLayer" in kinds:
+            inner = "base_layer"
+        if inner is None:
+            return module
+        for name in inner.split("."):
+            module = getattr(module, name)
+
+
+def clean(path: str) -> str:
+    """A path of `named_modules` as it is in the plain model."""
+    return re.sub(r"(^|\.)(?:_orig_mod|base_layer|base_model\.model)(?=\.|$)", "", path).strip(".")
 
 
 def linears(root: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The model's linear layers by path; an adapter's own are left out, and its wrapper's inner name is not shown."""
+    """The model's linear layers by path; an adapter's own are left out, and a compiler's wrapper is not shown."""
     for path, module in root.named_modules():
         if isinstance(module, nn.Linear) and not re.search(r"\.lora_[AB]\.|lora_magnitude", path):
-            yield path, module
+            yield re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", path).strip("."), module
 
 
 def roots_of(target: Any) -> dict[str, nn.Module]:
-    """A module itself (under the empty name), or a pipeline's modules by name."""
+    """A module itself (under the empty name), or a pipeline's modules by name; out of their wrappers."""
     if isinstance(target, nn.Module):
-        return {"": target}
-    return {n: m for n, m in getattr(target, "components", {}).items() if isinstance(m, nn.Module)}
+        return {"": unwrapped(target)}
+    parts = getattr(target, "components", {})
+    return {n: unwrapped(m) for n, m in parts.items() if isinstance(m, nn.Module)}
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of the plain model; None where there is none."""
+    module = unwrapped(root)
+    for name in clean(path).split("."):
+        inner = getattr(module, name, None)
+        if not isinstance(inner, nn.Module):
+            return None
+        module = unwrapped(inner)
+    return module
 
 
 def locate(roots: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str] | None:
@@ -34,13 +81,7 @@ def locate(roots: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str] |
         for below in ([path, path.partition(".")[2]] if not name else [path.removeprefix(f"{name}.")])
         if below and (not name or path.startswith(f"{name}."))
     )
-    for root, below in candidates:
-        try:
-            root.get_submodule(below)
-        except AttributeError:
-            continue
-        return root, below
-    return None
+    return next(((root, below) for root, below in candidates if submodule(root, below) is not None), None)
 
 
 def swap(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -53,12 +94,45 @@ def swap(root: nn.Module, path: str, module: nn.Module) -> None:
         setattr(owner, name, module)
 
 
+def _class_of(module: nn.Module) -> str:
+    kind = type(module)
+    library = kind.__module__.partition(".")[0]
+    return kind.__name__ if library in ("torch", "__main__") else f"{kind.__name__} ({library})"
+
+
+def no_plain_weight(module: nn.Module) -> str:
+    """Why a layer's weight is no ordinary floating-point tensor of its shape; empty where it is."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"a {_class_of(module)}, whose weight is no parameter of its own"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"a {_class_of(module)} whose weight is a {type(weight).__name__}, not an ordinary tensor"
+    if weight.dtype not in _FLOATS:
+        return f"a {_class_of(module)} whose weight is {str(weight.dtype).removeprefix('torch.')}"
+    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
+        return f"a {_class_of(module)} whose weight is packed as {tuple(weight.shape)}"
+    return ""
+
+
+def no_branches(module: nn.Module) -> str:
+    """Why a layer takes no branches; empty where it does."""
+    if isinstance(module, BranchedLinear):
+        return ""
+    if not isinstance(module, nn.Linear):
+        return f"a {_class_of(module)}, not a linear layer"
+    if why := no_plain_weight(module):
+        return why
+    if type(module) is not nn.Linear:
+        return f"a {_class_of(module)}, not torch's own nn.Linear"
+    return "its forward was replaced by another program" if foreign_forward(module) else ""
+
+
 def branched(root: nn.Module, path: str) -> BranchedLinear:
-    """The layer at `path` with room for branches, put in place of the plain one where it is still that."""
-    layer = root.get_submodule(path)
-    if not isinstance(layer, nn.Linear):
-        raise UserError(f"{path} is a {type(layer).__name__}, not a linear layer; branches go onto linear layers")
-    made = BranchedLinear.from_linear(layer)
-    if made is not layer:
-        swap(root, path, made)
-    return made
+    """The layer at `path` with room for branches; a plain one is converted in place."""
+    layer = submodule(root, path)
+    if layer is None:
+        raise UserError(f"{type(root).__name__} has no layer {path}")
+    if why := no_branches(layer):
+        raise UserError(f"{path} is {why}; branches go onto linear layers with ordinary weights")
+    assert isinstance(layer, nn.Linear)
+    return BranchedLinear.from_linear(layer)

@@ -1,4 +1,4 @@
-"""The backbone: trunk, velocity decoder, code head and the text tokenizer. Nothing about prompts or files.
+"""The backbone: trunk, velocity decoder, code head, understanding encoder, connector and the text tokenizer.
 
 Import the classes from their modules (`mm.models.trunk`, ...): importing this package costs nothing.
 """

@@ -1,11 +1,10 @@
-"""What the trunk has read, kept so that it is computed once: `PromptCache` for pictures, `TextState` for more text.
+"""Key/value caches of the trunk: `PromptCache` for picture tokens, `TextState` for further text.
 
 Design choices
 - Plain frozen tuples of tensors: a cache can be repeated, selected and joined, and is never changed in place.
-- A source picture's keys and values follow the words' in the same cache, so that whoever draws reads one sequence.
-- Text goes on from a `TextState`: a conversation's turns and generated words cost only themselves.
+- A source picture's keys and values follow the prompt's in the same cache, so that drawing attends to one sequence.
+- Text continues from a `TextState`: a new turn or a generated word costs only its own tokens.
 
-This module does not know layers.
 Legend: B batch, T tokens, H heads, E channels a head.
 """
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, slots=True)
 class PromptCache:
-    """What pictures read of a prompt: per layer keys and values (B, T, H, E), and which of the T tokens are real."""
+    """What picture tokens attend to: per layer keys and values (B, T, H, E), and which of the T tokens are real."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
@@ -62,12 +61,12 @@ class PromptCache:
 
 @dataclass(frozen=True, slots=True)
 class TextState:
-    """A text read so far: per layer its own keys and values (B, T, H, E), and what pictures read of it."""
+    """An encoded text: per layer its own keys and values (B, T, H, E), and what picture tokens attend to of it."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     prompt: PromptCache
-    counted: tuple[torch.Tensor, torch.Tensor] | None = None  # what words can point at (`mm.models.number_copy`)
+    pointer_targets: tuple[torch.Tensor, torch.Tensor] | None = None  # see `mm.models.number_copy`
 
     def __len__(self) -> int:
         """Tokens, padding included."""

@@ -3,14 +3,14 @@
 Design choices
 - TokenBridge's head (Wang et al. 2025, arXiv 2503.16430): a small causal transformer over the channels of one token, in
   the bridge's measured order (falling low-frequency energy, so that what matters most is decided first).
-- The trunk's feature drives adaLN and nothing else does: there is no timestep, neither in training nor in sampling.
+- adaLN is conditioned on the trunk's feature only: there is no timestep, neither in training nor in sampling.
   adaLN is computed once a token, not once a channel, so its parameters are nearly free.
 - A code enters as a learned row of its channel's table, which starts as smooth waves over the levels: neighbouring
-  levels start alike, as their dequantized values are. The row says which channel it is, so no positions are added.
+  levels start with similar rows, as their dequantized values are similar. A row identifies its channel, so no position
+  embeddings are added.
 - Every channel has output weights of its own, multiplied in fp32 whatever the rest runs in, and the noise of sampling
   is an input: a batch of another size then samples the same codes.
 
-This module does not know pictures, masks, the bridge's levels, or how guidance and temperature are scheduled.
 Legend: N tokens, K channels, V levels, D feature width, W head width, H heads, E = W / H.
 """
 
@@ -123,7 +123,7 @@ class CodeHead(ModelMixin, ConfigMixin):
 
     @property
     def _stack(self) -> list[CodeLayer]:
-        return cast("list[CodeLayer]", self.layers)  # a ModuleList does not tell the type of its modules
+        return cast("list[CodeLayer]", self.layers)  # a ModuleList has no element type
 
     def forward(self, features_ND: torch.Tensor, codes_NK: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, V) in fp32 for tokens whose codes are known (training); channel by channel as in `codes`.

@@ -1,20 +1,20 @@
-"""Connectors: grids of picture tokens become the trunk's understanding tokens ("looks").
+"""Connectors: from a grid of encoder tokens to the trunk's understanding tokens.
 
 Design choices
-- Two by two neighbours are merged into one look, so that a picture costs a text of 16 words and not of 64.
-- One class for every source: the understanding encoder's tokens (of a picture from outside, or of one that was drawn),
-  and latents as they are, in studies of tokenizers.
-- A GELU MLP, as in ETT (arXiv 2505.10562), plus a learned place a look.
-- `Alike` counts, for each look, how many looks show the same thing as it does. Softmax attention averages what it
-  reads, so a reader counted by heart: it said the numbers in which it had seen an object before. Here pairs are
-  compared and summed, and the number goes beside the look, not into it: replies copy it (`mm.models.number_copy`).
-  Added to the look, it was read together with what the look shows, by heart again.
-- The counter learns in a stage of its own (`mm.training.counter_stage`), on nothing but pictures: its numbers cannot
-  learn what words expect. Whoever trains words may tell the numbers instead.
+- Two by two neighbouring tokens are merged into one understanding token, so that a picture costs 16 text positions
+  instead of 64.
+- One class for every source: tokens of the understanding encoder (of a given or of a drawn picture), and plain latents
+  in the studies of tokenizers.
+- A GELU MLP, as in ETT (arXiv 2505.10562), plus a learned position embedding per understanding token.
+- `SameObjectCounter` predicts, for each understanding token, how many tokens show the same kind of object. Softmax
+  attention averages what it attends to, so a model without a counter memorized the counts that it had seen per object.
+  The counter compares pairs and sums. Its count is appended to the understanding token and copied by replies
+  (`mm.models.number_copy`); added to the token's state it was memorized together with the object.
+- The counter is trained in a stage of its own (`mm.training.counter_stage`) on pictures only, so that its counts do
+  not depend on text. Training on text may override the counts.
 
-This module does not know where tokens come from or what words stand around them.
-Legend: B batch, L = side * side tokens, C channels, S = (side / 2)^2 looks, D trunk width, H hidden width, E keys'
-width, K = 6 numbers.
+Legend: B batch, L = side * side tokens, C channels, S = (side / 2)^2 understanding tokens, D trunk width, H hidden
+width, E key width, K = 6 counts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ from mm.models import layers
 from mm.models.number_copy import number_bumps
 
 
-class Alike(nn.Module):
-    """Which looks hold the centres of things of the same kind; `alike` is the width of the keys that are compared."""
+class SameObjectCounter(nn.Module):
+    """Predicts which understanding tokens hold the centres of objects of the same kind.
+
+    Args:
+        in_channels: Width of the merged tokens.
+        hidden: Width of the hidden layer.
+        keys: Width of the keys that are compared.
+    """
 
     def __init__(self, in_channels: int, hidden: int, keys: int) -> None:
         super().__init__()
@@ -41,34 +47,46 @@ class Alike(nn.Module):
         self.sharpness = nn.Parameter(torch.tensor([8.0, -4.0]))
 
     def forward(self, merged_BSC: torch.Tensor) -> torch.Tensor:
-        """Kinship (B, S, S) in [0, 1]; the diagonal is "holds a centre", and a row's sum how many are like it."""
+        """Probabilities (B, S, S) that two tokens hold centres of one kind.
+
+        The diagonal is the probability that a token holds a centre. The sum of a row is the count of that token's kind.
+        """
         keys_BSE, centre_BS = self.keys(merged_BSC)
-        same_BSS = self.same(keys_BSE).sigmoid()
+        same_BSS = self.same_kind_logits(keys_BSE).sigmoid()
         apart = ~torch.eye(same_BSS.shape[1], dtype=torch.bool, device=same_BSS.device)
         pairs_BSS = same_BSS * centre_BS[:, :, None] * centre_BS[:, None, :]
         return torch.where(apart, pairs_BSS, torch.diag_embed(centre_BS))
 
     def keys(self, merged_BSC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is compared (B, S, E), of length 1, and whether each look holds a centre (B, S) in [0, 1]."""
+        """Keys (B, S, E) of length 1, and the probability (B, S) that each token holds a centre."""
         states_BSH = F.gelu(self.up(self.norm(merged_BSC.to(self.up.weight.dtype))))
         keys_BSE = F.normalize(self.key_out(states_BSH).float(), dim=-1)
         return keys_BSE, self.centre_out(states_BSH).float().sigmoid().squeeze(-1)
 
-    def same(self, keys_BSE: torch.Tensor) -> torch.Tensor:
-        """Logits (B, S, S) that two keys are of one kind."""
+    def same_kind_logits(self, keys_BSE: torch.Tensor) -> torch.Tensor:
+        """Logits (B, S, S) that two keys belong to one kind."""
         slope, offset = self.sharpness.float()
         return slope * keys_BSE @ keys_BSE.transpose(-1, -2) + offset
 
 
 def merged(tokens_BLC: torch.Tensor, side: int) -> torch.Tensor:
-    """Two by two neighbours (B, S, 4 C) of a grid of tokens, row by row."""
+    """Concatenates two by two neighbours of a grid of tokens, row by row: (B, S, 4 C)."""
     half, channels = side // 2, tokens_BLC.shape[-1]
     x = tokens_BLC.view(-1, half, 2, half, 2, channels).transpose(2, 3)
     return x.reshape(-1, half * half, 4 * channels)
 
 
 class Connector(ModelMixin, ConfigMixin):
-    """An MLP over merged tokens; with `alike` (the width of its counter's keys) looks bring their numbers."""
+    """An MLP over merged tokens.
+
+    Args:
+        in_channels: Width of the encoder's tokens.
+        width: The trunk's width.
+        hidden: Width of the hidden layer.
+        side: Tokens on each side of the grid; even.
+        counter_keys: Width of the counter's keys; 0 for a connector without a counter.
+        max_count: The highest count that is appended to an understanding token.
+    """
 
     @register_to_config
     def __init__(
@@ -78,8 +96,8 @@ class Connector(ModelMixin, ConfigMixin):
         width: int = 256,
         hidden: int = 256,
         side: int = 8,
-        alike: int = 0,
-        most: int = 6,
+        counter_keys: int = 0,
+        max_count: int = 6,
     ) -> None:
         super().__init__()
         if side % 2:
@@ -88,33 +106,40 @@ class Connector(ModelMixin, ConfigMixin):
         self.up = nn.Linear(4 * in_channels, hidden)
         self.down = nn.Linear(hidden, width)
         self.place = nn.Parameter(torch.zeros((side // 2) ** 2, width))
-        self.counter = Alike(4 * in_channels, hidden, alike) if alike else None
+        self.counter = SameObjectCounter(4 * in_channels, hidden, counter_keys) if counter_keys else None
         layers.init_linears(self)
         nn.init.normal_(self.place, std=0.02)
 
     @property
-    def looks(self) -> int:
-        """Looks a picture."""
+    def tokens_per_picture(self) -> int:
+        """How many understanding tokens a picture has."""
         return self.place.shape[0]
 
-    def forward(self, tokens: torch.Tensor, numbers_BS: torch.Tensor | None = None) -> torch.Tensor:
-        """Looks (B, S, D) of tokens (B, L, C) or of latents (B, C, side, side); with a counter (B, S, D + K).
+    def forward(self, tokens: torch.Tensor, count_override_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Understanding tokens of one or more pictures.
 
-        The last K are weights of numbers (`number_bumps`): of `numbers_BS`, how many are like each look, where they are
-        known; otherwise the counter says.
+        Args:
+            tokens: Encoder tokens (B, L, C), or latents (B, C, side, side).
+            count_override_BS: Counts used in place of the counter's.
+
+        Returns:
+            (B, S, D), or with a counter (B, S, D + K): the last K are the weights of the counts (`number_bumps`).
+
+        Raises:
+            ValueError: On another shape, or where counts are needed and there is neither a counter nor an override.
         """
         side, channels = self.config.side, self.config.in_channels
         x_BLC = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
         if x_BLC.shape[1:] != (side * side, channels):
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}; this connector reads {side * side} of {channels}")
         x = merged(x_BLC, side)
-        looks_BSD = self.down(F.gelu(self.up(self.norm(x)))) + self.place.to(x.dtype)
-        if not self.config.alike:
-            return looks_BSD
-        bumps_BSK = number_bumps(self._counted(x) if numbers_BS is None else numbers_BS, self.config.most)
-        return torch.cat([looks_BSD, bumps_BSK.to(looks_BSD.dtype)], -1)
+        tokens_BSD = self.down(F.gelu(self.up(self.norm(x)))) + self.place.to(x.dtype)
+        if not self.config.counter_keys:
+            return tokens_BSD
+        counts_BS = self._count(x) if count_override_BS is None else count_override_BS
+        return torch.cat([tokens_BSD, number_bumps(counts_BS, self.config.max_count).to(tokens_BSD.dtype)], -1)
 
-    def _counted(self, merged_BSC: torch.Tensor) -> torch.Tensor:
+    def _count(self, merged_BSC: torch.Tensor) -> torch.Tensor:
         if self.counter is None:
-            raise ValueError("this connector's counter was taken out: give it the numbers of the looks")
+            raise ValueError("this connector's counter was removed; pass count_override_BS")
         return self.counter(merged_BSC).sum(-1)

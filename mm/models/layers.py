@@ -1,13 +1,12 @@
-"""The small parts that trunk, velocity decoder and code head share.
+"""Building blocks shared by trunk, velocity decoder and code head.
 
 Design choices
 - Pre-norm LayerNorm without bias, QK-norm, SiLU feed-forward; output projections start at zero, so that every block
   begins as the identity.
 - Rotary positions: one axis for text, two for pictures (half of each head's channels for y, half for x).
 - Attention goes through diffusers' dispatch, so that xformers or flash kernels are a setting, not a fork.
-- The linears carry the field's names (`to_q`, `to_k`, `to_v`, `to_out`, `up`, `down`), which adapters look for.
+- Linears have the usual names (`to_q`, `to_k`, `to_v`, `to_out`, `up`, `down`), which adapters match.
 
-This module does not know prompts, pictures, files or what a sequence means.
 Legend: B batch, L tokens, D width, H heads, E = D / H channels a head, M = 6 modulation vectors.
 """
 
@@ -48,29 +47,34 @@ def picture_angles(height: int, width: int, channels: int, device: torch.device)
 
 
 def rotate(x_BLHE: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turns channel pairs (first half, second half) by the angles (L, E / 2) or (B, L, E / 2) of their position."""
+    """Rotates channel pairs (first half, second half) by the angles (L, E / 2) or (B, L, E / 2) of their position."""
     cos, sin = (f(angles).to(x_BLHE.dtype).unsqueeze(-2) for f in (torch.cos, torch.sin))
     a, b = x_BLHE.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-_WATCHERS: list[Callable[[torch.Tensor], None]] = []
+AttentionCallback = Callable[[torch.Tensor], None]
+_ATTENTION_CALLBACKS: list[AttentionCallback] = []
 
 
 @contextmanager
-def watching(told: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """While it lasts, every attention with gradients on a CPU tells its weights (B, H, L, K), to be trained on."""
-    _WATCHERS.append(told)
+def attention_callback(callback: AttentionCallback) -> Iterator[None]:
+    """Within the context, `callback(attn_weights)` is called by every attention with gradients on a CPU.
+
+    Args:
+        callback: Receives weights (B, H, L, K) that are part of the graph, so that a loss can use them.
+    """
+    _ATTENTION_CALLBACKS.append(callback)
     try:
         yield
     finally:
-        _WATCHERS.remove(told)
+        _ATTENTION_CALLBACKS.remove(callback)
 
 
 def attend(
     q_BLHE: torch.Tensor, k_BKHE: torch.Tensor, v_BKHE: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Scaled dot-product attention -> (B, L, D); `mask` broadcasts to (B, H, L, K), True = may look."""
+    """Scaled dot-product attention -> (B, L, D); `mask` broadcasts to (B, H, L, K), True = may attend."""
     if q_BLHE.requires_grad and q_BLHE.device.type == "cpu":
         return _attend_by_products(q_BLHE, k_BKHE, v_BKHE, mask)
     return dispatch_attention_fn(q_BLHE, k_BKHE, v_BKHE, attn_mask=mask).flatten(2)
@@ -79,14 +83,14 @@ def attend(
 def _attend_by_products(
     q_BLHE: torch.Tensor, k_BKHE: torch.Tensor, v_BKHE: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same sum written out: at these lengths torch's flash backward on CPUs takes 3.6 times as long."""
+    """`attend` as two products: at these lengths torch's flash backward on CPUs takes 3.6 times as long."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHE, k_BKHE, v_BKHE))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + torch.where(mask, 0.0, -1e4).to(scores.dtype)
     weights = scores.softmax(-1)
-    for told in _WATCHERS:
-        told(weights)
+    for callback in _ATTENTION_CALLBACKS:
+        callback(weights)
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 

@@ -1,15 +1,14 @@
-"""Numbers in replies are copied from what a counter counted, not recalled.
+"""Numbers in replies are copied from the counter's counts (a pointer-generator, See et al. 2017, arXiv 1704.04368).
 
 Design choices
-- How many is learned together with of what: a model that never saw three clocks doubts three of clocks, however clearly
-  they are seen. So among the words of number, and only among them, the choice is made by a pointer to a look and that
-  look's number, through a fixed table (a pointer-generator, See et al. 2017, arXiv 1704.04368); how much a number is
-  to be said at all stays the language model's own.
-- A gate says how far to copy: what no single look shows (animals of two kinds, together) is still the model's own.
-- Of words for the same number ("a", "one") the model's own odds decide.
+- A language model learns counts per object: one that never saw three clocks gives "three" of clocks a low probability.
+  So the distribution over number words, and only that, comes from a pointer to an understanding token and the count of
+  that token, through a fixed table. The total probability of number words stays the language model's.
+- A gate mixes copied and own distribution, since some numbers belong to no single token (animals of two kinds).
+- Among words of the same number ("a", "one") the model's own probabilities decide.
 
-This module does not know who counts, nor what the words are.
-Legend: B rows, T tokens, A all tokens so far, D width, E keys' width, V words, K numbers, W words of number.
+Legend: B rows, T tokens, A all tokens so far, N pictures, S understanding tokens, D width, E key width, V words,
+K counts, W number words.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from torch import nn
 
 from mm.models import layers
 
-GATE_BIAS = 2.0  # copying is the rule from the start
-Offered = tuple[torch.Tensor, torch.Tensor]
+GATE_BIAS = 2.0  # at the start the gate is nearly open
+PointerTargets = tuple[torch.Tensor, torch.Tensor]
 
 
 class NumberCopy(nn.Module):
@@ -37,29 +36,39 @@ class NumberCopy(nn.Module):
         self.words = [[int(word) for word in same] for same in words]
 
     def init_gate(self) -> None:
-        """Copies nearly always, whatever is said."""
+        """Opens the gate for every token."""
         layers.zero(self.gate_out)
         nn.init.constant_(self.gate_out.bias, GATE_BIAS)
 
-    def offer(
-        self, states_BTD: torch.Tensor, places_BT: torch.Tensor, numbers_NSK: torch.Tensor | None, most: int
-    ) -> Offered:
-        """What later words can point at: keys (B, T, E), and (B, T, 1 + K) "is a look" and its number, one-hot."""
-        marks_BTK = states_BTD.new_zeros(*places_BT.shape, 1 + most, dtype=torch.float32)
-        if numbers_NSK is not None:
-            shown = F.pad(numbers_NSK.float(), (1, 0), value=1.0)
+    def pointer_targets(
+        self, states_BTD: torch.Tensor, places_BT: torch.Tensor, counts_NSK: torch.Tensor | None, max_count: int
+    ) -> PointerTargets:
+        """What later words can point at.
+
+        Args:
+            states_BTD: Output states of the text stream.
+            places_BT: Which tokens are understanding tokens.
+            counts_NSK: Weights of the counts of the understanding tokens, in reading order; None where unknown.
+            max_count: K.
+
+        Returns:
+            Keys (B, T, E), and (B, T, 1 + K): a flag of understanding tokens with counts, then the counts' weights.
+        """
+        marks_BTK = states_BTD.new_zeros(*places_BT.shape, 1 + max_count, dtype=torch.float32)
+        if counts_NSK is not None:
+            shown = F.pad(counts_NSK.float(), (1, 0), value=1.0)
             marks_BTK = marks_BTK.masked_scatter(places_BT[..., None], shown)
         return self.key_out(states_BTD).float(), marks_BTK
 
-    def forward(self, logits_BTV: torch.Tensor, states_BTD: torch.Tensor, offered: Offered) -> torch.Tensor:
-        """Logits with those of number words chosen anew; the last T of the A tokens are the ones that speak."""
-        keys_BAE, marks_BAK = offered
-        is_look_BA, numbers_BAK = marks_BAK[..., 0] > 0, marks_BAK[..., 1:]
-        if not bool(is_look_BA.any()):
+    def forward(self, logits_BTV: torch.Tensor, states_BTD: torch.Tensor, targets: PointerTargets) -> torch.Tensor:
+        """Logits (B, T, V) with the distribution over number words replaced; the T tokens are the last of the A."""
+        keys_BAE, marks_BAK = targets
+        is_understanding_BA, numbers_BAK = marks_BAK[..., 0] > 0, marks_BAK[..., 1:]
+        if not bool(is_understanding_BA.any()):
             return logits_BTV
         length, total = states_BTD.shape[1], keys_BAE.shape[1]
         order = torch.arange(total, device=keys_BAE.device)
-        open_BTA = is_look_BA[:, None] & (order[None] <= order[total - length :, None])
+        open_BTA = is_understanding_BA[:, None] & (order[None] <= order[total - length :, None])
         scores_BTA = self.query_out(states_BTD).float() @ keys_BAE.transpose(1, 2) / keys_BAE.shape[-1] ** 0.5
         weights_BTA = scores_BTA.masked_fill(~open_BTA, -1e4).softmax(-1) * open_BTA
         numbers_BTK = weights_BTA @ numbers_BAK
@@ -77,7 +86,7 @@ class NumberCopy(nn.Module):
         return logits_BTV.index_copy(-1, ids, chosen_BTW.to(logits_BTV.dtype))
 
 
-def number_bumps(numbers_BS: torch.Tensor, most: int) -> torch.Tensor:
-    """Numbers as weights (B, S, K) on the whole ones around them: 2.5 is half two and half three; 0 is nothing."""
-    steps = torch.arange(1, most + 1, device=numbers_BS.device)
+def number_bumps(numbers_BS: torch.Tensor, max_count: int) -> torch.Tensor:
+    """Counts (B, S) as interpolation weights (B, S, K) on 1 to K: 2.5 is half two and half three, 0 all zeros."""
+    steps = torch.arange(1, max_count + 1, device=numbers_BS.device)
     return (1 - (numbers_BS[..., None] - steps).abs()).clamp_min(0)

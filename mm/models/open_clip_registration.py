@@ -4,8 +4,6 @@ Design choices
 - Registered in open_clip's tables when open_clip is imported (`mm.core.import_hooks`): `import mm` is enough, and its
   own tools (model, transforms, tokenizer, zero-shot code) load our weights without a copy in another format.
 - The weights are those of the embedded model; without them the architecture is registered alone.
-
-This module does not know how the encoder was trained.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 from typing import Any
 
 from mm.core.paths import weights_dir
-from mm.models.understanding import NAME, open_clip_config
+from mm.models.understanding_encoder import NAME, open_clip_config
 
 
 def register() -> None:

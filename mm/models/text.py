@@ -5,7 +5,6 @@ Design choices
 - 64 spare rows take new words later (`<mug>`), without resizing any embedding.
 - The table has 1,024 rows in the model; the rows beyond the vocabulary are never used.
 
-This module does not know models. Warning about unknown words is the pipeline's business (`nearest_words`).
 """
 
 from __future__ import annotations
@@ -55,5 +54,5 @@ def unknown_words(text: str, known: set[str] | None = None) -> list[str]:
 
 
 def nearest_words(word: str, n: int = 3) -> list[str]:
-    """Known words that look like `word`."""
+    """Known words with a similar spelling."""
     return difflib.get_close_matches(word.lower(), WORDS, n=n, cutoff=0.6)

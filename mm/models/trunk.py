@@ -1,30 +1,31 @@
 """The trunk: one transformer over text and picture tokens, with separate weights and shared attention.
 
 Design choices
-- Two streams a layer. Text is causal, has no timestep and never sees a noisy picture, so a prompt's keys and values are
-  computed once (`encode_text` -> `PromptCache`) and reused at every step and for every picture of that prompt.
-- With `whole_turns` a prompt, or what the user says in one turn, sees itself whole (a prefix LM, Raffel et al. 2019,
-  arXiv 1910.10683): in "a cat left of a dog" the cat must know of the dog. Replies stay causal. A turn must then be
-  read in one call.
-- Pictures read text through maps of their own (`to_k_pic`, `to_v_pic`): the edit sites of erasure and customization,
-  apart from the maps through which text reads text.
+- Two streams a layer. Text is causal, has no timestep and does not attend to noisy pictures, so a prompt's keys and
+  values are computed once (`encode_text` -> `PromptCache`) and reused at every step and for every picture of that
+  prompt.
+- With `prefix_lm` the tokens of a prompt, or of one turn of the user, attend to each other in both directions (prefix
+  LM, Raffel et al. 2019, arXiv 1910.10683): in "a cat left of a dog" the state of "cat" needs "dog". Replies stay
+  causal. A turn must then be read in one call.
+- Picture tokens attend to text through projections of their own (`to_k_pic`, `to_v_pic`): the edit sites of erasure and
+  customization, separate from the projections through which text attends to text.
 - Within a picture attention is bidirectional. The timestep is per picture token (adaLN-single as in PixArt, arXiv
-  2310.00426: one projection for all layers plus a table per layer), so clean and noisy tokens can stand side by side.
-- A mode token, put before the picture's tokens, tells drawing by flow from drawing in codes. In codes mode a masked
-  token is a learned vector at sigma 1, a known one its dequantized latent at sigma 0.
+  2310.00426: one projection for all layers plus a table per layer), so that clean and noisy tokens can be mixed.
+- A mode token before the picture tokens selects flow matching or codes. In codes mode a masked token is a learned
+  vector at sigma 1, a known one its dequantized latent at sigma 0.
 - The output is DDT's condition (Wang et al. 2025, arXiv 2504.05741): features for the velocity decoder or code head.
-- With `number_words`, looks bring their numbers along, and replies copy them (`mm.models.number_copy`).
-- With `reads`, understanding tokens of pictures stand among the words (bidirectional within a picture, causal
-  otherwise), a head tied to the word table says the next word, and a source picture's clean latents go through the
-  picture layers at sigma 0, once, to be read by whoever draws (`encode_picture`).
+- With `number_words`, understanding tokens carry counts, which replies copy (`mm.models.number_copy`).
+- With `reads`, understanding tokens of pictures are part of the text (bidirectional within a picture), a head tied to
+  the word embeddings predicts the next word, and a source picture's clean latents pass the picture layers once, at
+  sigma 0, as context for drawing (`encode_picture`).
 
-This module does not know words, files, samplers or how features become pictures.
-Legend: B batch, T text tokens, L picture tokens, P = L + 1 with the mode token, D width, H heads, E = D / H.
+Legend: B batch, T text tokens, N pictures, S understanding tokens, K counts, L picture tokens, P = L + 1 with the mode
+token, C latent channels, D width, H heads, E = D / H, V words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -39,91 +40,34 @@ from torch import nn
 from mm.models import layers
 from mm.models.cache import PromptCache, TextState
 from mm.models.number_copy import NumberCopy
+from mm.models.text_mask import prompt_numbers, text_mask
+from mm.models.trunk_layers import PictureLayer, TextLayer
 
 Mode = Literal["flow", "codes"]
 MODES: tuple[Mode, ...] = ("flow", "codes")
 
 
-class TextLayer(nn.Module):
-    """A causal text layer that also offers keys and values for pictures."""
-
-    def __init__(self, width: int, heads: int, ratio: int) -> None:
-        super().__init__()
-        self.norm_1 = layers.Norm(width)
-        self.attn = layers.SelfProjections(width, heads)
-        self.norm_2 = layers.Norm(width)
-        self.ff = layers.FeedForward(width, ratio)
-        self.to_k_pic = nn.Linear(width, width, bias=False)
-        self.to_v_pic = nn.Linear(width, width, bias=False)
-        self.norm_k_pic = layers.Norm(width // heads)
-
-    def for_pictures(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, T, H, E) that pictures attend to at this layer."""
-        normed = self.norm_1(x_BTD)
-        k, v = (f(normed).unflatten(-1, (self.attn.heads, -1)) for f in (self.to_k_pic, self.to_v_pic))
-        return self.norm_k_pic(k), v
-
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        angles: torch.Tensor,
-        mask: torch.Tensor,
-        past_k: torch.Tensor | None = None,
-        past_v: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tokens, and the keys and values of all tokens so far."""
-        q, k, v = self.attn(self.norm_1(x_BTD))
-        k = layers.rotate(k, angles)
-        if past_k is not None and past_v is not None:
-            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
-        x_BTD = x_BTD + self.attn.to_out(layers.attend(layers.rotate(q, angles), k, v, mask))
-        return x_BTD + self.ff(self.norm_2(x_BTD)), k, v
-
-
-class PictureLayer(nn.Module):
-    """A bidirectional picture layer with adaLN, attending to its own tokens and to the prompt's cache."""
-
-    def __init__(self, width: int, heads: int, ratio: int) -> None:
-        super().__init__()
-        self.norm_1 = layers.Norm(width)
-        self.attn = layers.SelfProjections(width, heads)
-        self.norm_2 = layers.Norm(width)
-        self.ff = layers.FeedForward(width, ratio)
-        self.modulation = nn.Parameter(torch.zeros(6, width))
-
-    def forward(
-        self,
-        x_BPD: torch.Tensor,
-        shared_6: torch.Tensor,
-        angles: torch.Tensor,
-        text_k: torch.Tensor,
-        text_v: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """The tokens; text keys and values are read beside the picture's own."""
-        k, v, finish = self.offer(x_BPD, shared_6, angles)
-        return finish(torch.cat([text_k, k], 1), torch.cat([text_v, v], 1), mask)
-
-    def offer(
-        self, x_BPD: torch.Tensor, shared_6: torch.Tensor, angles: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Callable[..., torch.Tensor]]:
-        """This layer's keys and values of its tokens, and the rest of the layer as a function of all that is read."""
-        mod = shared_6 + self.modulation.to(shared_6.dtype)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mod.unbind(-2)
-        q, k, v = self.attn(layers.modulate(self.norm_1(x_BPD), shift_a, scale_a))
-        q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-
-        def finish(all_k: torch.Tensor, all_v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-            # Text keys are not rotated: every picture token reads them as if from the origin, so that where it stands
-            # in the picture can decide which words it looks at.
-            x = torch.addcmul(x_BPD, gate_a, self.attn.to_out(layers.attend(q, all_k, all_v, mask)))
-            return torch.addcmul(x, gate_f, self.ff(layers.modulate(self.norm_2(x), shift_f, scale_f)))
-
-        return k, v, finish
-
-
 class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Text and latents in, one feature vector per picture token out."""
+    """Maps text and latents to one feature vector per picture token.
+
+    Args:
+        vocabulary_size: Rows of the word embedding.
+        width: D; a multiple of 4 * heads.
+        depth: Layers of each stream.
+        heads: H.
+        text_ratio: Hidden width of the text feed-forward, as a multiple of D.
+        picture_ratio: The same of the picture feed-forward.
+        latent_channels: C.
+        latent_size: Latents on each side of a picture.
+        max_text: The longest text in tokens.
+        reads: Whether there is a text head, so that the trunk answers and edits.
+        understanding_token: Placeholder id of understanding tokens.
+        prefix_lm: Whether prompts are bidirectional.
+        prefix_start_tokens: Ids that start a prompt or a turn of the user.
+        reply_token: Id that ends a prompt and starts a reply.
+        number_words: Ids of the words for 1, 2, ...; empty for a trunk that does not copy counts.
+        max_count: K, the highest count of an understanding token.
+    """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TextLayer", "PictureLayer"]  # noqa: RUF012
@@ -143,12 +87,12 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         latent_size: int = 8,
         max_text: int = 128,
         reads: bool = False,
-        look_token: int = 6,
-        whole_turns: bool = False,
-        turn_tokens: tuple[int, ...] = (2, 7),
+        understanding_token: int = 6,
+        prefix_lm: bool = False,
+        prefix_start_tokens: tuple[int, ...] = (2, 7),
         reply_token: int = 8,
         number_words: Sequence[Sequence[int]] = (),
-        most_looks: int = 6,
+        max_count: int = 6,
     ) -> None:
         super().__init__()
         if width % heads or (width // heads) % 4:
@@ -169,7 +113,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
         self._init_weights()
 
-    # A ModuleList does not tell the type of its modules.
+    # A ModuleList has no element type.
     @property
     def _text_stack(self) -> list[TextLayer]:
         return cast("list[TextLayer]", self.text_layers)
@@ -193,47 +137,59 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layer.modulation.data[2].fill_(1.0)
             layer.modulation.data[5].fill_(1.0)
 
-    @apply_forward_hook  # an offloaded trunk comes back to its device for this, as for forward
+    @apply_forward_hook  # runs the offload hooks, as forward does
     def encode_text(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, looks_NSD: torch.Tensor | None = None
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, understanding_NSD: torch.Tensor | None = None
     ) -> PromptCache:
-        """A prompt's keys and values for pictures; arguments and errors as in `read`."""
-        return self._read(ids_BT, mask_BT, looks_NSD, None)[1].prompt
+        """Keys and values of a prompt for picture tokens; arguments and errors as in `read`."""
+        return self._read(ids_BT, mask_BT, understanding_NSD, None)[1].prompt
 
     @apply_forward_hook
     def read(
         self,
         ids_BT: torch.Tensor,
         mask_BT: torch.Tensor | None = None,
-        looks_NSD: torch.Tensor | None = None,
+        understanding_NSD: torch.Tensor | None = None,
         past: TextState | None = None,
     ) -> tuple[torch.Tensor, TextState]:
-        """Logits of the next word (B, T, V) after each token, and the state that more text can go on from.
+        """Encodes text, from the start or after `past`.
 
-        `ids` int64 (B, T); `mask` bool, True = a real token (default all); `looks` (N, S, D): the understanding tokens
-        of the N pictures whose S places hold `look_token`, in reading order; or (N, S, D + K) with the weights of K
-        numbers (`number_bumps`) after each. Raises ValueError when the text is longer
-        than `max_text`, the places do not match the looks, or the trunk has no text head.
+        Args:
+            ids_BT: Token ids, int64.
+            mask_BT: True = a real token; all by default.
+            understanding_NSD: The understanding tokens of the N pictures whose S placeholders are in the text, in
+                reading order; or (N, S, D + K) with the weights of K counts (`number_bumps`) after each.
+            past: The state to continue from.
+
+        Returns:
+            Logits (B, T, V) of the next word after each token, and the state to continue from.
+
+        Raises:
+            ValueError: The text is longer than `max_text`, placeholders and understanding tokens do not match, or the
+                trunk has no text head.
         """
         if self.norm_text_out is None:
             raise ValueError("this trunk draws only; reading needs one whose config says reads: true")
-        x_BTD, state = self._read(ids_BT, mask_BT, looks_NSD, past)
+        x_BTD, state = self._read(ids_BT, mask_BT, understanding_NSD, past)
         x_BTD = self.norm_text_out(x_BTD)
         logits_BTV = F.linear(x_BTD, self.words.weight.to(x_BTD.dtype))
         if self.number_copy is None:
             return logits_BTV, state
-        width, most = self.config.width, self.config.most_looks
-        numbers = looks_NSD[..., width:] if looks_NSD is not None and looks_NSD.shape[-1] == width + most else None
-        counted = self.number_copy.offer(x_BTD, ids_BT == self.config.look_token, numbers, most)
-        if past is not None and past.counted is not None:
-            counted = torch.cat([past.counted[0], counted[0]], 1), torch.cat([past.counted[1], counted[1]], 1)
-        return self.number_copy(logits_BTV, x_BTD, counted), replace(state, counted=counted)
+        width, max_count = self.config.width, self.config.max_count
+        has_counts = understanding_NSD is not None and understanding_NSD.shape[-1] == width + max_count
+        counts = understanding_NSD[..., width:] if has_counts and understanding_NSD is not None else None
+        is_understanding_BT = ids_BT == self.config.understanding_token
+        targets = self.number_copy.pointer_targets(x_BTD, is_understanding_BT, counts, max_count)
+        if past is not None and past.pointer_targets is not None:
+            older = past.pointer_targets
+            targets = torch.cat([older[0], targets[0]], 1), torch.cat([older[1], targets[1]], 1)
+        return self.number_copy(logits_BTV, x_BTD, targets), replace(state, pointer_targets=targets)
 
     def _read(
         self,
         ids_BT: torch.Tensor,
         mask_BT: torch.Tensor | None,
-        looks_NSD: torch.Tensor | None,
+        understanding_NSD: torch.Tensor | None,
         past: TextState | None,
     ) -> tuple[torch.Tensor, TextState]:
         before, length = 0 if past is None else len(past), ids_BT.shape[1]
@@ -241,10 +197,10 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"a text of {before + length} tokens is longer than the model's {self.config.max_text}")
         seen_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
         seen_BT = seen_BT if past is None else torch.cat([past.prompt.mask_BT, seen_BT], 1)
-        x_BTD = self._text_tokens(ids_BT, looks_NSD)
+        x_BTD = self._text_tokens(ids_BT, understanding_NSD)
         positions_BT = (seen_BT.cumsum(1) - 1).clamp_min(0)[:, before:]
         angles = layers.rotary_angles(positions_BT, self.config.width // self.config.heads, 10000.0)
-        mask = self._text_mask(ids_BT, seen_BT, before)
+        mask = self._text_mask(ids_BT, seen_BT)
         keys, values, own_keys, own_values = [], [], [], []
         for i, layer in enumerate(self._text_stack):
             k, v = layer.for_pictures(x_BTD)
@@ -257,49 +213,39 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prompt = PromptCache(tuple(keys), tuple(values), seen_BT)
         return x_BTD, TextState(tuple(own_keys), tuple(own_values), prompt)
 
-    def _text_tokens(self, ids_BT: torch.Tensor, looks_NSD: torch.Tensor | None) -> torch.Tensor:
+    def _text_tokens(self, ids_BT: torch.Tensor, understanding_NSD: torch.Tensor | None) -> torch.Tensor:
+        """Word embeddings (B, T, D), with understanding tokens in place of their placeholders."""
         x_BTD = self.words(ids_BT)
-        if looks_NSD is None:
+        if understanding_NSD is None:
             return x_BTD
-        places_BT = ids_BT == self.config.look_token
-        if int(places_BT.sum()) != looks_NSD.shape[0] * looks_NSD.shape[1]:
-            raise ValueError(f"{int(places_BT.sum())} places for looks, but looks of shape {tuple(looks_NSD.shape)}")
-        width, most = self.config.width, self.config.most_looks
-        if looks_NSD.shape[-1] not in (width, width + most):  # numbers of another length would be lost unnoticed
-            found = looks_NSD.shape[-1]
-            raise ValueError(f"looks of width {found}; this trunk reads {width}, or {width} + {most} numbers")
-        return x_BTD.masked_scatter(places_BT[..., None], looks_NSD[..., :width].to(x_BTD.dtype))
+        places_BT = ids_BT == self.config.understanding_token
+        shape = tuple(understanding_NSD.shape)
+        if int(places_BT.sum()) != shape[0] * shape[1]:
+            raise ValueError(
+                f"{int(places_BT.sum())} placeholders in the text, but understanding tokens of shape {shape}"
+            )
+        width, max_count = self.config.width, self.config.max_count
+        if shape[-1] not in (width, width + max_count):  # counts of another length would be ignored silently
+            raise ValueError(
+                f"understanding tokens of width {shape[-1]}; this trunk reads {width}, or {width} + {max_count} counts"
+            )
+        return x_BTD.masked_scatter(places_BT[..., None], understanding_NSD[..., :width].to(x_BTD.dtype))
 
-    def _text_mask(self, ids_BT: torch.Tensor, seen_BT: torch.Tensor, before: int) -> torch.Tensor:
-        """(B, 1, T, all): causal, but a picture's looks see each other, and so do the words of a turn where
-        `whole_turns` says so; padding sees itself, so no row is empty."""
-        length, total = ids_BT.shape[1], seen_BT.shape[1]
-        order = torch.arange(total, device=ids_BT.device)
-        itself = order[None] == order[before:, None]
-        look_BT = ids_BT == self.config.look_token
-        run_BT = (look_BT & ~F.pad(look_BT[:, :-1], (1, 0))).cumsum(1) * look_BT
-        together = _same(run_BT)
-        if self.config.whole_turns:
-            together = together | _same(self._turns(ids_BT))
-        causal = (order[None] <= order[before:, None]) | F.pad(together, (total - length, 0))
-        return ((causal & seen_BT[:, None, :]) | itself)[:, None]
-
-    def _turns(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T): the number of the turn, or prompt, that a token stands in; 0 in replies."""
-        starts = torch.zeros_like(ids_BT, dtype=torch.bool)
-        for token in self.config.turn_tokens:
-            starts |= ids_BT == token
-        place = torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device).expand_as(ids_BT)
-        started, replied = (
-            torch.where(marks, place, 0).cummax(1).values for marks in (starts, ids_BT == self.config.reply_token)
-        )
-        return torch.where(started > replied, started, 0)
+    def _text_mask(self, ids_BT: torch.Tensor, seen_BT: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        prompts = prompt_numbers(ids_BT, config.prefix_start_tokens, config.reply_token) if config.prefix_lm else None
+        return text_mask(ids_BT, seen_BT, config.understanding_token, prompts)
 
     @apply_forward_hook
     def encode_picture(self, latents_BCHW: torch.Tensor, prompt: PromptCache) -> PromptCache:
-        """The cache of `prompt` followed by a clean source picture's keys and values, for edits to read.
+        """The cache of `prompt` followed by the keys and values of a clean source picture.
 
-        `latents` (B, C, 8, 8) of unit deviation, one picture for each prompt of the cache.
+        Args:
+            latents_BCHW: Latents of unit deviation, one picture for each prompt of the cache.
+            prompt: The prompts' cache.
+
+        Raises:
+            ValueError: The trunk has no text head, or there are more or fewer pictures than prompts.
         """
         if self.source_mark is None:
             raise ValueError("this trunk takes no source pictures; that needs one whose config says reads: true")
@@ -312,10 +258,10 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         seen_BT = F.pad(prompt.mask_BT, (0, x_BLD.shape[1]), value=True)
         keys, values = [], []
         for i, layer in enumerate(self._picture_stack):
-            k, v, finish = layer.offer(x_BLD, shared, angles)
+            k, v, finish = layer.keys_and_rest(x_BLD, shared, angles)
             keys.append(torch.cat([prompt.keys[i], k], 1))
             values.append(torch.cat([prompt.values[i], v], 1))
-            if i + 1 < len(self._picture_stack):  # nobody reads what comes after the last layer's keys and values
+            if i + 1 < len(self._picture_stack):  # outputs of the last layer are not used
                 x_BLD = finish(keys[-1], values[-1], seen_BT[:, None, None])
         return PromptCache(tuple(keys), tuple(values), seen_BT)
 
@@ -345,10 +291,21 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         masked_BL: torch.Tensor | None = None,
         hidden_layer: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, L, D) of picture tokens.
+        """Features of picture tokens.
 
-        `latents` (B, C, 8, 8) of unit deviation; `sigma` (B,) or (B, L) in [0, 1], 1 = noise, 0 = clean; `masked` True
-        where a token is not known yet (codes mode). With `hidden_layer` = i, also the tokens after picture layer i.
+        Args:
+            latents_BCHW: Latents of unit deviation, (B, C, 8, 8).
+            sigma: Noise levels (B,) or (B, L) in [0, 1]; 1 = noise, 0 = clean.
+            prompt: The prompts' cache, one for each picture.
+            mode: "flow" or "codes".
+            masked_BL: True where a token is not known yet (codes mode).
+            hidden_layer: Also return the tokens after this picture layer.
+
+        Returns:
+            Features (B, L, D); with `hidden_layer` also hidden tokens (B, L, D).
+
+        Raises:
+            ValueError: More or fewer pictures than prompts, or an unknown mode.
         """
         if len(prompt) != len(latents_BCHW):
             raise ValueError(f"{len(latents_BCHW)} pictures but {len(prompt)} prompts in the cache; repeat the cache")
@@ -358,7 +315,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shared = self._modulation(sigma)
         height, width = latents_BCHW.shape[2:]
         angles = layers.picture_angles(height, width, self.config.width // self.config.heads, x_BPD.device)
-        angles = F.pad(angles, (0, 0, 1, 0))  # the mode token stands at the origin
+        angles = F.pad(angles, (0, 0, 1, 0))  # the mode token has position zero
         mask = F.pad(prompt.mask_BT, (0, x_BPD.shape[1]), value=True)[:, None, None, :]
         hidden = x_BPD
         for i, layer in enumerate(self._picture_stack):
@@ -373,8 +330,3 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             run: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
             return run(layer, *args)
         return layer(*args)
-
-
-def _same(group_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T, T): whether two tokens are of one group; group 0 is none."""
-    return (group_BT[:, :, None] == group_BT[:, None, :]) & (group_BT[:, :, None] > 0)

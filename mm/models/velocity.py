@@ -1,12 +1,11 @@
 """The velocity decoder: from the trunk's features and noisy latents to a flow's velocity.
 
 Design choices
-- DDT's decoder (Wang et al. 2025, arXiv 2504.05741): it never sees the text; each token's feature drives that token's
-  adaLN, so the trunk's features may be shared between neighbouring steps.
+- DDT's decoder (Wang et al. 2025, arXiv 2504.05741): it has no text input; adaLN of each token is conditioned on that
+  token's feature, so the trunk's features may be shared between neighbouring steps.
 - Velocity = noise - clean, so that x_sigma = (1 - sigma) clean + sigma noise moves by velocity * d(sigma): the
   convention of diffusers' flow-matching schedulers.
 
-This module does not know prompts, schedules or guidance.
 Legend: B batch, C latent channels, L = H * W tokens, D width.
 """
 
@@ -77,7 +76,7 @@ class VelocityDecoder(ModelMixin, ConfigMixin):
 
     @property
     def _stack(self) -> list[VelocityLayer]:
-        return cast("list[VelocityLayer]", self.layers)  # a ModuleList does not tell the type of its modules
+        return cast("list[VelocityLayer]", self.layers)  # a ModuleList has no element type
 
     def forward(self, latents_BCHW: torch.Tensor, sigma_B: torch.Tensor, features_BLD: torch.Tensor) -> torch.Tensor:
         """Velocity (B, C, H, W) at noise level `sigma` (B,) in [0, 1]."""

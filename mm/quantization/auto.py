@@ -6,7 +6,7 @@ Design choices
 - Greedy: all groups start at 4 bits, or at the bits of their `Site` where the budget allows that; the upgrade
   that takes away most error for its bytes is made while there is room. Errors are added up as if independent.
 
-This module does not know smoothing or error feedback, which come afterwards and help every choice alike.
+Smoothing and error feedback come afterwards, and help every choice alike.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ def choose(
     root: nn.Module,
     groups: Sequence[Group],
     runs: Sequence[calibration.Run],
-    counts: dict[str, float],
-    sizes: dict[str, int],
+    sizes: calibration.Sizes,
     config: SVDQuantConfig,
 ) -> dict[str, int]:
     """Bits of every group."""
     errors: dict[str, dict[int, float]] = {}
-    for batch in calibration.passes(root, groups, config, sizes):
-        seen = calibration.watch(root, batch, runs, counts, config)
+    for batch in calibration.passes(root, groups, config, sizes.bytes):
+        seen = calibration.watch(root, batch, runs, len(runs), sizes, config)
         for group in batch:
             errors[group.name] = _errors(root, group, seen[group.name].rows, config)
     bytes_of = {g.name: {b: _bytes(root, g, b, config) for b in STEPS} for g in groups}
@@ -100,10 +99,11 @@ def _errors(root: nn.Module, group: Group, rows: torch.Tensor | None, config: SV
 def _bytes(root: nn.Module, group: Group, bits: int, config: SVDQuantConfig) -> int:
     layers = _layers(root, group)
     rank = branch_rank(config.rank, group, layers)
-    return sum(_layer_bytes(layer, bits, rank) for layer in layers)
+    return sum(layer_bytes_at(layer, bits, rank) for layer in layers)
 
 
-def _layer_bytes(layer: nn.Linear, bits: int, rank: int) -> int:
+def layer_bytes_at(layer: nn.Linear, bits: int, rank: int) -> int:
+    """Bytes of a layer's weight at some bits: integers, scales, branch and smoothing factors; floats at 16 bits."""
     outputs, inputs = layer.weight.shape
     if bits == 16:
         return 2 * outputs * inputs

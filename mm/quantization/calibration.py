@@ -6,14 +6,15 @@ Design choices
 - A group's inputs are seen at one of its members: they all get the same tensor.
 - What is kept of one pass fits into `memory` bytes: groups beyond it wait for another pass over the same prompts, so
   that a model far larger than its calibration still needs only its own weights and little more.
+- Of calls with many rows fewer are kept: as many as give `TOKENS` rows for each input, at least `LEAST`. Scoring them
+  costs time by the rows, and more of them tell nothing new of the weights.
 
-This module does not know what is done with what was seen.
 Legend: M rows, K inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.core.errors import UserError
 from mm.layers.sites import Site
 from mm.quantization.config import SVDQuantConfig
 
 Run = Callable[[], object]
 WIDE = 1024  # inputs: of wider ones fewer rows are kept
+TOKENS = 32  # rows of kept calls for each input that a layer has
+LEAST = 4  # calls that are kept however many rows they have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +46,16 @@ class Group:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What was seen of a group: input rows (M, K) in fp32, and calls of its parent with their outputs."""
+    """What was seen of a group.
+
+    Attributes:
+        rows: of its input, (M, K) in fp32; None where nothing was seen.
+        rows_a_call: of the largest call.
+        calls: of its parent: arguments, keyword arguments and output.
+    """
 
     rows: Tensor | None = None
+    rows_a_call: int = 0
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
 
 
@@ -80,17 +91,37 @@ def passes(
     return out
 
 
-def call_sizes(
-    root: nn.Module, groups: Sequence[Group], runs: Sequence[Run]
-) -> tuple[dict[str, float], dict[str, int]]:
-    """From a few runs: calls a run of each group, and how many bytes a call of its parent would keep."""
-    counts: dict[str, float] = {}
-    sizes: dict[str, int] = {}
+@dataclass(kw_only=True)
+class Sizes:
+    """What a few runs have shown.
+
+    Attributes:
+        calls: calls a run, by group.
+        rows: rows of the largest call, by group.
+        bytes: what a call of the parent would keep, by parent.
+    """
+
+    calls: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
+def call_sizes(root: nn.Module, groups: Sequence[Group], runs: Iterable[Run], number: int) -> Sizes:
+    """Runs a few of the calibration's runs, `number` of them, and counts.
+
+    Raises:
+        UserError: where a layer's input is not finite.
+    """
+    found = Sizes()
+    sizes = found.bytes
     with ExitStack() as stack:
         for group in groups:
 
-            def count(_module: nn.Module, _args: Any, name: str = group.name) -> None:
-                counts[name] = counts.get(name, 0.0) + 1 / len(runs)
+            def count(_module: nn.Module, args: Any, name: str = group.name, path: str = group.first.path) -> None:
+                found.calls[name] = found.calls.get(name, 0.0) + 1 / number
+                x = args[0]
+                found.rows[name] = max(found.rows.get(name, 0), x.numel() // max(x.shape[-1], 1))
+                check_finite(path, x)
 
             hook = root.get_submodule(group.first.path).register_forward_pre_hook(count)
             stack.callback(hook.remove)
@@ -103,19 +134,54 @@ def call_sizes(
             stack.callback(hook.remove)
         for run in runs:
             run()
-    return counts, sizes
+    return found
+
+
+def check_finite(path: str, x: Tensor) -> None:
+    """Raises UserError where a layer's input holds NaN or infinity."""
+    if bool(x.isfinite().all()):
+        return
+    raise UserError(
+        f"the input of {path} holds NaN or infinity while calibrating (as {str(x.dtype).removeprefix('torch.')}); "
+        "check what was given to calibrate with, or load the model in float32 or bfloat16"
+    )
+
+
+def calls_kept(in_features: int, rows: int, config: SVDQuantConfig) -> int:
+    """Calls of a parent that are kept where the largest has `rows` rows: `config.calls`, or fewer of large ones."""
+    return min(config.calls, max(LEAST, -(-TOKENS * in_features // max(rows, 1))))
 
 
 def watch(
-    root: nn.Module, groups: Sequence[Group], runs: Sequence[Run], counts: dict[str, float], config: SVDQuantConfig
+    root: nn.Module,
+    groups: Sequence[Group],
+    runs: Iterable[Run],
+    count: int,
+    sizes: Sizes,
+    config: SVDQuantConfig,
 ) -> dict[str, Seen]:
-    """Runs everything once and keeps rows and calls of `groups`; `counts` = calls a run, from `call_sizes`."""
-    seen = {group.name: Seen() for group in groups}
+    """Runs everything once and keeps rows and calls.
+
+    Args:
+        root: the model.
+        groups: those to watch.
+        runs: all of the calibration.
+        count: how many runs there are.
+        sizes: from `call_sizes`.
+        config: how much is kept.
+
+    Returns:
+        What was seen, by group; rows None where a group's layers were not called, or with nothing.
+
+    Raises:
+        UserError: where a layer's input is not finite.
+    """
+    seen = {group.name: Seen(rows_a_call=sizes.rows.get(group.name, 0)) for group in groups}
     kept: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     most: dict[str, int] = {}
     with ExitStack() as stack:
         for group in groups:
-            total = max(1, round(counts.get(group.name, 1) * len(runs)))
+            total = max(1, round(sizes.calls.get(group.name, 1) * count))
             layer = root.get_submodule(group.first.path)
             assert isinstance(layer, nn.Linear)
             most[group.name] = rows_of(layer.in_features, config)
@@ -123,14 +189,17 @@ def watch(
             hook = layer.register_forward_pre_hook(keep_rows)
             stack.callback(hook.remove)
             if group.first.parent:
-                keeper = _CallKeeper(seen[group.name].calls, total, config.calls)
+                wanted = calls_kept(layer.in_features, sizes.rows.get(group.name, 0), config)
+                keeper = _CallKeeper(seen[group.name].calls, total, wanted)
                 hook = root.get_submodule(group.first.parent).register_forward_hook(keeper, with_kwargs=True)
                 stack.callback(hook.remove)
         for run in runs:
             run()
     for name, rows in kept.items():
         if rows:
-            seen[name].rows = torch.cat(rows)[: 2 * most[name]]
+            found = torch.cat(rows)[: 2 * most[name]]
+            check_finite(name, found)
+            seen[name].rows = found if len(found) else None  # an expert may be called with no token at all
     return seen
 
 

@@ -3,8 +3,6 @@
 Design choices
 - Defaults are those that hold on CPUs and on Hopper, where products are 8-bit anyway: 4-bit weights in groups of 64,
   8-bit inputs a token. 4-bit inputs are there for comparison and for files of others.
-
-This module does not know how any of it is done.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ class SVDQuantConfig:
     smooth: the search for factors a channel. gptq: error feedback when rounding (Frantar et al. 2022, arXiv
     2210.17323). iterations: at most so many turns of branch and rounding. data_free: no calibration, for a first try.
     rows, calls: calibration rows kept a group (`calibration.rows_of`: fewer of wide inputs), and calls kept a parent
-    module. steps: of each calibration picture.
+    module. steps: of each calibration picture. size: its pixels a side (default: the model's own).
     memory: bytes that kept inputs may take in one pass. keep: regular expressions of paths that stay at 16 bits.
     layers, base: written by saving: what was done to which layer, and the hash of the 16-bit tensors.
     """
@@ -48,6 +46,7 @@ class SVDQuantConfig:
     rows: int = 4096
     calls: int = 8
     steps: int = 8
+    size: int | None = None
     memory: int = 2 << 30
     seed: int = 0
     keep: tuple[str, ...] = ()
@@ -64,6 +63,8 @@ class SVDQuantConfig:
                 f"rank {self.rank} must not be negative; iterations {self.iterations}, rows {self.rows}, calls "
                 f"{self.calls} and steps {self.steps} must be at least 1"
             )
+        if self.size is not None and self.size < 8:
+            raise ValueError(f"size {self.size}: pictures need at least 8 pixels a side")
         if self.bits not in (4, 8, "auto"):
             raise ValueError(f"bits {self.bits!r}: weights take 4, 8 or 'auto'")
         if self.activation_bits not in (4, 8, 16):

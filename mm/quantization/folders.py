@@ -59,12 +59,15 @@ def quantize_folder(
     compose: int = 4,
     components: Sequence[str] | None = None,
     progress: bool = True,
+    variant: str | None = None,
 ) -> Report:
     """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else.
 
     `pictures`: compared by PSNR; `compose`: prompts of each task that the family's score judges, where it has one; 0
-    for none.
+    for none. `variant`: of the files that are read, such as "fp16".
     """
+    from mm.quantization import sources
+    from mm.quantization.pipeline_calls import preview
     from mm.quantization.plot import draw
     from mm.quantization.quantize import quantize
 
@@ -72,7 +75,11 @@ def quantize_folder(
         raise UserError(f"{out} is not empty; choose a new folder, or remove it first")
     parts = out / ".parts"
     _check_parts(parts, model, config)
-    pipe, family = _load(model)
+    where = resolve_model(model)
+    family = family_at(where) if isinstance(where, Path) else None
+    wide = family is not None and family.dtype == "float32"
+    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
+    family = family or family_of(pipe)
     try:
         quantizable_parts(pipe, components)  # raises before anything is drawn
     except UserError:
@@ -80,7 +87,7 @@ def quantize_folder(
         raise
     chosen = list(prompts) if prompts else _prompts(family, config.seed)
     shown = chosen[:pictures]
-    before = _pictures(pipe, shown, config) if pictures and not config.data_free else None
+    before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
     score = resolve(family.score) if family and family.score and compose and not config.data_free else None
     judged = score(pipe, compose) if score else None
     try:
@@ -91,16 +98,21 @@ def quantize_folder(
             components=components,
             progress=progress,
             resume=parts,
+            dtypes={name: part.main for name, part in stored.items()},
         )
     except UserError:
         _clear(parts)
         raise
     if before is not None:
-        report.whole = _compare(before, _pictures(pipe, shown, config)) | {"prompts": shown}
+        after = preview(pipe, shown, config, "pictures after", progress)
+        report.whole |= _compare(before, after) | {"prompts": shown}
     if score and judged is not None:
         report.whole["compose"] = judged_change(judged, score(pipe, compose))
+    sources.as_stored(pipe, stored)
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
+    report.whole["folder_before"] = sum(part.bytes for part in stored.values())
+    report.whole["folder_after"] = sources.folder_bytes(out)
     report.save(out / "report.json")
     plot = BytesIO()
     draw(report).save(plot, "PNG")
@@ -109,20 +121,9 @@ def quantize_folder(
     return report
 
 
-def _load(model: str | Path) -> tuple[Any, Family | None]:
-    """The pipeline, in the type that its family is loaded in, and the family."""
-    import torch
-
-    where = resolve_model(model)
-    family = family_at(where) if isinstance(where, Path) else None
-    wide = family is not None and family.dtype == "float32"
-    pipe = load_any(model) if wide else load_any(model, torch_dtype=torch.bfloat16)
-    return pipe, family or family_of(pipe)
-
-
 def _clear(parts: Path) -> None:
     """Removes the folder of parts where nothing was done yet."""
-    if len(list(parts.iterdir())) == 1:
+    if not any(parts.glob("*.safetensors")):
         shutil.rmtree(parts)
 
 
@@ -151,20 +152,6 @@ def _check_parts(parts: Path, model: str | Path, config: SVDQuantConfig) -> None
         raise UserError(f"{parts} belongs to another model or other settings; remove it, or choose another folder")
     parts.mkdir(parents=True, exist_ok=True)
     write_bytes(file, mark.encode())
-
-
-def _pictures(pipe: Any, prompts: Sequence[str], config: SVDQuantConfig) -> Any:
-    """Pictures (N, 3, H, W) in [0, 1], from seeds 0, 1, ..."""
-    import torch
-
-    pipe.set_progress_bar_config(disable=True)
-    steps = max(config.steps, 8)
-    made = []
-    for seed, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed)
-        images = pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt").images
-        made.append(torch.as_tensor(images).float().cpu())
-    return torch.cat(made)
 
 
 def _compare(before: Any, after: Any) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm.adapters.patch import base_hash as base_hash
 from mm.core.errors import UserError
-from mm.layers.linear import ActivationRule, BranchedLinear
+from mm.layers.base_hash import base_hash as base_hash
+from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import swap
+from mm.quantization.checks import refuse_fusing
 from mm.quantization.config import SVDQuantConfig
+from mm.quantization.saved_layers import saved_kinds
 
 Recorder = Callable[[Any, SVDQuantConfig], None]
 _recorders: dict[str, Recorder] = {}
@@ -56,9 +58,8 @@ def describe(root: nn.Module) -> tuple[dict[str, Any], ...]:
 
 def prepare(root: nn.Module, kinds: Sequence[dict[str, Any]], dtype: torch.dtype | None) -> None:
     """Puts empty quantized layers in place, ready for their tensors. Raises UserError where a path does not fit."""
-    for kind in kinds:
-        rule = ActivationRule(**kind["activation"])
-        for path in kind["paths"]:
+    for kind in saved_kinds(kinds):
+        for path in kind.paths:
             try:
                 layer = root.get_submodule(path)
             except AttributeError as error:
@@ -68,8 +69,9 @@ def prepare(root: nn.Module, kinds: Sequence[dict[str, Any]], dtype: torch.dtype
             if not isinstance(layer, nn.Linear):
                 raise UserError(f"the saved model quantizes {path}, which is a {type(layer).__name__} here")
             made = BranchedLinear.empty(
-                layer.in_features, layer.out_features, bias=kind["bias"], bits=kind["bits"], rank=kind["rank"],
-                smooth=kind["smooth"], dtype=dtype or layer.weight.dtype, activation=rule, device=layer.weight.device,
+                layer.in_features, layer.out_features, bias=kind.bias, bits=kind.bits, rank=kind.rank,
+                smooth=kind.smooth, dtype=dtype or layer.weight.dtype, activation=kind.activation,
+                device=layer.weight.device,
             )  # fmt: skip
             swap(root, path, made.requires_grad_(False).train(layer.training))
 
@@ -78,6 +80,7 @@ def ready(root: nn.Module) -> None:
     """After tensors have been put into layers one by one: lays branches side by side."""
     for _, layer in quantized(root):
         layer.refresh()
+    refuse_fusing(root)
 
 
 def record(root: Any, config: SVDQuantConfig, base: str) -> None:
@@ -89,6 +92,7 @@ def record(root: Any, config: SVDQuantConfig, base: str) -> None:
         base: hash of its 16-bit tensors.
     """
     root.mm_base_hash = base
+    refuse_fusing(root)
     saves = "diffusers" if hasattr(root, "register_to_config") else "transformers"
     if hasattr(root, "config") and hasattr(root, "save_pretrained") and saves in _recorders:
         _recorders[saves](root, dataclasses.replace(config, layers=describe(root), base=base))

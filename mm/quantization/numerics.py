@@ -9,7 +9,6 @@ Design choices
   step that keeps it.
 - Randomized SVD (Halko et al. 2011, arXiv 0909.4061) with a generator of its own: same seed, same bytes.
 
-This module does not know layers, models or files.
 Legend: M rows, N outputs, K inputs, G = K / 64 groups (the last may be short), R rank.
 """
 
@@ -99,17 +98,20 @@ def round_to_nearest(weight_NK: Tensor, scales_NG: Tensor, bits: int) -> Rounded
 
 
 def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator, turns: int = 2) -> tuple[Tensor, Tensor]:
-    """The best product up (N, R) @ down (R, K) of a matrix, nearly; both factors carry half of the singular values."""
-    rows, columns = matrix_NK.shape
+    """The best product up (N, R) @ down (R, K) of a matrix, nearly; both factors carry half of the singular values.
+
+    Matrices may be stacked, (..., N, K): all of them are probed with the same numbers.
+    """
+    rows, columns = matrix_NK.shape[-2:]
     rank = min(rank, rows, columns)
     wide = min(rank + 8, rows, columns)
     probe = torch.randn(columns, wide, generator=generator).to(matrix_NK)
     basis = torch.linalg.qr(matrix_NK @ probe)[0]
     for _ in range(turns):
-        basis = torch.linalg.qr(matrix_NK @ torch.linalg.qr(matrix_NK.T @ basis)[0])[0]
-    left, sizes, right = torch.linalg.svd(basis.T @ matrix_NK, full_matrices=False)
-    root = sizes[:rank].sqrt()
-    return (basis @ left[:, :rank]) * root, right[:rank] * root[:, None]
+        basis = torch.linalg.qr(matrix_NK @ torch.linalg.qr(matrix_NK.mT @ basis)[0])[0]
+    left, sizes, right = torch.linalg.svd(basis.mT @ matrix_NK, full_matrices=False)
+    root = sizes[..., :rank].sqrt()
+    return (basis @ left[..., :rank]) * root[..., None, :], right[..., :rank, :] * root[..., None]
 
 
 def low_rank_for(matrix_NK: Tensor, rank: int, root: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -128,6 +130,7 @@ class Gram:
         count, columns = rows_MK.shape
         self.rows_MK = rows_MK / max(count, 1) ** 0.5
         self.whole = self.rows_MK.T @ self.rows_MK if count >= columns else None
+        self.singular = False  # set where H has no Cholesky factor, however it is damped
 
     def diagonal(self) -> Tensor:
         """Each input's mean square (K,)."""
@@ -147,9 +150,11 @@ class Gram:
         """
         if self.whole is None or len(self.whole) > SPAN:
             return (self.diagonal() + damp * self.diagonal().mean() + 1e-12).sqrt()
-        hessian = self.whole.double()
-        hessian.diagonal().add_(damp * float(hessian.diagonal().mean()) + 1e-12)
-        return torch.linalg.cholesky(hessian).float()
+        factor = damped_cholesky(self.whole, damp, 1e-12)
+        if factor is None:
+            self.singular = True
+            return (self.diagonal() + damp * self.diagonal().mean() + 1e-12).sqrt()
+        return factor.float()
 
     def error(self, error_NK: Tensor) -> float:
         """Mean squared error a row that a weight error causes at the output."""
@@ -161,6 +166,25 @@ class Gram:
 def output_error(error_NK: Tensor, gram: Gram | None) -> float:
     """Mean squared error a row that a weight error causes at the output; without rows, that of white inputs."""
     return float(error_NK.square().sum()) if gram is None else gram.error(error_NK)
+
+
+def damped_cholesky(hessian_KK: Tensor, damp: float, least: float, mean: float | None = None) -> Tensor | None:
+    """The lower Cholesky factor of H in fp64, its diagonal raised by `damp` of its mean (or `mean`) and by `least`.
+
+    Rounding of H in fp32 can leave it indefinite by more than that: the damping grows tenfold until there is a factor.
+
+    Returns:
+        The factor (K, K), or None where ten times the mean itself is not enough.
+    """
+    mean = float(hessian_KK.diagonal().double().mean()) if mean is None else mean
+    while damp <= 10:
+        raised = hessian_KK.to(torch.float64, copy=True)
+        raised.diagonal().add_(damp * mean + least)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        if not int(failed) and bool(factor.isfinite().all()):
+            return factor
+        damp = max(10 * damp, 1e-6)
+    return None
 
 
 def error_feedback(
@@ -180,15 +204,26 @@ def error_feedback(
     steps = scales_NG.float().repeat_interleave(GROUP, 1)[:, : len(order)]
     steps = torch.where(steps == 0, 1, steps)
     values = torch.empty_like(weight_NK, dtype=torch.int8)
-    extra = damp * float(diagonal.mean()) + 1e-8
     for columns in order.split(span):
-        hessian = gram.part(columns).double()
-        hessian.diagonal().add_(extra)
-        # Upper Cholesky factor of the inverse: row c holds what column c's error asks of the columns after it.
-        inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+        inverse = _inverse_factor(gram.part(columns), damp, float(diagonal.mean()))
         weight = weight_NK.float()[:, columns]
+        if inverse is None:
+            gram.singular = True
+            return round_to_nearest(weight_NK, scales_NG, bits)
         values[:, columns] = _fed_back(weight, steps[:, columns], inverse, bits, block).to(torch.int8)
     return Rounded(values, scales_NG)
+
+
+def _inverse_factor(hessian_CC: Tensor, damp: float, mean: float) -> Tensor | None:
+    """The upper Cholesky factor of H's inverse in fp32: row c holds what column c's error asks of those after it.
+
+    None where H is singular in spite of the damping.
+    """
+    factor_CC = damped_cholesky(hessian_CC, damp, 1e-8, mean)
+    if factor_CC is None:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_CC), upper=True)
+    return None if int(failed) or not bool(upper.isfinite().all()) else upper.float()
 
 
 def _fed_back(weight_NC: Tensor, steps_NC: Tensor, inverse_CC: Tensor, bits: int, block: int) -> Tensor:

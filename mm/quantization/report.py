@@ -1,7 +1,4 @@
-"""What quantization cost: per layer, and for the whole.
-
-This module does not know how either was measured.
-"""
+"""What quantization cost: per layer, and for the whole."""
 
 from __future__ import annotations
 
@@ -24,7 +21,11 @@ if TYPE_CHECKING:
 class LayerReport:
     """One layer. Errors are shares of the output's power on calibration inputs, inputs not rounded.
 
-    `nearest_error`: rounding to nearest, without smoothing, branch or feedback. `branch_share`: of the output's power.
+    Attributes:
+        nearest_error: rounding to nearest, without smoothing, branch or feedback.
+        branch_share: of the output's power.
+        turns: of branch and rounding.
+        note: what was done in another way than asked, and why; empty where nothing was.
     """
 
     path: str
@@ -36,6 +37,7 @@ class LayerReport:
     error: float = 0.0
     branch_share: float = 0.0
     turns: int = 0
+    note: str = ""
 
     @classmethod
     def of(cls, path: str, layer: BranchedLinear, solution: Solution) -> LayerReport:
@@ -50,14 +52,15 @@ class LayerReport:
             error=solution.error,
             branch_share=solution.branch_share,
             turns=solution.turns,
+            note=solution.note,
         )
 
     @classmethod
-    def kept(cls, path: str, layer: nn.Module) -> LayerReport:
+    def kept(cls, path: str, layer: nn.Module, note: str = "") -> LayerReport:
         """Of a layer that stays at 16 bits."""
         assert isinstance(layer, nn.Linear)
         size = 2 * layer.in_features * layer.out_features
-        return cls(path=path, bits=16, rank=0, bytes_before=size, bytes_after=size)
+        return cls(path=path, bits=16, rank=0, bytes_before=size, bytes_after=size, note=note)
 
 
 def layer_bytes(layer: BranchedLinear) -> int:
@@ -68,12 +71,23 @@ def layer_bytes(layer: BranchedLinear) -> int:
 
 @dataclass(kw_only=True)
 class Report:
-    """All layers, the settings, seconds taken, and measurements of the whole."""
+    """What became of a model.
+
+    Attributes:
+        settings: those of `SVDQuantConfig`.
+        layers: one row each, those left at 16 bits as well.
+        whole: measurements of the whole: bytes of the parts before and after, pictures, the judge.
+        seconds: taken by the quantization itself.
+        untouched: weights that are no linear layers: path, kind and number of weights.
+        adapters: names of those that stay attached over the quantized layers.
+    """
 
     settings: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     whole: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    untouched: list[dict[str, Any]] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -81,6 +95,20 @@ class Report:
         changed = [layer for layer in self.layers if layer.bits != 16]
         after = sum(layer.bytes_after for layer in changed)
         return sum(layer.bytes_before for layer in changed) / after if after else 1.0
+
+    @property
+    def whole_ratio(self) -> float:
+        """How many times smaller the quantized parts are in bytes, with all that stays at 16 bits."""
+        after = self.whole.get("bytes_after", 0)
+        return self.whole["bytes_before"] / after if after else 1.0
+
+    def notes(self) -> dict[str, list[str]]:
+        """Paths of the layers by what was done in another way than asked."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.note:
+                found.setdefault(layer.note, []).append(layer.path)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -90,6 +118,8 @@ class Report:
             "seconds": self.seconds,
             "ratio": self.ratio,
             "whole": self.whole,
+            "untouched": self.untouched,
+            "adapters": self.adapters,
             "layers": layers,
         }
 

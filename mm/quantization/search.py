@@ -2,16 +2,17 @@
 
 Design choices
 - The 39 candidates of SVDQuant: lambda = absmax(X)^a / absmax(W)^b with (a, b) = (0, 0), (t, 0), (t, 1 - t), t = 1/20
-  to 19/20. Each is tried with rounded inputs, the rank-R branch and a residual rounded to nearest, and scored where the
-  group's parent module gives its output; without a parent, at the layers' own outputs. All are scored on a quarter of
-  what was seen, then the best quarter of them on all of it.
+  to 19/20. Each is tried with rounded inputs, the rank-R branch and a residual rounded to nearest. All are scored at
+  the layers' own outputs, many at once, since that costs no call of the model; the best quarter is scored where the
+  group's parent module gives its output, on a quarter of the kept calls, and the best three of those on all of them.
+- Calls of a parent cost time by their rows, all else by the weights: how many candidates it judges follows from what
+  the calls cost (`Parent.affordable`), so that the time of the search stays proportional to the weights.
 - Layers of a group are stacked: one lambda and one `down` serve q, k and v.
 - Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until a turn takes less than `WORTH` off the
   output error; then GPTQ rounds the residual, in turns with the branch as well, as long as that errs less. The branch
   is the best one at the outputs, not on the weights: what GPTQ leaves is largest where nothing is felt of it.
 
-This module does not know where inputs come from, nor how layers are replaced.
-Legend: M rows, N outputs of all layers of the group, K inputs, R rank.
+Legend: C candidates, M rows, N outputs of all layers of the group, K inputs, R rank.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ from mm.quantization.calibration import Group
 from mm.quantization.config import SVDQuantConfig
 
 Rounder = Callable[[Tensor], Tensor]
-# (integers' weight (N, K), branch's up (N, R) and down (R, K), rounder, share of what was seen)
-# -> squared error of y = rounder(x) integers^T + x down^T up^T.
+# Squared error at the parent's output of y = rounder(x) integers^T + x down^T up^T, on a share of the kept calls, from
+# (integers' weight (N, K), branch's up (N, R) and down (R, K), rounder, share).
 Score = Callable[[Tensor, Tensor, Tensor, Rounder, float], float]
-QUARTER = 0.25  # of the calls score all candidates; of the candidates are scored on all calls
+QUARTER = 0.25  # of the calls score the short list
+SHORT = (3, 10)  # candidates that are scored at the parent, by what its calls cost
+FINALISTS = 3  # of those, on all calls, where that is affordable
+TRIED_ON = 256  # rows on which all candidates are scored at the layers' own outputs
+TOGETHER = 1 << 22  # weights of candidates that are tried at once
 WORTH = 1e-3
 # A branch takes at most a 24th of a layer's smaller side: on a layer of 256 rank 32 would weigh as much as integers do.
 RANK_SHARE = 24
@@ -54,6 +59,22 @@ class Solution:
     error: float
     branch_share: float
     turns: int
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The judge of candidates: the module that holds the group.
+
+    Attributes:
+        score: a candidate's error at its output.
+        calls: kept calls of it.
+        affordable: calls that all candidates together may cost.
+    """
+
+    score: Score
+    calls: int
+    affordable: int
 
 
 def branch_rank(rank: int, group: Group, layers: Sequence[nn.Linear]) -> int:
@@ -110,27 +131,67 @@ def _rounder(rule: ActivationRule, smooth: Tensor) -> Rounder:
 def _branch(weight: Tensor, rank: int, generator: torch.Generator, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """up and down."""
     if not rank:
-        return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
+        *more, rows, columns = weight.shape
+        return weight.new_zeros(*more, rows, 0), weight.new_zeros(*more, 0, columns)
     return n.low_rank(weight, rank, generator) if root is None else n.low_rank_for(weight, rank, root, generator)
 
 
 def search_smooth(
-    weight_NK: Tensor, x_MK: Tensor, score: Score, rule: ActivationRule, config: SVDQuantConfig, bits: int
+    weight_NK: Tensor, x_MK: Tensor, parent: Parent | None, rule: ActivationRule, config: SVDQuantConfig, bits: int
 ) -> Tensor:
-    """The candidate lambda (K,) with the smallest score."""
+    """The candidate lambda (K,) with the smallest error; `parent` None = at the layers' own outputs."""
     every = candidates(x_MK.abs().amax(0), weight_NK.abs().amax(0))
-    factors = torch.stack([found for _, _, found in every])
+    factors_CK = torch.stack([found for _, _, found in every])
+    own = own_errors(weight_NK, x_MK[:: max(1, len(x_MK) // TRIED_ON)], factors_CK, rule, config, bits)
+    if parent is None:
+        return factors_CK[int(own.argmin())]
+    a_quarter = len(some(parent.calls, QUARTER))
+    least, most = SHORT
+    short = own.argsort(stable=True)[: max(least, min(most, 2 * parent.affordable // (3 * a_quarter)))].tolist()
+    if 0 not in short:
+        short.append(0)  # no smoothing at all
 
-    def scored(factors_K: Tensor, share: float) -> float:
-        scaled = weight_NK * factors_K
-        up, down = _branch(scaled, config.rank, torch.Generator().manual_seed(config.seed))
-        residual = scaled.addmm_(up, down, alpha=-1)
-        dense = n.round_to_nearest(residual, n.group_scales(residual, bits, torch.float32), bits).dense()
-        return score(dense.div_(factors_K), up, down / factors_K, _rounder(rule, factors_K), share)
+    def scored(k: int, share: float) -> float:
+        dense_CNK, up_CNR, down_CRK = _tried(weight_NK, factors_CK[k : k + 1], config, bits)
+        return parent.score(dense_CNK[0], up_CNR[0], down_CRK[0], _rounder(rule, factors_CK[k]), share)
 
-    first = torch.tensor([scored(each, QUARTER) for each in factors])
-    finalists = first.argsort(stable=True)[: -(-len(every) // 4)]
-    return factors[min(finalists.tolist(), key=lambda k: scored(factors[k], 1.0))]
+    left = parent.affordable - len(short) * a_quarter
+    finalists = sorted(short, key=lambda k: scored(k, QUARTER))[: max(1, min(FINALISTS, left // parent.calls))]
+    if len(finalists) == 1:
+        return factors_CK[finalists[0]]
+    return factors_CK[min(finalists, key=lambda k: scored(k, 1.0))]
+
+
+def some(of: int, share: float) -> list[int]:
+    """A share of so many, at least two of them, evenly spread: calls come in the order of timesteps."""
+    count = min(of, max(2, round(share * of)))
+    return [int((i + 0.5) * of / count) for i in range(count)]
+
+
+def own_errors(
+    weight_NK: Tensor, x_MK: Tensor, factors_CK: Tensor, rule: ActivationRule, config: SVDQuantConfig, bits: int
+) -> Tensor:
+    """Squared errors (C,) of candidates at the layers' own outputs, inputs rounded."""
+    wanted_MN = x_MK @ weight_NK.T
+    errors: list[Tensor] = []
+    for some_CK in factors_CK.split(max(1, TOGETHER // max(weight_NK.numel(), 1))):
+        dense_CNK, up_CNR, down_CRK = _tried(weight_NK, some_CK, config, bits)
+        rounded_CMK = torch.stack([_rounder(rule, factors_K)(x_MK) for factors_K in some_CK])
+        got_CMN = torch.baddbmm(wanted_MN, rounded_CMK, dense_CNK.mT, beta=-1)
+        if up_CNR.shape[-1]:
+            got_CMN += (x_MK @ down_CRK.mT) @ up_CNR.mT
+        errors.append(got_CMN.square_().sum((1, 2)))
+    return torch.cat(errors)
+
+
+def _tried(weight_NK: Tensor, factors_CK: Tensor, config: SVDQuantConfig, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each candidate's integers as weights (C, N, K), up (C, N, R) and down (C, R, K), smoothing undone."""
+    scaled_CNK = weight_NK * factors_CK[:, None]
+    up_CNR, down_CRK = _branch(scaled_CNK, config.rank, torch.Generator().manual_seed(config.seed))
+    residual = scaled_CNK.sub_(up_CNR @ down_CRK) if config.rank else scaled_CNK
+    flat = residual.flatten(0, 1)
+    dense = n.round_to_nearest(flat, n.group_scales(flat, bits, torch.float32), bits).dense()
+    return dense.view_as(residual).div_(factors_CK[:, None]), up_CNR, down_CRK / factors_CK[:, None]
 
 
 def alternate(
@@ -155,8 +216,8 @@ def alternate(
         best, kept = error, (up, down, integers)
         if small or not config.rank:
             break
-    assert kept is not None, "the weight is not finite"
-    if config.gptq and gram is not None and root is not None:
+    assert kept is not None, "weights and inputs are checked before"
+    if config.gptq and gram is not None and not gram.singular:
         kept = _fed_back(scaled_NK, gram, root, kept, best, config, bits, dtype)
     return *kept, turns
 
@@ -164,7 +225,7 @@ def alternate(
 def _fed_back(
     scaled_NK: Tensor,
     gram: n.Gram,
-    root: Tensor,
+    root: Tensor | None,
     kept: tuple[Tensor, Tensor, n.Rounded],
     best: float,
     config: SVDQuantConfig,
@@ -195,18 +256,28 @@ def _fed_back(
 def solve(
     weight_NK: Tensor,
     x_MK: Tensor | None,
-    score: Score | None,
+    parent: Parent | None,
     *,
     after: str | None,
     config: SVDQuantConfig,
     bits: int,
     dtype: torch.dtype,
 ) -> Solution:
-    """Everything for one group; `x` None = data-free. Weights and inputs in fp32."""
+    """Everything for one group; weights and inputs in fp32.
+
+    Args:
+        weight_NK: of the stacked layers.
+        x_MK: calibration rows; None = without data.
+        parent: judges candidates at its output; None = the layers' own outputs do.
+        after: the activation before the layers, where its outputs have a lower bound.
+        config: settings, the rank already what this group gets.
+        bits: of the weights.
+        dtype: in which scales, factors and branch will be kept.
+    """
     rule = rule_for(config, after)
     smooth = None
-    if config.smooth and x_MK is not None and score is not None:
-        smooth = search_smooth(weight_NK, x_MK, score, rule, config, bits).to(dtype).float()
+    if config.smooth and x_MK is not None:
+        smooth = search_smooth(weight_NK, x_MK, parent, rule, config, bits).to(dtype).float()
     factors = torch.ones(weight_NK.shape[1], device=weight_NK.device) if smooth is None else smooth
     # What the integers multiply: smoothed inputs as they are rounded.
     gram = None if x_MK is None else n.Gram(_rounder(rule, factors)(x_MK) / factors)
@@ -225,4 +296,11 @@ def solve(
         error=n.output_error(weight_NK - acting, raw) / max(power, 1e-30),
         branch_share=n.output_error((up @ down) / factors, raw) / max(power, 1e-30),
         turns=turns,
+        note=_note(gram, config),
     )
+
+
+def _note(gram: n.Gram | None, config: SVDQuantConfig) -> str:
+    if gram is None:
+        return "" if config.data_free else "its input was never seen in calibration: quantized without data"
+    return "its inputs' second moments are singular: no error feedback" if gram.singular and config.gptq else ""

@@ -1,14 +1,12 @@
-"""Writes `training.md`, the published record of how weights came to be, from the stages' own logs.
+"""Writes `training.md`, the published record of how weights were trained, from the stages' logs.
 
     python -m mm.training.journal STATE weights/mm-tiny/training.md
 
 Design choices
-- Nothing is typed by hand: data, steps, samples, seconds and curve are read from the logs of the runs that happened.
+- Nothing is typed by hand: data, steps, samples, seconds and curve are read from the logs of the runs.
 - A curve is a dozen rows, evenly spaced over the log: enough to see whether more training would help.
-- A run that starts from published weights has another run's record before it: what FILE tells already of runs whose
-  logs are not in STATE is kept. A run is known by its first line.
-
-This module does not know models.
+- A run that starts from published weights has the record of another run before it: sections of FILE about runs whose
+  logs are not in STATE are kept. A run is identified by the first line of its log.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _ROWS = 14
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a log; other lines (warnings, tracebacks) are passed over."""
+    """The JSON lines of a log; other lines (warnings, tracebacks) are skipped."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.startswith("{")]
 
@@ -56,69 +54,59 @@ def _cell(value: Any) -> str:
 
 
 def device() -> str:
-    """The machine in words."""
+    """A description of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{os.cpu_count()} CPU cores ({platform.machine()}, {capability}), bf16 autocast"
 
 
-def _autoencoder(rows: list[dict[str, Any]]) -> str:
-    psnr, steps = ([row for row in rows if key in row] for key in ("psnr", "loss"))
-    return f"{table(thinned(steps))}\n\nPSNR (dB) on held-out renders:\n\n{table(thinned(psnr))}"
+def _trained(note: str, score: str = "", about: str = "") -> Callable[[list[dict[str, Any]]], str]:
+    """Writes what the trainer has logged: losses, and rows that hold `score` in a table of their own."""
+
+    def section(rows: list[dict[str, Any]]) -> str:
+        losses = [row for row in rows if not score or score not in row]
+        scores = [row for row in rows if score and score in row]
+        text = f"{note}\n\n{table(thinned(losses))}"
+        return text + (f"\n\n{about}:\n\n{table(thinned(scores))}" if scores else "")
+
+    return section
 
 
-def _decoder(rows: list[dict[str, Any]]) -> str:
-    return f"The autoencoder's decoder alone, latents as they were (`--freeze-encoder`).\n\n{_autoencoder(rows)}"
-
-
-def _judge(rows: list[dict[str, Any]]) -> str:
-    looks = [row for row in rows if "exact" in row]
-    return f"`exact`: share of held-out scenes read back without any error.\n\n{table(thinned(looks))}"
-
-
-def _loop(note: str) -> Callable[[list[dict[str, Any]]], str]:
-    """What a stage of `mm.training.loop` has logged."""
-
-    def tell(rows: list[dict[str, Any]]) -> str:
-        text = f"{note}\n\n{table(thinned([row for row in rows if 'compose' not in row]))}"
-        scores = [row for row in rows if "compose" in row]
-        if scores:
-            text += f"\n\nJudged on the way (a few tuning prompts, averaged weights):\n\n{table(scores)}"
-        return text
-
-    return tell
-
-
+_PSNR = ("psnr", "PSNR (dB) on held-out renders")
+_COMPOSE = ("compose", "Previews (a few tuning prompts, averaged weights)")
 STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
-    ("Autoencoder", "autoencoder/log.txt", _autoencoder),
-    ("Decoder", "decoder/log.txt", _decoder),
-    ("Judge", "judge/log.txt", _judge),
-    ("Drawing", "drawing/log.jsonl", _loop("Losses are moving averages over about 50 steps.")),
+    ("Autoencoder", "autoencoder", _trained("Losses are moving averages over about 50 steps.", *_PSNR)),
+    ("Decoder", "decoder", _trained("The decoder alone, latents unchanged (`--freeze-encoder`).", *_PSNR)),
+    (
+        "Judge",
+        "judge",
+        _trained("Weighted losses.", "exact", "`exact`: share of fresh renders that are read without any error"),
+    ),
+    ("Drawing", "drawing", _trained("Losses are moving averages over about 50 steps.", *_COMPOSE)),
     (
         "Understanding encoder",
-        "understanding/log.jsonl",
-        _loop(
-            "In training, `_right`: share of object cells named right; `_found`: of pictures with every centre right."
-        ),
+        "understanding",
+        _trained("On training data, `_right`: share of object cells; `_found`: of pictures with every centre right."),
     ),
     (
         "Latent stem",
-        "stem/log.jsonl",
-        _loop("`lost`: share of the variance of the encoder's tokens that latents do not bring back."),
+        "stem",
+        _trained("`lost`: share of the variance of the encoder's tokens that is not recovered from latents."),
     ),
     (
         "Counter",
-        "counter/log.jsonl",
-        _loop("`_right`: share of a batch's pictures whose every number is right; samples are new pictures."),
+        "counter",
+        _trained("`_right`: share of a batch's pictures with every count right; samples are new pictures."),
     ),
     (
         "Joint",
-        "joint/log.jsonl",
-        _loop(
-            "Goes on from drawing, or from the published weights; seconds and samples are the run's own. `_right`: "
-            "share of spoken words right. `nouns`, `relations`, `looks`, `coming`: losses of what the user's nouns, "
-            "looks, and the words before a description's nouns know of their scene (`mm/training/grounding.py`)."
+        "joint",
+        _trained(
+            "Continues the drawing stage, or published weights; seconds and samples are the run's own. `_right`: share "
+            "of generated words right. `nouns`, `relations`, `tokens`, `next_nouns`: auxiliary losses "
+            "(`mm/training/readouts.py`).",
+            *_COMPOSE,
         ),
     ),
 )
@@ -131,22 +119,23 @@ def sections(record: str) -> dict[str, str]:
 
 
 def journal(state: Path, earlier: str = "") -> str:
-    """The record as Markdown. What an `earlier` record tells of runs whose logs are gone stays as it was told."""
+    """The record as Markdown. Sections of an `earlier` record about runs that are not in `state` are kept unchanged."""
     known = sections(earlier)
     out = [
         "# How these weights were trained",
-        "Written by `python -m mm.training.journal` from the runs' own logs. Data: scenes of `mm/world`, drawn without "
-        "end; compositions held out by `mm.world.scene.is_held_out` and the eight held-out objects were never shown.",
+        "Written by `python -m mm.training.journal` from the runs' own logs. Data: scenes of `mm/world`, sampled "
+        "without end; compositions held out by `mm.world.scene.is_held_out` and the eight held-out objects were never "
+        "shown.",
         f"Device: {device()}, shared with other work: seconds are wall clock. torch {torch.__version__}.",
     ]
-    for title, log, tell in STAGES:
-        rows = read_log(state / log)
+    for title, folder, section in STAGES:
+        rows = read_log(state / folder / "log.jsonl")
         mark = f"Run {hashlib.blake2s(json.dumps(rows[0]).encode(), digest_size=4).hexdigest()}." if rows else ""
-        told = {k: text for k, text in known.items() if k.split(", ")[0] == title and not (mark and mark in text)}
-        out += [f"## {name}\n\n{text}" for name, text in told.items()]
+        kept = {k: text for k, text in known.items() if k.split(", ")[0] == title and not (mark and mark in text)}
+        out += [f"## {name}\n\n{text}" for name, text in kept.items()]
         if rows:
-            number = f", run {len(told) + 1}" if told else ""
-            out.append(f"## {title}{number}\n\n{mark} {tell(rows)}")
+            number = f", run {len(kept) + 1}" if kept else ""
+            out.append(f"## {title}{number}\n\n{mark} {section(rows)}")
     return "\n\n".join(out) + "\n"
 
 

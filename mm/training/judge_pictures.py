@@ -1,14 +1,13 @@
-"""What the judge learns from: renders made imperfect, and pictures that nobody should be able to read.
+"""Training data of the judge: degraded renders, and unreadable pictures.
 
 Design choices
-- A ring of renders is refilled a little every step and drawn from at random, so that each render is used a few times,
-  each time damaged differently: drawing costs a fraction of learning.
-- Mild damage (warps, softness, noise, brightness) keeps the truth. A wrecked sprite keeps the picture but loses its
-  object. Blends and garbage lose everything and are labelled unreadable.
-- Once an autoencoder is at hand, part of the ring passes through it with a little noise in the latents, and decoded
-  mixtures and noise join the garbage: that is how generated pictures fail.
+- A ring buffer of renders is refilled a little every step and sampled at random, so that each render is used a few
+  times, each time degraded differently: rendering costs a fraction of training.
+- Mild degradation (warps, blur, noise, brightness) keeps the labels. A smeared sprite removes that object's label.
+  Blends and noise have no labels except "unreadable".
+- With a trained autoencoder, part of the ring is encoded and decoded with a little noise in the latents, and decoded
+  mixtures and noise are added to the unreadable pictures, since generated pictures fail that way.
 
-The module does not know the judge's network or its loss.
 Legend: B pictures, S = 6 sprite slots, C channels, H = W = 128. A sprite row is (object or -1, tint index, x, y, size).
 """
 
@@ -36,8 +35,8 @@ Reconstruct = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Pictures in [0, 1] with their truth; where `readable_B` is False the rest says nothing."""
+class JudgeBatch:
+    """Pictures in [0, 1] with their labels; where `readable_B` is False the other labels are not used."""
 
     pictures_BCHW: torch.Tensor
     sprites_BS5: torch.Tensor
@@ -68,14 +67,14 @@ def truth(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 class Ring:
-    """Renders with their truth, refilled a few at a time; see the module's docstring."""
+    """A ring buffer of renders with their labels."""
 
     def __init__(self, capacity: int, seed: object) -> None:
         self.pictures_NCHW = torch.empty(capacity, 3, v.SIZE, v.SIZE, dtype=torch.uint8)
         self.sprites_NS5 = torch.empty(capacity, v.MAX_SPRITES, 5)
         self.background_N = torch.empty(capacity, dtype=torch.int64)
         self.style_N = torch.empty(capacity, dtype=torch.int64)
-        self.decoded_NCHW = torch.empty(0, 3, v.SIZE, v.SIZE)  # garbage that an autoencoder decoded
+        self.decoded_NCHW = torch.empty(0, 3, v.SIZE, v.SIZE)  # unreadable pictures that an autoencoder decoded
         self.seed = seed
         self.filled = self.written = 0
 
@@ -100,7 +99,7 @@ class Ring:
         """Adds pictures in [0, 1] that count as unreadable; the newest `keep` stay."""
         self.decoded_NCHW = torch.cat([self.decoded_NCHW, pictures_BCHW])[-keep:]
 
-    def draw(self, count: int, generator: torch.Generator) -> Batch:
+    def draw(self, count: int, generator: torch.Generator) -> JudgeBatch:
         """A damaged batch."""
         rows = torch.randint(self.filled, (count,), generator=generator)
         clean_BCHW = self.pictures_NCHW[rows].float() / 255
@@ -110,7 +109,7 @@ class Ring:
         broken = int(UNREADABLE_SHARE * count)
         garbage = spoil(clean_BCHW, broken, self.decoded_NCHW, generator)
         pictures = torch.cat([garbage, shade(pictures[broken:], generator)])
-        return Batch(
+        return JudgeBatch(
             pictures_BCHW=pictures,
             sprites_BS5=sprites,
             background_B=self.background_N[rows],
@@ -126,7 +125,7 @@ def _uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.G
 def warp(
     pictures_BCHW: torch.Tensor, sprites_BS5: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Small turns, stretches and shifts with a gentle wobble; the truth moves along. A third stays as it is."""
+    """Small turns, stretches and shifts with a gentle wobble; labels move along. A third stays as it is."""
     n, half = len(pictures_BCHW), v.SIZE / 2
     moves = (torch.rand(n, generator=generator) > 0.33).float()
     angle = _uniform(-0.07, 0.07, (n,), generator) * moves
@@ -149,7 +148,7 @@ def warp(
 def wreck(
     pictures_BCHW: torch.Tensor, sprites_BS5: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smears or melts the first sprite of some pictures, and strikes it from the truth."""
+    """Smears or warps the first sprite of some pictures, and removes its label."""
     n = len(pictures_BCHW)
     rows = torch.nonzero((torch.rand(n, generator=generator) < WRECK_SHARE) & (sprites_BS5[:, 0, 0] >= 0)).flatten()
     if not len(rows):
@@ -170,7 +169,7 @@ def wreck(
 
 
 def melt(pictures_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures whose parts have run into each other, as a young generator draws them."""
+    """Pictures under a strong random warp, as an undertrained generator draws them."""
     n = len(pictures_BCHW)
     run = torch.randn(n, 2, 14, 14, generator=generator) * (7 / (v.SIZE / 2))
     run = F.interpolate(run, size=(v.SIZE, v.SIZE), mode="bicubic").permute(0, 2, 3, 1)
@@ -203,7 +202,7 @@ def shade(pictures_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def spoil(clean_BCHW: torch.Tensor, count: int, decoded_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`count` pictures that cannot be read: blends for the greater part, then every kind of garbage in turn."""
+    """`count` unreadable pictures: blends for the greater part, else one of the kinds below."""
     kinds = [_shuffled, _melted, _smeared, _noisy, _faint, _negative, _one_channel, _nothing]
     out = []
     for _ in range(count):

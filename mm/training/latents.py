@@ -1,11 +1,9 @@
-"""Caches of latents and scenes, so that training neither renders nor encodes.
+"""Cached scenes and their latents, so that training neither renders nor encodes them.
 
 Design choices
-- Shards of a few thousand scenes: latents in safetensors (fp16), scenes as one JSON line each beside them. A run reads
-  what is there and takes in new shards as they appear, so that rendering and training can overlap.
-- Shard k depends on (seed, k) alone. Captions are not cached: each draw words its scene anew.
-
-This module does not know the trunk.
+- Shards of a few thousand scenes: latents in safetensors (fp16), and a JSON line for each scene. A run loads shards
+  that are added later, so that rendering and training can overlap.
+- Shard k depends on (seed, k) alone. Captions are not cached: each use has a new wording.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +41,44 @@ def scene_from_json(line: str) -> Scene:
 
 
 @torch.no_grad()
+def encode_scenes(scenes: Sequence[Scene], autoencoder: Autoencoder) -> torch.Tensor:
+    """Latents (N, 16, 8, 8) of rendered scenes, fp16 on the CPU."""
+    parts, device = [], autoencoder.device
+    for i in range(0, len(scenes), 64):
+        pictures = render(scenes[i : i + 64], str(device)).float() / 127.5 - 1
+        with torch.autocast(device.type, torch.bfloat16):
+            parts.append(autoencoder.encode(pictures).float())
+    return torch.cat(parts).half().cpu()
+
+
 def write_shard(
     folder: Path,
     k: int,
     autoencoder: Autoencoder,
     *,
     seed: int = 0,
-    lessons: Mapping[str, Any] | None = None,
+    scene_shares: Mapping[str, Any] | None = None,
     size: int = SHARD,
 ) -> None:
-    """Renders and encodes shard `k` into `folder`; does nothing when it is there.
+    """Renders and encodes shard `k` into `folder`; does nothing where it exists.
 
-    `lessons` are shares of scenes made for one, as `sample_scene` takes them (`{"pair_share": 0.4}`).
+    Args:
+        folder: Folder of the shards.
+        k: Number of the shard.
+        autoencoder: Encodes.
+        seed: Of the scenes.
+        scene_shares: Shares of kinds of scenes, as `sample_scene` takes them (`{"pair_share": 0.4}`).
+        size: Scenes in the shard.
     """
     path = folder / f"{k:05d}.safetensors"
     if path.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"drawing {seed} {k}")
-    scenes = [sample_scene(rng, default_weight=8, **(lessons or {})) for _ in range(size)]
-    parts = []
-    device = str(autoencoder.device)
-    for i in range(0, size, 64):
-        pictures = render(scenes[i : i + 64], device).float() / 127.5 - 1
-        with torch.autocast(autoencoder.device.type, torch.bfloat16):
-            parts.append(autoencoder.encode(pictures).float())
+    scenes = [sample_scene(rng, default_weight=8, **(scene_shares or {})) for _ in range(size)]
+    latents = encode_scenes(scenes, autoencoder)
     write_text(path.with_suffix(".jsonl"), "\n".join(map(scene_to_json, scenes)) + "\n")
-    write_bytes(path, save({"latents": torch.cat(parts).half().cpu()}))
+    write_bytes(path, save({"latents": latents}))
 
 
 def read_scenes(path: Path) -> list[Scene]:
@@ -87,7 +96,7 @@ class LatentCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes in shards that have appeared, in order."""
+        """Loads shards that were added since, in order."""
         while (path := self.folder / f"{len(self.latents):05d}.safetensors").is_file():
             self.latents.append(load_file(path)["latents"])
             self.scenes.append(read_scenes(path.with_suffix(".jsonl")))

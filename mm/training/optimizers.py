@@ -4,9 +4,9 @@ Design choices
 - A convolution kernel is treated as the matrix (out, in * height * width). The update is orthogonalized by five
   Newton-Schulz iterations in bf16 and scaled so that its root mean square is Adam's usual 0.2: one learning rate serves
   both optimizers.
-- Optimizer state goes through `flatten_state` / `restore_state`, so that no checkpoint of ours holds a pickle.
+- Optimizer state goes through `flatten_state` / `restore_state`, so that no checkpoint holds a pickle.
 
-The module does not know any model; a stage decides which parameters Muon gets.
+Legend: B matrices, M rows, N columns.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Keller Jordan's quintic: its slope at zero is steep, and it maps singular values into about [0.7, 1.2].
+# Keller Jordan's quintic: steep at zero, and it maps singular values into about [0.7, 1.2].
 _QUINTIC = (3.4445, -4.7750, 2.0315)
+# Matrices that are inputs, outputs, tables or modulation; their names, and open_clip's for the same. AdamW trains them.
+_NOT_HIDDEN = {
+    *("words", "mode_tokens", "latent_in", "velocity_out", "modulation", "modulation_out", "place", "readout"),
+    *("token_embedding", "positional_embedding", "proj", "text_projection"),
+}
 
 
 def orthogonalize(matrices_BMN: Tensor, iterations: int = 5) -> Tensor:
@@ -90,3 +95,24 @@ def restore_state(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[s
                 # fused kernels pair elements by memory position: the state must have its parameter's strides
                 entry[key] = torch.empty_like(parameters[index]).detach().copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def muon_and_adamw(
+    module: nn.Module, *, learning_rate: float, muon_rate: float | None, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices (none where `muon_rate` is None) and AdamW for all other trained parameters."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for n, p in named if muon_rate is not None and _is_hidden_matrix(n, p)]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    out: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    ]
+    if hidden and muon_rate is not None:
+        out.append(Muon(hidden, muon_rate, weight_decay=weight_decay))
+    return out
+
+
+def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    parts = name.split(".")
+    return parameter.ndim == 2 and not any(part in _NOT_HIDDEN or part.endswith("_out") for part in parts)

@@ -1,11 +1,10 @@
-"""A look at a run on its way: a grid of what the averaged weights draw, and the judge's score of it.
+"""Previews of a run: a grid of pictures drawn with the averaged weights, and the judge's score of them.
 
 Design choices
-- The prompts are the tuning ones, never those for reporting, with fixed seeds: looks of one run can be compared.
-- The score goes into the run's own log, so that `training.md` shows the curve that matters beside the losses.
-- A few prompts a task: a look takes seconds, not minutes. It is a compass, not a measurement.
-
-This module does not know losses or the loop.
+- The prompts are the tuning ones, never those for reporting, with fixed seeds, so that previews of a run can be
+  compared.
+- The score goes into the run's log, so that `training.md` shows it beside the losses.
+- A few prompts a task: a preview takes seconds. It is an indication, not a measurement.
 """
 
 from __future__ import annotations
@@ -36,13 +35,18 @@ def find_judge(state: Path) -> Path | None:
     return None
 
 
-def judged_preview(
-    module: Any, autoencoder: Autoencoder, judge: Path, out: Path, *, limit: int = LIMIT
-) -> dict[str, float]:
-    """Draws the first `limit` tuning prompts of each task in both modes that the module has learned.
+def judged_preview(trainer: Any, autoencoder: Autoencoder, state: Path, *, limit: int = LIMIT) -> dict[str, float]:
+    """Draws the first `limit` tuning prompts of each task in the modes that the trainer's module learns.
 
-    Writes `preview-MODE.png` (latest) into `out`; returns the overall scores as `compose` and `compose_codes`.
+    Writes `preview-MODE.png` into the trainer's folder, replacing older ones.
+
+    Returns:
+        The overall scores as `compose` and `compose_codes`; nothing where there is no judge, or in other processes.
     """
+    judge = find_judge(state)
+    if judge is None or not trainer.accelerator.is_main_process:
+        return {}
+    module = trainer.bare
     parts = {name: copy.deepcopy(getattr(module, name)).eval() for name in ("trunk", "velocity_decoder", "code_head")}
     pipe = TextToImagePipeline(
         **parts,
@@ -55,7 +59,7 @@ def judged_preview(
     modes = {"flow": "compose"} | ({"codes": "compose_codes"} if module.config.codes_share > 0 else {})
     scores = {}
     for mode, name in modes.items():
-        file = out / f"preview-{mode}.json"
+        file = trainer.out / f"preview-{mode}.json"
         config = ComposeConfig(mode=mode, limit=limit, pictures=1)
         with torch.autocast(module.trunk.device.type, torch.bfloat16):
             report = evaluate_compose(pipe, Judge.from_pretrained(judge), config, prompts=COMPOSE_TUNE, json_file=file)

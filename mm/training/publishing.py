@@ -1,7 +1,4 @@
-"""Writes trained parts as a diffusers folder that the pipelines load.
-
-This module does not know stages or state folders.
-"""
+"""Writes trained parts as a diffusers folder that the pipelines load."""
 
 from __future__ import annotations
 
@@ -17,8 +14,13 @@ PUBLISHED = ("trunk", "velocity_decoder", "code_head")
 
 
 def publish_drawing(module: Any, folder: Path) -> None:
-    """Writes the trained parts in bf16, each beside its config, for the pipeline to load."""
+    """Writes the trained parts in bf16 with their configs, for the pipeline to load."""
     for name in PUBLISHED:
-        # A copy, since casting there and back would round the fp32 masters.
-        copy.deepcopy(getattr(module, name)).to(torch.bfloat16).save_pretrained(folder / name)
+        publish(getattr(module, name), folder / name)
     build_text_tokenizer().save_pretrained(folder / "text_tokenizer")
+
+
+def publish(part: Any, folder: Path) -> None:
+    """Writes one part in bf16 with its config."""
+    # A copy, since a cast there and back would round the fp32 weights.
+    copy.deepcopy(part).to(torch.bfloat16).save_pretrained(folder)

@@ -1,14 +1,12 @@
-"""What the tokenizer stage learns from: rendered scenes in memory, and the two losses over them.
+"""Data and losses of the tokenizer stage: rendered scenes in memory, reconstruction and a semantic head.
 
 Design choices
 - Scenes are rendered into a pool which grows a little every step; scene i depends on (seed, i) alone, so a resumed run
-  draws the same pool. Held-out scenes live in a seed namespace of their own. Styles can be favoured: then every other
-  scene is in one of them.
+  draws the same pool. Held-out scenes have seeds of their own. Styles can be favoured: then every other scene is in one
+  of them.
 - Reconstruction: L1 + MSE + L1 of the image gradient, so that neither blur nor a wrong tone is cheap.
-- `SemanticHead` reads *noised* latents (RecTok, arXiv 2512.13421): object and colour in each cell, background and style
-  of the whole. It makes latents easy to generate and is thrown away after training.
-
-The module knows the world, but no model but its own head.
+- `SemanticHead` predicts, from *noised* latents (RecTok, arXiv 2512.13421), object and colour of each cell, background
+  and style. It makes latents easier to generate and is discarded after training.
 
 Legend: B batch, C channels, H height, W width, N pool.
 """
@@ -28,17 +26,20 @@ from mm.world.scene import Scene, sample_scene
 from mm.world.vocabulary import ALL_OBJECTS, BACKGROUNDS, COLOURS, STYLES
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, kw_only=True)
+class TokenizerBatch:
+    """Pictures in [-1, 1] with labels of their cells and of the whole, and the seed of the step's noise."""
+
     pictures: Tensor
     objects: Tensor
     colours: Tensor
     background: Tensor
     style: Tensor
+    noise_seed: int
 
 
 class ScenePool:
-    """Rendered training scenes in memory, as uint8; grows on demand and is picked from at random."""
+    """Rendered training scenes in memory, as uint8; grows on demand."""
 
     def __init__(self, seed: int, size: int, favoured: Sequence[str] = ()) -> None:
         self.seed, self.size, self.count, self.favoured = seed, size, 0, favoured
@@ -64,11 +65,19 @@ class ScenePool:
             return sample_scene(rng, styles=self.favoured)
         return sample_scene(rng)
 
-    def pick(self, batch_size: int, step: int) -> Batch:
+    def pick(self, batch_size: int, step: int) -> TokenizerBatch:
+        """The batch of a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         index = torch.randint(self.count, (batch_size,), generator=generator)
         cells, named = self.cells[index].long(), self.globals[index].long()
-        return Batch(to_float(self.pictures[index]), cells[:, 0], cells[:, 1], named[:, 0], named[:, 1])
+        return TokenizerBatch(
+            pictures=to_float(self.pictures[index]),
+            objects=cells[:, 0],
+            colours=cells[:, 1],
+            background=named[:, 0],
+            style=named[:, 1],
+            noise_seed=self.seed * 7_919 + step,
+        )
 
 
 def to_float(pictures_u8: Tensor) -> Tensor:
@@ -77,12 +86,12 @@ def to_float(pictures_u8: Tensor) -> Tensor:
 
 
 def held_out_scenes(style: str, count: int) -> list[Scene]:
-    """Scenes in one style which no training pool can hold (another seed namespace)."""
+    """Scenes in one style that no training pool holds, since their seeds are different."""
     return [replace(sample_scene(random.Random(f"held-out-{style}-{i}")), style=style) for i in range(count)]
 
 
 class SemanticHead(nn.Module):
-    """Reads noised latents: object and colour per cell, background and style per picture. Training only."""
+    """Predicts object and colour per cell, background and style per picture, from noised latents. Training only."""
 
     def __init__(self, channels: int, width: int = 96) -> None:
         super().__init__()
@@ -92,8 +101,9 @@ class SemanticHead(nn.Module):
         self.background = nn.Linear(width, len(BACKGROUNDS))
         self.style = nn.Linear(width, len(STYLES))
 
-    def loss(self, latents_BCHW: Tensor, batch: Batch) -> Tensor:
-        sigma_B111 = torch.rand(len(latents_BCHW), 1, 1, 1) * 0.8
+    def loss(self, latents_BCHW: Tensor, batch: TokenizerBatch) -> Tensor:
+        """Cross-entropy of the four predictions."""
+        sigma_B111 = torch.rand(len(latents_BCHW), 1, 1, 1, device=latents_BCHW.device) * 0.8
         noised = (1 - sigma_B111) * latents_BCHW + sigma_B111 * torch.randn_like(latents_BCHW)
         features = self.body(noised)
         pooled = features.mean((2, 3))
@@ -106,6 +116,7 @@ class SemanticHead(nn.Module):
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, edge_weight: float) -> Tensor:
+    """L1 + 4 MSE, and L1 of the image gradient with `edge_weight`."""
     error = output.float() - target
     loss = error.abs().mean() + 4 * error.square().mean()
     across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]

@@ -1,15 +1,14 @@
-"""The understanding stage: a small ViT learns pictures against captions.
+"""The understanding stage: a small ViT learns from pictures and captions.
 
 Design choices
-- No picture is seen twice. An encoder that saw 41 thousand pictures nine times over knew what all of them held, and
-  every centre of only 2 in 3 new ones. Pictures are those of joint training's reading, crowds and counts among them.
-- CLIP's symmetric contrastive loss (Radford et al. 2021, arXiv 2103.00020) through open_clip's `ClipLoss`. Captions in
-  a batch are full ones, so that two pictures rarely share one.
-- The renderer's truth is there for nothing, so linear readouts of each token also name its cell's object and colour,
-  and whose centre lies in it: places and counts, which a pooled vector hardly holds. A readout of the tokens' mean
-  names style and background. Readouts are training state and are not published.
+- No picture is used twice: an encoder that saw 41 thousand pictures nine times each overfitted. Scenes are sampled as
+  for the joint stage's reading, with crowds and counts.
+- CLIP's symmetric contrastive loss (Radford et al. 2021, arXiv 2103.00020) through open_clip's `ClipLoss`. Captions are
+  full ones, so that two pictures of a batch rarely have the same.
+- Dense labels from the renderer: linear readouts of each token predict its cell's object and colour, and whose centre
+  is in it, which a pooled vector hardly encodes. A readout of the mean token predicts style and background. Readouts
+  are training state and are not published.
 
-This module does not know the loop, files or the trunk.
 Legend: B pictures, T words, L = 64 tokens, W width.
 """
 
@@ -18,23 +17,28 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mm.models.dialogue import IGNORED
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.text import build_text_tokenizer
+from mm.models.understanding_encoder import UnderstandingEncoder
+from mm.training.conversations import READ
+from mm.training.publishing import publish
+from mm.training.stage import Stage, StageContext
 from mm.world import vocabulary as v
 from mm.world.captions import caption
 from mm.world.render import cell_labels, centre_labels, render
-from mm.world.scene import Scene
+from mm.world.scene import Scene, sample_scene
 from mm.world.vocabulary import ALL_OBJECTS, COLOURS
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandingConfig:
-    """What the understanding stage learns."""
+    """Weights of the losses: contrastive, and of the readouts of cells, centres and the whole picture."""
 
     contrast_weight: float = 0.5
     cells_weight: float = 1.0
@@ -44,7 +48,7 @@ class UnderstandingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnderstandingBatch:
-    """Pictures in [-1, 1], captions padded with 0 to the context length, and the cells' truth."""
+    """Pictures in [-1, 1], captions padded with 0 to the context length, and labels of cells and pictures."""
 
     pictures_BCHW: torch.Tensor
     ids_BT: torch.Tensor
@@ -56,12 +60,12 @@ class UnderstandingBatch:
 
 
 def captions_for(scenes: Sequence[Scene], rng: random.Random) -> list[str]:
-    """A full caption a scene."""
+    """A full caption for each scene."""
     return [caption(scene, rng) for scene in scenes]
 
 
 def make_batch(scenes: Sequence[Scene], ids_BT: torch.Tensor, device: torch.device | str = "cpu") -> UnderstandingBatch:
-    """A batch of freshly rendered pictures with their cells' truth."""
+    """Renders a batch and labels it."""
     objects, colours = cell_labels(scenes)
     grounds = [v.BACKGROUNDS.index(s.background) if v.shows_background(s.style) else IGNORED for s in scenes]
     return UnderstandingBatch(
@@ -94,7 +98,7 @@ class Understanding(nn.Module):
         self.rarity: torch.Tensor
 
     def forward(self, batch: UnderstandingBatch) -> dict[str, torch.Tensor]:
-        """Named losses; names with a leading underscore are only watched."""
+        """Named losses; names with a leading underscore are only logged."""
         pooled, tokens = self.encoder(batch.pictures_BCHW)
         words = self.encoder.encode_text(batch.ids_BT)
         scale = self.encoder.logit_scale.clamp(max=4.6).exp()  # 100, as in CLIP
@@ -113,7 +117,7 @@ class Understanding(nn.Module):
             "centres": self.config.centres_weight * centred,
             "whole": self.config.whole_weight * self._whole(tokens, batch),
             "_right": right,
-            "_found": found,  # pictures all of whose centres are named right
+            "_found": found,  # share of pictures with every centre right
         }
 
     def _whole(self, tokens: torch.Tensor, batch: UnderstandingBatch) -> torch.Tensor:
@@ -122,3 +126,23 @@ class Understanding(nn.Module):
         return loss + F.cross_entropy(grounds, batch.backgrounds_B, ignore_index=IGNORED, reduction="sum") / len(
             grounds
         )
+
+
+def stage(context: StageContext) -> Stage:
+    """The understanding stage, on fresh renders."""
+    config = context.trainer_config("understanding")
+    torch.manual_seed(0)
+    encoder = context.fresh_or_published(UnderstandingEncoder, "understanding_encoder").float()
+    tokenizer, length = build_text_tokenizer(), encoder.config.context_length
+
+    def batches(step: int, process: int) -> UnderstandingBatch:
+        rng = random.Random(f"understanding {config.seed} {step} {process}")
+        scenes = [sample_scene(rng, **READ) for _ in range(config.batch_size)]
+        words = tokenizer(captions_for(scenes, rng), padding="max_length", max_length=length, return_tensors="pt")
+        return make_batch(scenes, words.input_ids)
+
+    def evaluate(trainer: Any) -> None:
+        publish(trainer.bare.encoder, context.state / "model" / "understanding_encoder")
+
+    module = Understanding(encoder, context.settings(UnderstandingConfig, "understanding"))
+    return Stage(name="understanding", module=module, batches=batches, evaluate=evaluate, config=config)

@@ -1,1 +1,1 @@
-"""The procedural world: scenes, renderer, captions, questions, edits and the judge. Imports nothing of mm above it."""
+"""The procedural world: scenes, renderer, captions, questions, edits and the judge. Imports no other part of mm."""

@@ -6,8 +6,6 @@ Design choices
   since leaving those out asks for something else (one, natural, cartoon).
 - What the style cannot show is not said (`vocabulary.shows_colour`, `shows_background`).
 - Every phrase is built of the words in `mm.world.words`; a test generates thousands and checks.
-
-This module does not know pictures, tokens or models.
 """
 
 from __future__ import annotations
@@ -113,8 +111,8 @@ def caption(scene: Scene, rng: random.Random, *, detail: Detail = "full") -> str
     """A caption of `scene`.
 
     `full` names all that shows, `partial` leaves some of it out. `plain` is full in the first wording of each choice,
-    groups in the vocabulary's order and natural colours unsaid, so that a scene has one such caption: whoever learns to
-    say it need not guess which of several was meant.
+    groups in the vocabulary's order and natural colours left out, so that a scene has one such caption and a model
+    need not guess between several.
     """
     plain = detail == "plain"
     parts = list(groups(scene))

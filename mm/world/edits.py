@@ -1,13 +1,12 @@
-"""Edits: a source scene, an instruction, and the target that differs as told and in nothing else.
+"""Edits: a source scene, an instruction, and the target, which differs by the instruction and in nothing else.
 
 Design choices
 - Seven kinds: recolour, remove, add, replace, restyle, background, move. Each maker returns None where the scene has no
-  room or no object for it, and the sampler draws another scene.
+  space or no object for it, and the sampler draws another scene.
 - Targets obey the same rules as sampled scenes: sizes, grid, no overlap, colours and grounds only where they show, and
   no composition that is held out.
-- A recoloured object keeps its place, a replaced one its place and size: what was not told must not move.
-
-This module does not know pictures or models.
+- A recoloured object keeps its place, a replaced one its place and size: what the instruction does not name must not
+  move.
 """
 
 from __future__ import annotations
@@ -88,8 +87,8 @@ def _remove(scene: Scene, rng: random.Random) -> Change | None:
 
 
 def _add(scene: Scene, rng: random.Random) -> Change | None:
-    room = v.MAX_SPRITES if v.smallest_sprite(scene.style) == SIZES[0] else v.MAX_COUNT
-    if len(scene.sprites) >= room:
+    limit = v.MAX_SPRITES if v.smallest_sprite(scene.style) == SIZES[0] else v.MAX_COUNT
+    if len(scene.sprites) >= limit:
         return None
     name = rng.choice([o for o in v.OBJECTS if o not in {s.object for s in scene.sprites}])
     tints = v.colours_in(scene.style)
@@ -195,7 +194,7 @@ _MAKERS: dict[str, Callable[[Scene, random.Random], Change | None]] = {
 
 
 def edit_scene(source: Scene, rng: random.Random, kind: str) -> Edit | None:
-    """A random edit of `source` of this kind, or None where the scene has no room or object for it."""
+    """A random edit of `source` of this kind, or None where the scene has no space or object for it."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of edit {kind!r}; known: {', '.join(KINDS)}")
     change = _MAKERS[kind](source, rng)

@@ -1,4 +1,4 @@
-"""The judge: a small network that reads a picture back into objects, colours, places, background and style.
+"""The judge: a small network that predicts objects, colours, positions, background and style of a picture.
 
 Design choices
 - It measures and does nothing else: no model is trained against it, and it shares no weights with any.
@@ -10,7 +10,6 @@ Design choices
 - Batch norm with fixed statistics when reading: a picture's reading does not depend on its batch.
 - A reading is decided in float32. Weights are stored with 16 bits, and the vocabulary is stored beside them.
 
-The module does not know how it was trained, captions, tasks (`mm.world.tasks`) or any other model.
 Legend: B pictures, C channels, G = 16 grid cells a side, O objects, K = 9 colours (natural first).
 """
 
@@ -23,9 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
+from mm.core.build_limit import build_empty
+from mm.core.errors import UserError
+from mm.core.safe_json import read_object
+from mm.core.safe_tensors import read_tensors
 from mm.world import vocabulary as v
 
 STRIDE = 8
@@ -58,10 +61,10 @@ class JudgeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One object seen: centre (x, y) and longest side in pixels, y down.
+    """One detected object: centre (x, y) and longest side in pixels, y down.
 
     `colours` holds every colour it answers to, None meaning natural; it is empty in styles without hue. `colour` is the
-    one to name: None where it looks natural, or where colour cannot be seen.
+    one to name: None where it is natural, or where colour is not visible.
     """
 
     object: str
@@ -79,7 +82,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What the judge sees in one picture, the most confident object first."""
+    """The judge's prediction for one picture, the most confident object first."""
 
     readable: bool
     objects: tuple[Found, ...]
@@ -194,15 +197,26 @@ class Judge(nn.Module):
         folder = default_folder() if folder is None else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no judge in {folder}: config.json is missing; train one with mm.training.judge_stage")
-        config = json.loads((folder / "config.json").read_text())
+        config = read_object(folder / "config.json", "judge's config")
         for kind, words in _VOCABULARY.items():
             if config.pop(kind, None) != list(words):
                 raise ValueError(f"the judge in {folder} was trained on other {kind} than mm.world.vocabulary lists")
+        file = folder / "model.safetensors"
+        stored = read_tensors(file, "judge's weights").tensors
+        count, values = len(stored), sum(tensor.numel() for tensor in stored.values())
+        build_empty(lambda: cls(JudgeConfig(**config)), count, values, str(folder / "config.json"))
         judge = cls(JudgeConfig(**config))
-        state = judge.state_dict()
-        state |= {name: t.float() for name, t in load_file(folder / "model.safetensors").items()}
-        judge.load_state_dict(state)
+        state = {name: t for name, t in judge.state_dict().items() if name.endswith("num_batches_tracked")}
+        state |= {name: t.float() for name, t in stored.items()}
+        try:
+            judge.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{file} does not hold the judge that config.json describes ({_line(error)})") from error
         return judge.eval()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def default_folder() -> Path:

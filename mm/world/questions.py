@@ -6,8 +6,6 @@ Design choices
 - Existence is balanced: a "yes" question comes with a "no" question, half of the time about a look-alike.
 - Counting is of one kind of object, or now and then of a category (`vocabulary.CATEGORIES`), where zero may be right.
 - Words are those of `mm.world.words`.
-
-This module does not know pictures, edits or models.
 """
 
 from __future__ import annotations

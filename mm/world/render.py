@@ -6,7 +6,6 @@ Design choices
 - A tint keeps a sprite's shading: its brightness, centred per object, runs from black through the tint to white.
 - `cell_labels` gives, for each 16-pixel cell, which object covers most of it: supervision for latents and features.
 
-This module does not know captions, models or files other than the sheet.
 Legend: B scenes, S sprite slots, P = 60 patch side, N flattened pixels.
 """
 
@@ -38,7 +37,7 @@ _COLOUR = {name: i + 1 for i, name in enumerate(v.COLOURS)}  # 0 = natural
 @lru_cache(maxsize=4)
 def _atlas(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Sprites (O, sizes, 4, P, P) with premultiplied alpha, and each object's mean brightness (O,)."""
-    sheet = np.asarray(Image.open(_SHEET).convert("RGBA"), dtype=np.float32) / 255
+    sheet = np.asarray(Image.open(_SHEET, formats=["PNG"]).convert("RGBA"), dtype=np.float32) / 255
     n = len(v.ALL_OBJECTS)
     cells = torch.from_numpy(sheet).view(-1, _CELL, _COLUMNS, _CELL, 4)
     cells_O4HW = cells.permute(0, 2, 4, 1, 3).reshape(-1, 4, _CELL, _CELL)[:n].clone()

@@ -7,8 +7,6 @@ Design choices
   sizes per axis, normalized; a component beyond one half names the relation.
 - Some compositions (object pairs, object-colour, object-count) are held out of all training: `is_held_out`. They are
   picked by a hash of their names, so that the split needs no file and never drifts.
-
-This module does not know how a scene is drawn or worded.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from mm.world import vocabulary as v
 
 SIZES: tuple[int, ...] = (28, 36, 44, 52, 60)
 _SIZE_RANGE = {1: (44, 60), 2: (44, 52), 3: (36, 44), 4: (36, 44), 5: (28, 36), 6: (28, 28)}
-# Sampled centres stand on a coarse grid and sizes are few: pictures look no less varied, and a model has far fewer
-# distinct latents to learn per object (4 offsets within a 16-pixel cell instead of 256).
+# Sampled centres lie on a coarse grid and sizes are few: pictures are as varied, and a model has far fewer distinct
+# latents to learn per object (4 offsets within a 16-pixel cell instead of 256).
 GRID = 8
 _MARGIN = 2  # pixels kept free at the picture's border
 HELD_OUT_SHARE = 20  # one composition in twenty
@@ -138,17 +136,17 @@ def is_held_out(parts: Sequence[Group]) -> bool:
     return any(colour_is_held_out(g.object, g.colour) or count_is_held_out(g.object, g.count) for g in parts)
 
 
-def _sample_groups(rng: random.Random, objects: Sequence[str], style: str, lesson: str) -> tuple[Group, ...]:
-    """One to three groups, made for a lesson (see `sample_scene`); colours only where the style shows them."""
-    shares = {"free": (40, 48, 12), "pair": (0, 1, 0), "count": (1, 0, 0), "crowd": (0, 1, 1)}[lesson]
+def _sample_groups(rng: random.Random, objects: Sequence[str], style: str, kind: str) -> tuple[Group, ...]:
+    """One to three groups of a kind of scene (see `sample_scene`); colours only where the style shows them."""
+    shares = {"free": (40, 48, 12), "pair": (0, 1, 0), "count": (1, 0, 0), "crowd": (0, 1, 1)}[kind]
     n_groups = rng.choices((1, 2, 3), shares)[0]
     numbers = {"free": ((4, 3, 3, 3), (6, 1, 1, 1), (6, 1, 1, 1))[n_groups - 1]}
     numbers |= {"pair": (1, 0, 0, 0), "count": (0, 1, 1, 1), "crowd": (1, 1, 1, 1)}
-    room = 4 if v.smallest_sprite(style) > SIZES[0] else v.MAX_SPRITES
+    limit = 4 if v.smallest_sprite(style) > SIZES[0] else v.MAX_SPRITES
     out: list[Group] = []
     for name in rng.sample(list(objects), n_groups):
-        left = room - sum(g.count for g in out) - (n_groups - len(out) - 1)
-        count = min(rng.choices((1, 2, 3, 4), numbers[lesson])[0], left)
+        left = limit - sum(g.count for g in out) - (n_groups - len(out) - 1)
+        count = min(rng.choices((1, 2, 3, 4), numbers[kind])[0], left)
         tints = v.colours_in(style)
         colour = rng.choice(tints) if tints and rng.random() < 0.6 else None
         out.append(Group(object=name, colour=colour, count=count))
@@ -216,18 +214,18 @@ def sample_scene(
     """A random scene; with `held_out` False, never one whose composition is kept for reporting.
 
     The default style is drawn `default_weight` times as often as any other: it is what an unnamed style asks for.
-    `pair_share` of the scenes hold two single objects, what relations and binding are learned from; `count_share` two
+    `pair_share` of the scenes hold two single objects, for relations and binding; `count_share` two
     to four of one object; `crowd_share` two or three groups of up to four each.
     """
-    lessons = {"pair": pair_share, "count": count_share, "crowd": crowd_share}
-    lessons["free"] = 1 - sum(lessons.values())
-    if min(lessons.values()) < 0:
-        raise ValueError(f"shares of scenes {lessons} must lie in [0, 1] and add up to at most 1")
+    shares = {"pair": pair_share, "count": count_share, "crowd": crowd_share}
+    shares["free"] = 1 - sum(shares.values())
+    if min(shares.values()) < 0:
+        raise ValueError(f"shares of scenes {shares} must lie in [0, 1] and add up to at most 1")
     while True:
         style = rng.choices(styles, [default_weight if s == v.DEFAULT_STYLE else 1 for s in styles])[0]
-        # A free scene draws no lesson: its random numbers are those of evaluations made before there were any.
-        lesson = "free" if lessons["free"] == 1 else rng.choices(list(lessons), list(lessons.values()))[0]
-        parts = _sample_groups(rng, objects, style, lesson)
+        # Without shares no random number is drawn here: evaluations are seeded without it.
+        kind = "free" if shares["free"] == 1 else rng.choices(list(shares), list(shares.values()))[0]
+        parts = _sample_groups(rng, objects, style, kind)
         if is_held_out(parts) != held_out:
             continue
         sprites = place(rng, parts, style)

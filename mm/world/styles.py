@@ -4,7 +4,7 @@ Design choices
 - Every style is a fixed function of the picture: no noise per pixel, so that equal scenes give equal pictures.
 - Tiles and grids are 4 or 16 pixels wide and start at the corner, aligned with the f16 latents.
 - Styles that lose the ground (sketch, neon, blueprint) draw lines from the sprites alone.
-- No background holds anything that looks like an object (night has dots, not stars; no moon, no trees).
+- No background holds anything similar to an object (night has no stars, no moon; grass has no trees).
 
 Legend: B batch, C channels, H = W = 128. Pictures are float in [0, 1].
 """

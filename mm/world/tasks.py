@@ -5,8 +5,6 @@ Design choices
   never punish extras; a position is judged on the most confident objects of each group, all pairs of which must agree.
 - Style and background are judged apart and never decide a task. An unreadable picture fails everything.
 - `sample_task` makes a true scene with its demand, which measures the judge's own ceiling.
-
-The module does not know prompts' wording, pictures or networks: pure functions from readings to verdicts.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ Design choices
 - `cartoon` is the default style and natural colour the default tint: both may stay unnamed in a prompt.
 - What a picture cannot show is never said: `shows_colour` and `shows_background` say which styles keep hue and ground.
 - A tint equal to an object's natural colour counts as both (`NATURAL_COLOURS`), by eye on the shipped sprites.
-
-This module does not know how a scene is drawn or worded.
 """
 
 from __future__ import annotations
@@ -124,7 +122,7 @@ OPPOSITE: dict[str, str] = {"left of": "right of", "right of": "left of", "above
 
 _HUELESS = frozenset({"sketch", "blueprint", "sepia"})
 _GROUNDLESS = frozenset({"sketch", "blueprint", "neon"})
-# Styles built of 4-pixel tiles cannot show a small object: fewer than 11 tiles across and look-alikes merge.
+# Styles built of 4-pixel tiles cannot show a small object: below 11 tiles across, similar objects are the same.
 _TILED = frozenset({"pixel art", "mosaic"})
 
 
@@ -134,7 +132,7 @@ def shows_colour(style: str) -> bool:
 
 
 def colours_in(style: str) -> tuple[str, ...]:
-    """The tints that can be told apart in `style`: none without hue; neon lights make brown look orange."""
+    """The tints that can be distinguished in `style`: none without hue; in neon, brown is the same as orange."""
     if not shows_colour(style):
         return ()
     return tuple(c for c in COLOURS if not (style == "neon" and c == "brown"))
@@ -146,7 +144,7 @@ def shows_background(style: str) -> bool:
 
 
 def smallest_sprite(style: str) -> int:
-    """Smallest size in pixels (longest side) at which every object can be told in `style`."""
+    """Smallest size in pixels (longest side) at which every object can be recognized in `style`."""
     return 44 if style in _TILED else 28
 
 

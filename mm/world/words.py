@@ -1,11 +1,9 @@
 """Every word that prompts, questions, answers, edits and conversations can use: the closed vocabulary of the models.
 
 Design choices
-- Fixed at the start, so that reading, editing and conversation can join later without changing a token's number. New
-  words go into the spare rows of the tokenizer.
+- Fixed at the start, so that reading, editing and conversation can be added later without changing a token's number.
+  New words go into the spare rows of the tokenizer.
 - Order matters (it numbers the embedding rows): append, never insert.
-
-This module does not know tokenizers; `mm.models.text` builds one from `WORDS`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +111,7 @@ def test_pictures_records_and_manifest(tmp_path, counting):
     assert (report.rows, report.drawn, report.skipped, report.failed) == (3, 3, 0, 1)
     shard = tmp_path / "out/00000"
     seed = picture_seed(list(read_jobs(jobs))[2], 0, 0)
-    names = ["000000001-a-s7", "000000001-a-s8", f"000000003-b-s{seed}"]
+    names = ["000000001-a-0-s7", "000000001-a-1-s8", f"000000003-b-0-s{seed}"]
     assert sorted(p.name for p in shard.iterdir()) == sorted(
         [f"{n}{e}" for n in names for e in (".png", ".json")] + ["manifest.jsonl"]
     )
@@ -221,6 +224,67 @@ def test_seeds_are_frozen(tmp_path):
     assert picture_seed(seeded, 3, 99) == 10
 
 
+def test_pictures_whose_seeds_collide_are_both_kept(tmp_path, counting, monkeypatch):
+    monkeypatch.setattr("mm.batch.run.picture_seed", lambda row, index, run_seed: 7)
+    jobs, out = write(tmp_path / "j", row("a", n=3)), tmp_path / "out"
+    assert run_jobs(jobs, out, load=counting.load).drawn == 3
+    assert sorted(p.name for p in (out / "00000").glob("*.png")) == [f"000000001-a-{k}-s7.png" for k in range(3)]
+    again = run_jobs(jobs, out, load=counting.load)
+    assert (again.drawn, again.skipped) == (0, 3)
+
+
+def test_a_folder_with_the_names_of_before_goes_on(tmp_path, counting):
+    """Names had no number in the row: `LINE-ID-sSEED`."""
+    jobs, out = write(tmp_path / "j", row("a", n=2, seed=7), row("b", prompt="two red cats on grass")), tmp_path / "out"
+    run_jobs(jobs, out, load=counting.load)
+    for path in list((out / "00000").glob("0*")):
+        line, name, _, seed = path.name.split("-")
+        path.rename(path.with_name(f"{line}-{name}-{seed}"))
+    again = run_jobs(jobs, out, load=counting.load)
+    assert (again.drawn, again.skipped) == (0, 3)
+    (record,) = (out / "00000").glob("000000002-b-s*.json")
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps(values | {"status": "failed", "error": "no memory", "file": None, "sha256": None}))
+    assert run_jobs(jobs, out, load=counting.load, retry_failed=True).drawn == 1
+    lines = (out / "00000/manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["status"] for line in lines] == ["done"] * 3 and not record.exists()
+
+
+def test_stop_is_asked_while_rows_are_read(tmp_path, counting):
+    jobs = write(tmp_path / "j", *[row(f"r{k}") for k in range(50)])
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > after
+
+    for after in (10, 60):  # while reading, while looking for what is there
+        asked.clear()
+        report = run_jobs(jobs, tmp_path / "out", load=counting.load, dry_run=True, stop=stop)
+        assert report.stopped and len(asked) == after + 1
+    assert not counting.loads and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("dry", [True, False])
+def test_one_signal_ends_a_run_that_reads_rows(tmp_path, kind, code, dry):
+    """A dry run of many rows, and a real one that looks for what is there."""
+    jobs = tmp_path / "j"
+    jobs.write_text("".join(json.dumps(row(f"r{k}")) + "\n" for k in range(100_000)))
+    command = [sys.executable, "-m", "mm", "batch", str(jobs), "-o", str(tmp_path / "out")]
+    run = subprocess.Popen(command + ["--dry-run"] * dry, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{run.pid}/status")
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.05)  # until the command handles signals
+    time.sleep(0.5)
+    run.send_signal(kind)
+    start = time.perf_counter()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code and time.perf_counter() - start < 10
+    assert errors.strip().splitlines()[-1] == "mm: stopped; nothing is half-written, run it again to go on"
+    assert not (tmp_path / "out").exists()
+
+
 SEEDS = [3079850682, 441089729]
 
 
@@ -236,7 +300,7 @@ def test_exit_codes(tmp_path, monkeypatch):
     done = code(good)
     assert done.exit_code == 0 and "1 drawn" in done.stdout, done.output
     done = code(mixed)
-    assert done.exit_code == 2 and "mm: line 2: no JSON" in done.stderr and "1 there, 1 failed" in done.stdout
+    assert done.exit_code == 2 and "mm: line 2: it is no JSON" in done.stderr and "1 there, 1 failed" in done.stdout
     assert signal.getsignal(signal.SIGINT) is before
     assert code(tmp_path / "none").exit_code == 1
     assert code(write(tmp_path / "empty")).exit_code == 1

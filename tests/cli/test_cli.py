@@ -101,7 +101,7 @@ def test_doctor_tells_the_truth_and_writes_it(tmp_path):
     done = CliRunner().invoke(mm.cli.app, ["doctor", "--json", str(tmp_path / "sub" / "doctor.json")])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "sub" / "doctor.json").read_text())
-    assert report["device"]["default"] == ("cuda" if torch.cuda.is_available() else report["device"]["default"])
+    assert report["device"]["default"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert report["versions"]["torch"] == torch.__version__
     assert report["cpu"]["threads"] == torch.get_num_threads()
     from mm.kernels import backends

@@ -22,7 +22,7 @@ from mm.world.tasks import TASKS, satisfies
 
 
 class Oracle:
-    """Reads nothing: answers with the truth of the scenes it was told."""
+    """Reads nothing: answers with the labels of its scenes."""
 
     def __init__(self, scenes: list) -> None:
         self.scenes = scenes

@@ -123,15 +123,15 @@ def shifted(scene: Scene, name: str, x: int, y: int) -> Scene:
 def test_what_is_added_or_moved_may_stand_anywhere_that_the_words_allow():
     cat, owl = Sprite(object="cat", x=64, y=64, size=36), Sprite(object="owl", x=24, y=64, size=36)
     source, target = Scene(sprites=(cat,)), Scene(sprites=(cat, owl))
-    told = Edit(kind="add", source=source, target=target, instruction="add an owl left of the cat")
-    free = replace(told, instruction="add an owl")
+    placed = Edit(kind="add", source=source, target=target, instruction="add an owl left of the cat")
+    free = replace(placed, instruction="add an owl")
     for x, y, left in ((24, 64, True), (24, 88, True), (104, 64, False)):
         reading = reading_of(shifted(target, "owl", x, y))
-        assert edits.judge_edit(told, reading) == (left, 1.0)
+        assert edits.judge_edit(placed, reading) == (left, 1.0)
         assert edits.judge_edit(free, reading) == (True, 1.0)
     assert not edits.judge_edit(free, reading_of(source))[0]
     gone = reading_of(Scene(sprites=(owl,)))
-    assert edits.judge_edit(told, gone)[0] is False  # left of what?
+    assert edits.judge_edit(placed, gone)[0] is False  # left of what?
     moved = Edit(
         kind="move", source=source, target=shifted(source, "cat", 24, 64), instruction="move the cat to the left"
     )

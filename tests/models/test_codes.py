@@ -171,7 +171,7 @@ def test_it_learns_channels_that_follow_from_each_other():
     assert len(sampled[:, ORDER[0]].unique()) == 4  # undetermined, so still drawn from all levels
 
 
-def test_neighbouring_levels_start_alike():
+def test_neighbouring_levels_start_with_similar_rows():
     rows = smooth_rows(16, 64, torch.empty(1, 128)).view(16, 64, 128)
     assert rows.square().mean().sqrt() == pytest.approx(0.5, abs=1e-3)
     near = F.cosine_similarity(rows[:, 1:], rows[:, :-1], dim=-1).mean()

@@ -1,4 +1,4 @@
-"""Conversations as tokens: what is learned, what is looked at, and that every word is known."""
+"""Conversations as tokens: what is learned, where pictures are, and that every word is known."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from mm.models.dialogue import IGNORED, Dialogue, WordKinds, spoken, stack, word_loss
+from mm.models.dialogue import IGNORED, Dialogue, WordKinds, detokenize, stack, word_loss
 from mm.models.text import build_text_tokenizer
-from mm.training import talk
+from mm.training import conversations
 from mm.world.edits import sample_edit
 from mm.world.scene import group_relation, groups, is_held_out, sample_scene
 from mm.world.vocabulary import MAX_SPRITES
@@ -26,7 +26,7 @@ def text_of(tokenizer, ids) -> str:
 
 
 def test_a_conversation_reads_as_it_was_written(tokenizer):
-    dialogue = Dialogue(tokenizer, looks=2).user("draw a cat").starts_drawing().has_drawn("first")
+    dialogue = Dialogue(tokenizer, tokens_per_picture=2).user("draw a cat").starts_drawing().has_drawn("first")
     dialogue.user("what is it?", "second").says("a cat")
     want = "<bos> <user> draw a cat <mm> <image> <look> <look> <end> <user> <look> <look> what is it ? <mm> a cat <end>"
     assert text_of(tokenizer, dialogue.ids) == want
@@ -36,7 +36,7 @@ def test_a_conversation_reads_as_it_was_written(tokenizer):
 
 
 def test_two_pictures_of_one_turn_stay_apart(tokenizer):
-    ids = Dialogue(tokenizer, looks=2).user("describe", "a", "b").ids
+    ids = Dialogue(tokenizer, tokens_per_picture=2).user("describe", "a", "b").ids
     assert text_of(tokenizer, ids) == "<bos> <user> <look> <look> , <look> <look> , describe <mm>"
 
 
@@ -65,26 +65,26 @@ def test_conversations_use_known_words_only_and_show_what_they_ask_about(tokeniz
 
     for _ in range(60):
         scene, edit = sample_scene(rng), sample_edit(rng)
-        looked = talk.reading(new, scene, rng)
-        assert looked.pictures == [scene]
-        changed = talk.changing(new, edit, rng)
+        asked = conversations.reading(new, scene, rng)
+        assert asked.pictures == [scene]
+        changed = conversations.changing(new, edit, rng)
         assert changed.pictures == [edit.source, edit.target]
-        prompt = talk.edit_prompt(new, edit, rng)
+        prompt = conversations.edit_prompt(new, edit, rng)
         assert prompt.pictures == [edit.source]
         assert prompt.ids[-1] == tokenizer.convert_tokens_to_ids("<image>")
-        for dialogue in (looked, changed, prompt):
+        for dialogue in (asked, changed, prompt):
             assert unknown not in dialogue.ids
             assert dialogue.ids.count(tokenizer.convert_tokens_to_ids("<look>")) == 16 * len(dialogue.pictures)
             assert len(dialogue) <= 256
-    for pair in talk.SMALL_TALK:
+    for pair in conversations.SMALL_TALK:
         assert all(word in WORDS for text in pair for word in split(text))
 
 
-def test_a_recounted_scene_changes_one_number_and_nothing_that_is_said_of_the_rest():
+def test_a_scene_with_another_count_changes_nothing_else_that_can_be_said():
     rng, changed, up = random.Random(5), 0, 0
     for _ in range(300):
-        scene = sample_scene(rng, **talk.READ)
-        now = talk.recounted(scene, rng)
+        scene = sample_scene(rng, **conversations.READ)
+        now = conversations.with_other_count(scene, rng)
         before, after = groups(scene), groups(now)
         if now is scene:
             continue
@@ -109,7 +109,7 @@ def test_only_what_stands_alone_is_called_it(tokenizer):
     seen = set()
     for _ in range(300):
         edit = sample_edit(rng)
-        words = talk.with_pronoun(edit, rng)
+        words = conversations.with_pronoun(edit, rng)
         if words != edit.instruction:
             assert len({s.object for s in edit.source.sprites}) == 1
             seen.add("it" if " it" in words else "them")
@@ -117,7 +117,7 @@ def test_only_what_stands_alone_is_called_it(tokenizer):
 
 
 def test_a_line_of_speech_sets_marks_tight():
-    assert spoken(["hello", "!", "what", "can", "i", "draw", "?"]) == "hello! what can i draw?"
+    assert detokenize(["hello", "!", "what", "can", "i", "draw", "?"]) == "hello! what can i draw?"
 
 
 def test_stacking_pads_with_what_is_not_seen(tokenizer):
@@ -154,7 +154,7 @@ def test_the_best_answer_under_smoothing_gives_every_other_number_the_same():
 
 
 def test_kinds_are_numbers_colours_and_things(tokenizer):
-    kinds = talk.word_kinds(lambda word: int(tokenizer.convert_tokens_to_ids(word)), 1024)
+    kinds = conversations.word_kinds(lambda word: int(tokenizer.convert_tokens_to_ids(word)), 1024)
     kind = {
         w: int(kinds.of_V[tokenizer.convert_tokens_to_ids(w)]) for w in ("a", "three", "red", "cat", "cats", "left")
     }

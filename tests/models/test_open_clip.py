@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mm.core.paths import weights_dir
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.world.captions import caption
 from mm.world.render import render
 from mm.world.scene import sample_scene

@@ -36,31 +36,31 @@ def test_text_is_causal(trunk):
     assert not same(before.keys[-1][:, 5], after.keys[-1][:, 5])
 
 
-def test_with_whole_turns_a_prompt_sees_itself_whole_and_a_reply_stays_causal():
-    """Layer by layer: does the key of token `at` feel a change of token `moved`?"""
+def test_with_prefix_lm_a_prompt_is_bidirectional_and_a_reply_causal():
+    """Whether the last layer's key of token `at` depends on token `moved`."""
     torch.manual_seed(0)
-    trunk = awake(Trunk(**CONFIG, whole_turns=True))
+    trunk = awake(Trunk(**CONFIG, prefix_lm=True))
     bos, user, reply, end = 2, 7, 8, 9
     ids = torch.tensor([[bos, user, 20, 21, reply, 22, 23, end, user, 24, 25, reply]])
 
-    def feels(at: int, moved: int) -> bool:
+    def depends(at: int, moved: int) -> bool:
         changed = ids.clone()
         changed[:, moved] += 10
         return not same(trunk.encode_text(ids).keys[-1][:, at], trunk.encode_text(changed).keys[-1][:, at])
 
-    assert feels(2, 3)  # earlier words of a turn see later ones
-    assert feels(3, 2)
-    assert not feels(3, 5)  # nobody sees a reply before it is said
-    assert not feels(5, 6)  # nor does a reply see what it says later
-    assert feels(6, 5)
-    assert feels(9, 10)  # the second turn likewise
-    assert not feels(3, 9)  # and the first does not see the second
-    assert feels(9, 3)
+    assert depends(2, 3)  # earlier words of a turn attend to later ones
+    assert depends(3, 2)
+    assert not depends(3, 5)  # no attention to a later reply
+    assert not depends(5, 6)  # a reply is causal
+    assert depends(6, 5)
+    assert depends(9, 10)  # the second turn likewise
+    assert not depends(3, 9)  # and the first does not attend to the second
+    assert depends(9, 3)
 
 
-def test_with_whole_turns_a_prompt_pads_and_goes_on_as_before():
+def test_with_prefix_lm_a_prompt_can_be_padded_and_continued():
     torch.manual_seed(0)
-    trunk = awake(Trunk(**CONFIG, whole_turns=True, reads=True))
+    trunk = awake(Trunk(**CONFIG, prefix_lm=True, reads=True))
     prompt = torch.tensor([[2, 20, 21, 22, 3]])
     padded = torch.cat([prompt, torch.zeros(1, 3, dtype=torch.int64)], 1)
     mask = torch.arange(8)[None] < 5

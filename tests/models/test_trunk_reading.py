@@ -1,4 +1,4 @@
-"""The trunk that reads: words after looks, states that go on, source pictures."""
+"""The reading trunk: words after understanding tokens, states to continue from, source pictures."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from mm.models import layers
 from mm.models.cache import PromptCache
 from mm.models.trunk import Trunk
 
-LOOK = 6
+PLACEHOLDER = 6
 
 
 @pytest.fixture
 def trunk() -> Trunk:
     torch.manual_seed(0)
-    return awake(Trunk(**CONFIG, reads=True, look_token=LOOK))
+    return awake(Trunk(**CONFIG, reads=True, understanding_token=PLACEHOLDER))
 
 
 def words(*ids: int) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def test_text_goes_on_from_a_state_as_if_read_at_once(trunk):
-    ids = words(1, LOOK, LOOK, LOOK, 9, 12, 30, 2, 5)
-    looks = torch.randn(1, 3, 32)
-    logits, whole = trunk.read(ids, looks_NSD=looks)
-    first, state = trunk.read(ids[:, :6], looks_NSD=looks)
+def test_text_continued_from_a_state_equals_text_read_at_once(trunk):
+    ids = words(1, PLACEHOLDER, PLACEHOLDER, PLACEHOLDER, 9, 12, 30, 2, 5)
+    tokens = torch.randn(1, 3, 32)
+    logits, whole = trunk.read(ids, understanding_NSD=tokens)
+    first, state = trunk.read(ids[:, :6], understanding_NSD=tokens)
     second, state = trunk.read(ids[:, 6:8], past=state)
     third, state = trunk.read(ids[:, 8:], past=state)
     assert same(logits, torch.cat([first, second, third], 1))
@@ -51,25 +51,25 @@ def test_rows_of_other_lengths_may_be_padded_on_either_side(trunk):
     assert same(trunk.read(more, past=state_a)[0], trunk.read(more, past=state_b)[0])
 
 
-def test_looks_see_each_other_within_a_picture_and_words_stay_causal(trunk):
-    ids, looks = words(1, LOOK, LOOK, 9, LOOK, LOOK, 8), torch.randn(2, 2, 32)
-    changed = looks.clone()
-    changed[0, 1] = torch.randn(32)  # the first picture's second look
-    before, after = trunk.read(ids, looks_NSD=looks)[0], trunk.read(ids, looks_NSD=changed)[0]
+def test_tokens_of_a_picture_attend_to_each_other_and_words_stay_causal(trunk):
+    ids, tokens = words(1, PLACEHOLDER, PLACEHOLDER, 9, PLACEHOLDER, PLACEHOLDER, 8), torch.randn(2, 2, 32)
+    changed = tokens.clone()
+    changed[0, 1] = torch.randn(32)  # the first picture's second token
+    before, after = trunk.read(ids, understanding_NSD=tokens)[0], trunk.read(ids, understanding_NSD=changed)[0]
     assert same(before[:, 0], after[:, 0])  # the word before the picture
-    assert not same(before[:, 1], after[:, 1])  # its first look sees its second
-    changed = looks.clone()
+    assert not same(before[:, 1], after[:, 1])  # its first token attends to its second
+    changed = tokens.clone()
     changed[1, 1] = torch.randn(32)  # the second picture
-    after = trunk.read(ids, looks_NSD=changed)[0]
+    after = trunk.read(ids, understanding_NSD=changed)[0]
     assert same(before[:, :4], after[:, :4])  # neither the first picture nor the word between
     assert not same(before[:, 4], after[:, 4])
 
 
-def test_a_picture_that_is_drawn_reads_the_looks(trunk):
-    ids, looks = words(1, LOOK, LOOK, 9), torch.randn(1, 2, 32)
+def test_a_drawn_picture_attends_to_understanding_tokens(trunk):
+    ids, tokens = words(1, PLACEHOLDER, PLACEHOLDER, 9), torch.randn(1, 2, 32)
     latents, sigma = some_latents(1), torch.tensor([0.6])
-    a = trunk(latents, sigma, trunk.encode_text(ids, looks_NSD=looks))
-    b = trunk(latents, sigma, trunk.encode_text(ids, looks_NSD=-looks))
+    a = trunk(latents, sigma, trunk.encode_text(ids, understanding_NSD=tokens))
+    b = trunk(latents, sigma, trunk.encode_text(ids, understanding_NSD=-tokens))
     assert not same(a, b)
 
 
@@ -103,8 +103,8 @@ def test_guidance_can_mix_prompts_with_and_without_a_source(trunk):
 
 
 def test_wrong_input_is_named(trunk):
-    with pytest.raises(ValueError, match=r"2 places for looks, but looks of shape \(1, 3, 32\)"):
-        trunk.read(words(1, LOOK, LOOK), looks_NSD=torch.randn(1, 3, 32))
+    with pytest.raises(ValueError, match=r"2 placeholders in the text, but understanding tokens of shape \(1, 3, 32\)"):
+        trunk.read(words(1, PLACEHOLDER, PLACEHOLDER), understanding_NSD=torch.randn(1, 3, 32))
     state = trunk.read(some_ids(1, 100))[1]
     with pytest.raises(ValueError, match="130 tokens is longer than the model's 128"):
         trunk.read(some_ids(1, 30), past=state)

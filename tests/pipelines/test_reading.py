@@ -21,7 +21,7 @@ from mm.pipelines.pictures import open_picture, to_tensor
 from mm.world.render import render
 from mm.world.scene import Scene, Sprite
 
-READS = ("text_tokenizer", "trunk", "understanding_encoder", "look_connector", "autoencoder")
+READS = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector", "autoencoder")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def folder(parts, tmp_path_factory) -> Path:
     draws = TextToImagePipeline(**{n: p for n, p in parts.items() if n not in (*READS[2:4], "latent_stem")})
     draws.save_pretrained(where)
     index = json.loads((where / "model_index.json").read_text())
-    for name in ("understanding_encoder", "look_connector", "latent_stem"):
+    for name in ("understanding_encoder", "understanding_connector", "latent_stem"):
         parts[name].save_pretrained(where / name)
         index[name] = [type(parts[name]).__module__, type(parts[name]).__name__]
     (where / "model_index.json").write_text(json.dumps(index))
@@ -67,7 +67,7 @@ def folder(parts, tmp_path_factory) -> Path:
 def test_pictures_of_any_mode_and_size_come_in(tmp_path):
     red = Image.new("RGB", (300, 200), "red")
     clear = Image.new("RGBA", (50, 90), (255, 0, 0, 0))
-    gif = tmp_path / "two.gif"
+    gif = tmp_path / "two.webp"
     red.save(gif, save_all=True, append_images=[Image.new("RGB", (300, 200), "blue")])
     deep = Image.fromarray((np.arange(128 * 140).reshape(140, 128) * 3).astype(np.uint16))
     for picture in (red, red.convert("L"), red.convert("P"), red.convert("CMYK"), red.convert("1"), deep, gif, clear):
@@ -103,7 +103,7 @@ def test_what_is_no_picture_is_an_error(tmp_path):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def test_answers_alone_and_in_company_are_the_same(reader, pictures):
+def test_answers_do_not_depend_on_their_batch(reader, pictures):
     questions = ["how many cats are there?", "what style is this?", "is there a car in the picture?"]
     together = reader.answer(pictures, questions)
     assert together == [reader.answer([p], [q])[0] for p, q in zip(pictures, questions, strict=True)]
@@ -114,17 +114,17 @@ def test_answers_are_the_likeliest_words_read_at_once(reader, pictures):
     """Against one pass over question and answer together, without any cache."""
     question = "what colour is the cat?"
     said = reader(pictures[0], question, max_words=6).answers[0]
-    looks = reader.looks(to_tensor(pictures[:1], 128))
+    tokens = reader.understanding_tokens(to_tensor(pictures[:1], 128))
     dialogue = Dialogue(reader.text_tokenizer).user(question, None)
     prompt = len(dialogue)
     dialogue.says(said)
-    logits, _ = reader.trunk.read(torch.tensor([dialogue.ids]), None, looks)
+    logits, _ = reader.trunk.read(torch.tensor([dialogue.ids]), None, tokens)
     best = logits[0, prompt - 1 : -1, : len(reader.text_tokenizer)].argmax(-1)
     assert best[: len(best) - 1].tolist() == dialogue.ids[prompt:-1][: len(best) - 1]
 
 
 def test_the_picture_matters(reader, pictures):
-    a, b = (reader.looks(to_tensor([p], 128)) for p in pictures[:2])
+    a, b = (reader.understanding_tokens(to_tensor([p], 128)) for p in pictures[:2])
     assert not torch.allclose(a, b, atol=1e-3)
 
 
@@ -169,24 +169,23 @@ def test_outside_the_mask_every_pixel_stays(editor, pictures, mode):
 
 
 def test_guidance_of_text_and_picture_is_the_three_way_sum(editor, pictures):
-    """One step by hand, from velocities computed one reading at a time."""
+    """One step by hand, from velocities computed one branch at a time."""
     words, source = "make the cat blue", to_tensor(pictures[:1], 128)
     clean = editor.autoencoder.encode(source)
-    looks = editor.look_connector(editor.understanding_encoder(source)[1])
+    tokens = editor.understanding_connector(editor.understanding_encoder(source)[1])
     x, sigma = torch.randn(1, 16, 8, 8), torch.tensor([0.7])
 
     def velocity(cache):
         return editor.velocity_decoder(x, sigma, editor.trunk(x, sigma, cache, "flow"))
 
     full, pictured, nothing = (
-        velocity(editor._cache([w], looks if seen else None, clean if seen else None))
+        velocity(editor._prompt_cache([w], tokens if seen else None, clean if seen else None))
         for w, seen in ((words, True), ("", True), ("", False))
     )
     want = nothing + 1.5 * (pictured - nothing) + 4.0 * (full - pictured)
-    editor._guidance_scale = 4.0
-    reading = editor._read([words], source, clean, 1, 1.5)
-    features = editor.trunk(x.repeat(3, 1, 1, 1), sigma.repeat(3), reading.prompt, "flow")
-    got = reading.mix(editor.velocity_decoder(x.repeat(3, 1, 1, 1), sigma.repeat(3), features))
+    branches = editor._edit_branches([words], source, clean, 1, 4.0, 1.5)
+    features = editor.trunk(x.repeat(3, 1, 1, 1), sigma.repeat(3), branches.cache, "flow")
+    got = branches.mix(editor.velocity_decoder(x.repeat(3, 1, 1, 1), sigma.repeat(3), features), 4.0)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 

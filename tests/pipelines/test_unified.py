@@ -53,7 +53,7 @@ def test_a_hub_name_picks_the_adapter_as_well(janus, tmp_path):
     pipe = mm.TextToImagePipeline.from_pretrained("someone/janus", cache_dir=tmp_path)
     assert isinstance(pipe.model, JanusForConditionalGeneration)
     assert kind_at("someone/other", {"cache_dir": tmp_path}) is None
-    with pytest.raises(UserError, match="ImageEditPipeline has no use"):
+    with pytest.raises(UserError, match="which ImageEditPipeline cannot use"):
         mm.ImageEditPipeline.from_pretrained("someone/janus", cache_dir=tmp_path)
 
 
@@ -178,15 +178,15 @@ def test_saved_as_transformers_does(drawing, tmp_path):
         ({"top_k": -1}, "top_k is -1"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"output_type": "gif"}, "unknown output_type 'gif'"),
-        ({"negative_prompt": "a dog"}, "no negative prompt"),
+        ({"negative_prompt": "a dog"}, "without negative prompts"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(drawing, options, match):
+def test_what_cannot_be_drawn_is_refused(drawing, options, match):
     with pytest.raises(UserError, match=match):
         drawing(**({"prompt": PROMPTS[0]} | options))
 
 
-def test_what_cannot_be_answered_is_told(reading):
+def test_what_cannot_be_answered_is_refused(reading):
     with pytest.raises(UserError, match="2 pictures and 3 questions"):
         reading([noise(0)] * 2, ["what"] * 3)
     with pytest.raises(UserError, match="control token '<image>'"):
@@ -214,7 +214,7 @@ def test_the_command_line_draws_and_reads(janus, reading, tmp_path):
     assert "--mode codes" in refused.stderr
 
 
-def test_wrong_folders_are_told(janus, tmp_path):
+def test_wrong_folders_are_refused(janus, tmp_path):
     for kind, lacks in (("ImageEditPipeline", "cannot edit"), ("InterleavedPipeline", "cannot converse")):
         with pytest.raises(UserError, match=lacks):
             getattr(mm, kind).from_pretrained(janus)
@@ -232,7 +232,7 @@ def test_wrong_folders_are_told(janus, tmp_path):
         mm.TextToImagePipeline.from_pretrained(janus, use_safetensors=False)
 
 
-def test_missing_tensors_are_told(janus, tmp_path):
+def test_missing_tensors_are_refused(janus, tmp_path):
     from safetensors.torch import load_file, save_file
 
     copy = tmp_path / "copy"
@@ -278,9 +278,9 @@ def emu3_drawing(emu3) -> UnifiedTextToImagePipeline:
 def emu3_generate(pipe, prompts, negative, **options):
     """Transformers' own drawing, with the constraint from its documentation, written anew."""
     form = {"return_for_image_generation": True, "ratio": "24:16", "image_area": 384, "return_tensors": "pt"}
-    told = pipe.processor(text=prompts, padding=True, padding_side="left", **form)
-    untold = pipe.processor(text=[negative] * len(prompts), **form)
-    (height, width), start = told.pop("image_sizes")[0], told.input_ids.shape[1]
+    prompted = pipe.processor(text=prompts, padding=True, padding_side="left", **form)
+    unconditional = pipe.processor(text=[negative] * len(prompts), **form)
+    (height, width), start = prompted.pop("image_sizes")[0], prompted.input_ids.shape[1]
     closing = [pipe.processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|extra_201|>", "<|image end|>", "</s>")]
 
     def allowed(_, ids):
@@ -291,8 +291,9 @@ def emu3_generate(pipe, prompts, negative, **options):
         return mapping.image_tokens if column < width else [mapping.eol_token_id]
 
     out = pipe.model.generate(
-        **told, max_new_tokens=height * (width + 1) + 3, prefix_allowed_tokens_fn=allowed,
-        negative_prompt_ids=untold.input_ids, negative_prompt_attention_mask=untold.attention_mask, **options,
+        **prompted, max_new_tokens=height * (width + 1) + 3, prefix_allowed_tokens_fn=allowed,
+        negative_prompt_ids=unconditional.input_ids, negative_prompt_attention_mask=unconditional.attention_mask,
+        **options,
     )  # fmt: skip
     return out[:, start:]
 
@@ -363,7 +364,7 @@ def test_emu3_has_a_hash_of_its_base(emu3_drawing):
     assert base_hash(emu3_drawing.model) == before
 
 
-def test_emu3_tells_what_it_cannot_draw(emu3_drawing):
+def test_emu3_refuses_what_it_cannot_draw(emu3_drawing):
     with pytest.raises(UserError, match="steps of 8, not 24 x 15"):
         emu3_drawing(PROMPTS[0], height=15, width=24)
     with pytest.raises(UserError, match=re.escape("control token '<|image end|>'")):

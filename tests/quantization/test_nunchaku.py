@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import numpy as np
 import nunchaku_packer as packer
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from nunchaku_packer import make_layer, make_modulation, put, relative, run
+from nunchaku_files import flux, published, write
+from nunchaku_packer import make_layer, make_modulation, relative, run
 from safetensors.torch import save_file
 
 import mm
@@ -112,80 +113,6 @@ def test_modulation_keeps_zero_points_and_comes_back_in_chunks(splits):
 
 # ---- whole models ---------------------------------------------------------------------------------------------------
 
-# file's layer: (second version's name, diffusers' layers)
-DOUBLE = {
-    "qkv_proj": ("attn.to_qkv", "attn.to_q attn.to_k attn.to_v"),
-    "qkv_proj_context": ("attn.add_qkv_proj", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
-    "out_proj": ("attn.to_out.0", "attn.to_out.0"),
-    "out_proj_context": ("attn.to_add_out", "attn.to_add_out"),
-    "mlp_fc1": ("ff.net.0.proj", "ff.net.0.proj"),
-    "mlp_fc2": ("ff.net.2", "ff.net.2"),
-    "mlp_context_fc1": ("ff_context.net.0.proj", "ff_context.net.0.proj"),
-    "mlp_context_fc2": ("ff_context.net.2", "ff_context.net.2"),
-}
-SINGLE = {
-    "qkv_proj": ("attn.to_qkv", "attn.to_q attn.to_k attn.to_v"),
-    "out_proj": ("attn.to_out", "proj_out"),
-    "mlp_fc1": ("mlp_fc1", "proj_mlp"),
-    "mlp_fc2": ("mlp_fc2", "proj_out"),
-}
-FIRST_FIELDS = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}
-FIRST_FIELDS |= {"smooth_factor_orig": "smooth_orig"}
-
-
-def flux():
-    return FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[8, 12, 12],
-    ).eval()  # fmt: skip
-
-
-def published(version=1, fp4=False):
-    """(tensors of a file, the 16-bit model that they mean)."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    model = flux()
-    tensors = {}
-
-    def add(prefix, fields):
-        for name, tensor in fields.items():
-            tensors[f"{prefix}.{FIRST_FIELDS.get(name, name) if version == 1 else name}"] = tensor
-
-    for path, table in [
-        ("transformer_blocks.0", DOUBLE),
-        *[(f"single_transformer_blocks.{i}", SINGLE) for i in (0, 1)],
-    ]:
-        for first, (second, targets) in table.items():
-            layers = [model.get_submodule(f"{path}.{t}") for t in targets.split()]
-            joint = targets == "proj_out"
-            k = layers[0].in_features if not joint else 64 if first == "out_proj" else 256
-            made = make_layer(rng, 64 * len(layers) if not first.endswith("fc1") else 256, k, fp4=fp4,
-                              unsigned=first.endswith("fc2"))  # fmt: skip
-            add(f"{path}.{first if version == 1 else second}", made.fields)
-            size = len(made.codes) // len(layers)
-            for i, target in enumerate(targets.split()):
-                rows = slice(i * size, (i + 1) * size)
-                columns = (slice(0, 64) if first == "out_proj" else slice(64, 320)) if joint else slice(None)
-                put(model, f"{path}.{target}", made.dense[rows], made.plain_bias[rows], columns,
-                    add=joint and first == "mlp_fc2")  # fmt: skip
-        for name in ("norm1.linear", "norm1_context.linear") if table is DOUBLE else ("norm.linear",):
-            linear = model.get_submodule(f"{path}.{name}")
-            dense, bias, fields = make_modulation(rng, linear.out_features, 64, linear.out_features // 64)
-            add(f"{path}.{name}", fields)
-            put(model, f"{path}.{name}", dense, bias)
-    taken = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
-    for key, tensor in model.state_dict().items():
-        if key.rpartition(".")[0] not in taken:
-            tensors[key.replace(".attn.", ".") if version == 1 else key] = tensor.bfloat16()
-            tensor.copy_(tensor.bfloat16())
-    return tensors, model
-
-
-def write(path, tensors, model):
-    config = {"_class_name": "NunchakuFluxTransformer2dModel"} | dict(model.config)
-    save_file(tensors, path, metadata={"config": json.dumps(config, default=list)})
-    return path
-
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
@@ -214,7 +141,7 @@ def test_a_file_read_and_saved_is_a_folder_of_mm(first, tmp_path):
     want = run(model)
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     model.save_pretrained(tmp_path)
-    again = FluxTransformer2DModel.from_pretrained(tmp_path)
+    again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(run(again), want)
     first_folder = tmp_path / "as it came first"
     first_folder.mkdir()
@@ -277,11 +204,48 @@ def test_scales_and_integers_of_fused_layers_are_those_of_the_file(first):
             lambda t: t.update({"transformer_blocks.7.mlp_fc1.qweight": torch.zeros(1)}),
             "blocks.7.mlp_fc1 belongs to transformer_blocks.7.ff.net.0.proj, which this model does not have",
         ),
+        (
+            lambda t: t.update({(k := "transformer_blocks.0.mlp_fc1.wscales"): t[k].view(torch.int16)}),
+            "mlp_fc1 has a wscales of type I16, not BF16 or F16",
+        ),
+        (
+            lambda t: t.update({(k := "transformer_blocks.0.mlp_fc1.lora_down"): t[k].view(torch.uint8)}),
+            "mlp_fc1 has a proj_down of type U8",
+        ),
+        (lambda t: t.update({(k := "x_embedder.weight"): t[k].int()}), "x_embedder.weight is of type I32"),
+        (
+            lambda t: t.update({(k := "transformer_blocks.0.mlp_fc1.wscales"): t[k] * float("nan")}),
+            "wscales. holds NaN or infinite values",
+        ),
+        (lambda t: t["x_embedder.bias"].fill_(float("inf")), "x_embedder.bias. holds NaN or infinite values"),
+        (
+            lambda t: t.update(
+                {
+                    k.replace("mlp_fc1", "ff.net.0.proj"): x.clone()
+                    for k, x in list(t.items())
+                    if k.startswith("transformer_blocks.0.mlp_fc1.")
+                }
+            ),
+            "transformer_blocks.0.ff.net.0.proj is there in part only, or twice",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "transformer_blocks.0.attn.norm_q.weight": t["transformer_blocks.0.norm_q.weight"].clone(),
+                }
+            ),
+            "are both transformer_blocks.0.attn.norm_q.weight",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.0.mlp_fc1.lora_down": torch.tensor(1.0).half()}),
+            r"has proj_up \[256, 16\], not",
+        ),
     ],
+    ids=range(19),
 )
 def test_a_file_that_does_not_fit_names_what_and_changes_nothing(first, tmp_path, change, message):
     _, tensors, meant = first
-    tensors = dict(tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors)
     file = write(tmp_path / "bad.safetensors", tensors, meant)
     model = flux()
@@ -290,6 +254,38 @@ def test_a_file_that_does_not_fit_names_what_and_changes_nothing(first, tmp_path
         mm.read_nunchaku(file, model)
     assert not quantized(model)
     assert torch.equal(run(model), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"num_layers": 10**5}, "describes a larger model than its weights hold"),
+        ({"num_layers": "2"}, "describes no model that can be built"),
+        ({"joint_attention_dim": 10**6}, "asks for a table of 64000000 values"),
+        ({"joint_attention_dim": 10**7}, "joint_attention_dim is 10000000, more than"),
+        ({"_class_name": ["x"]}, "does not say which model"),
+        ({"_class_name": "FluxPipeline"}, "does not say which model"),
+        (
+            {"_class_name": "NunchakuFluxTransformer2dModel", "axes_dims_rope": [10**9]},
+            "axes_dims_rope is 1000000000, more than",
+        ),
+    ],
+    ids=range(7),
+)
+def test_settings_that_do_not_fit_the_file(first, tmp_path, config, why):
+    _, tensors, meant = first
+    settings = {"_class_name": "NunchakuFluxTransformer2dModel"} | dict(meant.config) | config
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"config": json.dumps(settings, default=list)})
+    with pytest.raises(UserError, match=why):
+        mm.load_nunchaku(tmp_path / "a.safetensors")
+
+
+def test_settings_that_are_no_object(first, tmp_path):
+    _, tensors, _ = first
+    for text, why in (("[1]", "a JSON object is needed"), ("{", "is no JSON"), ("[" * 9999, "nested too deeply")):
+        save_file(tensors, tmp_path / "a.safetensors", metadata={"config": text})
+        with pytest.raises(UserError, match=why):
+            mm.load_nunchaku(tmp_path / "a.safetensors")
 
 
 def test_wrong_sources_and_models(first, tmp_path):

@@ -15,6 +15,7 @@ from mm.tokenizers import Autoencoder, Bridge, VisionTokenizer
 from mm.tokenizers.quantized import QuantizedTokenizer
 from mm.training import tokenizer_stage
 from mm.training.optimizers import Muon, orthogonalize
+from mm.training.trainer import Trainer, TrainerConfig
 
 TINY = {
     "encoder_widths": (8, 8, 16),
@@ -99,44 +100,62 @@ def tiny_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_stage, "build", tiny)
 
 
-def stage(out: Path, **settings: object) -> tokenizer_stage.Trainer:
-    config = {"out": str(out), "batch_size": 2, "pool_start": 2, "pool_grow": 0, "pool_size": 2, "warmup_steps": 2}
-    return tokenizer_stage.Trainer(tokenizer_stage.TokenizerStageConfig(**(config | settings)))
+CONFIG = TrainerConfig(batch_size=2, learning_rate=2e-3, warmup=2, schedule="cosine")
+
+
+def trained(out: Path, steps: int, **settings: bool) -> Trainer:
+    """A run in `out` (resumed where there is one), `steps` steps further and saved."""
+    config = tokenizer_stage.TokenizerConfig(pool_start=2, pool_grow=0, pool_size=2, **settings)
+    torch.manual_seed(0)
+    module = tokenizer_stage.TokenizerTraining(tokenizer_stage.build("autoencoder"), config)
+    batches = tokenizer_stage.PoolBatches(config, CONFIG.batch_size, CONFIG.seed)
+    trainer = Trainer(module, out, CONFIG, optimizers=module.optimizers(CONFIG))
+    for _ in range(steps):
+        trainer.train_step(batches(trainer.step))
+    trainer.save()
+    return trainer
 
 
 @pytest.mark.usefixtures("tiny_stage")
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    straight = stage(tmp_path / "a")
-    for _ in range(4):
-        straight.train_step()
-    stopped = stage(tmp_path / "b")
-    for _ in range(2):
-        stopped.train_step()
-    stopped.save()
-    resumed = stage(tmp_path / "b")
-    resumed.resume()
-    for _ in range(2):
-        resumed.train_step()
+    straight = trained(tmp_path / "a", 4)
+    trained(tmp_path / "b", 2)
+    resumed = trained(tmp_path / "b", 2)
     assert resumed.step == straight.step == 4
-    for (name, a), b in zip(straight.modules.named_parameters(), resumed.modules.parameters(), strict=True):
+    for (name, a), b in zip(straight.bare.named_parameters(), resumed.bare.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("tiny_stage")
 def test_a_frozen_encoder_stays_as_it_was(tmp_path: Path) -> None:
-    trainer = stage(tmp_path, freeze_encoder=True)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    for _ in range(2):
-        trainer.train_step()
-    changed = {name.split(".")[0] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    before = trained(tmp_path, 0, freeze_encoder=True).bare.model.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    after = trained(tmp_path, 2, freeze_encoder=True).bare.model
+    changed = {name.split(".")[0] for name, p in after.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"decoder"}
 
 
+@pytest.mark.usefixtures("tiny_stage")
+def test_the_published_tokenizer_has_latents_of_unit_deviation(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, 2)
+    pool = tokenizer_stage.ScenePool(0, 64)
+    pool.grow_to(64)
+    published = tokenizer_stage.measured(trainer.bare, pool)
+    latents = published.encode(tokenizer_stage.to_float(pool.pictures))
+    assert latents.std((0, 2, 3)).sub(1).abs().max() < 0.05
+    assert trainer.bare.model.config.latents_mean is None
+    scores = tokenizer_stage.report(published, {"cartoon": pool.pictures[:8]}, tmp_path)
+    assert scores["cartoon"] == scores["mean"] > 3
+    assert Image.open(tmp_path / "preview.png").size == (8 * 128, 2 * 128)
+
+
 def test_stage_settings_reject_bad_values() -> None:
-    with pytest.raises(ValueError, match="minutes is -1"):
-        tokenizer_stage.TokenizerStageConfig(out="x", minutes=-1)
+    with pytest.raises(ValueError, match="minutes -1"):
+        TrainerConfig(minutes=-1)
     with pytest.raises(ValueError, match="'lion'"):
-        tokenizer_stage.TokenizerStageConfig(out="x", optimizer="lion")
+        tokenizer_stage.TokenizerConfig(kind="lion")
+    with pytest.raises(ValueError, match="pool_start is 2, below the batch size of 4"):
+        tokenizer_stage.PoolBatches(tokenizer_stage.TokenizerConfig(pool_start=2), 4, 0)
 
 
 def test_reconstruct_report_of_a_folder(tmp_path: Path) -> None:

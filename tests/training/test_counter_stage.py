@@ -1,4 +1,4 @@
-"""The counter stage: blocks depend on their number alone, come again, and teach a counter what is kin."""
+"""The counter stage: blocks depend on their number alone, are reused, and train a counter."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import pytest
 import torch
 from tiny import tiny_reader
 
-from mm.models.connectors import Alike
+from mm.models.connectors import SameObjectCounter
 from mm.training import counter_stage as stage
 from mm.training.latents import LatentCache, write_shard
 
-LOOKS = 16
+TOKENS = 16
 
 
 def numbered(k: int) -> stage.CounterBatch:
     none = torch.zeros(1, 1, 1)
-    return stage.CounterBatch(merged_BSC=none.half() + k, kin_BSS=none, objects_BS=torch.full((1, 1), -1))
+    return stage.CounterBatch(merged_BSC=none.half() + k, same_kind_BSS=none, objects_BS=torch.full((1, 1), -1))
 
 
 def test_a_step_takes_its_block_and_some_of_the_latest():
     config = stage.CounterConfig(again=3, window=5)
     first, again = (stage.Blocks(numbered, 0, config) for _ in range(2))
-    seen = [first(step).merged_BSC.flatten().tolist() for step in range(40)]
-    assert all(blocks[0] == step and len(blocks) == 4 for step, blocks in enumerate(seen))
-    assert all(max(0, step - 4) <= k <= step for step, blocks in enumerate(seen) for k in blocks)
-    assert again(30).merged_BSC.flatten().tolist() == seen[30]  # one that resumes makes the same batches
+    used = [first(step).merged_BSC.flatten().tolist() for step in range(40)]
+    assert all(blocks[0] == step and len(blocks) == 4 for step, blocks in enumerate(used))
+    assert all(max(0, step - 4) <= k <= step for step, blocks in enumerate(used) for k in blocks)
+    assert again(30).merged_BSC.flatten().tolist() == used[30]  # a resumed run makes the same batches
 
 
-def test_blocks_are_pictures_and_latents_in_turn_and_a_counter_learns_from_them(tmp_path):
+def test_blocks_alternate_between_pictures_and_latents_and_train_a_counter(tmp_path):
     parts = tiny_reader()
     write_shard(tmp_path, 0, parts["autoencoder"], size=32)
     encoder, stem = parts["understanding_encoder"], parts["latent_stem"]
@@ -37,14 +37,14 @@ def test_blocks_are_pictures_and_latents_in_turn_and_a_counter_learns_from_them(
     for k in (0, 1):
         first, again = made(k, 0), made(k, 0)
         assert torch.equal(first.merged_BSC, again.merged_BSC)
-        assert first.merged_BSC.shape == (8, LOOKS, 4 * 16)
-        assert first.kin_BSS.shape == (8, LOOKS, LOOKS)
-        assert not torch.equal(first.kin_BSS, made(k, 1).kin_BSS)
+        assert first.merged_BSC.shape == (8, TOKENS, 4 * 16)
+        assert first.same_kind_BSS.shape == (8, TOKENS, TOKENS)
+        assert not torch.equal(first.same_kind_BSS, made(k, 1).same_kind_BSS)
     batch = made(0, 0)
-    assert ((batch.objects_BS >= 0) == (batch.kin_BSS.sum(-1) > 0)).all()
+    assert ((batch.objects_BS >= 0) == (batch.same_kind_BSS.sum(-1) > 0)).all()
     batch = replace(batch, merged_BSC=batch.merged_BSC.float())
     torch.manual_seed(0)
-    module = stage.Counting(Alike(64, 64, 16))
+    module = stage.Counting(SameObjectCounter(64, 64, 16))
     learner = torch.optim.AdamW(module.parameters(), 1e-2)
     losses = []
     for _ in range(100):
@@ -57,20 +57,20 @@ def test_blocks_are_pictures_and_latents_in_turn_and_a_counter_learns_from_them(
     assert all(p.grad is None for part in (encoder, stem) for p in part.parameters())
 
 
-def test_things_of_two_pictures_are_told_apart():
-    """Two looks with the same tokens: strangers if their objects differ, wherever they are; nothing is said if not."""
+def test_different_objects_of_two_pictures_are_distinguished():
+    """Two tokens with equal features: a loss if their objects differ, wherever they are, and none if not."""
     torch.manual_seed(0)
-    module = stage.Counting(Alike(4, 4, 2))
+    module = stage.Counting(SameObjectCounter(4, 4, 2))
     tokens = torch.randn(2, 1, 4)[:1].expand(2, 1, 4)
-    kin = torch.ones(2, 1, 1)
-    apart = stage.CounterBatch(merged_BSC=tokens, kin_BSS=kin, objects_BS=torch.tensor([[3], [5]]))
+    same = torch.ones(2, 1, 1)
+    apart = stage.CounterBatch(merged_BSC=tokens, same_kind_BSS=same, objects_BS=torch.tensor([[3], [5]]))
     slope, offset = module.counter.sharpness
     want = torch.nn.functional.softplus(slope + offset)  # keys of length 1 that are equal
-    torch.testing.assert_close(module(apart)["strangers"], want)
+    torch.testing.assert_close(module(apart)["different_kinds"], want)
     together = replace(apart, objects_BS=torch.tensor([[3], [3]]))
     alone = replace(apart, objects_BS=torch.tensor([[3], [-1]]))
-    assert not module(together)["strangers"].any()
-    assert not module(alone)["strangers"].any()
+    assert not module(together)["different_kinds"].any()
+    assert not module(alone)["different_kinds"].any()
 
 
 def test_wrong_settings_are_named():

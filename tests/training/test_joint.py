@@ -13,10 +13,14 @@ from tiny import tiny_reader
 from mm.core.errors import UserError
 from mm.models.connectors import Connector
 from mm.models.dialogue import IGNORED
-from mm.training import joint, joint_run, run
-from mm.training.drawing import Drawing, DrawingBatch
-from mm.training.joint import EditBatch, Joint, JointConfig, ReadBatch
-from mm.training.latents import write_shard
+from mm.training import run
+from mm.training.counter_stage import find_connector
+from mm.training.drawing_stage import Drawing, DrawingBatch
+from mm.training.edit_pairs import EditCache, write_edit_shard
+from mm.training.joint_losses import EditBatch, Joint, JointConfig, ReadBatch, edit_batch
+from mm.training.joint_stage import JointBatches, build_joint, publish_joint
+from mm.training.latents import LatentCache, write_shard
+from mm.training.stage import StageContext
 
 CONFIG = JointConfig(codes_share=0.5, align_layer=1, codes_tokens=4, nouns_layer=0, relations_layer=0)
 
@@ -30,7 +34,7 @@ def parts():
 def state(parts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("state")
     write_shard(folder / "latents", 0, parts["autoencoder"], size=32)
-    joint_run.write_edit_shard(folder / "edits", 0, parts["autoencoder"], size=32)
+    write_edit_shard(folder / "edits", 0, parts["autoencoder"], size=32)
     return folder
 
 
@@ -40,15 +44,15 @@ def module(parts) -> Joint:
     return Joint(
         *drawing,
         encoder=parts["understanding_encoder"],
-        look_connector=parts["look_connector"],
-        counter=parts["look_connector"].counter,
+        understanding_connector=parts["understanding_connector"],
+        counter=parts["understanding_connector"].counter,
         latent_stem=parts["latent_stem"],
         config=CONFIG,
     )
 
 
-def batches(state: Path, **shares: float) -> joint_run.Batches:
-    return joint_run.Batches(state, replace(CONFIG, **shares), 8, 0)
+def batches(state: Path, **shares: float) -> JointBatches:
+    return JointBatches(LatentCache(state / "latents"), EditCache(state / "edits"), replace(CONFIG, **shares), 8, 0)
 
 
 def test_every_task_comes_in_its_share_and_gives_a_loss(state, module):
@@ -80,10 +84,10 @@ def test_gradients_reach_the_connector_and_text_but_not_the_encoder(state, modul
         module.zero_grad(set_to_none=True)
         module(batch)["words"].backward()
         assert module.trunk.norm_text_out.weight.grad is not None
-        assert module.look_connector.up.weight.grad.abs().sum() > 0
-        used.add("latents" if batch.seen.pictures is None else "pictures")
+        assert module.understanding_connector.up.weight.grad.abs().sum() > 0
+        used.add("latents" if batch.inputs.pictures is None else "pictures")
     assert used == {"latents", "pictures"}
-    assert all(p.grad is None for part in module._seeing for p in part.parameters())
+    assert all(p.grad is None for part in module._frozen for p in part.parameters())
     assert not any("encoder" in name or "stem" in name for name, _ in module.named_parameters())
 
 
@@ -101,21 +105,29 @@ def test_rows_without_a_source_do_not_see_it(state, module):
 def test_only_what_the_model_says_is_learned(state):
     batch = batches(state, read_share=1.0, edit_share=0.0)(0)
     tokenizer = batches(state).tokenizer
-    look, user = (tokenizer.convert_tokens_to_ids(t) for t in ("<look>", "<user>"))
+    placeholder, user = (tokenizer.convert_tokens_to_ids(t) for t in ("<look>", "<user>"))
     said = batch.targets_BT[batch.targets_BT != IGNORED]
     assert len(said)
-    assert not (said == look).any()
+    assert not (said == placeholder).any()
     assert not (said == user).any()
 
 
 def test_what_changes_counts_more(state):
-    cache = joint_run.EditCache(state / "edits")
+    cache = EditCache(state / "edits")
     edits, source, target = cache.draw(8, random.Random(0))
     maker = batches(state)
-    look = maker._latents([e.source for e in edits], source, torch.Generator().manual_seed(0))
+    encode = maker.noisy([e.source for e in edits], source, torch.Generator().manual_seed(0))
     config = replace(CONFIG, drop_words=0.0, drop_source=0.0)
-    made = joint.edit_batch(
-        edits, source, target, maker.new, maker.nouns, look, random.Random(1), torch.Generator().manual_seed(1), config
+    made = edit_batch(
+        edits,
+        source,
+        target,
+        maker.new,
+        maker.nouns,
+        encode,
+        random.Random(1),
+        torch.Generator().manual_seed(1),
+        config,
     )
     moved = (target - source).abs().mean(1) > 0.1
     if moved.any() and not moved.all():
@@ -124,63 +136,64 @@ def test_what_changes_counts_more(state):
     assert made.weights_BHW.mean() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_nouns_reach_the_text_below_their_readout_in_all_three_tasks(state, module):
+def test_noun_losses_train_the_text_below_their_readout_in_all_three_tasks(state, module):
     for read, edit, name in ((1.0, 0.0, "read_nouns"), (0.0, 1.0, "edit_nouns"), (0.0, 0.0, "nouns")):
         module.zero_grad(set_to_none=True)
         module(batches(state, read_share=read, edit_share=edit)(3))[name].backward()
         layers = module.trunk.text_layers
         assert layers[0].ff.down.weight.grad.abs().sum() > 0
         assert all(p.grad is None for layer in layers[1:] for p in layer.parameters())
-        assert module.grounding.readout.weight.grad is not None
+        assert module.noun_readout.readout.weight.grad is not None
 
 
-def test_a_slip_changes_what_is_read_of_a_description_and_not_what_is_learned(state):
-    (plain, slipped) = (batches(state, read_share=1.0, edit_share=0.0, slip_share=share)(0) for share in (0.0, 1.0))
-    assert torch.equal(plain.targets_BT, slipped.targets_BT)
-    changed = plain.ids_BT != slipped.ids_BT
+def test_noun_corruption_changes_the_input_of_descriptions_and_not_the_targets(state):
+    shares = {"read_share": 1.0, "edit_share": 0.0}
+    plain, corrupted = (batches(state, **shares, noun_corruption_share=share)(0) for share in (0.0, 1.0))
+    assert torch.equal(plain.targets_BT, corrupted.targets_BT)
+    changed = plain.ids_BT != corrupted.ids_BT
     nouns = batches(state).nouns
     assert changed.any()
     assert {int(i) for i in plain.ids_BT[changed]} <= set(nouns)
-    assert {int(i) for i in slipped.ids_BT[changed]} <= set(nouns)
+    assert {int(i) for i in corrupted.ids_BT[changed]} <= set(nouns)
     assert not changed.flatten()[plain.nouns.places_N].any()  # the user's words stay
 
 
-def test_what_a_description_names_next_reaches_the_text_below(state, module):
+def test_next_noun_and_token_losses_train_the_text_below(state, module):
     module.zero_grad(set_to_none=True)
     losses = module(batches(state, read_share=1.0, edit_share=0.0)(3))
-    (losses["coming"] + losses["looks"]).backward()
+    (losses["next_nouns"] + losses["tokens"]).backward()
     assert module.trunk.text_layers[0].ff.down.weight.grad.abs().sum() > 0
-    assert module.coming.readout.weight.grad is not None
-    assert module.look_grounding.readout.weight.grad is not None
+    assert module.next_noun_readout.readout.weight.grad is not None
+    assert module.token_readout.readout.weight.grad is not None
 
 
 def test_a_run_from_published_weights_starts_with_their_connectors_and_encoder(parts, tmp_path):
     """Fresh connectors would make a model that reads forget how."""
     drawing = Drawing(*(parts[name] for name in ("trunk", "velocity_decoder", "code_head", "bridge")), CONFIG)
     sizes = {n: parts["trunk"].config[n] for n in ("vocabulary_size", "width", "depth", "heads", "latent_channels")}
-    for name in ("autoencoder", "bridge", "understanding_encoder", "look_connector", "latent_stem"):
+    for name in ("autoencoder", "bridge", "understanding_encoder", "understanding_connector", "latent_stem"):
         parts[name].save_pretrained(tmp_path / "published" / name)
-    run._borrow(tmp_path / "published", tmp_path / "model")
-    for name in ("understanding_encoder", "latent_stem", "look_connector"):
+    run.copy_published(tmp_path / "published", tmp_path / "model")
+    for name in ("understanding_encoder", "latent_stem", "understanding_connector"):
         assert (tmp_path / "model" / name / "config.json").is_file()
     encoder, stem = parts["understanding_encoder"], parts["latent_stem"]
-    connector = joint_run.find_connector(tmp_path / "model", encoder, 32)
-    made = joint_run.build({"models": {"trunk": sizes}}, drawing, encoder, stem, connector, CONFIG)
-    assert torch.equal(made.look_connector.up.weight, parts["look_connector"].up.weight)
-    assert torch.equal(made.counter.up.weight, parts["look_connector"].counter.up.weight)
+    connector = find_connector(StageContext(config={"models": {"trunk": sizes}}, state=tmp_path), encoder)
+    made = build_joint(sizes, drawing, encoder, stem, connector, CONFIG)
+    assert torch.equal(made.understanding_connector.up.weight, parts["understanding_connector"].up.weight)
+    assert torch.equal(made.counter.up.weight, parts["understanding_connector"].counter.up.weight)
 
 
 def test_the_counter_is_published_with_the_connector_and_kept_out_of_the_state(parts, module, tmp_path):
-    counter = module.look_connector.counter
-    module.look_connector.counter = None
+    counter = module.understanding_connector.counter
+    module.understanding_connector.counter = None
     assert not any("counter" in name for name in module.state_dict())
-    joint_run.publish(module, tmp_path)
-    module.look_connector.counter = counter
-    again = joint_run.find_connector(tmp_path, parts["understanding_encoder"], 32)
+    publish_joint(module, tmp_path / "model")
+    module.understanding_connector.counter = counter
+    again = find_connector(StageContext(config={}, state=tmp_path), parts["understanding_encoder"])
     torch.testing.assert_close(again.counter.up.weight, counter.up.weight, atol=0.01, rtol=0.01)
     with pytest.raises(UserError, match="has no counter"):
-        joint_run.build(
-            {"models": {"trunk": {"width": 32, "depth": 2, "heads": 2}}},
+        build_joint(
+            {"width": 32, "depth": 2, "heads": 2},
             module,
             parts["understanding_encoder"],
             parts["latent_stem"],
@@ -189,19 +202,19 @@ def test_the_counter_is_published_with_the_connector_and_kept_out_of_the_state(p
         )
 
 
-def test_told_numbers_reach_the_looks_and_the_words(state, module):
-    """Where a picture is spoken of with another number, its looks are told it; others keep the counter's."""
-    batch = batches(state, read_share=1.0, edit_share=0.0, told_share=0.5, outside_share=1.0)(0)
-    told = batch.looks.told_PS
-    assert (told >= 0).all(1).any()
-    assert (told < 0).all(1).any()
-    looks = module.looks(batch.seen, told)
-    own = module.looks(batch.seen)
-    assert torch.equal(looks[(told < 0).all(1)], own[(told < 0).all(1)])
-    assert not torch.allclose(looks[(told > 0).any(1)], own[(told > 0).any(1)])
+def test_overridden_counts_change_the_tokens_and_the_words(state, module):
+    """Where a picture is detokenize of with another number, its tokens are override it; others keep the counter's."""
+    batch = batches(state, read_share=1.0, edit_share=0.0, count_override_share=0.5, outside_share=1.0)(0)
+    override = batch.tokens.count_override_PS
+    assert (override >= 0).all(1).any()
+    assert (override < 0).all(1).any()
+    tokens = module.understanding_tokens(batch.inputs, override)
+    own = module.understanding_tokens(batch.inputs)
+    assert torch.equal(tokens[(override < 0).all(1)], own[(override < 0).all(1)])
+    assert not torch.allclose(tokens[(override > 0).any(1)], own[(override > 0).any(1)])
     a, b = (
         module(batch)["words"],
-        module(replace(batch, looks=replace(batch.looks, told_PS=told.clamp(max=1))))["words"],
+        module(replace(batch, tokens=replace(batch.tokens, count_override_PS=override.clamp(max=1))))["words"],
     )
     assert not torch.equal(a, b)
 

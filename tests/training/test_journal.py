@@ -25,7 +25,7 @@ def test_a_curve_is_a_dozen_rows_with_the_last(tmp_path):
     assert read_log(tmp_path / "nowhere.txt") == []
 
 
-def test_a_later_run_keeps_what_is_told_of_earlier_ones(tmp_path):
+def test_a_later_run_keeps_the_record_of_earlier_ones(tmp_path):
     log(tmp_path / "a", "drawing", 50)
     log(tmp_path / "a", "joint", 50)
     first = journal(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""The stem: the encoder reads patches as it reads pictures, and latents learn to be seen as their pictures."""
+"""The stem: the encoder reads patches as it reads pictures, and latents learn to be encoded as their pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from mm.models.understanding import LatentStem, UnderstandingEncoder
+from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.training import stem_stage as stage
 from mm.world.scene import sample_scene
 
@@ -27,7 +27,7 @@ def test_a_pictures_own_patches_are_read_as_the_picture(encoder):
     torch.testing.assert_close(again[1], tokens)
 
 
-def test_latents_of_pictures_learn_to_be_seen_as_them(encoder):
+def test_latents_learn_to_be_encoded_as_their_pictures(encoder):
     """With latents that hold the picture (here: its cells' mean colours) most of what is lost at first is found."""
     rng, generator = random.Random(1), torch.Generator().manual_seed(0)
     scenes = [sample_scene(rng) for _ in range(16)]

@@ -10,7 +10,7 @@ import torch
 from mm.core.statistics import paired_change
 from mm.models import layers
 from mm.models.connectors import Connector
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.tokenizers import Autoencoder, Bridge
 from mm.training.studies import common, encoders, ett
 from mm.training.studies.common import StudyConfig
@@ -77,33 +77,33 @@ def test_a_small_world_is_read_and_asked_about_in_its_own_words():
     assert any(qa.answer == "no" for _, qa in paper.asked if qa.kind == "existence")
 
 
-def test_sitting_the_exam_is_greedy_decoding():
+def test_taking_the_exam_is_greedy_decoding():
     """Right in one pass = right when every next word is the likeliest one, chosen step by step."""
     trunk = common.small_trunk(TINY)
     paper = common.exam(TINY)
     connector = Connector(in_channels=16, width=32)
 
-    def looks(pictures: torch.Tensor) -> torch.Tensor:
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
         return connector(pictures.flatten(1)[:, : 64 * 16].unflatten(1, (64, 16)))
 
     # A few steps, so that some answers are right.
     def loss(step: int) -> torch.Tensor:
         rows = paper.asked[:16]
         words = common.words_of([common.new_dialogue().user(q.question, i).says(q.answer) for i, q in rows])
-        return common.reading_loss(trunk, words, looks(paper.pool.pictures[[i for i, _ in rows]].float()))
+        return common.reading_loss(trunk, words, encode(paper.pool.pictures[[i for i, _ in rows]].float()))
 
     common.fit([(trunk, 2e-3), (connector, 2e-3)], loss, 40)
     part = common.Exam(pool=paper.pool, asked=paper.asked[:24])
-    told = common.sit(trunk, looks, part)
-    assert 0 < sum(told)
+    verdicts = common.take_exam(trunk, encode, part)
+    assert 0 < sum(verdicts)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for (i, qa), right in zip(part.asked, told, strict=True):
+        for (i, qa), right in zip(part.asked, verdicts, strict=True):
             said = common.new_dialogue().user(qa.question, i)
             want = common.new_dialogue().user(qa.question, i).says(qa.answer).ids[len(said.ids) :]
-            seen = looks(paper.pool.pictures[[i]].float() / 127.5 - 1)
+            tokens = encode(paper.pool.pictures[[i]].float() / 127.5 - 1)
             got: list[int] = []
             for _ in want:
-                logits, _ = trunk.read(torch.tensor([said.ids + got]), None, seen)
+                logits, _ = trunk.read(torch.tensor([said.ids + got]), None, tokens)
                 got.append(int(logits[0, -1].argmax()))
             assert (got == want) == right
 
@@ -154,9 +154,9 @@ def test_unknown_arms_are_named(tokenizer):
 def test_an_arm_trains_through_its_stages_and_starts_from_equal_weights(tokenizer, pool):
     import copy
 
-    eyes = UnderstandingEncoder(width=16, depth=1, heads=2, text_width=16, text_depth=1)
-    trunk = ett.reader(TINY, pool, eyes)
-    assert not any(p.requires_grad for p in eyes.parameters())
+    encoder = UnderstandingEncoder(width=16, depth=1, heads=2, text_width=16, text_depth=1)
+    trunk = ett.reader(TINY, pool, encoder)
+    assert not any(p.requires_grad for p in encoder.parameters())
     before = {k: x.clone() for k, x in trunk.state_dict().items()}
     arm = ett.Arm("tuned-0.25", *copy.deepcopy(tokenizer), copy.deepcopy(trunk), TINY)
     encoder = [p.clone() for p in arm.autoencoder.encoder.parameters()]
@@ -170,18 +170,18 @@ def test_an_arm_trains_through_its_stages_and_starts_from_equal_weights(tokenize
 def test_masses_are_the_attention_that_crosses_modalities():
     masses = encoders.Masses()
     q, k = torch.randn(2, 3, 2, 4, requires_grad=True), torch.randn(2, 5, 2, 4)
-    with layers.watching(masses.told):
+    with layers.attention_callback(masses.add):
         layers.attend(q, k, k)
         layers.attend(q, k[:, :3], k[:, :3])  # square: a picture among itself, or words among themselves
     scores = torch.einsum("blhe,bkhe->bhlk", q / 2, k).softmax(-1)
     assert torch.allclose(masses.take(), scores[..., :2].sum(-1).mean()[None])
-    masses.looks_BT = torch.tensor([[True, False, False]] * 2)
-    masses.said_BT = torch.tensor([[False, False, True]] * 2)
-    with layers.watching(masses.told):
+    masses.understanding_BT = torch.tensor([[True, False, False]] * 2)
+    masses.replies_BT = torch.tensor([[False, False, True]] * 2)
+    with layers.attention_callback(masses.add):
         layers.attend(q, k[:, :3], k[:, :3])
     scores = torch.einsum("blhe,bkhe->bhlk", q / 2, k[:, :3]).softmax(-1)
     assert torch.allclose(masses.take(), scores[:, :, 2, 0].mean()[None])
-    assert not layers._WATCHERS
+    assert not layers._ATTENTION_CALLBACKS
 
 
 def test_alignment_moves_the_masses_towards_their_targets(tokenizer, pool):

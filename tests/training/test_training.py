@@ -1,4 +1,4 @@
-"""The training loop and the stages around it: resuming to the bit, several processes, previews, publishing."""
+"""The trainer and the stages around it: resuming to the bit, several processes, previews, publishing."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch import nn
 from mm.core.errors import UserError
 from mm.training import run
 from mm.training.latents import write_shard
-from mm.training.loop import Loop, LoopConfig
+from mm.training.trainer import Trainer, TrainerConfig, rate_factor
 
-STEADY = LoopConfig(minutes=1, batch_size=4, decay_share=0.0, warmup=2)
+STEADY = TrainerConfig(minutes=1, batch_size=4, decay_share=0.0, warmup=2)
 
 
 class Line(nn.Module):
-    """The least that the loop can train, with a matrix for Muon and a vector for AdamW."""
+    """The smallest module to train, with a matrix for Muon and a vector for AdamW."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,41 +41,69 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
 
 
-def advance(loop: Loop, steps: int) -> None:
+def advance(trainer: Trainer, steps: int) -> None:
     for _ in range(steps):
-        loop._train_step(batch(loop.step))
+        trainer.train_step(batch(trainer.step))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
-    whole = Loop(Line(), tmp_path / "whole", STEADY)
+    whole = Trainer(Line(), tmp_path / "whole", STEADY)
     advance(whole, 7)
-    first = Loop(Line(), tmp_path / "parts", STEADY)
+    first = Trainer(Line(), tmp_path / "parts", STEADY)
     advance(first, 3)
     first.save()
-    second = Loop(Line(), tmp_path / "parts", STEADY)
+    second = Trainer(Line(), tmp_path / "parts", STEADY)
     assert second.step == 3
     advance(second, 4)
     assert second.samples == whole.samples == 28
-    once, twice = dict(whole._tensors()), dict(second._tensors())
+    once, twice = dict(whole.tensors()), dict(second.tensors())
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 def test_the_average_follows_the_weights_and_is_swapped_in_and_out(tmp_path):
-    loop = Loop(Line(), tmp_path, STEADY)
-    advance(loop, 5)
-    now = loop.bare.inner.weight.detach().clone()
-    average = loop.average["inner.weight"].clone()
+    trainer = Trainer(Line(), tmp_path, STEADY)
+    advance(trainer, 5)
+    now = trainer.bare.inner.weight.detach().clone()
+    average = trainer.average.tensors["inner.weight"].clone()
     assert not torch.equal(now, average)
-    with loop.averaged():
-        assert torch.equal(loop.bare.inner.weight, average)
-    assert torch.equal(loop.bare.inner.weight, now)
+    with trainer.averaged():
+        assert torch.equal(trainer.bare.inner.weight, average)
+    assert torch.equal(trainer.bare.inner.weight, now)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    loop = Loop(Line(), tmp_path, STEADY)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = Trainer(Line(), tmp_path, STEADY)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
-        loop._train_step(torch.full((4, 8), float("nan")))
+        trainer.train_step(torch.full((4, 8), float("nan")))
+
+
+def test_rates_rise_stay_and_fall() -> None:
+    linear = TrainerConfig(minutes=10, warmup=4, decay_share=0.5)
+    assert [rate_factor(linear, step, 0.0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [rate_factor(linear, 9, 60.0 * m) for m in (5, 7.5, 10, 20)] == [1.0, 0.5, 0.01, 0.01]
+    cosine = TrainerConfig(minutes=10, warmup=1, schedule="cosine", floor=0.2)
+    assert [rate_factor(cosine, 9, 60.0 * m) for m in (0, 5, 10)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_statistics_of_batch_norms_are_averaged_and_other_buffers_are_not(tmp_path) -> None:
+    class Normed(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+            self.register_buffer("table", torch.zeros(2))
+
+        def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            return super().forward(self.norm(batch))
+
+    trainer = Trainer(Normed(), tmp_path, STEADY)
+    trainer.module.train()
+    advance(trainer, 3)
+    live = trainer.bare.norm.running_mean.clone()
+    with trainer.averaged():
+        assert not torch.equal(trainer.bare.norm.running_mean, live)
+    assert torch.equal(trainer.bare.norm.running_mean, live)
+    assert "table" not in trainer.average.tensors
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +121,13 @@ def tiny_run(tmp_path_factory) -> tuple[Path, Path]:
         "velocity_decoder": {"feature_width": small["width"], "width": 32, "depth": 1, "heads": 2},
         "code_head": {"feature_width": small["width"], "width": 32, "depth": 1, "heads": 2},
     }
-    config["drawing"]["loop"] |= {"batch_size": 4, "minutes": 0.03}
+    config["drawing"]["trainer"] |= {"batch_size": 4, "minutes": 0.03}
     config["drawing"]["stage"] |= {"align_layer": 1, "codes_share": 0.5}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     return folder / "tiny.yaml", state
 
 
-def test_a_stage_runs_is_judged_and_published_and_goes_on(tiny_run):
+def test_a_stage_runs_is_previewed_and_published_and_resumes(tiny_run):
     config, state = tiny_run
     run.run_stages(str(config), stages=["drawing"], state=state)
     rows = [json.loads(line) for line in (state / "drawing" / "log.jsonl").read_text().splitlines()]

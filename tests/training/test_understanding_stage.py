@@ -1,4 +1,4 @@
-"""The understanding stage: labels that the renderer's truth gives, and losses that a tiny encoder can lower."""
+"""The understanding stage: labels from the renderer, and losses that a tiny encoder can lower."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 
 from mm.models.dialogue import IGNORED
 from mm.models.text import build_text_tokenizer
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.training import understanding_stage as stage
 from mm.world import vocabulary as v
 from mm.world.render import cell_labels, centre_labels
 from mm.world.scene import Scene, Sprite, sample_scene
 
 
-def test_every_sprite_has_its_centre_in_a_look_of_its_own():
+def test_no_two_sprites_have_their_centre_in_one_understanding_token():
     rng = random.Random(3)
     scenes = [sample_scene(rng) for _ in range(200)]
     centres = centre_labels(scenes)
     objects, _ = cell_labels(scenes)
     for scene, here, covered in zip(scenes, centres, objects, strict=True):
         assert sorted(here[here > 0].tolist()) == sorted(v.ALL_OBJECTS.index(s.object) + 1 for s in scene.sprites)
-        assert (here > 0).view(4, 2, 4, 2).sum((1, 3)).max() == 1  # looks are two by two cells
+        assert (here > 0).view(4, 2, 4, 2).sum((1, 3)).max() == 1  # a token is two by two cells
         assert torch.equal(covered[here > 0], here[here > 0])
     one = Scene(sprites=(Sprite(object="owl", x=72, y=24, size=28),))
     assert centre_labels([one]).nonzero().tolist() == [[0, 1, 4]]

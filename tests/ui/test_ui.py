@@ -44,8 +44,8 @@ def test_what_was_drawn_before_a_cancel_stays(studio: Studio) -> None:
 
 
 def test_unknown_words_and_bad_orders_are_told(studio: Studio) -> None:
-    told = next(studio.draw(Order(prompt="a red tigr", steps=1), Session()))
-    assert "tiger" in told.notes[0]
+    progress = next(studio.draw(Order(prompt="a red tigr", steps=1), Session()))
+    assert "tiger" in progress.notes[0]
     with pytest.raises(UserError, match="count is 99"):
         Order(prompt="a cat", count=99)
     with pytest.raises(UserError, match="steps is 0"):
@@ -83,7 +83,7 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_the_api_draws_tells_errors_in_a_line_and_serves_nothing_else(studio: Studio) -> None:
+def test_the_api_draws_gives_errors_in_a_line_and_serves_nothing_else(studio: Studio) -> None:
     import httpx
     from gradio_client import Client
     from gradio_client.exceptions import AppError
@@ -97,8 +97,8 @@ def test_the_api_draws_tells_errors_in_a_line_and_serves_nothing_else(studio: St
         with pytest.raises(UserError, match=f"port {port} is taken"):
             launch(studio, port=port, block=False)
         client = Client(at, verbose=False)
-        pictures, told = client.predict("a red tigr", "5", 2, 1, "flow", 4, api_name="/draw")
-        assert told.startswith("2 of 2 done") and "tiger" in told
+        pictures, progress = client.predict("a red tigr", "5", 2, 1, "flow", 4, api_name="/draw")
+        assert progress.startswith("2 of 2 done") and "tiger" in progress
         assert [read_settings(one["image"])["seed"] for one in pictures] == [5, 6]
         for bad, said in (
             (("a cat", "x", 1, 1, "flow", 4), "type a whole number"),

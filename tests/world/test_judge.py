@@ -9,8 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mm.training.judge_pictures import UNREADABLE_SHARE, Batch, Ring, melt, sample_judge_scene, truth, warp, wreck
-from mm.training.judge_stage import JudgeStageConfig, JudgeTrainer, agrees, answer_table, ceilings, losses, quick_look
+from mm.training.judge_check import agrees, ceilings
+from mm.training.judge_losses import answer_table, losses
+from mm.training.judge_pictures import UNREADABLE_SHARE, JudgeBatch, Ring, melt, sample_judge_scene, truth, warp, wreck
+from mm.training.judge_stage import JUDGE_TRAINER, JudgeStageConfig, make_stage
+from mm.training.trainer import TrainerConfig
 from mm.world import vocabulary as v
 from mm.world.judge import GRID, SIZE_UNIT, STRIDE, TINTS, Judge, JudgeConfig, Raw, bump, decode
 from mm.world.render import render
@@ -71,8 +74,8 @@ def test_config_rejects_bad_values():
         JudgeConfig(width=0)
     with pytest.raises(ValueError, match=r"threshold must lie between 0 and 1, got 1\.5"):
         JudgeConfig(threshold=1.5)
-    with pytest.raises(ValueError, match="minutes must be positive, got -1"):
-        JudgeStageConfig(out="x", minutes=-1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="want 0 < fresh <= start <= ring, got 9 8 16"):
+        JudgeStageConfig(fresh=9, start=8, ring=16)
 
 
 def test_perfect_outputs_decode_to_the_scene():
@@ -171,11 +174,11 @@ def test_save_and_load(tmp_path):
         Judge.from_pretrained(tmp_path / "nowhere")
 
 
-def batch_of(scenes: list[Scene]) -> Batch:
+def batch_of(scenes: list[Scene]) -> JudgeBatch:
     sprites, background, style = truth(scenes)
     readable = torch.ones(len(scenes), dtype=torch.bool)
     pictures = render(scenes).float() / 255
-    return Batch(
+    return JudgeBatch(
         pictures_BCHW=pictures, sprites_BS5=sprites, background_B=background, style_B=style, readable_B=readable
     )
 
@@ -193,7 +196,7 @@ def test_losses_vanish_for_perfect_outputs_and_only_for_them():
     assert {name for name, x in parts.items() if float(torch.nan_to_num(x)) > 0} == {"readable"}
 
 
-def test_warps_move_the_truth_along():
+def test_warps_move_the_labels_along():
     generator = torch.Generator().manual_seed(0)
     places = torch.randint(30, 98, (32, 2), generator=generator)
     pictures = torch.zeros(32, 3, 128, 128)
@@ -206,22 +209,22 @@ def test_warps_move_the_truth_along():
     at = torch.arange(128) + 0.5
     x = (mass.sum(1) * at).sum(1) / mass.sum((1, 2))
     y = (mass.sum(2) * at).sum(1) / mass.sum((1, 2))
-    # The wobble adds up to about two pixels that the truth does not know.
+    # The wobble adds up to about two pixels that the labels leave out.
     assert (x - rows[:, 0, 2]).abs().max() < 2.5
     assert (y - rows[:, 0, 3]).abs().max() < 2.5
     assert (rows[:, 0, 2:4] - places).abs().max() > 3
 
 
-def test_wrecks_strike_the_sprite_and_nothing_else():
+def test_wrecks_remove_the_label_of_the_sprite_and_nothing_else():
     generator = torch.Generator().manual_seed(0)
     scene = Scene(sprites=(Sprite(object="cat", x=40, y=40, size=44), Sprite(object="dog", x=90, y=90, size=44)))
     batch = batch_of([scene] * 40)
     pictures, sprites = wreck(batch.pictures_BCHW, batch.sprites_BS5, generator)
-    struck = sprites[:, 0, 0] < 0
-    assert 0 < int(struck.sum()) < 20
+    wrecked = sprites[:, 0, 0] < 0
+    assert 0 < int(wrecked.sum()) < 20
     assert torch.equal(sprites[:, 1], batch.sprites_BS5[:, 1])
     change = (pictures - batch.pictures_BCHW).abs().amax((1, 2, 3))
-    assert torch.equal(change > 0.1, struck)
+    assert torch.equal(change > 0.1, wrecked)
     assert torch.allclose(pictures[..., 72:, 72:], batch.pictures_BCHW[..., 72:, 72:], atol=1e-2)
     assert (melt(batch.pictures_BCHW[:1], generator) - batch.pictures_BCHW[:1]).abs().mean() > 0.02
 
@@ -241,21 +244,23 @@ def test_ring_draws_labelled_batches():
     assert torch.equal(batch.pictures_BCHW, again.pictures_BCHW)
 
 
-def test_training_goes_on_where_it_stopped(tmp_path, capsys):
-    config = JudgeStageConfig(out=tmp_path, minutes=0.005, batch=8, fresh=8, start=16, ring=32, look=4)
-    first = JudgeTrainer(config)
-    first.run()
-    second = JudgeTrainer(replace(config, minutes=first.elapsed / 60 + 0.001))
-    assert second.step == first.step > 0
-    assert second.elapsed == first.elapsed
-    for a, b in zip(first.judge.state_dict().values(), second.judge.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    moments = first.optimizer.state_dict()["state"]
-    assert torch.equal(second.optimizer.state_dict()["state"][0]["exp_avg"], moments[0]["exp_avg"])
-    assert '"done": true' in capsys.readouterr().out
-    second.run()
-    assert second.step > first.step
-    assert set(quick_look(Judge.from_pretrained(tmp_path), 4)) == {"exact", "readable", "style", "background"}
+def test_training_is_published_and_goes_on_where_it_stopped(tmp_path, capsys):
+    settings = JudgeStageConfig(fresh=8, start=16, ring=32, check=4)
+
+    def run(minutes: float):
+        config = TrainerConfig(**JUDGE_TRAINER | {"batch_size": 8, "minutes": minutes})
+        torch.manual_seed(0)
+        return make_stage(Judge(TINY), settings, config, None, "judge").train(tmp_path)
+
+    first = run(0.005)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert {"exact", "readable", "style", "background"} <= set(lines[-1])
+    published = Judge.from_pretrained(tmp_path / "judge").state_dict()
+    averages = first.average.tensors
+    for name in ("cells.weight", "deep.0.1.running_mean"):  # trained weights, and statistics, are averages
+        torch.testing.assert_close(published[name], averages[f"judge.{name}"], atol=2e-3, rtol=2e-3)
+    second = run(first.seconds / 60 + 0.002)
+    assert second.step > first.step > 0
 
 
 def test_the_shipped_judge_reads_fresh_renders():

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusers.quantizers.base import DiffusersQuantizer
 
+from mm.core.model_files import check_loaded
 from mm.quantization.config import SVDQuantConfig
 
 
@@ -25,12 +26,18 @@ class DiffusersSVDQuant(DiffusersQuantizer):
     def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
         self.quantization_config: Any = quantization_config
         self.modules_to_not_convert: list[str] = []
+        self.on_disk = False
         self.pre_quantized = bool(kwargs.pop("pre_quantized", True)) and bool(quantization_config.layers)
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
         """The type that 16-bit tensors get; kept for the empty layers."""
         self.dtype = torch_dtype
         return torch_dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Notes whether parts stay on the disk: their tensors are on the meta device after loading."""
+        self.on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        return device_map
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
@@ -43,6 +50,8 @@ class DiffusersSVDQuant(DiffusersQuantizer):
         from mm.quantization.layout import ready
 
         if self.pre_quantized:
+            if not self.on_disk:
+                check_loaded(model, f"the saved {type(model).__name__}")
             ready(model)
             model.mm_base_hash = self.quantization_config.base
         else:

@@ -1,32 +1,36 @@
 """Reads what others have quantized: published Nunchaku files and diffusers' nunchaku_lite folders, on any machine.
 
 Design choices
-- Everything is checked by names and shapes before the model is touched: each tensor of the file has its place, each
-  tensor of the model its source, or the first misfits are named.
-- Tensors are read when they are needed. A model on the meta device is filled layer by layer, so that FLUX never stands
-  in memory at 16 bits (`load_nunchaku`).
+- Everything is checked by names, shapes, types and values before the model is touched: each tensor of the file has its
+  place, each tensor of the model its source, or the first misfits are named.
+- Tensors are read when they are needed, and all layers are built before the first is put into the model. On the meta
+  device FLUX never stands in memory at 16 bits (`load_nunchaku`).
 - Inputs are rounded as the publisher had it, 4 bits a group of 64, unless 8 or 16 bits are asked for, which err less
   and cost the same on CPUs and Hopper. Where two layers of a file make one of diffusers' (Flux's `proj_out`), one
   rule cannot serve both, and the inputs take 8 bits a group.
-
-This module does not know the order of numbers in a file (`nunchaku_layout`), nor what they mean (`nunchaku_layer`).
+- The order of numbers in a file is in `nunchaku_layout`, what they mean in `nunchaku_layer`.
 """
 
 from __future__ import annotations
 
-import json
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mm.adapters.patch import Applied
-from mm.core.errors import UserError
-from mm.layers.linear import ActivationRule
+from mm.core.build_limit import build_empty
+from mm.core.errors import UserError, shown
+from mm.core.model_files import check_sizes, weight_files
+from mm.core.safe_json import parse_object, read_object
+from mm.core.safe_tensors import FLOATS, check_finite, read_header
+from mm.layers.linear import ActivationRule, BranchedLinear
 from mm.layers.surgery import swap
 from mm.quantization.config import SVDQuantConfig
 from mm.quantization.integrations import nunchaku_layer as layer
@@ -35,6 +39,7 @@ from mm.quantization.layout import record
 
 InputBits = Literal[4, 8, 16]
 LITE = "nunchaku_lite"
+MAX_SETTING = 1_000_000  # no width, length or vocabulary of a model that makes pictures is larger
 
 
 @dataclass(kw_only=True)
@@ -49,15 +54,20 @@ class _Source:
 
     def add(self, path: Path) -> dict[str, str]:
         """Takes a file's tensors in; gives its metadata."""
-        try:
-            file = safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is no safetensors file ({error})") from error
-        for key in file.keys():
+        header = read_header(path, "Nunchaku file")
+        file = safe_open(path, "pt")
+        for key, tensor in header.tensors.items():
+            if key in self.files:
+                raise UserError(f"{path} holds {shown(key)}, which another file of {self.where} holds as well")
             self.files[key] = file
-            part = file.get_slice(key)
-            self.headers[key] = (tuple(part.get_shape()), part.get_dtype())
-        return file.metadata() or {}
+            self.headers[key] = (tensor.shape, tensor.dtype)
+        return header.metadata
+
+    def check_values(self) -> None:
+        """Raises UserError where a tensor holds NaN or infinity. Tensors are read one at a time."""
+        for key, (shape, kind) in self.headers.items():
+            if kind in FLOATS and 0 not in shape:
+                check_finite(self.get(key), key, self.where)
 
     def get(self, key: str) -> Tensor:
         return self.files[key].get_tensor(key)
@@ -69,22 +79,29 @@ def _open(source: str | Path) -> _Source:
     if not where.exists():
         raise UserError(f"{where} does not exist; give a file or folder, downloaded before")
     made = _Source(where=where, config={}, lite=False)
-    if where.is_file():
-        made.config = json.loads(made.add(where).get("config", "{}"))
+    if not where.is_dir():
+        made.config = parse_object(made.add(where).get("config", "{}"), f"{where}: config")
         return made
     config = where / "config.json"
-    made.config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    made.lite = (made.config.get("quantization_config") or {}).get("quant_method") == LITE
+    made.config = read_object(config) if config.exists() else {}
+    quantization = made.config.get("quantization_config")
+    made.lite = isinstance(quantization, dict) and quantization.get("quant_method") == LITE
+    for path in _files(where, made.lite):
+        made.add(path)
+    return made
+
+
+def _files(where: Path, lite: bool) -> list[Path]:
+    """The weight files of a folder: the two that came first, or what diffusers loads of a nunchaku_lite folder."""
     parts = [where / "unquantized_layers.safetensors", where / "transformer_blocks.safetensors"]
-    files = sorted(where.glob("*.safetensors")) if made.lite else parts
-    if not files or not all(path.is_file() for path in files):
+    if not lite:
+        if all(path.exists() for path in parts):
+            return parts
         raise UserError(
             f"{where} is neither a nunchaku_lite folder (config.json with quant_method {LITE!r}, safetensors) nor one "
             f"with {parts[0].name} and {parts[1].name}"
         )
-    for path in files:
-        made.add(path)
-    return made
+    return weight_files(where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +137,22 @@ def load_nunchaku(
 ) -> nn.Module:
     """The model that a published Nunchaku file or nunchaku_lite folder holds, built from the settings in it."""
     import diffusers
-    from accelerate import init_empty_weights
 
     opened = _open(source)
-    name = str(opened.config.get("_class_name", ""))
+    name = opened.config.get("_class_name", "")
+    name = name if isinstance(name, str) else ""
     plain = name.removeprefix("Nunchaku").removeprefix("SDXL").removesuffix("V2").replace("2dModel", "2DModel")
-    kind = getattr(diffusers, plain, None)
-    if kind is None:
+    kind: Any = getattr(diffusers, plain, None) if plain.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise UserError(
-            f"{opened.where} does not say which model of diffusers it holds ({name or 'no _class_name'}); build the "
+            f"{opened.where} does not say which model of diffusers it holds ({shown(name)} as _class_name); build the "
             "model and call mm.read_nunchaku(file, model)"
         )
     settings = {k: x for k, x in opened.config.items() if k != "quantization_config"}
-    with init_empty_weights():
-        model = kind.from_config(settings)
+    check_sizes(settings, MAX_SETTING, f"{opened.where}: config")
+    count, values = len(opened.headers), sum(math.prod(shape) for shape, _ in opened.headers.values())
+    # Packed: two integers a byte, eight a word; and one layer of a file may be three of the model.
+    model = build_empty(lambda: kind.from_config(settings), 3 * count, 8 * values, f"{opened.where}: config")
     nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of modules that it would keep in fp32
     _fill(opened, model, _plan(opened, model, _rules(opened, model)), activation_bits)
     return model
@@ -166,7 +185,7 @@ def _plan(opened: _Source, model: nn.Module, rules: tuple[names.Rule, ...]) -> _
     covered = {f"{target}.{name}" for targets in plan.layers for target in targets for name in ("weight", "bias")}
     for key in rest:
         targets = names.plain_names(rules, key, own)
-        shape = opened.headers[key][0]
+        shape, kind = opened.headers[key]
         if any(name not in own or name in covered for name in targets):
             bad.append(f"{key} (no such tensor in this model)")
             continue
@@ -174,13 +193,20 @@ def _plan(opened: _Source, model: nn.Module, rules: tuple[names.Rule, ...]) -> _
         want = (sum(rows), *own[targets[0]].shape[1:]) if own[targets[0]].ndim else ()
         if shape != want:
             bad.append(f"{key} has shape {list(shape)}, not {list(want)}")
+        if (kind in FLOATS) != own[targets[0]].is_floating_point():
+            bad.append(f"{key} is of type {kind}")
+        bad += [f"{key} and {plan.plain[name][0]} are both {name}" for name in targets if name in plan.plain]
         plan.plain |= {name: (key, sum(rows[:i])) for i, name in enumerate(targets)}
     bad += [f"{name} is not in the file" for name in own if name not in covered and name not in plan.plain]
-    bad += [f"{t[0]} is there in part only" for t, parts in plan.layers.items() if not _whole(model, t, parts)]
+    counts = Counter(target for targets in plan.layers for target in targets)
+    bad += [f"{target} is there under two names" for target, count in counts.items() if count > 1]
+    bad += [
+        f"{t[0]} is there in part only, or twice" for t, parts in plan.layers.items() if not _whole(model, t, parts)
+    ]
     if bad or not found:
-        shown = "; ".join(bad[:3]) or "it holds no quantized layer"
+        named = "; ".join(bad[:3]) or "it holds no quantized layer"
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{opened.where} does not fit {type(model).__name__}: {shown}{more}")
+        raise UserError(f"{opened.where} does not fit {type(model).__name__}: {named}{more}")
     return plan
 
 
@@ -221,31 +247,48 @@ def _whole(model: nn.Module, targets: tuple[str, ...], parts: Iterable[_Part]) -
 def _fill(opened: _Source, model: nn.Module, plan: _Plan, activation_bits: InputBits) -> Applied:
     if activation_bits not in (4, 8, 16):
         raise UserError(f"activation_bits {activation_bits}: inputs take 4, 8 or 16")
-    rank = 0
+    opened.check_values()
+    rank, layers = 0, dict[str, BranchedLinear]()
     for targets, parts in plan.layers.items():
         pieces = [_read(opened, part) for part in parts]
         rank = max([rank] + [p.down_RK.shape[0] for p in pieces if p.down_RK is not None and p.smooth_K is not None])
-        whole = layer.joined(pieces)
-        rule = _rule(parts, whole, activation_bits)
-        if not rule.shift:
-            whole = whole.unshifted()
-        start = 0
-        for target in targets:
-            old: Any = model.get_submodule(target)
-            piece = whole.rows(slice(start, start + old.out_features))
-            device = torch.device("cpu") if old.weight.is_meta else old.weight.device
-            swap(model, target, layer.build(piece, rule, old.weight.dtype, device).train(old.training))
-            start += old.out_features
+        layers |= _built(model, targets, parts, layer.joined(pieces), activation_bits)
+    for path, made in layers.items():
+        for name, tensor in made.state_dict().items():
+            check_finite(tensor, f"{path}.{name}", opened.where)
     own = model.state_dict()
-    for name, (key, row) in plan.plain.items():
-        device = torch.device("cpu") if own[name].is_meta else own[name].device
-        tensor = opened.get(key)
-        tensor = tensor[row : row + len(own[name])] if tensor.ndim else tensor
-        # A copy: a tensor of the file lies in the file, which may go.
-        made = tensor.to(device, own[name].dtype, copy=True)
-        model.load_state_dict({name: made}, strict=False, assign=True)
+    plain = {name: _plain(opened, own[name], key, row) for name, (key, row) in plan.plain.items()}
+    # From here on nothing can fail: until now the model is as it was.
+    for path, made in layers.items():
+        swap(model, path, made)
+    model.load_state_dict(plain, strict=False, assign=True)
     record(model, SVDQuantConfig(rank=rank, activation_bits=activation_bits), base="")
     return Applied(tensors=len(opened.headers), layers=sum(len(targets) for targets in plan.layers))
+
+
+def _built(
+    model: nn.Module, targets: tuple[str, ...], parts: list[_Part], whole: layer.Piece, activation_bits: InputBits
+) -> dict[str, BranchedLinear]:
+    """The layers of the model that a layer of the file stands for, by path."""
+    rule = _rule(parts, whole, activation_bits)
+    if not rule.shift:
+        whole = whole.unshifted()
+    made, start = {}, 0
+    for target in targets:
+        old: Any = model.get_submodule(target)
+        piece = whole.rows(slice(start, start + old.out_features))
+        device = torch.device("cpu") if old.weight.is_meta else old.weight.device
+        made[target] = layer.build(piece, rule, old.weight.dtype, device).train(old.training)
+        start += old.out_features
+    return made
+
+
+def _plain(opened: _Source, like: Tensor, key: str, row: int) -> Tensor:
+    """A tensor of the model that is as it is in the file, some rows of one that holds several."""
+    device = torch.device("cpu") if like.is_meta else like.device
+    tensor = opened.get(key)
+    tensor = tensor[row : row + len(like)] if tensor.ndim else tensor
+    return tensor.to(device, like.dtype, copy=True)  # a tensor of the file lies in the file, which may go
 
 
 def _read(opened: _Source, part: _Part) -> layer.Piece:

@@ -35,6 +35,8 @@ _W4A4 = {"qweight", "wscales"}
 _W4A4_MAY = {"bias", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up", "wcscales", "wtscale"}
 _AWQ = {"qweight", "wscales", "wzeros"}
 
+_HALF = ("BF16", "F16", "F32")
+
 Get = Callable[[str], Tensor]
 Header = tuple[tuple[int, ...], str]  # shape and safetensors' name of the type
 
@@ -119,18 +121,26 @@ def misfit(headers: dict[str, Header], outputs: int, inputs: int) -> str:
         return "has one half of a branch only"
     if awq and (inputs % GROUP or outputs % 4):
         return f"is AWQ's, which takes inputs in groups of {GROUP} and outputs in fours, not {inputs} and {outputs}"
-    kinds = ("I32",) if awq else ("I8", "U8")
-    if headers["qweight"][1] not in kinds:
-        return f"has a qweight of type {headers['qweight'][1]}, not {' or '.join(kinds)}"
+    for name, (_, kind) in headers.items():
+        kinds = _types(name, awq)
+        if kind not in kinds:
+            return f"has a {name} of type {kind}, not {' or '.join(kinds)}"
     if awq:
         want = awq_shapes(outputs, inputs)
     else:
-        rank = headers["proj_down"][0][-1] if "proj_down" in headers else 0
+        rank = (headers["proj_down"][0] or (0,))[-1] if "proj_down" in headers else 0
         want = w4a4_shapes(outputs, inputs, rank=rank, fp4=headers["wscales"][1] == "F8_E4M3")
     for name, (shape, _) in headers.items():
         if shape != want.get(name, shape) and not (name == "wtscale" and shape == ()):
             return f"has {name} {list(shape)}, not {list(want[name])}"
     return ""
+
+
+def _types(name: str, awq: bool) -> tuple[str, ...]:
+    """The types that a tensor of a layer may have, by safetensors' names."""
+    if name == "qweight":
+        return ("I32",) if awq else ("I8", "U8")
+    return (*_HALF, "F8_E4M3") if name == "wscales" and not awq else _HALF
 
 
 def awq_shapes(outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:

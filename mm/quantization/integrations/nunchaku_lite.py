@@ -6,8 +6,7 @@ Design choices
 - Packed tensors are loaded by diffusers into stand-ins, and turned into layers afterwards. What is missing in the
   folder, or there without a place, is named.
 - A model read so is one of mm's: saved, it is an SVDQuant folder.
-
-This module does not know what the packed tensors mean (`nunchaku_layer`).
+- What the packed tensors mean is in `nunchaku_layer`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from diffusers.quantizers.nunchaku import NunchakuLiteQuantizer
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.core.model_files import check_loaded
 from mm.layers.linear import ActivationRule
 from mm.layers.surgery import swap
 from mm.quantization.config import SVDQuantConfig
@@ -44,9 +44,16 @@ class _Packed(nn.Module):
     def __init__(self, linear: nn.Linear, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.types = {name: dtype for name, (_, dtype) in tensors.items()}
         for name, (shape, dtype) in tensors.items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def check(self, path: str) -> None:
+        """Raises UserError where a loaded tensor has another type than its place, which diffusers lets pass."""
+        for name, tensor in self._parameters.items():
+            if tensor is not None and tensor.dtype != self.types[name]:
+                raise UserError(f"{path}.{name} of the folder is of type {tensor.dtype}, not {self.types[name]}")
 
     def read(self) -> layer.Piece:
         names = set(self._parameters)
@@ -65,8 +72,10 @@ class DiffusersNunchakuLite(DiffusersSVDQuant):
     def __init__(self, quantization_config: Any) -> None:
         self.quantization_config = quantization_config
         self.modules_to_not_convert = []
-        self.pre_quantized = True
+        self.pre_quantized, self.on_disk = True, False
         self.dtype: torch.dtype = quantization_config.compute_dtype
+        if not self.dtype.is_floating_point:
+            raise UserError(f"compute_dtype of the nunchaku_lite folder is {self.dtype}; a floating type is needed")
         self.loaded: list[str] = []
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
@@ -111,9 +120,11 @@ class DiffusersNunchakuLite(DiffusersSVDQuant):
         return _Packed(linear, {n: (s, types.get(n, self.dtype)) for n, s in shapes.items() if n not in left_out})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_loaded(model, f"the nunchaku_lite {type(model).__name__}")
         packed = [(path, module) for path, module in model.named_modules() if isinstance(module, _Packed)]
         with torch.no_grad():
             for path, module in packed:
+                module.check(path)
                 piece = module.read()
                 weight_only = piece.bits == 8 or "wzeros" in module._parameters
                 rule = ActivationRule(bits=16) if weight_only else ActivationRule(bits=4, group=layer.GROUP)

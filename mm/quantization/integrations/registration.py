@@ -32,6 +32,8 @@ def register_transformers() -> None:
 
     from mm.quantization.integrations import transformers_quantizer
 
-    auto.AUTO_QUANTIZER_MAPPING[SVDQuantConfig.METHOD] = transformers_quantizer.TransformersSVDQuant
+    if SVDQuantConfig.METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(SVDQuantConfig.METHOD)(transformers_quantizer.TransformersSVDQuant)
+    # register_quantization_config takes subclasses of transformers' mixin only; this config is diffusers' as well.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[SVDQuantConfig.METHOD] = SVDQuantConfig
     add_recorder("transformers", transformers_quantizer.record)

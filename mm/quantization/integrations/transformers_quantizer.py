@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
 
+from mm.core.model_files import check_loaded
 from mm.quantization.config import SVDQuantConfig
 
 
@@ -23,6 +24,7 @@ class TransformersSVDQuant(HfQuantizer):
     def __init__(self, quantization_config: SVDQuantConfig, **kwargs: Any) -> None:
         self.quantization_config: Any = quantization_config
         self.modules_to_not_convert: list[str] = []
+        self.on_disk = False
         self.pre_quantized = bool(kwargs.pop("pre_quantized", True)) and bool(quantization_config.layers)
 
     def update_dtype(self, dtype: Any) -> Any:
@@ -30,17 +32,27 @@ class TransformersSVDQuant(HfQuantizer):
         self.dtype = dtype
         return dtype
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Notes whether parts stay on the disk: their tensors are on the meta device after loading."""
+        self.on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        return device_map
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            from mm.quantization.layout import prepare
+            from mm.quantization.layout import prepare, quantized
+            from mm.quantization.saved_layers import check_stored
 
             prepare(model, self.quantization_config.layers, getattr(self, "dtype", None))
+            # What is in no file is filled by transformers with memory that nobody wrote; afterwards nothing shows it.
+            check_stored(quantized(model), kwargs.get("checkpoint_files") or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mm.quantization.layout import ready
 
         if self.pre_quantized:
+            if not self.on_disk:
+                check_loaded(model, f"the saved {type(model).__name__}")
             ready(model)
             model.mm_base_hash = self.quantization_config.base
         else:

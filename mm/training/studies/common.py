@@ -1,17 +1,17 @@
 """What the studies share: a pool of pictures, a small trunk, equal budgets, paired questions and paired intervals.
 
 Design choices
-- Every run of a study sees the same pictures with the same words in the same order, and answers the same questions, so
-  that differences are paired; intervals come from resampling scenes, since questions about one scene hang together.
+- Every run of a study has the same pictures with the same words in the same order, and answers the same questions, so
+  that differences are paired; intervals are clustered by scene, since questions about one scene are correlated.
 - An answer counts when every token of it is the likeliest one after the right ones before it, which is the same as
   greedy decoding giving exactly that answer, in one pass.
 - Drawing is measured on a small world (`OBJECTS` in `TINTS`, cartoon style, one object on plain ground): the budgets of
   a study would leave every model at zero on the whole one.
-- Nouns are grounded as in the published model's training (`mm.training.grounding`): without it no budget of a study
-  takes looking things up beyond chance, and then nothing can be compared but what needs no looking.
-- Muon and AdamW as in `mm.training.loop`, but by samples and not by minutes, and never resumed: a run takes minutes.
+- The noun readout's grounding loss as in the published model's training (`mm.training.readouts`): without it, within
+  the budget of a study, questions that need the picture are answered at chance, and encoders cannot be compared.
+- Muon and AdamW as in `mm.training.trainer`, but by samples and not by minutes, and without resuming: a run takes
+  minutes.
 
-This module does not know what is compared.
 Legend: B batch, T tokens, N questions.
 """
 
@@ -30,10 +30,11 @@ from mm.models.dialogue import IGNORED, Dialogue, stack, word_loss
 from mm.models.text import build_text_tokenizer
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.training import talk
-from mm.training.drawing import Drawing, DrawingBatch, DrawingConfig, make_batch
-from mm.training.grounding import Grounding, Nouns, find_nouns, noun_ids, tapped
-from mm.training.loop import LoopConfig, optimizers
+from mm.training import conversations
+from mm.training.drawing_stage import Drawing, DrawingBatch, DrawingConfig, make_batch
+from mm.training.optimizers import muon_and_adamw
+from mm.training.readouts import NounReadout, captured_outputs
+from mm.training.scene_labels import NounLabels, noun_ids, noun_labels
 from mm.world import vocabulary as v
 from mm.world.captions import group_phrase
 from mm.world.judge import Judge
@@ -129,21 +130,21 @@ def _tokenizer() -> Any:
 
 
 def small_trunk(config: StudyConfig) -> Trunk:
-    """The trunk of a run, always from the same random weights; its `grounding` is trained with it."""
+    """The trunk of a run, always from the same random weights; its noun readout is trained with it."""
     torch.manual_seed(config.seed)
     size: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": 4, "max_text": 256}
-    trunk = Trunk(vocabulary_size=1024, text_ratio=3, picture_ratio=3, reads=True, whole_turns=True, **size)
-    trunk.add_module("grounding", Grounding(config.width))
+    trunk = Trunk(vocabulary_size=1024, text_ratio=3, picture_ratio=3, reads=True, prefix_lm=True, **size)
+    trunk.add_module("noun_readout", NounReadout(config.width))
     return trunk
 
 
 class Words(NamedTuple):
-    """Ids, mask and targets (B, T) of conversations, and the truth of their nouns."""
+    """Ids, mask and targets (B, T) of conversations, and labels of their nouns."""
 
     ids: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
-    nouns: Nouns
+    nouns: NounLabels
 
 
 def reading_words(scenes: Sequence[Scene], rng: random.Random, config: StudyConfig) -> Words:
@@ -152,22 +153,24 @@ def reading_words(scenes: Sequence[Scene], rng: random.Random, config: StudyConf
     for scene in scenes:
         first = rng.choice(questions(scene, rng, objects=config.objects))
         row = new_dialogue().user(first.question, scene, about=scene).says(first.answer)
-        rows.append(talk.ask(row, scene, rng, most=4, objects=config.objects))
+        rows.append(conversations.ask(row, scene, rng, most=4, objects=config.objects))
     return words_of(rows)
 
 
 def words_of(rows: Sequence[Dialogue]) -> Words:
     """Conversations as a batch."""
     ids, mask, targets = stack(rows)
-    return Words(ids, mask, targets, find_nouns([r.ids for r in rows], [r.about for r in rows], ids.shape[1], _nouns()))
+    return Words(
+        ids, mask, targets, noun_labels([r.ids for r in rows], [r.about for r in rows], ids.shape[1], _nouns())
+    )
 
 
-def reading_loss(trunk: Trunk, words: Words, looks: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of what is to be said, and the nouns' grounding halfway through the text."""
-    grounding: Any = trunk.grounding
-    with tapped(trunk.text_layers[len(trunk.text_layers) // 2 - 1]) as states:
-        logits, _ = trunk.read(words.ids, words.mask, looks)
-    return word_loss(logits, words.targets) + NOUNS_WEIGHT * grounding(states[0], words.nouns)
+def reading_loss(trunk: Trunk, words: Words, understanding: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the replies, and the noun readout's loss at the middle text layer."""
+    readout: Any = trunk.noun_readout
+    with captured_outputs(trunk.text_layers[len(trunk.text_layers) // 2 - 1]) as states:
+        logits, _ = trunk.read(words.ids, words.mask, understanding)
+    return word_loss(logits, words.targets) + NOUNS_WEIGHT * readout(states[0], words.nouns)
 
 
 @cache
@@ -181,11 +184,14 @@ def fit(
     steps: int,
     *,
     decay: bool = True,
-    told: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Minimizes `loss(step)`; each module at its own rate, falling to zero over the last third where `decay`."""
-    settings = [(module, LoopConfig(learning_rate=rate, muon_rate=2 * rate)) for module, rate in modules]
-    opts = [o for module, config in settings for o in optimizers(module, config)]
+    opts = [
+        optimizer
+        for module, rate in modules
+        for optimizer in muon_and_adamw(module, learning_rate=rate, muon_rate=2 * rate, weight_decay=0.01)
+    ]
     rates = [o.param_groups[0]["lr"] for o in opts]
     parameters = [p for module, _ in modules for p in module.parameters() if p.requires_grad]
     for step in range(steps):
@@ -199,8 +205,8 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in opts:
             optimizer.step()
-        if told and (step % 50 == 0 or step == steps - 1):
-            told(step, float(total.detach()))
+        if on_step and (step % 50 == 0 or step == steps - 1):
+            on_step(step, float(total.detach()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +218,7 @@ class Exam:
 
 
 def exam(config: StudyConfig) -> Exam:
-    """At least `config.questions` questions on scenes whose composition training never saw."""
+    """At least `config.questions` questions on scenes of held-out compositions."""
     rng = random.Random(f"study exam {config.seed}")
     scenes: list[Scene] = []
     asked: list[tuple[int, QA]] = []
@@ -223,15 +229,15 @@ def exam(config: StudyConfig) -> Exam:
 
 
 @torch.no_grad()
-def sit(trunk: Trunk, looks_of: Callable[[torch.Tensor], torch.Tensor], paper: Exam) -> list[bool]:
-    """Which questions are answered right, in order. `looks_of` turns pictures in [-1, 1] into looks."""
+def take_exam(trunk: Trunk, encode: Callable[[torch.Tensor], torch.Tensor], paper: Exam) -> list[bool]:
+    """Which questions are answered right, in order. `encode` makes understanding tokens of pictures in [-1, 1]."""
     out: list[bool] = []
     for start in range(0, len(paper.asked), 128):
         part = paper.asked[start : start + 128]
         ids, mask, targets = stack([new_dialogue().user(qa.question, i).says(qa.answer) for i, qa in part])
         pictures = paper.pool.pictures[[i for i, _ in part]].float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = trunk.read(ids, mask, looks_of(pictures))
+            logits, _ = trunk.read(ids, mask, encode(pictures))
         right = (logits.argmax(-1) == targets) | (targets == IGNORED)
         out += right.all(1).tolist()
     return out

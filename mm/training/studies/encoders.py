@@ -1,4 +1,4 @@
-"""One encoder for reading and drawing, or two: the ablation of the decoupled encoders, with AIA as the third way.
+"""One encoder for reading and drawing, or two: the ablation of the decoupled encoders, and AIA.
 
     python -m mm.training.studies.encoders --out runs/encoders [--samples 30000] [--arms decoupled,shared,shared-aia]
 
@@ -10,9 +10,9 @@ Design choices
 - `shared-aia`: shared, plus attention-interaction alignment (AIA, arXiv 2511.22663): in every layer the attention mass
   that crosses modalities is pulled to a target by a Huber loss of weight 40. The targets are what the decoupled arm had
   at its end, so that arm runs first.
-- Mass: words to looks in the text layers while reading, picture tokens to words in the picture layers while drawing.
+- Mass: of words on understanding tokens in the text layers while reading, of picture tokens on words in the picture
+  layers while drawing.
 
-This module does not know the published trunk.
 Legend: B batch, H heads, L queries, K keys, T words.
 """
 
@@ -36,38 +36,38 @@ from mm.core.paths import resolve_model, weights_dir
 from mm.core.statistics import paired_change, share
 from mm.models import layers
 from mm.models.connectors import Connector
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.tokenizers import Autoencoder, Bridge
-from mm.training.drawing import Drawing
+from mm.training.drawing_stage import Drawing
 from mm.training.studies import common
 from mm.training.studies.common import Exam, Pool, StudyConfig
 from mm.world.judge import Judge
 
 ARMS: tuple[str, ...] = ("decoupled", "shared", "shared-aia")
 AIA_WEIGHT = 40.0
-LOOK = 6  # the token whose places hold looks
+UNDERSTANDING_TOKEN = 6  # the placeholder's id
 
 
 class Masses:
     """Collects a step's cross-modal attention mass per layer."""
 
     def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
-        self.looks_BT: torch.Tensor | None = None  # set while reading
-        self.said_BT: torch.Tensor | None = None
+        self.masses: list[torch.Tensor] = []
+        self.understanding_BT: torch.Tensor | None = None  # set while reading
+        self.replies_BT: torch.Tensor | None = None
 
-    def told(self, weights_BHLK: torch.Tensor) -> None:
-        """Takes in one attention's weights, where it crosses modalities."""
+    def add(self, weights_BHLK: torch.Tensor) -> None:
+        """Adds the mass of one attention that crosses modalities; an `attention_callback`."""
         queries, keys = weights_BHLK.shape[2:]
-        if self.looks_BT is not None and self.said_BT is not None:
-            onto = (weights_BHLK.float() * self.looks_BT[:, None, None]).sum(-1).mean(1)
-            self.seen.append(onto[self.said_BT].mean())
-        elif keys > queries:  # picture tokens, which also see the prompt's keys, in front of their own
-            self.seen.append(weights_BHLK[..., : keys - queries].float().sum(-1).mean())
+        if self.understanding_BT is not None and self.replies_BT is not None:
+            onto = (weights_BHLK.float() * self.understanding_BT[:, None, None]).sum(-1).mean(1)
+            self.masses.append(onto[self.replies_BT].mean())
+        elif keys > queries:  # picture tokens, which attend to the prompt's keys before their own
+            self.masses.append(weights_BHLK[..., : keys - queries].float().sum(-1).mean())
 
     def take(self) -> torch.Tensor:
         """Masses (layers,) since the last call."""
-        out, self.seen = torch.stack(self.seen), []
+        out, self.masses = torch.stack(self.masses), []
         return out
 
 
@@ -85,12 +85,12 @@ class Model(nn.Module):
         self.connector = Connector(in_channels=channels, width=width, hidden=2 * width)
         self._frozen = [autoencoder.eval(), encoder.eval()]
 
-    def looks(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Looks through this arm's encoder."""
+    def understanding_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Understanding tokens by this arm's encoder."""
         autoencoder, encoder = self._frozen
         with torch.no_grad():
-            seen = encoder(pictures)[1] if self.decoupled else autoencoder.encode(pictures)
-        return self.connector(seen)
+            tokens = encoder(pictures)[1] if self.decoupled else autoencoder.encode(pictures)
+        return self.connector(tokens)
 
 
 def train_arm(
@@ -98,7 +98,7 @@ def train_arm(
     pools: tuple[Pool, Pool, torch.Tensor],
     targets: dict[str, torch.Tensor] | None,
     config: StudyConfig,
-    told: Callable[[int, float], None],
+    on_step: Callable[[int, float], None],
 ) -> dict[str, list[float]]:
     """Reads and draws in turn; returns the mean masses of the last fifth of the steps."""
     reading, drawn, latents = pools
@@ -109,13 +109,13 @@ def train_arm(
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(f"study encoders {config.seed} {step}")
         task = "draw" if step % 4 else "read"
-        with layers.watching(masses.told):
+        with layers.attention_callback(masses.add):
             if task == "read":
                 pictures, scenes = reading.draw(config.batch_size, rng)
                 words = common.reading_words(scenes, rng, config)
-                masses.looks_BT, masses.said_BT = words.ids == LOOK, words.targets >= 0
-                total = common.reading_loss(model.drawing.trunk, words, model.looks(pictures))
-                masses.looks_BT = masses.said_BT = None
+                masses.understanding_BT, masses.replies_BT = words.ids == UNDERSTANDING_TOKEN, words.targets >= 0
+                total = common.reading_loss(model.drawing.trunk, words, model.understanding_tokens(pictures))
+                masses.understanding_BT = masses.replies_BT = None
             else:
                 index = [rng.randrange(len(latents)) for _ in range(common.DRAWN_BATCH)]
                 batch = common.drawing_batch(latents[index], [drawn.scenes[i] for i in index], rng)
@@ -125,7 +125,7 @@ def train_arm(
             late[task].append(now.detach())
         return total if targets is None else total + AIA_WEIGHT * F.huber_loss(now, targets[task])
 
-    common.fit([(model, config.rate)], loss, steps, told=told)
+    common.fit([(model, config.rate)], loss, steps, on_step=on_step)
     return {task: torch.stack(rows).mean(0).tolist() for task, rows in late.items()}
 
 
@@ -150,7 +150,7 @@ def run_arm(
     found = train_arm(model, pools, targets, config, lambda step, x: print(f"{arm} {step}: {x:.3f}", flush=True))
     model.eval()
     return {
-        "answers": common.sit(model.drawing.trunk, model.looks, paper),
+        "answers": common.take_exam(model.drawing.trunk, model.understanding_tokens, paper),
         "drawing": common.drawing_verdicts(model.drawing, autoencoder, Judge.from_pretrained(weights_dir() / "judge")),
         "masses": found,
         "seconds": round(time.monotonic() - began),

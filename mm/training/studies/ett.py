@@ -5,18 +5,17 @@
 Design choices
 - Five arms with one budget: `indices` (the reader learns a vector for every code), `frozen` (it reads the codes'
   dequantized values), and `tuned` at alpha 0, 0.25 and 1, whose loss is caption and questions + alpha * reconstruction.
-- ETT's stages: the projector alone; projector, trunk and tokenizer; projector and trunk with the tokenizer frozen. A
-  language model that can follow what it is asked stands at their start there. Here it is a trunk that has learned to
-  read through the understanding encoder, once for all arms: from words alone no arm's trunk learned to look anything
-  up within 18 thousand samples, and then no tokenizer can be told from another.
+- ETT's stages: the projector alone; projector, trunk and tokenizer; projector and trunk with the tokenizer frozen.
+  There they start from an instruction-tuned language model. Here they start from a trunk that was trained to read
+  through the understanding encoder, once for all arms: from a fresh trunk no arm used the picture within 18 thousand
+  samples, so that tokenizers could not be compared.
 - The pictures to read are of a small world, for the same reason.
 - TokenBridge's bins come after training and pass no gradient: while tuning, codes are straight-through over the
   bridge's centres (`Bridge.straight_through`), and latents keep their scale by batch statistics, as in the
   autoencoder's own stage. Then the encoder is frozen, its channels measured anew, bins and order refitted.
-- Reconstruction counts in units of the untuned tokenizer's own loss, so that alpha means the same for any loss.
-- Drawing afterwards: a small model drawn from each distinct tokenizer, on the small world of `common`.
+- Reconstruction is in units of the untuned tokenizer's loss, so that alpha means the same for any loss.
+- Drawing afterwards: a small model trained on each distinct tokenizer, on the small world of `common`.
 
-This module does not know the published trunk: the shipped tokenizer is only its starting point.
 Legend: B batch, C = 16 channels, L = 64 tokens.
 """
 
@@ -37,10 +36,11 @@ from torch import nn
 
 from mm.core.files import write_json
 from mm.core.paths import resolve_model, weights_dir
+from mm.core.picture_metrics import psnr
 from mm.core.statistics import paired_change, share
 from mm.models.connectors import Connector
 from mm.models.trunk import Trunk
-from mm.models.understanding import UnderstandingEncoder
+from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.tokenizers import Autoencoder, Bridge
 from mm.training.studies import common
 from mm.training.studies.common import Exam, Pool, StudyConfig
@@ -92,8 +92,8 @@ class Arm:
         """What stands between codes and trunk."""
         return nn.ModuleList([self.projector, *([self.table] if self.table is not None else [])])
 
-    def looks(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Looks of pictures through the frozen tokenizer's codes."""
+    def understanding_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Understanding tokens of pictures by the frozen tokenizer's codes."""
         with torch.no_grad():
             codes = self.bridge.quantize(self.autoencoder.encode(pictures).float())
             values = self.bridge.dequantize(codes)
@@ -147,7 +147,7 @@ def reader(config: StudyConfig, pool: Pool, encoder: UnderstandingEncoder) -> Tr
     return trunk
 
 
-def train_arm(arm: Arm, pool: Pool, told: Callable[[str], None]) -> None:
+def train_arm(arm: Arm, pool: Pool, log: Callable[[str], None]) -> None:
     """The three stages."""
     config, alpha = arm.config, ALPHAS.get(arm.name)
     arm.measure_untuned(pool)
@@ -159,25 +159,25 @@ def train_arm(arm: Arm, pool: Pool, told: Callable[[str], None]) -> None:
         words = common.reading_words(scenes, rng, config)
         if stage == 1 and alpha is not None:
             return arm.tuning_loss(pictures, words, alpha)
-        return common.reading_loss(arm.trunk, words, arm.looks(pictures))
+        return common.reading_loss(arm.trunk, words, arm.understanding_tokens(pictures))
 
-    def say(stage: int) -> Callable[[int, float], None]:
-        return lambda step, value: told(f"{arm.name} stage {stage + 1} step {step}: {value:.3f}")
+    def logger(stage: int) -> Callable[[int, float], None]:
+        return lambda step, value: log(f"{arm.name} stage {stage + 1} step {step}: {value:.3f}")
 
     arm.trunk.requires_grad_(False)
     arm.autoencoder.requires_grad_(False)
-    common.fit([(front, config.rate)], lambda step: loss(step, 0), steps[0], decay=False, told=say(0))
+    common.fit([(front, config.rate)], lambda step: loss(step, 0), steps[0], decay=False, on_step=logger(0))
     arm.trunk.requires_grad_(True)
     modules: list[tuple[nn.Module, float]] = [(front, config.rate), (arm.trunk, config.rate)]
     if alpha is None:
-        common.fit(modules, lambda step: loss(step, 1), steps[1], decay=False, told=say(1))
+        common.fit(modules, lambda step: loss(step, 1), steps[1], decay=False, on_step=logger(1))
     else:
         arm.autoencoder.encoder.requires_grad_(True)
         arm.autoencoder.decoder.requires_grad_(alpha > 0)
         tuned: list[tuple[nn.Module, float]] = [*modules, (arm.autoencoder, TOKENIZER_RATE * config.rate)]
-        common.fit(tuned, lambda step: loss(step, 1), steps[1], decay=False, told=say(1))
+        common.fit(tuned, lambda step: loss(step, 1), steps[1], decay=False, on_step=logger(1))
         arm.refit(pool)
-    common.fit(modules, lambda step: loss(step, 2), steps[2], told=say(2))
+    common.fit(modules, lambda step: loss(step, 2), steps[2], on_step=logger(2))
 
 
 @torch.no_grad()
@@ -187,8 +187,7 @@ def reconstruction(autoencoder: Autoencoder, bridge: Bridge, each: int = 12) -> 
     for style in STYLES:
         pictures = to_float(render(held_out_scenes(style, each)))
         again = autoencoder.decode(bridge(autoencoder.encode(pictures)))
-        errors = ((again - pictures) / 2).square().mean((1, 2, 3))
-        out += (-10 * errors.log10()).tolist()
+        out += psnr(again, pictures, data_range=2.0).tolist()
     return sum(out) / len(out)
 
 
@@ -215,7 +214,7 @@ def run_arm(name: str, start: tuple[Autoencoder, Bridge, Trunk], pool: Pool, pap
     arm = Arm(name, autoencoder, bridge, trunk, config)
     train_arm(arm, pool, lambda line: print(line, flush=True))
     arm.trunk.eval()
-    answers = common.sit(arm.trunk, arm.looks, paper)
+    answers = common.take_exam(arm.trunk, arm.understanding_tokens, paper)
     result: dict[str, Any] = {
         "answers": answers,
         "reconstruction": round(reconstruction(arm.autoencoder, arm.bridge), 3),

@@ -1,0 +1,72 @@
+// Vectors of 8 outputs in AVX2 and the shape of their tiles. Included by the paths of 256 bits, which have set MM_TARGET and
+// define Part, begin, dot and join after it (see product.h).
+
+constexpr int LANES = 8, VECTORS = 2, ROWS = 4, DEPTH = 4, FEW = 4;  // DEPTH columns lie together in a panel
+constexpr int FLIP8 = 128;  // what turns a signed byte of weight into an unsigned one
+
+using F = __m256;
+using I = __m256i;
+
+MM_TARGET inline F zero() { return _mm256_setzero_ps(); }
+MM_TARGET inline F splat(float value) { return _mm256_set1_ps(value); }
+MM_TARGET inline F load(const float *from) { return _mm256_loadu_ps(from); }
+MM_TARGET inline void store(float *to, F value) { _mm256_storeu_ps(to, value); }
+MM_TARGET inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+MM_TARGET inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+MM_TARGET inline F floats(I value) { return _mm256_cvtepi32_ps(value); }
+MM_TARGET inline float sum_of(F value) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+MM_TARGET inline I splat_int(int32_t value) { return _mm256_set1_epi32(value); }
+MM_TARGET inline I load_int(const uint8_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+MM_TARGET inline void store_int(uint8_t *to, I value) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), value); }
+MM_TARGET inline I low_halves(I value) { return _mm256_and_si256(value, _mm256_set1_epi8(15)); }
+MM_TARGET inline I high_halves(I value) { return low_halves(_mm256_srli_epi16(value, 4)); }
+MM_TARGET inline I flipped(I value) { return _mm256_xor_si256(value, _mm256_set1_epi8(char(FLIP8))); }
+
+// 16-bit floats: the lower (0) or upper (1) half of every 32-bit word.
+template <int HALF>
+MM_TARGET inline F from_bfloats(I value) {
+    return _mm256_castsi256_ps(HALF ? _mm256_and_si256(value, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(value, 16));
+}
+template <int HALF>
+MM_TARGET inline F from_halves(I value) {
+    const I words = HALF ? _mm256_srli_epi32(value, 16) : _mm256_and_si256(value, _mm256_set1_epi32(0xffff));
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+MM_TARGET inline F as_floats(I value) { return _mm256_castsi256_ps(value); }
+
+// LANES values of an array of any type.
+template <Type TYPE>
+MM_TARGET inline F load_as(const void *data, int64_t index) {
+    if constexpr (TYPE == Type::f32) return _mm256_loadu_ps(static_cast<const float *>(data) + index);
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(static_cast<const uint16_t *>(data) + index));
+    if constexpr (TYPE == Type::f16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+// LANES rows of 32 bytes, `stride` apart, to 8 vectors: word j of every row. Rows from `rows` on are zeros.
+MM_TARGET inline void turn(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
+    I r[8], s[8];
+    if (rows >= LANES)
+        for (int i = 0; i < 8; ++i) r[i] = load_int(from + i * stride);
+    else
+        for (int i = 0; i < 8; ++i) r[i] = i < rows ? load_int(from + i * stride) : _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+        s[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 2; ++j) {
+            r[4 * i + 2 * j] = _mm256_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+        }
+    for (int j = 0; j < 4; ++j) {
+        to[j] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x20);
+        to[j + 4] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x31);
+    }
+}

@@ -1,0 +1,109 @@
+"""`read_lora`: a LoRA file of another program as a patch for the model at hand, all of it or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mm.adapters.formats.assemble import Part, entries_of
+from mm.adapters.formats.kinds import change_of
+from mm.adapters.formats.layouts import Parts, grouped
+from mm.adapters.formats.names import Names, Piece
+from mm.adapters.formats.settings import Strengths
+from mm.adapters.formats.source import load
+from mm.adapters.patch import Entry, Patch
+from mm.core.errors import UserError
+from mm.layers.linear import BranchedLinear
+from mm.layers.surgery import locate, roots_of, submodule
+
+
+def read_lora(
+    source: str | Path | Mapping[str, Tensor], target: Any, *, name: str = "lora", truncate_to: int | None = None
+) -> Patch:
+    """A LoRA, DoRA, LoHa or LoKr of another program as a patch for a model.
+
+    Args:
+        source: a safetensors file, a folder that peft or diffusers saved, or tensors by key, in the layout of peft,
+            diffusers, kohya, LyCORIS, ComfyUI or XLabs.
+        target: the module or pipeline it is for; its layers say what the file's names stand for.
+        name: of the patch.
+        truncate_to: a rank to which changes of whole weights of linear layers (DoRA, LoHa, LoKr) are cut down; what is
+            lost is printed. Layers of 4-bit weights need it. Without it such changes are exact.
+
+    Returns:
+        A patch whose entries are all of the file's tensors.
+
+    Raises:
+        UserError: where a key of the file is not understood, is for no layer of this model, or does not fit it.
+    """
+    if truncate_to is not None and truncate_to < 1:
+        raise UserError(f"truncate_to is {truncate_to}; give a rank of 1 or more")
+    given = load(source)
+    modules = grouped(given.tensors)
+    places = _places(modules, target)
+    strengths = Strengths(settings=given.settings)
+    parts: list[Part] = []
+    for module, tensors in modules.items():
+        change = change_of(module, tensors, places[module], strengths)
+        _check_bits(module, change.kind, change.delta, places[module], truncate_to)
+        parts += [Part(module=module, piece=piece, change=change) for piece in places[module]]
+    entries = entries_of(parts)
+    kinds = sorted({part.change.kind.lower() for part in parts})
+    total = len(given.tensors)
+    patch = Patch(
+        entries=entries,
+        name=name,
+        method="+".join(kinds) if kinds != ["lora"] else "lora",
+        settings={"source": given.label, "alpha": "as in the file" if _has_alpha(given) else "none: in full"},
+        report={"file": f"{total} of {total} tensors of the file"},
+    )
+    return patch if truncate_to is None else _truncated(patch, target, truncate_to)
+
+
+def _has_alpha(given: Any) -> bool:
+    return any(key.endswith("alpha") for key in (*given.tensors, *given.settings))
+
+
+def _places(modules: Mapping[str, Parts], target: Any) -> dict[str, tuple[Piece, ...]]:
+    names = Names(target)
+    found = {module: names.find(module) for module in modules}
+    unknown = [module for module, pieces in found.items() if pieces is None]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(
+            f"{len(found) - len(unknown)} of {len(found)} LoRA layers are in this model; "
+            f"not: {', '.join(unknown[:3])}{more}"
+        )
+    return {module: pieces for module, pieces in found.items() if pieces is not None}
+
+
+def _check_bits(module: str, kind: str, delta: Tensor | None, pieces: Sequence[Piece], truncate_to: int | None) -> None:
+    """Raises where a change of a whole weight meets a quantized one."""
+    if delta is None or truncate_to is not None:
+        return
+    for piece in pieces:
+        if isinstance(piece.layer, BranchedLinear) and piece.layer.bits != 16:
+            raise UserError(
+                f"{module} is {kind}: it changes the whole weight of {piece.path}, which has {piece.layer.bits}-bit "
+                "weights here; give truncate_to=RANK to take the nearest LoRA (what is lost is printed)"
+            )
+
+
+def _truncated(patch: Patch, target: Any, rank: int) -> Patch:
+    """Changes of linear layers' weights cut down to a rank; those of convolutions and norms stay."""
+    roots = roots_of(target)
+
+    def linear(path: str, entry: Entry) -> bool:
+        spot = locate(roots, path)
+        return entry.kind == "dense" and spot is not None and isinstance(submodule(*spot), nn.Linear)
+
+    cut = {path: entry for path, entry in patch.entries.items() if linear(path, entry)}
+    if not cut:
+        return patch
+    made = Patch(entries=cut, name=patch.name).truncated(rank)
+    patch.entries |= made.entries
+    patch.report |= made.report
+    return patch

@@ -1,0 +1,99 @@
+"""The tensors and settings of a LoRA file or folder, checked before anything is computed from them.
+
+Design choices
+- safetensors only; a folder is one that peft or diffusers saved.
+- Every tensor is floating point and finite. fp8 becomes bf16, which holds all of its values. Only alpha may be an
+  integer, since kohya's scripts save it so.
+- Settings are diffusers' `lora_adapter_metadata` inside the file, else peft's `adapter_config.json` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.core.errors import UserError, shown
+from mm.core.safe_json import parse_object, read_object
+from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
+
+_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_LONGEST_JSON = 4 << 20
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how to call it."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    label: str
+
+
+def load(source: str | Path | Mapping[str, Tensor]) -> Source:
+    """Reads and checks a LoRA.
+
+    Args:
+        source: a safetensors file, a folder that peft or diffusers saved, or tensors by key.
+
+    Raises:
+        UserError: for anything else, and for tensors that are not finite floating-point numbers.
+    """
+    settings: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        tensors, label = dict(source), "the LoRA"
+    else:
+        path = _file(Path(source))
+        tensors, settings = _read(path)
+        label = str(path)
+    if not tensors:
+        raise UserError(f"{label} has no tensors")
+    return Source(tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label)
+
+
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / name for name in _FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"no LoRA in the folder {path}; it should hold {' or '.join(_FILES)}")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"no LoRA at {path}; give a .safetensors file (pickled adapters are not read)")
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    read = read_tensors(path, "LoRA", types=(*FLOATS, *INTEGERS), finite=False)  # `_checked` says it of each by name
+    if "mm_patch" in read.metadata:
+        raise UserError(f"{path} is a patch of mm; read it with mm.adapters.patch.Patch.load")
+    inside = read.metadata.get("lora_adapter_metadata")
+    if inside is not None:
+        return read.tensors, parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
+    beside = path.parent / "adapter_config.json"
+    return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if beside.exists() else {}
+
+
+def _checked(key: str, tensor: Tensor, label: str) -> Tensor:
+    name = f"{label}: the tensor {shown(key)}"
+    if not isinstance(key, str) or not isinstance(tensor, Tensor):
+        raise UserError(f"{label}: {shown(key)} is a {type(tensor).__name__}; give tensors by key")
+    if tensor.numel() == 0:
+        raise UserError(f"{name} is empty, its shape is {tuple(tensor.shape)}")
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if key.endswith("alpha"):
+        if tensor.numel() != 1:
+            raise UserError(f"{name} has {tensor.numel()} values; an alpha is one number")
+        tensor = tensor.float() if whole else tensor
+    if tensor.dtype not in _PLAIN:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if not kind.startswith("float8"):
+            raise UserError(f"{name} is {kind}, not floating point")
+        tensor = tensor.to(torch.bfloat16)
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{name} has NaN or infinity among its values")
+    return tensor.detach()

@@ -1,0 +1,212 @@
+"""`write_lora`: a patch as a LoRA file of another program.
+
+Design choices
+- Thin products are written with their scale in `up`, and alpha equal to the rank where a layout has one: diffusers 0.42
+  misses alphas of a UNet's attention in kohya's files where they differ.
+- Changes of a whole weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know;
+  the others hold a bias beside a product only. What a layout cannot hold is an error, and nothing is written then.
+- kohya's scripts and ComfyUI call some families' layers by their original names, with q, k and v in one. The model says
+  which: such a layer is written whole, rows without a change as zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mm.adapters.formats.family_names import TABLES
+from mm.adapters.formats.names import DENOISERS, Names, Piece
+from mm.adapters.patch import Entry, Patch
+from mm.core.errors import UserError
+from mm.core.files import write_bytes
+from mm.layers.surgery import roots_of
+
+Layout = Literal["peft", "diffusers", "kohya", "comfyui"]
+_LAYOUTS = ("diffusers", "peft", "kohya", "comfyui")
+_PARTS = (*DENOISERS, "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+_KOHYA = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
+_COMFYUI = {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."}
+_COMFYUI |= {"text_encoder_3": "text_encoders.t5xxl.transformer."}
+
+
+def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, target: Any = None) -> None:
+    """Writes a patch for another program.
+
+    Args:
+        patch: of low-rank entries for all tokens; kohya's and ComfyUI's layout also take dense and bias entries.
+        path: the file, replaced as a whole. Layout "peft" writes `adapter_config.json` beside it.
+        layout: "diffusers", "peft", "kohya" or "comfyui".
+        target: the model or pipeline of the patch. The last two layouts need it where they call a family's layers by
+            other names (FLUX, SD3, Z-Image, Wan); "comfyui" always does.
+
+    Raises:
+        UserError: for what the layout cannot hold; nothing is written then.
+    """
+    if layout not in _LAYOUTS:
+        raise UserError(f"the layout is {layout!r}; there are {', '.join(_LAYOUTS)}")
+    if not patch.entries:
+        raise UserError("the patch is empty; there is nothing to write")
+    for where, entry in patch.entries.items():
+        if entry.kind not in ("lowrank", "dense", "bias") or entry.scope:
+            what = f"a branch for {entry.scope} tokens only" if entry.scope else f"an entry of kind {entry.kind!r}"
+            raise UserError(f"{where} is {what}, which no LoRA file holds; truncate the patch first")
+    if layout == "comfyui" and target is None:
+        raise UserError("ComfyUI's names depend on the model; give target=")
+    flat = layout in ("kohya", "comfyui")
+    tensors = _flat(patch, layout, target) if flat else _plain(patch, layout)
+    if layout == "peft":
+        write_bytes(Path(path).parent / "adapter_config.json", _config(tensors).encode())
+    write_bytes(Path(path), save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata={"format": "pt"}))
+
+
+def _split(where: str) -> tuple[str, str]:
+    """Component and path below; the component is empty for a patch of a bare module."""
+    component, _, below = where.partition(".")
+    return (component, below) if component in _PARTS else ("", where)
+
+
+# ---- peft and diffusers ---------------------------------------------------------------------------------------------
+
+
+def _plain(patch: Patch, layout: str) -> dict[str, Tensor]:
+    components = {_split(where)[0] for where in patch.entries}
+    if layout == "peft" and len(components) > 1:
+        raise UserError(f"a file of peft holds one model's adapter, this patch changes {', '.join(sorted(components))}")
+    out: dict[str, Tensor] = {}
+    for where, entry in patch.entries.items():
+        product = patch.entries.get(where.removesuffix(".bias"))
+        if entry.kind == "dense" or (entry.kind == "bias" and (product is None or product.kind != "lowrank")):
+            raise UserError(
+                f"{where} is an entry of kind {entry.kind!r}, which {layout}'s layout does not hold; write layout "
+                "'kohya' or 'comfyui', or truncate the patch first"
+            )
+        component, below = _split(where)
+        stem = f"base_model.model.{below}" if layout == "peft" else f"{component}.{below}".strip(".")
+        if entry.kind == "bias":
+            out[f"{stem.removesuffix('.bias')}.lora_B.bias"] = entry.scale * entry.tensors["delta"]
+        else:
+            out[f"{stem}.lora_A.weight"] = entry.tensors["down"]
+            out[f"{stem}.lora_B.weight"] = entry.scale * entry.tensors["up"]
+    return out
+
+
+def _config(tensors: Mapping[str, Tensor]) -> str:
+    """peft's settings for a file whose products act in full."""
+    ends = ".lora_A.weight"
+    ranks = {k.removesuffix(ends).removeprefix("base_model.model."): len(t) for k, t in tensors.items()
+             if k.endswith(ends)}  # fmt: skip
+    most = max(ranks.values())
+    others = {f"^{name}": rank for name, rank in ranks.items() if rank != most}
+    config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
+    config |= {"target_modules": sorted(ranks), "lora_bias": any(k.endswith(".lora_B.bias") for k in tensors)}
+    return json.dumps(config, indent=2)
+
+
+# ---- kohya and ComfyUI ----------------------------------------------------------------------------------------------
+
+
+def _flat(patch: Patch, layout: str, target: Any) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for component, name, entry in _named(patch, target):
+        stem = _stem(component, name, layout)
+        if entry.kind == "lowrank":
+            rank = len(entry.tensors["down"])
+            out[f"{stem}.lora_down.weight"] = entry.tensors["down"]
+            out[f"{stem}.lora_up.weight"] = entry.scale * entry.tensors["up"]
+            out[f"{stem}.alpha"] = torch.tensor(float(rank))
+        else:
+            out[f"{stem}.{'diff_b' if entry.kind == 'bias' else 'diff'}"] = entry.scale * entry.tensors["delta"]
+    return out
+
+
+def _stem(component: str, name: str, layout: str) -> str:
+    if component.startswith("text_encoder"):
+        if name.startswith("encoder.block."):
+            component = "text_encoder_3"  # T5 has the third prefix in FLUX too, where it is the second encoder
+        elif name.startswith("encoder.layers."):
+            name = f"text_model.{name}"  # a level of CLIP that transformers 5 dropped
+    if layout == "kohya":
+        return (_KOHYA.get(component, "lora_unet_") + name).replace(".", "_")
+    return _COMFYUI.get(component, "diffusion_model.") + name
+
+
+def _named(patch: Patch, target: Any) -> Iterator[tuple[str, str, Entry]]:
+    """Component, name in the original code and entry; layers that are one there are joined."""
+    originals = {} if target is None else _originals(target)
+    names = None if target is None else Names(target)
+    done: set[tuple[str, str, str]] = set()
+    for where, entry in patch.entries.items():
+        bias = entry.kind == "bias"
+        component, below = _split(where.removesuffix(".bias") if bias else where)
+        foreign = originals.get((component, below))
+        if foreign is None or names is None:
+            yield component, below, entry
+            continue
+        key = (component, foreign, "bias" if bias else "weight")
+        if key in done:
+            continue
+        done.add(key)
+        pieces = names.find(f"{component}.{foreign}".strip(".")) or ()
+        yield component, foreign, _joined(patch, pieces, bias, foreign)
+
+
+def _originals(target: Any) -> dict[tuple[str, str], str]:
+    """The original name of each layer of the families that have their own, by component and path."""
+    found: dict[tuple[str, str], str] = {}
+    names = Names(target)
+    for component, root in roots_of(target).items():
+        if not any(kind.__name__ in TABLES for kind in type(root).__mro__):
+            continue
+        for foreign in names.original_names(component):
+            for piece in names.find(f"{component}.{foreign}".strip(".")) or ():
+                below = piece.path.removeprefix(f"{component}.") if component else piece.path
+                found.setdefault((component, below), foreign)
+    return found
+
+
+def _joined(patch: Patch, pieces: tuple[Piece, ...], bias: bool, foreign: str) -> Entry:
+    """One entry for a layer of the original code from those of the layers it stands for here."""
+    suffix = ".bias" if bias else ""
+    here = [
+        (piece, patch.entries[f"{piece.path}{suffix}"]) for piece in pieces if f"{piece.path}{suffix}" in patch.entries
+    ]
+    total = sum(piece.count for piece in pieces)
+    kinds = {entry.kind for _, entry in here}
+    if kinds == {"lowrank"}:
+        return _joined_product(here, total)
+    if len(kinds) > 1:
+        raise UserError(f"{foreign} is one layer in this layout, and its parts have entries of kinds {sorted(kinds)}")
+    first = here[0][1].tensors["delta"]
+    delta = torch.zeros(total, *first.shape[1:], dtype=first.dtype)
+    for piece, entry in here:
+        rows = slice(piece.start, piece.start + piece.count)
+        delta[piece.source : piece.source + piece.count] = entry.scale * entry.tensors["delta"][rows]
+    return Entry(kind=here[0][1].kind, tensors={"delta": delta})
+
+
+def _joined_product(here: list[tuple[Piece, Entry]], total: int) -> Entry:
+    """Products that share `down` and scale (they were split from one) share it again; others stand below each other."""
+    groups: list[tuple[Tensor, float]] = []
+    spots: list[int] = []
+    for _, entry in here:
+        down = entry.tensors["down"]
+        spot = next((i for i, (d, s) in enumerate(groups) if s == entry.scale and torch.equal(d, down)), len(groups))
+        if spot == len(groups):
+            groups.append((down, entry.scale))
+        spots.append(spot)
+    ranks = [len(down) for down, _ in groups]
+    dtype = here[0][1].tensors["up"].dtype
+    up = torch.zeros(total, sum(ranks), dtype=dtype)
+    for spot, (piece, entry) in zip(spots, here, strict=True):
+        start = sum(ranks[:spot])
+        rows = entry.tensors["up"][piece.start : piece.start + piece.count].to(dtype)
+        factor = entry.scale if len(groups) > 1 else 1.0
+        up[piece.source : piece.source + piece.count, start : start + ranks[spot]] = factor * rows
+    scale = groups[0][1] if len(groups) == 1 else 1.0
+    return Entry(kind="lowrank", tensors={"down": torch.cat([d for d, _ in groups]), "up": up}, scale=scale)

@@ -1,0 +1,82 @@
+"""Pictures from outside: PNG, JPEG and WebP by content, with limits checked before anything is decoded.
+
+Design choices
+- Pillow is asked for three formats only. Without that list a PostScript file named .png is run by Ghostscript.
+- The number of pixels is limited before decoding: a file of some KB can stand for gigabytes.
+- Of an animation, and of JPEGs that hold several pictures (MPO, from phones), the first one is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from mm.core.errors import UserError
+from mm.core.files import open_regular
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 50_000_000  # 4 bytes each once decoded, and up to four copies while transparency is taken out
+MAX_FRAMES = 1000
+MAX_BYTES = 256 << 20
+
+
+def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """A picture from a file, decoded and turned as its EXIF data say.
+
+    Args:
+        path: a regular file, of any suffix.
+        formats: Pillow's names of the formats that are read.
+
+    Returns:
+        A PIL picture of any mode. The file is closed.
+
+    Raises:
+        UserError: for a file that is missing, no regular file, too large, of another format or damaged.
+    """
+    where = Path(path)
+    with open_regular(where, "picture", most=MAX_BYTES) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
+        try:
+            _check_pixels(_webp_size(file.read(30)), where)  # Pillow makes room for a WebP while it opens it
+            file.seek(0)
+            with Image.open(file, formats=formats) as picture:
+                _check_pixels(picture.size, where)
+                frames = getattr(picture, "n_frames", 1)
+                if frames > MAX_FRAMES:
+                    raise UserError(f"{where} has {frames} frames; at most {MAX_FRAMES} are read, give one picture")
+                picture.load()
+                return ImageOps.exif_transpose(picture)
+        except UserError:
+            raise
+        except Image.DecompressionBombError as error:  # far above our limit
+            raise UserError(
+                f"{where} has more than {MAX_PIXELS} pixels, the most that are read; make it smaller"
+            ) from error
+        except Image.UnidentifiedImageError as error:
+            kinds = f"{', '.join(formats[:-1])} or {formats[-1]}" if len(formats) > 1 else formats[0]
+            raise UserError(f"{where} cannot be read as a picture (it is no {kinds} file)") from error
+        except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
+            raise UserError(f"{where} cannot be read as a picture ({' '.join(str(error).split())[:200]})") from error
+
+
+def _check_pixels(size: tuple[int, int], where: Path) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        shape = f"{size[0]} x {size[1]}"
+        raise UserError(f"{where} has more than {MAX_PIXELS} pixels ({shape}), the most that are read; make it smaller")
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height by the first 30 bytes of a WebP file (RFC 9649); (0, 0) for any other file."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return 0, 0
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack("<HH", head[26:30])
+    return width & 0x3FFF, height & 0x3FFF

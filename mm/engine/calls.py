@@ -1,0 +1,110 @@
+"""One call of a diffusers pipeline: arguments by keyword, a generator for each picture, a callback after each step.
+
+Design choices
+- Picture k has a generator of its own with seed + k, drawn on the CPU, so that the number of pictures in a call and
+  their order change no noise.
+- Cancelling raises inside the callback: that leaves every pipeline within a step, also those that ignore `_interrupt`.
+- A pipeline without `callback_on_step_end` is watched through its scheduler, which is the run's own copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mm.core.errors import UserError
+from mm.engine.events import CancelToken
+from mm.engine.views import call_parameters
+
+OnStep = Callable[[int, Any], None]  # number of the step from 0, and the latents where the pipeline offers them
+
+
+class RunCancelledError(Exception):
+    """Leaves a pipeline in the middle of a picture."""
+
+
+def draw(
+    view: Any,
+    arguments: Mapping[str, Any],
+    seeds: Sequence[int],
+    *,
+    steps: int | None,
+    cancel: CancelToken,
+    on_step: OnStep,
+) -> list[Any]:
+    """Calls a pipeline once for `len(seeds)` pictures.
+
+    Args:
+        view: from `view_of`, so that the call's state is this run's.
+        arguments: of the call, by name; generator, step count and callback are added here.
+        seeds: one a picture.
+        steps: sampling steps; None leaves the pipeline's default.
+        cancel: asked after every step.
+        on_step: called after every step.
+
+    Returns:
+        The pictures, as the pipeline gives them (PIL unless `output_type` says otherwise).
+
+    Raises:
+        RunCancelledError: once `cancel` says so.
+        UserError: for an argument that the pipeline does not take.
+    """
+    takes = call_parameters(view)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if unknown := [key for key in given if key not in takes]:
+        raise UserError(f"{type(view).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if "generator" in takes:
+        given["generator"] = generators if len(generators) > 1 else generators[0]
+    if steps is not None and "num_inference_steps" in takes:
+        given["num_inference_steps"] = steps
+    if len(seeds) > 1:
+        given["num_images_per_prompt"] = len(seeds)
+    _watch(view, takes, given, cancel, on_step)
+    try:
+        return list(images_of(view(**given)))
+    except RunCancelledError:
+        free = getattr(view, "maybe_free_model_hooks", None)
+        if free is not None:
+            free()
+        raise
+
+
+def _watch(view: Any, takes: Mapping[str, Any], given: dict[str, Any], cancel: CancelToken, on_step: OnStep) -> None:
+    """Has `on_step` called after every step, and the run left where it is cancelled."""
+
+    def after(step: int, latents: Any) -> None:
+        on_step(step, latents)
+        if cancel.cancelled:
+            raise RunCancelledError
+
+    if "callback_on_step_end" in takes:
+        user = given.get("callback_on_step_end")
+
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            changed = (user(pipe, step, timestep, tensors) if user else None) or {}
+            after(step, changed.get("latents", tensors.get("latents")))
+            return changed
+
+        given["callback_on_step_end"] = callback
+    elif getattr(view, "scheduler", None) is not None:
+        inner, count = view.scheduler.step, iter(range(1 << 30))
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            made = inner(*args, **kwargs)
+            after(next(count), made[0] if isinstance(made, tuple) else getattr(made, "prev_sample", None))
+            return made
+
+        view.scheduler.step = step
+
+
+def images_of(output: Any) -> Any:
+    """The pictures of a pipeline's output, whatever its class calls them; a video's first frames are not pictures."""
+    for name in ("images", "image"):
+        if hasattr(output, name):
+            return getattr(output, name)
+    if isinstance(output, tuple) and output:
+        return output[0]
+    raise UserError(f"the pipeline returned a {type(output).__name__} without pictures; mm draws pictures, no videos")

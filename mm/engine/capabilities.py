@@ -1,0 +1,118 @@
+"""What a loaded model can do: tasks, sizes, defaults, modes, schedulers; and requests checked against that.
+
+Design choices
+- Facts come from the family file where it states them, else from the signature of the pipeline's call.
+- A request is checked once, before anything is drawn. An error names the value and what this model takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mm.core.errors import UserError
+from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn, shown
+
+TASKS = ("draw", "image_to_image", "inpaint", "edit", "describe", "converse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Of one model.
+
+    Args:
+        model: its name in messages.
+        tasks: of `TASKS`, those that it can do.
+        modes: ways of drawing; empty where there is only one.
+        steps: default steps by mode, under "" without modes; None where the pipeline's own default counts.
+        guidance: default guidance scale; None where the pipeline's own default counts.
+        guidance_name: the argument of the pipeline's call that classifier-free guidance goes to; None without any.
+        size: default (width, height).
+        multiple: width and height are multiples of this many pixels.
+        fixed_size: whether only the default size can be drawn.
+        negative: whether a negative prompt is taken.
+        schedulers: class names that can be chosen.
+        image_guidance: whether editing takes a guidance of its own for the source.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    modes: tuple[str, ...] = ()
+    steps: Mapping[str, int | None] = field(default_factory=dict)
+    guidance: float | None = None
+    guidance_name: str | None = "guidance_scale"
+    size: tuple[int, int] = (1024, 1024)
+    multiple: int = 16
+    fixed_size: bool = False
+    negative: bool = True
+    schedulers: tuple[str, ...] = ()
+    image_guidance: bool = False
+
+    def mode(self, request: Sampling) -> str | None:
+        """The mode of a request: its own, or the model's first."""
+        return request.mode or (self.modes[0] if self.modes else None)
+
+    def steps_of(self, request: Sampling) -> int | None:
+        """Steps of a request: its own, or the default of its mode."""
+        return request.steps if request.steps is not None else self.steps.get(self.mode(request) or "")
+
+    def guidance_of(self, request: Sampling) -> float | None:
+        """Guidance of a request: its own, or the model's default."""
+        return self.guidance if request.guidance is None else float(request.guidance)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for what this model cannot do, naming the value and the allowed ones."""
+        self._has(task_of(request))
+        if isinstance(request, Sampling):
+            self._check_sampling(request)
+        if isinstance(request, Draw | Edit) and request.negative and not self.negative:
+            raise UserError(f"{self.model} takes no negative prompt (given: {shown(request.negative)}); leave it out")
+        if isinstance(request, Draw):
+            self._check_size(request)
+        if isinstance(request, Edit) and request.image_guidance is not None and not self.image_guidance:
+            raise UserError(f"{self.model} has no image guidance (given: {request.image_guidance:g}); leave it out")
+
+    def _has(self, task: str) -> None:
+        if task not in self.tasks:
+            can = ", ".join(name.replace("_", " ") for name in self.tasks)
+            raise UserError(f"{self.model} cannot {_VERBS[task]}; it can: {can}")
+
+    def _check_sampling(self, request: Sampling) -> None:
+        if request.mode is not None and request.mode not in self.modes:
+            known = f"the modes {', '.join(self.modes)}" if self.modes else "no modes; leave it out"
+            raise UserError(f"mode is {shown(request.mode)}; {self.model} has {known}")
+        if request.guidance is not None and self.guidance_name is None:
+            raise UserError(f"guidance is {request.guidance:g}; {self.model} has none; leave it out")
+        if request.scheduler is not None and request.scheduler not in self.schedulers:
+            known = ", ".join(self.schedulers) or "only its own"
+            raise UserError(f"scheduler is {shown(request.scheduler)}; {self.model} takes {known}")
+
+    def _check_size(self, request: Draw) -> None:
+        if request.size is None or request.size == self.size:
+            return
+        width, height = request.size
+        if self.fixed_size:
+            own = f"{self.size[0]} x {self.size[1]}"
+            raise UserError(f"size is {width} x {height}; {self.model} draws {own} only; leave it out")
+        if width % self.multiple or height % self.multiple:
+            near = " x ".join(str(max(1, round(side / self.multiple)) * self.multiple) for side in request.size)
+            raise UserError(
+                f"size is {width} x {height}; {self.model} takes multiples of {self.multiple}, for example {near}"
+            )
+
+
+_VERBS = {
+    "draw": "draw from a prompt alone",
+    "image_to_image": "draw from a picture",
+    "inpaint": "fill in a part of a picture",
+    "edit": "edit by an instruction",
+    "describe": "read pictures",
+    "converse": "converse",
+}
+
+
+def task_of(request: Request) -> str:
+    """The task that a request is for."""
+    if isinstance(request, Draw):
+        return "inpaint" if request.mask is not None else "image_to_image" if request.image is not None else "draw"
+    return {Edit: "edit", Describe: "describe", Turn: "converse"}[type(request)]

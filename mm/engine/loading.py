@@ -1,0 +1,157 @@
+"""`mm.load`: any model as an `Engine`.
+
+Design choices
+- Names are resolved in one order: embedded model, folder, single file, name on the Hugging Face hub.
+- One pipeline is loaded. Others of the family (image-to-image, inpainting, editing, reading) share its modules: through
+  diffusers' `from_pipe`, or for families with classes of their own by loading only the components that are missing.
+- Device, type and offload are chosen from what the machine has, and the choice is said in `Engine.notes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mm.core import devices
+from mm.core.errors import UserError
+from mm.core.paths import resolve_model
+from mm.engine import memory
+from mm.engine.engine import Engine
+from mm.engine.facts import capabilities_of
+from mm.engine.opening import open_pipeline, single_file
+from mm.engine.pipelines import Pipelines
+from mm.engine.placement import Offload, place
+from mm.engine.previews import previewer
+from mm.families.family import Family
+from mm.families.folders import family_at
+from mm.families.registry import family_of
+
+BITS = (None, 4, 8, 16)
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    bits: int | None = None,
+    offload: Offload = "auto",
+    adapters: Sequence[str | tuple[str, float]] = (),
+    base: str | Path | None = None,
+) -> Engine:
+    """Loads a model.
+
+    Args:
+        model: an embedded name ("mm-tiny"), a folder of diffusers, of mm (4 bits) or of transformers (Janus, Emu3), a
+            name on the Hugging Face hub, or a single .safetensors checkpoint.
+        device: "auto", "cpu", "cuda", "mps".
+        dtype: "auto", "float32", "bfloat16", "float16".
+        bits: 4 makes the 4-bit copy of a local model once and uses it from then on; None loads what is there.
+        offload: where weights wait while they are not used; "auto" decides by free memory.
+        adapters: patch or LoRA files, each alone or with its scale, applied in this order.
+        base: for a single file that holds a denoiser alone, the model that the other components come from.
+
+    Returns:
+        The engine. `engine.notes` says what was chosen, and why.
+
+    Raises:
+        UserError: where there is no such model, or it cannot be loaded.
+    """
+    if bits not in BITS:
+        raise UserError(f"bits is {bits}; give 4, 8 or 16, or leave it out")
+    name = str(model)
+    choice = _choice(device)
+    notes = [f"{choice.device}: {choice.reason}"]
+    if bits in (4, 8):
+        model = _quantized(model, bits)
+        notes.append(f"{bits}-bit weights from {model}")
+    family = None
+    if _is_file(model):
+        folder: Path | None = None
+        kind = _dtype(dtype, None, None, choice)
+        pipe = single_file(Path(model), base, kind)
+    else:
+        where = resolve_model(model)
+        folder = where if isinstance(where, Path) else None
+        family = family_at(where) if folder is not None else None
+        kind = _dtype(dtype, folder, family, choice)
+        pipe = open_pipeline(where, family, kind)
+    family = family or family_of(pipe)
+    if family is None:
+        notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
+    notes.append(f"computes in {str(kind).removeprefix('torch.')}")
+    notes.append(place(pipe, choice.device, offload))
+    for adapter in adapters:
+        notes.append(attach(pipe, adapter))
+    pipes = Pipelines(pipe, family, folder, kind)
+    return Engine(
+        pipe,
+        capabilities_of(name, pipe, family),
+        name=name,
+        pipeline_for=pipes.get,
+        preview=previewer(pipe, family),
+        notes=tuple(note for note in notes if note),
+        facts={"bits": bits} if bits in (4, 8) else {},
+    )
+
+
+def _choice(device: str) -> devices.Choice:
+    """The device asked for, or the one that the machine suggests."""
+    choice = devices.choose()
+    if device == "auto" or device == choice.device:
+        return choice
+    import torch
+
+    if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device is {device!r}; give auto, cpu, cuda or mps")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device is {device!r}, and torch sees no NVIDIA GPU; give auto or cpu")
+    if device.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"device is {device!r}, and torch sees no Apple GPU; give auto or cpu")
+    narrow = torch.float32 if device == "cpu" and devices.lacks_bfloat16() else choice.dtype
+    return devices.Choice(device=device, dtype=narrow, reason="as asked for")
+
+
+def _dtype(dtype: str, folder: Path | None, family: Family | None, choice: devices.Choice) -> Any:
+    """The type to load in: the one asked for; else the stored one where the device computes in it; else float32."""
+    import torch
+
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto":
+        if dtype not in named:
+            raise UserError(f"dtype is {dtype!r}; give auto, {', '.join(named)}")
+        return named[dtype]
+    if family is not None and family.dtype == "float32":
+        return torch.float32
+    if folder is None:
+        return choice.dtype
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16}.get(memory.stored_type(folder), torch.float32)
+    return devices.compute_type(stored, choice)
+
+
+def _is_file(model: str | Path) -> bool:
+    return Path(model).expanduser().is_file()
+
+
+def _quantized(model: str | Path, bits: int) -> Path:
+    from mm.quantization.config import SVDQuantConfig
+    from mm.quantization.folders import quantized_copy
+
+    return quantized_copy(model, SVDQuantConfig(bits=bits))
+
+
+def attach(pipe: Any, adapter: str | Path | tuple[str | Path, float]) -> str:
+    """Applies a patch of mm or a LoRA of another program; says what was applied."""
+    from mm.adapters.formats import read_lora
+    from mm.adapters.patch import Patch
+    from mm.adapters.patch_file import META
+    from mm.core.safe_tensors import read_header
+
+    path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"there is no adapter file {path}")
+    ours = META in read_header(file, "adapter").metadata
+    patch = Patch.load(file) if ours else read_lora(file, pipe, name=file.stem)
+    return f"{file.name}: {patch.apply(pipe, scale)}, scale {scale:g}"

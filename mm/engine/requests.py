@@ -1,0 +1,200 @@
+"""What a run is asked for: typed, frozen requests. Values are checked here once; the model's limits in `capabilities`.
+
+Design choices
+- None means the model's own default (steps, guidance, size, mode), which its family file names.
+- Pictures are PIL images; reading files is the caller's work (`mm.core.pictures`).
+- A request holds everything that a picture depends on apart from the model and its adapters, so that its settings can
+  be kept in the PNG and drawn again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from mm.core.errors import UserError
+
+MAX_SEED = 2**32 - 1  # what other programs read from a PNG's text
+MAX_COUNT = 10_000
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_SIDE = 8192  # pixels
+MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
+
+
+def whole(name: str, value: object, low: int, high: int) -> None:
+    """Raises UserError unless `value` is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{name} is {shown(value)}; give a whole number from {low} to {high}")
+
+
+def number(name: str, value: object, low: float, high: float) -> None:
+    """Raises UserError unless `value` is a finite number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value:g}; give a number from {low:g} to {high:g}")
+
+
+def text(name: str, value: object, *, empty: bool = False) -> None:
+    """Raises UserError unless `value` is a text of bounded length that is not blank, or may be with `empty`."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {shown(value)}; give a text")
+    if len(value) > MAX_PROMPT:
+        raise UserError(f"{name} has {len(value)} characters; give at most {MAX_PROMPT}")
+    if not empty and not value.strip():
+        raise UserError(f"{name} is empty; say in words what is wanted")
+
+
+def shown(value: object) -> str:
+    """A value in an error message, shortened."""
+    written = repr(value)
+    return written if len(written) <= 60 else f"{written[:57]}..."
+
+
+def picture(name: str, value: object) -> None:
+    """Raises UserError unless `value` is a PIL image."""
+    if not isinstance(value, Image.Image):
+        raise UserError(f"{name} is a {type(value).__name__}; give a PIL image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are drawn, whatever they are drawn from.
+
+    Args:
+        count: number of pictures; picture k has seed + k.
+        seed: of the first picture; None draws one at random.
+        steps: sampling steps; None is the model's default.
+        guidance: scale of classifier-free guidance, 1 = off; None is the model's default.
+        mode: one of the model's modes ("flow", "codes"); None is its first.
+        scheduler: name of a diffusers scheduler class that the model can take; None keeps the model's own.
+        batch_size: pictures drawn in one call; changes no picture.
+        options: further keyword arguments for the pipeline's call, under its own names.
+    """
+
+    count: int = 1
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    mode: str | None = None
+    scheduler: str | None = None
+    batch_size: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole("count", self.count, 1, MAX_COUNT)
+        whole("batch_size", self.batch_size, 1, 256)
+        if self.seed is not None:
+            whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
+        if self.steps is not None:
+            whole("steps", self.steps, 1, MAX_STEPS)
+        if self.guidance is not None:
+            number("guidance", self.guidance, 0, MAX_GUIDANCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw(Sampling):
+    """Pictures from a prompt, with `image` from a picture, with `mask` in a part of one.
+
+    Args:
+        prompt: what to draw.
+        negative: what to avoid; None leaves the model's own.
+        size: (width, height) in pixels; None is the model's default.
+        image: a picture to start from (image-to-image), or with `mask` to fill in.
+        mask: white where `image` is drawn anew (inpainting).
+        strength: share of the steps that image-to-image redraws, 0 to 1; None is the pipeline's default.
+    """
+
+    prompt: str
+    negative: str | None = None
+    size: tuple[int, int] | None = None
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text("prompt", self.prompt, empty=True)  # an empty prompt is the unconditional picture
+        if self.negative is not None:
+            text("negative", self.negative, empty=True)
+        if self.size is not None:
+            if not isinstance(self.size, tuple) or len(self.size) != 2:
+                raise UserError(f"size is {shown(self.size)}; give (width, height) in pixels")
+            for side, pixels in zip(("width", "height"), self.size, strict=True):
+                whole(side, pixels, 8, MAX_SIDE)
+        for name in ("image", "mask"):
+            if getattr(self, name) is not None:
+                picture(name, getattr(self, name))
+        if self.mask is not None and self.image is None:
+            raise UserError("mask is given without image; a mask says which part of a picture is drawn anew")
+        if self.strength is not None:
+            number("strength", self.strength, 0, 1)
+            if self.image is None:
+                raise UserError(f"strength is {self.strength:g} without image; it only acts on a picture that is given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Sampling):
+    """A picture changed by an instruction.
+
+    Args:
+        image: the picture to change.
+        instruction: what to change.
+        negative: what to avoid.
+        mask: white where the picture may change; None is everywhere.
+        image_guidance: how strictly the source is kept, for models that have a guidance of its own.
+    """
+
+    image: Image.Image
+    instruction: str
+    negative: str | None = None
+    mask: Image.Image | None = None
+    image_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        picture("image", self.image)
+        text("instruction", self.instruction)
+        if self.negative is not None:
+            text("negative", self.negative, empty=True)
+        if self.mask is not None:
+            picture("mask", self.mask)
+        if self.image_guidance is not None:
+            number("image_guidance", self.image_guidance, 0, MAX_GUIDANCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Describe:
+    """A question about a picture, or with `question` None a description of it."""
+
+    image: Image.Image
+    question: str | None = None
+    max_words: int = 128
+
+    def __post_init__(self) -> None:
+        picture("image", self.image)
+        whole("max_words", self.max_words, 1, 4096)
+        if self.question is not None:
+            text("question", self.question)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(Sampling):
+    """A user's turn in a conversation that `Engine.converse` began."""
+
+    conversation: Any
+    words: str
+    image: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text("words", self.words)
+        if self.image is not None:
+            picture("image", self.image)
+
+
+Request = Draw | Edit | Describe | Turn

@@ -1,0 +1,1 @@
+"""Concept erasure: patches that keep a model from drawing an object, a style or an attribute."""

@@ -1,0 +1,213 @@
+"""`mm.erase`: a patch that keeps a model from drawing concepts.
+
+Design choices
+- The model is not changed: the patch is returned, and `patch.apply(pipe)` puts it on.
+- Weights are read as they act (base plus branches), so an erasure on top of a LoRA erases what both of them draw.
+- What was chosen (anchors, neighbours, prompts, layers) and what the solver found is in `patch.report`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm.adapters.patch import Patch
+from mm.core.errors import UserError
+from mm.erasure.alignment import matched
+from mm.erasure.concepts import Concept, Contexts, PlainContexts, parse
+from mm.erasure.features import record
+from mm.erasure.methods.protocol import Job
+from mm.erasure.methods.registry import method_of
+from mm.erasure.names import COMMON_NAMES
+from mm.erasure.neighbours import Neighbours
+from mm.erasure.sites import groups_of, text_layers
+from mm.erasure.solver import Features
+from mm.families import family_of
+from mm.families.family import resolve
+from mm.layers.base_hash import base_hash
+from mm.layers.linear import BranchedLinear
+from mm.layers.surgery import roots_of
+
+NEIGHBOURS = 8  # retained for each target with retain="auto"
+PAIRS = 256  # pairs of prompts in all, shared by the targets
+
+
+@torch.no_grad()
+def erase(
+    pipe: Any,
+    targets: str | Concept | Sequence[str | Concept],
+    *,
+    anchors: str | Sequence[str] | None = None,
+    retain: str | Sequence[str] = "auto",
+    method: str = "rece",
+    strength: float = 1.0,
+    sites: Sequence[str] = (),
+    contexts: Contexts | None = None,
+    progress: Callable[[float, str], None] = lambda share, text: None,
+    **settings: Any,
+) -> Patch:
+    """Makes a patch after which a model draws the anchors where the targets are asked for.
+
+    Args:
+        pipe: any diffusers pipeline that reads text, of mm or of diffusers.
+        targets: concepts, as texts ("wolf", "style: van gogh", "attribute: red of apple") or `Concept`s.
+        anchors: what is drawn instead, one for all targets or one each; None takes the nearest concept of the family's
+            own choice, else the nearest super-category, else nothing (the empty prompt).
+        retain: concepts that must stay as they are; "auto" takes each target's neighbours.
+        method: one of `mm.erasure.methods.registry.METHODS`.
+        strength: 1 erases; less leaves a share of the concept.
+        sites: regular expressions over layer paths, for models that mm does not know.
+        contexts: prompts to erase and keep in; None takes the family's, or templates of plain English.
+        progress: called with a share from 0 to 1 and a text.
+        settings: of the method.
+
+    Returns:
+        The patch, not applied. Its report names anchors, neighbours, layers, errors and seconds.
+
+    Raises:
+        UserError: for an empty or unknown target, a target that is retained, or a model without text-reading layers.
+    """
+    started = time.monotonic()
+    maker = method_of(method)
+    chosen = maker.defaults | settings
+    if unknown := sorted(set(settings) - set(maker.defaults)):
+        raise UserError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(maker.defaults)}")
+    if not 0 < strength <= 2:
+        raise UserError(f"strength is {strength}; give a number above 0, at most 2 (1 erases)")
+    concepts = _concepts(targets)
+    layers = text_layers(pipe, tuple(sites))
+    contexts = contexts or contexts_of(pipe)
+    progress(0.0, "looking for neighbours")
+    near = _neighbours(pipe, layers, contexts, concepts)
+    placed = _anchors(concepts, anchors, contexts, near)
+    kept = _retained(concepts, placed, retain, near)
+    progress(0.1, f"reading {len(kept)} retained concepts and {len(concepts)} targets")
+    features, groups, count = _features(pipe, layers, contexts, concepts, placed, kept)
+    weights = {path: effective(layer) for path, layer in layers.items()}
+    job = Job(
+        pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength,
+        targets=len(concepts), settings=chosen, progress=lambda share, text: progress(0.3 + 0.7 * share, text),
+    )  # fmt: skip
+    made = maker.make(job)
+    report = {
+        "targets": [str(c) for c in concepts], "anchors": placed, "retained": kept, "prompts": count,
+        "layers": list(made.entries), "seconds": round(time.monotonic() - started, 2), **made.report,
+    }  # fmt: skip
+    name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
+    return Patch(
+        entries=made.entries, method=method, base=_base(pipe, layers), name=name, report=report,
+        settings={"strength": strength, **chosen},
+    )  # fmt: skip
+
+
+def contexts_of(pipe: Any) -> Contexts:
+    """The contexts that a pipeline's family brings, or plain English."""
+    family = family_of(pipe)
+    return resolve(family.contexts)() if family is not None and family.contexts else PlainContexts(COMMON_NAMES)
+
+
+def effective(layer: nn.Linear) -> torch.Tensor:
+    """A layer's weight as it acts: base plus branches, (N, D) in float64 on the CPU."""
+    weight = layer.effective_weight() if isinstance(layer, BranchedLinear) else layer.weight
+    return weight.detach().double().cpu()
+
+
+def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]:
+    given = [targets] if isinstance(targets, str | Concept) else list(targets)
+    if not given:
+        raise UserError("there is no target; name at least one concept to erase")
+    concepts = [parse(target) for target in given]
+    twice = [str(c) for i, c in enumerate(concepts) if c in concepts[:i]]
+    if twice:
+        raise UserError(f"the target {twice[0]!r} is given twice")
+    return concepts
+
+
+def _neighbours(pipe: Any, layers: Any, contexts: Contexts, concepts: Sequence[Concept]) -> Neighbours:
+    """Similarities among the family's concepts and the targets."""
+    closed = getattr(contexts, "closed", False)  # a world whose concepts are all known
+    names = list(contexts.candidates())
+    for concept in concepts:
+        if closed and concept.name not in contexts.known():  # type: ignore[attr-defined]
+            close = difflib.get_close_matches(concept.name, contexts.known(), 3)  # type: ignore[attr-defined]
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(f"the model does not know {concept.name!r}, so it cannot be erased{hint}")
+    return Neighbours(pipe, layers, [*names, *[c.name for c in concepts]])
+
+
+def _anchors(
+    concepts: Sequence[Concept], given: str | Sequence[str] | None, contexts: Contexts, near: Neighbours
+) -> dict[str, str]:
+    """The anchor of each target."""
+    if given is not None:
+        each = [given] * len(concepts) if isinstance(given, str) else list(given)
+        if len(each) != len(concepts):
+            raise UserError(f"{len(concepts)} targets and {len(each)} anchors; give one anchor, or one for each target")
+        pairs = dict(zip(map(str, concepts), each, strict=True))
+        if same := [target for target, anchor in pairs.items() if target == anchor]:
+            raise UserError(f"{same[0]!r} is target and anchor; choose another anchor")
+        return pairs
+    names = [c.name for c in concepts]
+    own = getattr(contexts, "anchor", None)
+    return {str(c): own(c, near, names) if own else _super_category(c, near) for c in concepts}
+
+
+def _super_category(concept: Concept, near: Neighbours) -> str:
+    """The nearest super-category where one is near, else the empty prompt."""
+    if concept.kind != "object":
+        return ""
+    best = max(_SUPER, key=lambda name: near.similarity(concept.name, name) if name in near.names else -1.0)
+    return best if best in near.names and near.similarity(concept.name, best) > 0.2 else ""
+
+
+_SUPER = ("animal", "vehicle", "fruit", "food", "building", "plant", "tool", "person", "furniture", "instrument", "toy")
+
+
+def _retained(
+    concepts: Sequence[Concept], anchors: dict[str, str], retain: str | Sequence[str], near: Neighbours
+) -> list[str]:
+    names = [c.name for c in concepts]
+    if retain == "auto":
+        found = [n for c in concepts for n in near.nearest(c.name, NEIGHBOURS, names)]
+        return list(dict.fromkeys([*found, *[a for a in anchors.values() if a]]))
+    kept = [retain] if isinstance(retain, str) else list(retain)
+    if both := sorted(set(kept) & set(names)):
+        raise UserError(f"{both[0]!r} is a target and retained; it can only be one of them")
+    return kept
+
+
+def _features(
+    pipe: Any, layers: dict[str, nn.Linear], contexts: Contexts, concepts: Sequence[Concept],
+    anchors: dict[str, str], kept: Sequence[str],
+) -> tuple[dict[str, Features], list[list[str]], int]:  # fmt: skip
+    """Features of each group of layers, from all contexts."""
+    each = max(24, PAIRS // len(concepts))
+    pairs = [pair for c in concepts for pair in contexts.pairs(c, anchors[str(c)], each)]
+    others = list(contexts.retained(kept, concepts))
+    read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
+    groups, n = groups_of(layers, read), len(pairs)
+    length = read[groups[0][0]][0].shape[0]
+    match = [matched(pipe, t, a, length) for t, a in pairs]
+    own = [matched(pipe, p, p, length)[0] for p in others]
+    out = {}
+    for group in groups:
+        x = read[group[0]]
+        wanted = torch.cat([x[n + i][new] for i, (_, new) in enumerate(match)]).double()
+        out[group[0]] = Features(
+            target_TD=torch.cat([x[i][old] for i, (old, _) in enumerate(match)]).double(),
+            anchor_TD=wanted,
+            retained_RD=torch.cat([*[x[2 * n + i][places] for i, places in enumerate(own)], wanted]).double(),
+        )
+    return out, groups, len(pairs) + len(others)
+
+
+def _base(pipe: Any, layers: Any) -> str:
+    """The hash of the component that holds the layers."""
+    first = next(iter(layers)).partition(".")[0]
+    roots = roots_of(pipe)
+    return base_hash(roots[first] if first in roots else next(iter(roots.values())))

@@ -1,0 +1,95 @@
+"""What the text-reading layers of a model read for given prompts.
+
+Design choices
+- Features are recorded at the layers themselves, by hooks, in one sampling step without guidance: this serves every
+  family, and gives what a layer really reads (behind adaLN and norms, where there are any).
+- The run ends as soon as every layer has been seen. Where text is read once before sampling begins, no step is run.
+
+Legend: B prompts, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.core.errors import UserError
+
+CHUNK = 64  # prompts in one call
+
+
+class _RecordedError(Exception):
+    """Leaves a pipeline once every layer has been seen."""
+
+
+@torch.no_grad()
+def record(pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str]) -> dict[str, list[Tensor]]:
+    """What each layer reads for each prompt.
+
+    Args:
+        pipe: a diffusers pipeline.
+        layers: the layers by path.
+        prompts: what they are to read.
+
+    Returns:
+        For each path a tensor (T, D) a prompt, in float32 on the CPU.
+
+    Raises:
+        UserError: where a layer never ran.
+    """
+    out: dict[str, list[Tensor]] = {path: [] for path in layers}
+    for start in range(0, len(prompts), CHUNK):
+        chunk = list(prompts[start : start + CHUNK])
+        for path, x_BTD in _seen(pipe, layers, chunk).items():
+            out[path] += list(x_BTD)
+    return out
+
+
+def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if path not in seen:
+                seen[path] = x.detach().float().cpu()
+            if len(seen) == len(layers):
+                raise _RecordedError
+
+        return before
+
+    handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in layers.items()]
+    try:
+        draw_once(pipe, prompts)
+    except _RecordedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [path for path in layers if path not in seen]:
+        raise UserError(f"{len(missing)} layers that should read text were not run, {missing[0]} first; name the sites")
+    for path, x in seen.items():
+        if x.ndim != 3 or x.shape[0] < len(prompts):
+            if len(prompts) == 1:
+                seen[path] = x.reshape(1, -1, x.shape[-1])
+            else:  # a layer without a batch dimension: prompts one by one
+                parts = [_seen(pipe, layers, [prompt]) for prompt in prompts]
+                return {p: torch.nn.utils.rnn.pad_sequence([q[p][0] for q in parts], batch_first=True) for p in layers}
+    return {path: x[-len(prompts) :] for path, x in seen.items()}  # with guidance, the prompts' rows come last
+
+
+def draw_once(pipe: Any, prompts: list[str]) -> Any:
+    """One sampling step for each prompt, without guidance and without decoding."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    given: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1, "output_type": "latent"}
+    given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        return pipe(**{key: value for key, value in given.items() if key in takes})
+    finally:
+        pipe.set_progress_bar_config(**quiet)

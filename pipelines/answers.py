@@ -1,0 +1,44 @@
+"""What every reading pipeline shares: the output, and how pictures and questions are paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.utils.outputs import BaseOutput
+
+from mm.core.errors import UserError
+
+DESCRIBE = "describe the picture"
+
+
+@dataclass
+class UnderstandingOutput(BaseOutput):
+    """Answers to questions about pictures.
+
+    Attributes:
+        answers: One for each question.
+        outside: Whether each picture is outside of the model's domain.
+        psnr: PSNR in dB of each picture's reconstruction, from which that is decided; infinite where it is not
+            measured.
+    """
+
+    answers: list[str]
+    outside: list[bool]
+    psnr: list[float]
+
+
+def paired(image: Any, question: str | Sequence[str] | None) -> tuple[list[Any], list[str]]:
+    """Pictures and questions of a call, pair by pair; a single one of either is repeated, no question means `DESCRIBE`.
+
+    Raises:
+        UserError: Several of both, but not as many.
+    """
+    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+    questions = [DESCRIBE if question is None else question] if isinstance(question, str | None) else list(question)
+    questions = questions * len(pictures) if len(questions) == 1 else questions
+    pictures = pictures * len(questions) if len(pictures) == 1 else pictures
+    if len(questions) != len(pictures):
+        raise UserError(f"{len(pictures)} pictures and {len(questions)} questions; give as many, or a single one")
+    return pictures, questions

@@ -1,0 +1,128 @@
+"""The two ways from a condition to latents: along the flow, and by filling in codes.
+
+Legend: B pictures, C = K = 16 channels, H = W = 8 latents, L = 64 tokens, N tokens drawn at once, V levels, D features.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+
+from mm.families.mm_tiny import GUIDANCE
+from mm.models.codes import CodeHead
+from mm.models.trunk import Trunk
+from mm.models.velocity import VelocityDecoder
+from mm.pipelines.guidance import GuidanceBranches
+from mm.pipelines.run_state import Run, StepCallback
+from mm.pipelines.sampling import code_steps, gumbel_noise
+from mm.tokenizers import Bridge
+
+# Share of `guidance_scale - 1` that is applied in codes mode, where features are mixed: the default becomes 3 there.
+CODES_GUIDANCE = 2 / (GUIDANCE - 1)
+
+
+def flow_steps(
+    trunk: Trunk,
+    velocity_decoder: VelocityDecoder,
+    latents: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    branches: GuidanceBranches,
+    steps: int,
+    run: Run,
+    on_step: StepCallback,
+) -> Generator[int, None, torch.Tensor]:
+    """Integrates the flow with the run's scheduler, step by step.
+
+    Args:
+        trunk: Computes features of the noisy latents.
+        velocity_decoder: Computes the velocity from features.
+        latents: Starting noise (B, C, H, W), float32.
+        generators: One a picture, for schedulers that draw noise.
+        branches: The conditions.
+        steps: Sampling steps.
+        run: State of this run.
+        on_step: Called after each step with its number, its timestep and the latents; returns the latents to go on
+            with.
+
+    Yields:
+        How many steps are done.
+
+    Returns:
+        The latents (B, C, H, W).
+    """
+    scheduler = run.scheduler
+    scheduler.set_timesteps(steps, device=latents.device)
+    run.num_timesteps = len(scheduler.timesteps)
+    # Schedulers that draw noise of their own draw each picture's from its generator, too.
+    own_noise = "generator" in inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"generator": list(generators)} if own_noise else {}
+    for i, timestep in enumerate(scheduler.timesteps):
+        if run.interrupt:
+            break
+        repeated = latents.repeat(len(branches), 1, 1, 1)
+        sigma = (timestep / scheduler.config.num_train_timesteps).float().expand(len(repeated))
+        features = trunk(repeated.to(trunk.dtype), sigma, branches.cache, "flow")
+        velocity = velocity_decoder(repeated.to(velocity_decoder.dtype), sigma, features).float()
+        velocity = branches.mix(velocity, run.guidance_scale)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
+        latents = on_step(i, timestep, latents)
+        yield i + 1
+    return latents
+
+
+def code_filling(
+    trunk: Trunk,
+    code_head: CodeHead,
+    bridge: Bridge,
+    shape: tuple[int, int],
+    generators: Sequence[torch.Generator],
+    branches: GuidanceBranches,
+    steps: int,
+    run: Run,
+    on_step: StepCallback,
+) -> Generator[int, None, torch.Tensor]:
+    """Draws codes, some tokens a step, until the picture is full, then revises it.
+
+    Guidance mixes the trunk's features and grows with the share of known tokens (TokenBridge, arXiv 2503.16430).
+    Arguments, yields and result as in `flow_steps`; `shape` is (H, W). Latents that are not drawn yet are zero.
+    """
+    device, (height, width) = branches.cache.mask_BT.device, shape
+    channels, levels = bridge.config.channels, bridge.config.levels
+    plan = list(code_steps(generators, height * width, steps))
+    gumbel_BLKV = gumbel_noise(generators, (height * width, channels, levels)).to(device)
+    codes_BLK = torch.zeros(len(generators), height * width, channels, dtype=torch.int64, device=device)
+    latents = torch.zeros(len(generators), channels, height, width, device=device)
+    run.num_timesteps = len(plan)
+    for i, (masked_BL, now_BN, known, heat) in enumerate(plan):
+        if run.interrupt:
+            break
+        masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)
+        repeated, masked = latents.repeat(len(branches), 1, 1, 1), masked_BL.repeat(len(branches), 1)
+        features = trunk(repeated.to(trunk.dtype), masked.float(), branches.cache, "codes", masked)
+        features_BLD = branches.mix(features, run.guidance_scale, CODES_GUIDANCE * known)
+        row = torch.arange(len(now_BN), device=device)[:, None].expand_as(now_BN)
+        drawn = code_head.sample(
+            features_BLD[row, now_BN].flatten(0, 1),
+            gumbel_BLKV[row, now_BN].flatten(0, 1),
+            temperature=heat * run.temperature,
+        )
+        codes_BLK[row, now_BN] = drawn.unflatten(0, now_BN.shape)
+        codes_BKHW = codes_BLK.transpose(1, 2).unflatten(-1, shape)
+        open_B1HW = masked_BL.scatter(1, now_BN, False).unflatten(1, (1, height, width))
+        latents = on_step(i, i, bridge.dequantize(codes_BKHW).float().masked_fill(open_B1HW, 0.0))
+        yield i + 1
+    return latents
+
+
+def finish(drawing: Generator[int, None, torch.Tensor], run: Run, bar: Any) -> torch.Tensor:
+    """Runs a drawing to its end and shows its steps on a progress bar."""
+    while True:
+        try:
+            next(drawing)
+        except StopIteration as end:
+            return end.value
+        bar.total = run.num_timesteps  # some schedulers take more steps than were asked for
+        bar.update()
