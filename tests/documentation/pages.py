@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = ("python", "bash", "json", "text", "yaml")
+LANGUAGES = ("python", "bash", "json", "text", "toml", "yaml")
 _FENCE = re.compile(r"^( *)(```+)(\S*)\s*$")
 
 
