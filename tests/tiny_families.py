@@ -30,7 +30,7 @@ def _tiny(make: Callable[[type], Made]) -> Callable[[type], Made]:
         torch.manual_seed(0)
         model, inputs = make(getattr(diffusers, name))
         for parameter in model.parameters():
-            if not parameter.any():
+            if not parameter.any() or not parameter.isfinite().all():
                 nn.init.normal_(parameter, std=0.1)
         return model.eval().requires_grad_(False), inputs
 
@@ -159,8 +159,8 @@ def PixArtTransformer2DModel(kind: type) -> Made:
 @_tiny
 def SanaTransformer2DModel(kind: type) -> Made:
     model = kind(
-        patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24,
         sample_size=8,
     )  # fmt: skip
     return model, {
@@ -267,7 +267,7 @@ def OmniGenTransformer2DModel(kind: type) -> Made:
 @_tiny
 def Kandinsky3UNet(kind: type) -> Made:
     model = kind(
-        time_embedding_dim=16, groups=4, attention_head_dim=4, layers_per_block=2, block_out_channels=(8, 16),
+        time_embedding_dim=32, groups=4, attention_head_dim=16, layers_per_block=2, block_out_channels=(32, 64),
         cross_attention_dim=16, encoder_hid_dim=24,
     )  # fmt: skip
     return model, {
@@ -477,7 +477,7 @@ def WanVACETransformer3DModel(kind: type) -> Made:
 @_tiny
 def LTXVideoTransformer3DModel(kind: type) -> Made:
     model = kind(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
         num_layers=1, caption_channels=24,
     )  # fmt: skip
     return model, {
@@ -505,13 +505,14 @@ def AllegroTransformer3DModel(kind: type) -> Made:
         cross_attention_dim=24, sample_width=8, sample_height=8, sample_frames=2, caption_channels=16,
     )  # fmt: skip
     rotary = diffusers.models.embeddings.get_3d_rotary_pos_embed_allegro(12, ((0, 0), (4, 4)), (4, 4), 2)
+    grid = torch.cartesian_prod(*(torch.as_tensor(axis).long() for axis in rotary[3:])).T[:, None]
     return model, {
         "hidden_states": _r(1, 4, 2, 8, 8),
         "encoder_hidden_states": _r(1, WORDS, 16),
         "timestep": torch.tensor([3]),
         "attention_mask": torch.ones(1, 2, 8, 8),
         "encoder_attention_mask": _mask(),
-        "image_rotary_emb": (rotary[:3], [grid.long() for grid in rotary[3:]]),
+        "image_rotary_emb": (rotary[:3], list(grid)),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm.families.family import Family, LoraNames, SizeRule
+from mm.families.family import Family, LatentPreview, LoraNames, SizeRule
 from mm.families.rules import Rules, at_bits, keep, keep_text, modulation, time
 from mm.layers.sites import Reads, Rule
 
@@ -45,6 +45,17 @@ CODES: Rules = (
     *modulation(r"layers\.\d+\.modulation"),
     *keep("feature_in", "modulation_out"),
 )
+# Explains .72 of the variance of colours averaged over 16 x 16 pixels, on 64 other scenes.
+PREVIEW = LatentPreview(
+    factors=(
+        (0.0023, -0.0613, -0.1310), (0.0559, 0.1443, 0.0681), (0.0311, 0.0937, 0.1625), (0.1259, 0.1583, 0.0853),
+        (-0.0647, -0.0878, -0.0576), (-0.2043, -0.1737, -0.0365), (0.1562, 0.1369, 0.0538), (-0.1357, -0.1326, -0.0868),
+        (0.2316, 0.1792, 0.1486), (-0.0632, -0.0811, -0.0071), (0.1174, 0.0387, 0.0748), (-0.1380, -0.1149, -0.0900),
+        (-0.1199, -0.1008, -0.1597), (0.0656, 0.1293, 0.1239), (0.1203, 0.0272, 0.0137), (0.0112, 0.0566, 0.1813),
+    ),
+    bias=(0.1725, 0.2098, 0.2176),
+    source="mm.families.previews.fit on the autoencoder's own pictures of 192 rendered scenes",
+)  # fmt: skip
 _TEXT = (r"text_layers\.\d+\.to_(?:k|v)_pic",)
 
 MM_TINY = Family(
@@ -61,7 +72,7 @@ MM_TINY = Family(
     size=SizeRule(default=128, multiple=128, maximum=128),
     modes=("flow", "codes"),
     prompts="mm.world.calibration:captions",
-    no_preview="fitted below",
+    preview=PREVIEW,
     text_sites=_TEXT,
     edit_sites=_TEXT,
     lora=LoraNames(components={"trunk": "trunk"}, kohya={"lora_unet_": "trunk"}),

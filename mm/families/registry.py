@@ -141,8 +141,8 @@ def _best(names: Iterable[str], config: Mapping[str, Any]) -> Family | None:
             wrong = [k for k, value in known.config.items() if k in config and config[k] != value]
             if wrong and not own:
                 continue
-            fits = sum(k in config for k in known.config) if config else -len(known.config)
-            fitting.append((fits, order, known))
+            unsaid = sum(key not in config for key in known.config)
+            fitting.append((len(known.config) - 2 * unsaid, order, known))
         if fitting:
             return max(fitting, key=lambda entry: entry[:2])[2]
     return None

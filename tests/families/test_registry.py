@@ -22,7 +22,7 @@ from mm.families.previews import fit
 from mm.layers.linear import BranchedLinear
 from mm.layers.sites import Rule
 
-QUICK = {"rank": 2, "iterations": 1, "smooth": False, "gptq": False}
+QUICK = {"rank": 1, "iterations": 1, "smooth": False, "gptq": False}
 PACKAGE = """
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -193,16 +193,16 @@ class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         ends = ("img_in", "txt_in", "time_in", "time_token", "vector_in")
-        self.ends = nn.ModuleDict({name: nn.Linear(16, 16) for name in ends})
+        self.ends = nn.ModuleDict({name: nn.Linear(32, 32) for name in ends})
         for name, module in self.ends.items():
             setattr(self, name, module)
         del self.ends
-        layer = {"to_q": nn.Linear(16, 16), "to_k": nn.Linear(16, 16), "to_v": nn.Linear(16, 16)}
-        self.blocks = nn.ModuleList([nn.ModuleDict({"text_attention": nn.ModuleDict(layer), "mix": nn.Linear(16, 16)})])
-        self.distilled_guidance_layer = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(16, 16)])})
-        self.norm_out = nn.ModuleDict({"linear": nn.Linear(16, 32)})
-        self.final_layer = nn.ModuleDict({"linear": nn.Linear(16, 4)})
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        layer = {"to_q": nn.Linear(32, 32), "to_k": nn.Linear(32, 32), "to_v": nn.Linear(32, 32)}
+        self.blocks = nn.ModuleList([nn.ModuleDict({"text_attention": nn.ModuleDict(layer), "mix": nn.Linear(32, 32)})])
+        self.distilled_guidance_layer = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(32, 32)])})
+        self.norm_out = nn.ModuleDict({"linear": nn.Linear(32, 64)})
+        self.final_layer = nn.ModuleDict({"linear": nn.Linear(32, 4)})
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
 
     def forward(self, x, text):
         x, text = self.img_in(x), self.txt_in(text)
@@ -221,7 +221,7 @@ def test_an_unknown_model_keeps_its_ends_and_its_groups_are_careful():
     attention = "blocks.0.text_attention"
     assert low == {f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v", "blocks.0.mix"}
     assert at[f"{attention}.to_k"].group == at[f"{attention}.to_v"].group != at[f"{attention}.to_q"].group
-    calls = [{"x": torch.randn(1, 9, 16), "text": torch.randn(1, 5, 16)}]
+    calls = [{"x": torch.randn(1, 9, 32), "text": torch.randn(1, 5, 32)}]
     with pytest.warns(UserWarning, match="no rules for Unknown"):
         mm.quantize(model, mm.SVDQuantConfig(**QUICK), calibration=calls, progress=False)
     assert {p for p, m in model.named_modules() if isinstance(m, BranchedLinear)} == low

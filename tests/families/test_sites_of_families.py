@@ -70,12 +70,13 @@ MORE_THAN_WORDS = {
     "OmniGenTransformer2DModel", "Krea2Transformer2DModel", "WanTransformer3DModel", "HunyuanDiT2DModel",
     "StableCascadeUNet", "BriaFibo2Transformer2DModel",
 }  # fmt: skip
+TOKENS_FIRST = ("ErnieImageTransformer2DModel",)  # tokens are the first axis, before the batch
 CALIBRATED = (
     "FluxTransformer2DModel", "Flux2Transformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel",
     "PixArtTransformer2DModel", "SanaTransformer2DModel", "ZImageTransformer2DModel", "ChromaTransformer2DModel",
     "Lumina2Transformer2DModel", "Kandinsky3UNet", "HiDreamImageTransformer2DModel", "WanTransformer3DModel",
 )  # fmt: skip
-QUICK = {"rank": 4, "iterations": 1, "smooth": False, "gptq": False, "rows": 64, "calls": 1}
+QUICK = {"rank": 1, "iterations": 1, "smooth": False, "gptq": False, "rows": 64, "calls": 1}
 
 
 @pytest.mark.filterwarnings("error:mm.families")
@@ -102,8 +103,8 @@ def test_layers_have_the_precision_of_the_table_and_of_what_they_read(name):
         groups.setdefault(site.group, []).append(site.path)
         if site.parent and site.precision == "low":
             places.setdefault((site.parent, seen.inputs.get(site.path)), set()).add(site.group)
-        if seen.tokens.get(site.path) == {1}:  # one vector for all tokens: time, sizes, pooled text, modulation
-            assert site.precision != "low", site.path
+        if seen.tokens.get(site.path) == {1} and name not in TOKENS_FIRST:
+            assert site.precision != "low", site.path  # one vector for all: time, sizes, pooled text, modulation
     assert all(seen.shared(*paths) for paths in groups.values() if len(paths) > 1)
     assert all(len(shared) == 1 for shared in places.values())  # no group is missed
     assert all(value >= -0.29 for value in lowest.values())  # below, shifted inputs would lose their sign
@@ -142,9 +143,12 @@ def _first(value):
 def test_quantized_without_data_saved_and_loaded(name, tmp_path):
     model, inputs = TINY[name]()
     low = {site.path for site in find_sites(model) if site.precision != "keep"}
-    mm.quantize(model, mm.SVDQuantConfig(**QUICK, data_free=True), progress=False)
-    quantized = {path for path, m in model.named_modules() if isinstance(m, BranchedLinear)}
-    assert quantized == low
+    report = mm.quantize(model, mm.SVDQuantConfig(**QUICK, data_free=True), progress=False)
+    quantized = {layer.path.removeprefix("model.") for layer in report.layers if layer.bits < 16}
+    stays = {layer.path.removeprefix("model.") for layer in report.layers if layer.bits == 16}
+    assert quantized == {path for path, m in model.named_modules() if isinstance(m, BranchedLinear)}
+    assert quantized | stays == low
+    assert all(min(model.get_submodule(path).weight.shape) < 32 for path in stays)  # they would be no smaller
     _same_after_saving(model, inputs, tmp_path)
 
 
