@@ -59,7 +59,6 @@ KNOWN_FAILURES = {
     "test_text_sites_read_text": "Allegro: table not settled",
     "test_an_unknown_model_keeps_its_ends_and_its_groups_are_careful": "not looked into",
     "test_names_classes_and_configs_tell_families_apart": "not looked into",
-    "test_a_lora_that_does_not_match_raises_and_changes_nothing": "expects the message of before",
 }
 
 

@@ -54,7 +54,7 @@ def test_a_lora_that_does_not_match_raises_and_changes_nothing(tmp_path: Path) -
     first = next(iter(tensors))
     with pytest.raises(UserError, match=r"made for"):
         pipe.load_lora_weights(tensors | {first: torch.zeros(2, 7)})
-    with pytest.raises(UserError, match=r"3 of 4 layers.*rank"):
+    with pytest.raises(UserError, match=r"to_k_pic\.lora_A\.weight.* make no product"):
         pipe.load_lora_weights(tensors | {first: torch.zeros_like(torch.cat([tensors[first]] * 2))})
     (tmp_path / "a.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(UserError, match="safetensors"):
