@@ -92,8 +92,8 @@ def regroup(sites: Sequence[Site], seen: Trace, *, join: bool = False) -> list[S
     Args:
         sites: with the groups that rules say.
         seen: a trace of calls of the model.
-        join: also join layers of one parent that always read the same input and have the same precision, for models whose
-            groups were found by the names of layers only.
+        join: also join layers of one parent that always read the same input and have the same precision, for models
+            whose groups were found by the names of layers only.
 
     Returns:
         The sites; members of a group that read different inputs, or were never called, are apart.
@@ -103,7 +103,7 @@ def regroup(sites: Sequence[Site], seen: Trace, *, join: bool = False) -> list[S
 
 
 def _place(site: Site) -> str:
-    """The group of all low layers of one parent; a layer without a parent, or of another precision, keeps its own group."""
+    """The group of all low layers of one parent; any other layer keeps its own group."""
     if not site.parent or site.precision != "low" or site.after:
         return site.group
     return f"{site.parent}.in" if site.bits is None else f"{site.parent}.in{site.bits}"
