@@ -3,8 +3,8 @@
 Design choices
 - A folder that holds 4-bit layers is loaded as it is; a 16-bit one is quantized after loading, layer by layer and
   without data: loading has no prompts. For the full search call `mm.quantize` and save.
-- diffusers' `from_config` copies the mark of a quantized config into a model with plain weights. Such a folder is loaded
-  at 16 bits with a warning, and the mark goes.
+- diffusers' `from_config` copies the settings of a quantized model into one with plain weights. Its folder is loaded at
+  16 bits with a warning, and the settings are removed.
 - Registered in diffusers' own tables when diffusers is imported (`mm.core.import_hooks`): `import mm` is enough.
 """
 
@@ -71,7 +71,7 @@ class DiffusersSVDQuant(DiffusersQuantizer):
         elif self.plain:
             align(model)
             unmark(model)
-            warnings.warn(plain_notice(model))
+            warnings.warn(plain_notice(model), stacklevel=2)
         else:
             from mm.quantization.quantize import quantize
 

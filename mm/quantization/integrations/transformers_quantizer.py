@@ -64,7 +64,7 @@ class TransformersSVDQuant(HfQuantizer):
         elif self.plain:  # a model made from the config of a quantized one
             align(model)
             del model.config.quantization_config
-            warnings.warn(plain_notice(model))
+            warnings.warn(plain_notice(model), stacklevel=2)
         else:
             from mm.quantization.quantize import quantize
 
