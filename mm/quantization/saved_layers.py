@@ -19,7 +19,7 @@ MAX_RANK = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class SavedKind:
-    """Layers that were quantized alike. bits: of weights. rank: of the branch. paths: of the layers."""
+    """Layers quantized with the same settings. bits: of weights. rank: of the branch. paths: of the layers."""
 
     bits: int
     rank: int
