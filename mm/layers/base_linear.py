@@ -67,6 +67,16 @@ class QuantizableLinear(nn.Linear):
     def _join(self) -> None:
         """Called when the base has changed."""
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's; a quantized layer keeps its type where 8-bit floats are asked for (layerwise casting).
+
+        Its weight is smaller already, and scales in 8-bit floats would change what it stands for.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if self.bits < 16 and dtype is not None and dtype.itemsize == 1:
+            return self if device is None else super().to(device=device, non_blocking=non_blocking)
+        return super().to(*args, **kwargs)
+
     @classmethod
     def empty(
         cls, in_features: int, out_features: int, *, bias: bool, bits: int, rank: int, smooth: bool, dtype: torch.dtype,
