@@ -41,7 +41,7 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
     with open_regular(where, "picture", most=MAX_BYTES) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
         try:
-            _check_pixels(_webp_size(file.read(30)), where)  # Pillow makes room for a WebP while it opens it
+            _check_pixels(_webp_size(file.read(30)), where)  # Pillow allocates a WebP's pixels while it opens it
             file.seek(0)
             with Image.open(file, formats=formats) as picture:
                 _check_pixels(picture.size, where)

@@ -52,7 +52,7 @@ def from_a1111(text: str) -> dict[str, Any]:
 def drawing_settings(
     *, prompt: str, seed: int, steps: int, mode: str, guidance: float | None = None, model: str, **more: Any
 ) -> dict[str, Any]:
-    """What a picture was drawn with, under the names that every door of mm writes and reads; `more` as it is."""
+    """Settings of a picture, under the names that all commands and pages of mm write and read; `more` as it is."""
     settings = {"prompt": prompt, "seed": seed, "steps": steps, "mode": mode}
     return settings | ({} if guidance is None else {"guidance": guidance}) | {"model": model} | more
 

@@ -1,4 +1,4 @@
-"""What is looked at before a model is quantized: what would go wrong later, and what would stay as it is in silence.
+"""What is checked before a model is quantized: what would go wrong later, and what would stay as it is in silence.
 
 Design choices
 - Errors come before anything is changed: a model is quantized in place.

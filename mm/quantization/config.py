@@ -80,7 +80,7 @@ class SVDQuantConfig:
 
     @property
     def quant_method(self) -> QuantizationMethod:
-        """What diffusers and transformers tell methods apart by."""
+        """The name by which diffusers and transformers distinguish methods."""
         return QuantizationMethod.SVDQUANT
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Design choices
 - The tensors of a quantized layer are its state_dict (see `mm.layers.linear`), row-major and the same on every device.
-  What tensors cannot tell (rank and shapes before they are loaded, how inputs are rounded) stands in config.json,
+  What tensors do not contain (rank and shapes before they are loaded, how inputs are rounded) stands in config.json,
   layers of one kind together.
 - A model that was quantized carries the hash of its 16-bit tensors, by which patches know their base.
 - How diffusers and transformers save that is registered here by `mm.quantization.integrations`.
@@ -97,7 +97,7 @@ def align(root: nn.Module) -> None:
 
 
 def record(root: Any, config: SVDQuantConfig, base: str) -> None:
-    """Writes what was done where the library that saves `root` looks for it.
+    """Writes what was done where the library that saves `root` reads it.
 
     Args:
         root: the quantized model; a plain module keeps only the hash of its base.

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
+from mm.quantization.folders import judged_change
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -41,7 +43,9 @@ def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
     assert report["whole"]["pictures"] == 2
     judged = report["whole"]["compose"]
     assert judged["pictures"] == 12
-    assert judged["low"] <= judged["change"] == judged["after"] - judged["before"] <= judged["high"]
+    right = [round(12 * judged[key], 6) for key in ("before", "after")]
+    assert all(count in range(13) for count in right)
+    assert 12 * judged["change"] == pytest.approx(right[1] - right[0])
     assert report["whole"]["prompts"] == ["a cat on grass", "two red dogs"]
     assert {layer["path"].split(".")[0] for layer in report["layers"]} == {"trunk", "velocity_decoder", "code_head"}
     assert Image.open(out / "report.png").width > 300
@@ -94,3 +98,12 @@ def test_wrong_input_is_one_line(model, tmp_path):
         assert "Traceback" not in done.stderr
         assert not list(tmp_path.glob("x/.parts/*"))
     assert (full / "mine.txt").read_text() == "keep"
+
+
+def test_the_judged_change_is_that_of_prompts_not_of_pictures():
+    before, after = [True, True, False, False] * 40, [True, True, True, True] * 40
+    judged = judged_change(before, after, each=2)
+    assert (judged["before"], judged["after"], judged["change"], judged["pictures"]) == (0.5, 1.0, 0.5, 160)
+    half = 1.96 * (0.25 / 80) ** 0.5  # normal interval of 80 prompts that change by 0 or 1, each as a whole
+    assert judged["low"] == pytest.approx(0.5 - half, abs=0.02)
+    assert judged["high"] == pytest.approx(0.5 + half, abs=0.02)
