@@ -63,6 +63,19 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
             raise UserError(f"{where} cannot be read as a picture ({' '.join(str(error).split())[:200]})") from error
 
 
+def flattened(picture: Image.Image) -> Image.Image:
+    """The picture in RGB: transparency lies on white, and values of other ranges are spread over 0 to 255."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        clear = picture.convert("RGBA")
+        white = Image.new("RGBA", clear.size, "white")
+        return Image.alpha_composite(white, clear).convert("RGB")
+    if picture.mode in ("I", "I;16", "F"):
+        low, high = (float(value) for value in picture.convert("F").getextrema())  # type: ignore[arg-type]
+        factor = 255 / max(high - low, 1e-9)
+        picture = picture.convert("F").point(lambda value: value * factor - low * factor).convert("L")
+    return picture.convert("RGB")
+
+
 def _check_pixels(size: tuple[int, int], where: Path) -> None:
     if size[0] * size[1] > MAX_PIXELS:
         shape = f"{size[0]} x {size[1]}"

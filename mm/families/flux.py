@@ -39,7 +39,11 @@ SCHNELL = replace(FLUX, name="flux-schnell", config={"guidance_embeds": False}, 
 KONTEXT = replace(
     FLUX,
     name="flux-kontext",
-    pipelines={"edit": "FluxKontextPipeline", "inpaint": "FluxKontextInpaintPipeline"},
+    pipelines={
+        "text_to_image": "FluxKontextPipeline",
+        "edit": "FluxKontextPipeline",
+        "inpaint": "FluxKontextInpaintPipeline",
+    },
     more_pipelines=(),
     guidance=2.5,
 )

@@ -1,4 +1,4 @@
-"""`mm quantize` and `mm generate --quantized` through the real command, on a tiny model folder."""
+"""`mm quantize` and `mm generate --bits 4` through the real command, on a tiny model folder."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
     assert (tmp_path / "pictures" / "00000.png").is_file()
 
 
-def test_generate_quantized_makes_the_copy_once(model, tmp_path):
-    words = ("generate", "a cat", "--model", model, "--quantized", "--seed", 1, "--steps", 2, "-o")
+def test_generate_in_4_bits_makes_the_copy_once(model, tmp_path):
+    words = ("generate", "a cat", "--model", model, "--bits", 4, "--seed", 1, "--steps", 2, "-o")
     first = mm(*words, tmp_path / "a", cache=tmp_path / "cache")
     assert first.returncode == 0, first.stderr
     made = list((tmp_path / "cache" / "quantized").iterdir())
@@ -67,6 +67,11 @@ def test_generate_quantized_makes_the_copy_once(model, tmp_path):
     assert (made[0] / "report.json").stat().st_mtime_ns == stamp
     pictures = [(tmp_path / name / "00000.png").read_bytes() for name in "ab"]
     assert pictures[0] == pictures[1]
+    (made[0] / "report.json").unlink()  # as if the first run had been killed
+    third = mm(*words, tmp_path / "d", cache=tmp_path / "cache")
+    assert third.returncode == 0, third.stderr
+    assert (made[0] / "report.json").is_file()
+    assert (tmp_path / "d" / "00000.png").read_bytes() == pictures[0]
     plain = mm("generate", "a cat", "--model", model, "--seed", 1, "--steps", 2, "-o", tmp_path / "c")
     assert plain.returncode == 0
     assert (tmp_path / "c" / "00000.png").read_bytes() != pictures[0]
