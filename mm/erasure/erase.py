@@ -32,6 +32,7 @@ from mm.layers.surgery import roots_of
 
 DEFAULT = "rece"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
+FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
 
 
@@ -179,7 +180,7 @@ def _features(
     anchors: dict[str, str], kept: Sequence[str],
 ) -> tuple[dict[str, Features], list[list[str]], int]:  # fmt: skip
     """Features of each group of layers, from all contexts."""
-    each = max(24, PAIRS // len(concepts))
+    each = max(FEWEST, PAIRS // len(concepts))
     pairs = [pair for c in concepts for pair in contexts.pairs(c, anchors[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
