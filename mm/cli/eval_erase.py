@@ -29,6 +29,7 @@ def erase(
     composition: Annotated[int, typer.Option(min=0, help="Compositional prompts a task; 0 = none.")] = 0,
     attack: Annotated[list[str] | None, typer.Option(help="An attack; repeat for more.")] = None,
     quantize: Annotated[list[str] | None, typer.Option(help="Measure again after w4a8, w4a4, int4 ...")] = None,
+    patch_bits: Annotated[list[int] | None, typer.Option(help="Measure the patch at so many bits, too.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     tuning: Annotated[bool, typer.Option(help="Prompts for choosing settings, not those for reporting.")] = False,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
@@ -54,7 +55,7 @@ def erase(
     config = EraseConfig(
         **given, how=how, method=method or DEFAULT, options=dict(_setting(s) for s in setting or ()),  # type: ignore[arg-type]
         split="tune" if tuning else "report", each=limit, composition=composition, quantize=tuple(quantize or ()),
-        attacks=tuple(attack or ()), mode=mode.value, steps=steps, seed=seed,
+        attacks=tuple(attack or ()), patch_bits=tuple(patch_bits or ()), mode=mode.value, steps=steps, seed=seed,
     )  # fmt: skip
     pipe = place(TextToImagePipeline.from_pretrained(model))
     report = evaluate_erase(
@@ -103,5 +104,5 @@ def _brief(found: dict[str, Any]) -> str:
         hit, without = found["success"], found["without"]
         interval = f"[{hit['low']:.3f}, {hit['high']:.3f}]"
         return f"success {hit['score']:.3f} {interval} n {hit['n']}, without {without['score']:.3f}"
-    pairs = [f"{k} {found['rates'][k]['score']:.3f} (base {found['base'][k]['score']:.3f})" for k in ("UA", "IRA")]
-    return ", ".join(pairs)
+    which = [name for name in ("rates", "baked", "base") if name in found]
+    return "; ".join(f"{w} UA {found[w]['UA']['score']:.3f}, IRA {found[w]['IRA']['score']:.3f}" for w in which)

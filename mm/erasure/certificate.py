@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from mm.core.errors import UserError
 from mm.core.statistics import paired_change, share
 from mm.erasure.attacks.registry import attack_of
 from mm.erasure.concepts import contexts_of, parse
+from mm.erasure.margin import rounded_patch
 from mm.erasure.measure import Judge, Labels, Measurer
 from mm.erasure.probes import Probe, Split, probes_of
 from mm.families.family import resolve
@@ -97,7 +99,11 @@ class Certificate:
             rows.append(f"composition  {c['change']:+.3f}  [{c['low']:+.3f}, {c['high']:+.3f}]  n {c['n']}")
         for name, found in self.quantized.items():
             moved = ", ".join(f"{k} {found['rates'][k]['score']:.3f}" for k in ("UA", "IRA"))
-            rows.append(f"{name}: {moved} (base IRA {found['base']['IRA']['score']:.3f})")
+            if "base" in found:
+                moved += f" (base IRA {found['base']['IRA']['score']:.3f})"
+            if "baked" in found:
+                moved += f"; baked before: UA {found['baked']['UA']['score']:.3f}"
+            rows.append(f"{name}: {moved}")
         for name, found in self.attacks.items():
             with_it, without = found["success"], found["without"]
             rows.append(
@@ -168,6 +174,7 @@ def certify(
     attacks: Sequence[Any] = (),
     quantization: Mapping[str, Quantizer] | None = None,
     composition: Composition | None = None,
+    patch_bits: Sequence[int] = (),
     pictures: bool = True,
 ) -> Certificate:
     """Measures a patch on the measurer's pipeline, and writes what was found into the patch's report.
@@ -179,6 +186,7 @@ def certify(
         attacks: see `mm.erasure.attacks`.
         quantization: by name, a function that quantizes a pipeline in place. It gets copies.
         composition: gives verdicts on pictures of prompts without the targets, the same prompts at each call.
+        patch_bits: widths at which the patch's own tensors are measured, too.
         pictures: keep some, before and after, for a grid.
 
     Returns:
@@ -197,7 +205,8 @@ def certify(
         targets=tuple(dict.fromkeys(patch.report.get("targets", ()))) or _targets(probes),
         rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, after),
         composition=_change(first, second) if composition else None,
-        quantized={k: _quantized(measurer, patch, probes, q) for k, q in (quantization or {}).items()},
+        quantized={k: _quantized(measurer, patch, probes, q) for k, q in (quantization or {}).items()}
+        | {f"patch at {bits} bits": _rounded(measurer, patch, probes, bits) for bits in patch_bits},
         attacks=broken, seconds={"make": patch.report.get("seconds"), "measure": round(time.monotonic() - started, 1)},
         settings={"seed": measurer.seed, **{k: x for k, x in measurer.call.items() if _jsonable(x)}},
         pictures=_shown(measurer, patch, probes) if pictures else (),
@@ -218,6 +227,7 @@ def verify(
     split: Split = "report",
     composition: Composition | None = None,
     calibration: Any = None,
+    patch_bits: Sequence[int] = (),
     seed: int = 0,
     batch_size: int = 16,
     pictures: bool = True,
@@ -236,6 +246,7 @@ def verify(
         split: "report", or "tune" for choosing settings.
         composition: gives verdicts on compositional prompts.
         calibration: prompts for quantizing.
+        patch_bits: widths at which the patch's own tensors are measured, too.
         seed: of the pictures.
         batch_size: prompts a call.
         pictures: keep some, for a grid.
@@ -253,7 +264,8 @@ def verify(
     measurer = Measurer(pipe=pipe, judge=judge, seed=seed, batch_size=batch_size, call=call)
     return certify(
         measurer, patch, probes, attacks=[attack_of(a) if isinstance(a, str) else a for a in attacks],
-        quantization=_quantizers(quantization, calibration), composition=composition, pictures=pictures,
+        quantization=_quantizers(quantization, calibration), composition=composition,
+        patch_bits=patch_bits, pictures=pictures,
     )  # fmt: skip
 
 
@@ -293,22 +305,36 @@ def _change(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
 
 
 def _quantized(measurer: Measurer, patch: Patch, probes: Sequence[Probe], quantize: Quantizer) -> dict[str, Any]:
-    """Rates of a quantized copy with and without the patch."""
-    rows: dict[str, Any] = {}
-    with with_patch(measurer.pipe, patch, False):
-        pipe = copy.deepcopy(measurer.pipe)
-    if any(item.name == patch.name for item in stack_of(pipe).list()):
-        patch.undo(pipe)
-    quantize(pipe)
-    own = Measurer(
-        pipe=pipe, judge=measurer.judge, seed=measurer.seed, batch_size=measurer.batch_size, call=measurer.call,
-        progress=measurer.progress,
-    )  # fmt: skip
+    """Rates of a quantized copy without the patch, with it, and with it baked in before quantizing."""
     prompts = [p.prompt for p in probes]
-    rows["base"] = rates_of(probes, own.labels(prompts))
+    pipe = _without(measurer.pipe, patch)
+    quantize(pipe)
+    own = measurer.on(pipe)
+    rows: dict[str, Any] = {"base": rates_of(probes, own.labels(prompts))}
     patch.apply(pipe)
     rows["rates"] = rates_of(probes, own.labels(prompts))
-    return rows
+    try:
+        pipe = _without(measurer.pipe, patch)
+        patch.bake(pipe)
+    except UserError as error:  # 4-bit weights take no baking
+        return rows | {"not baked": str(error)}
+    quantize(pipe)
+    return rows | {"baked": rates_of(probes, measurer.on(pipe).labels(prompts))}
+
+
+def _without(pipe: Any, patch: Patch) -> Any:
+    """A copy of a pipeline that does not carry the patch."""
+    made = copy.deepcopy(pipe)
+    if any(item.name == patch.name for item in stack_of(made).list()):
+        patch.undo(made)
+    return made
+
+
+def _rounded(measurer: Measurer, patch: Patch, probes: Sequence[Probe], bits: int) -> dict[str, Any]:
+    """Rates with the patch's own tensors rounded."""
+    small = dataclasses.replace(patch, entries=rounded_patch(patch.entries, bits), name=f"{patch.name} at {bits} bits")
+    with with_patch(measurer.pipe, patch, False), with_patch(measurer.pipe, small, True):
+        return {"rates": rates_of(probes, measurer.labels([p.prompt for p in probes]))}
 
 
 def _shown(

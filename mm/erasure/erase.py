@@ -21,6 +21,7 @@ from mm.core.errors import UserError
 from mm.erasure.alignment import matched
 from mm.erasure.concepts import Concept, Contexts, contexts_of, parse
 from mm.erasure.features import record
+from mm.erasure.margin import margins
 from mm.erasure.methods.protocol import Job
 from mm.erasure.methods.registry import method_of
 from mm.erasure.neighbours import Neighbours
@@ -97,6 +98,7 @@ def erase(
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
         "anchors": placed, "retained": kept, "prompts": count,
         "layers": list(made.entries), "seconds": round(time.monotonic() - started, 2), **made.report,
+        **margins(job, made.entries),
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(

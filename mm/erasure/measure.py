@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,10 @@ class Measurer:
     call: Mapping[str, Any] = field(default_factory=dict)
     kept: dict[str, Labels] = field(default_factory=dict)
     progress: Callable[[int, str], None] = lambda count, text: None
+
+    def on(self, pipe: Any) -> Measurer:
+        """The same measurement of another pipeline, with nothing kept."""
+        return dataclasses.replace(self, pipe=pipe, kept={})
 
     def draw(self, prompts: Sequence[str], *, index: int = 0, **more: Any) -> list[Image.Image]:
         """One picture a prompt."""

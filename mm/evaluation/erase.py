@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm.adapters.patch import Patch
-from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import share, wilson
@@ -50,7 +49,8 @@ class EraseConfig:
     targets: concepts, as `mm.erase` takes them. how: each alone, all in one patch, or in stacked patches. method and
     options: of `mm.erase`. split: prompts for tuning or for reporting. each: prompts of each role (twice as many of
     retained concepts). composition: prompts a task, 0 for none. quantize: names of `mm.evaluation.quantizers`. attacks:
-    names of `mm.erasure.attacks`. steps, guidance, mode: of the pictures.
+    names of `mm.erasure.attacks`. patch_bits: widths of the
+    patch's own tensors. steps, mode: of the pictures.
     """
 
     targets: tuple[str, ...] = (*OBJECTS, *STYLES)
@@ -62,6 +62,7 @@ class EraseConfig:
     composition: int = 0
     quantize: tuple[str, ...] = ()
     attacks: tuple[str, ...] = ()
+    patch_bits: tuple[int, ...] = ()
     mode: str = "flow"
     steps: int | None = None
     seed: int = 0
@@ -141,7 +142,7 @@ def _measure(measurer: Measurer, judge: Judge, patch: Patch, names: Sequence[str
     return certify(
         measurer, patch, probes, attacks=[attack_of(name) for name in config.attacks],
         quantization={name: quantizer(name) for name in config.quantize}, composition=verdicts,
-        pictures=config.split == "report",
+        patch_bits=config.patch_bits, pictures=config.split == "report",
     )  # fmt: skip
 
 
@@ -154,20 +155,9 @@ def _stacked(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) -> 
         probes = probes_of(contexts, [concept], (), split=config.split, each=config.each)
         banned = [c.name for c in concepts if c != concept]
         probes = [p for p in probes if not any(holds(p.prompt, name) for name in banned)]
-        others = [p for p in made if p is not patch]
-        certificate = certify(_alone(measurer, others), patch, probes, pictures=False)
-        found[str(concept)] = certificate
-        assert patch.name in stack_of(pipe).names()
+        # the base of one patch in a stack is the stack without it
+        found[str(concept)] = certify(measurer.on(pipe), patch, probes, pictures=False)
     return found
-
-
-def _alone(measurer: Measurer, others: Sequence[Patch]) -> Measurer:
-    """The measurer without what it keeps: the base of one patch in a stack is the stack without it."""
-    del others
-    return Measurer(
-        pipe=measurer.pipe, judge=measurer.judge, seed=measurer.seed, batch_size=measurer.batch_size,
-        call=measurer.call,
-    )  # fmt: skip
 
 
 def composition(judge: Judge, targets: Sequence[str], config: EraseConfig) -> Callable[[Any], list[bool]]:
@@ -213,4 +203,6 @@ def _pooled(rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(config: EraseConfig) -> dict[str, Any]:
-    return asdict(config) | {key: list(getattr(config, key)) for key in ("targets", "quantize", "attacks")}
+    return asdict(config) | {
+        key: list(getattr(config, key)) for key in ("targets", "quantize", "attacks", "patch_bits")
+    }

@@ -26,7 +26,7 @@ WORDING: tuple[str, ...] = (
     "there is {a} in the picture", "give me {many}", "a big {name}, {style}", "{style}: {a}", "a scene with {a}",
     "{a} in front of a mountain", "a small {name} near the water", "we want {a} now", "the {name} on the {ground}",
     "another {name}, please", "an illustration of several {names}", "{many} in a garden", "{ground} view with {a}",
-    "a beautiful {name} in the room",
+    "a beautiful {name} in the city",
 )  # fmt: skip
 STYLE_WORDING: tuple[str, ...] = (
     "draw {a}, {style}", "{style}: {a}", "show me {a} and make it {style}", "please make it {style}: {a}",
@@ -50,7 +50,7 @@ def world_probes(
     made = [probe for t in targets for probe in _asked(t, banned, split, share)]
     if split == "report":
         made += [probe for t in targets for probe in _worded(t, banned, max(1, share // 2))]
-        made += [probe for t in targets for probe in _alike(t, banned, share)]
+        made += [probe for t in targets for probe in _lookalikes(t, banned, share)]
     return [*made, *_kept(targets, banned, split, 2 * each)]
 
 
@@ -72,10 +72,10 @@ def _kept(targets: Sequence[Concept], banned: set[str], split: Split, count: int
     return made
 
 
-def _alike(target: Concept, banned: set[str], count: int) -> list[Probe]:
+def _lookalikes(target: Concept, banned: set[str], count: int) -> list[Probe]:
     """Captions with the objects that resemble the target."""
     others = [b if a == target.name else a for a, b in v.LOOKALIKES if target.name in (a, b)]
-    rng = random.Random(f"probes alike {target}")
+    rng = random.Random(f"probes lookalike {target}")
     kept = [Concept(name=name) for name in others if name not in banned]
     return [_probe(kept[i % len(kept)], "lookalike", i, banned, "report", rng) for i in range(count if kept else 0)]
 
