@@ -61,6 +61,10 @@ class WorldContexts:
         """Everything that can be named as a target."""
         return (*v.OBJECTS, *v.STYLES, *v.COLOURS, *v.BACKGROUNDS)
 
+    def forms(self, name: str) -> tuple[str, ...]:
+        """Every word that stands for a concept."""
+        return tuple(word for words in forms(name) for word in words)
+
     def candidates(self) -> tuple[str, ...]:
         """Objects of the world."""
         return v.OBJECTS

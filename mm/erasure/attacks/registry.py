@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from mm.core.errors import UserError
+from mm.erasure.attacks.embedding import EmbeddingSearch
+from mm.erasure.attacks.genetic import Genetic
+from mm.erasure.attacks.noise import Noise
+from mm.erasure.attacks.paraphrase import Paraphrase
+from mm.erasure.attacks.prompt_search import PromptSearch
 from mm.erasure.attacks.protocol import Attack
 from mm.erasure.attacks.wording import Wording
 
-ATTACKS: dict[str, type[Attack]] = {kind.name: kind for kind in (Wording,)}
+ATTACKS: dict[str, type[Attack]] = {
+    kind.name: kind for kind in (Wording, Paraphrase, PromptSearch, Genetic, EmbeddingSearch, Noise)
+}
 
 
 def attack_of(name: str) -> Attack:

@@ -10,14 +10,14 @@ from mm.adapters.entry import Entry
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 
-RANK_A_TARGET = 6  # added for every further target
+RANK_A_TARGET = 8  # added for every further target
 
 
 class UCE:
     """W' = W (I + A) at every text-reading layer."""
 
     name = "uce"
-    defaults: dict[str, Any] = {"preserve": 1.0, "ridge": 1e-2, "rank": 32}  # noqa: RUF012
+    defaults: dict[str, Any] = {"preserve": 1.0, "ridge": 1e-2, "rank": 64}  # noqa: RUF012
 
     def make(self, job: Job) -> Made:
         """One solution for each group of layers that read the same features."""
