@@ -18,7 +18,6 @@ from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import share, wilson
-from mm.erasure.attacks import attack_of
 from mm.erasure.certificate import Certificate, certify, harmonic, over
 from mm.erasure.concepts import contexts_of, parse
 from mm.erasure.erase import DEFAULT, erase
@@ -26,6 +25,7 @@ from mm.erasure.grid import before_after
 from mm.erasure.measure import Labels, Measurer, seed_of
 from mm.erasure.probes import Split, probes_of
 from mm.evaluation import compose
+from mm.evaluation.erase_attacks import world_attack
 from mm.evaluation.prompts import COMPOSE, COMPOSE_TUNE, load_prompts
 from mm.evaluation.quantizers import quantizer
 from mm.world.concept_labels import label_judge
@@ -38,6 +38,7 @@ STYLES: tuple[str, ...] = ("watercolor", "neon", "mosaic", "sepia")
 TWENTY: tuple[str, ...] = (
     *OBJECTS, "tiger", "bear", "frog", "butterfly", "pizza", "donut", "boat", "castle", "crown", "sunflower",
 )  # fmt: skip
+SHOWN = 2  # certificates that keep pictures for the grid
 How = Literal["alone", "together", "stacked"]
 ProgressCallback = Callable[[str], None]
 
@@ -49,7 +50,8 @@ class EraseConfig:
     targets: concepts, as `mm.erase` takes them. how: each alone, all in one patch, or in stacked patches. method and
     options: of `mm.erase`. split: prompts for tuning or for reporting. each: prompts of each role (twice as many of
     retained concepts). composition: prompts a task, 0 for none. quantize: names of `mm.evaluation.quantizers`. attacks:
-    names of `mm.erasure.attacks`. patch_bits: widths of the
+    names of
+    `mm.evaluation.erase_attacks`. patch_bits: widths of the
     patch's own tensors. steps, mode: of the pictures.
     """
 
@@ -120,7 +122,8 @@ def evaluate_erase(
                 one.apply(pipe)
                 made.append(one)
                 continue
-            found[", ".join(names)] = _measure(measurer, judge, one, names, config)
+            shown = config.split == "report" and len(found) < SHOWN
+            found[", ".join(names)] = _measure(measurer, judge, one, names, config, shown)
         if config.how == "stacked":
             found = _stacked(measurer, made, config)
     finally:
@@ -135,14 +138,16 @@ def evaluate_erase(
     return report
 
 
-def _measure(measurer: Measurer, judge: Judge, patch: Patch, names: Sequence[str], config: EraseConfig) -> Certificate:
+def _measure(
+    measurer: Measurer, judge: Judge, patch: Patch, names: Sequence[str], config: EraseConfig, shown: bool
+) -> Certificate:
     concepts = [parse(name) for name in names]
     probes = probes_of(contexts_of(measurer.pipe), concepts, (), split=config.split, each=config.each)
     verdicts = composition(judge, [c.name for c in concepts], config) if config.composition else None
     return certify(
-        measurer, patch, probes, attacks=[attack_of(name) for name in config.attacks],
+        measurer, patch, probes, attacks=[world_attack(name) for name in config.attacks],
         quantization={name: quantizer(name) for name in config.quantize}, composition=verdicts,
-        patch_bits=config.patch_bits, pictures=config.split == "report",
+        patch_bits=config.patch_bits, pictures=shown,
     )  # fmt: skip
 
 

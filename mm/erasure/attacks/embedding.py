@@ -23,7 +23,7 @@ from mm.layers.surgery import roots_of
 
 
 class EmbeddingSearch:
-    """Adam on the rows of the prompt's tokens, `iterations` steps a prompt; `rate` in units of the table's deviation."""
+    """Adam on the rows of the prompt's tokens, `iterations` steps each; `rate` in units of the table's deviation."""
 
     name = "embedding"
 

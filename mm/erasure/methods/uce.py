@@ -17,7 +17,7 @@ class UCE:
     """W' = W (I + A) at every text-reading layer."""
 
     name = "uce"
-    defaults: dict[str, Any] = {"preserve": 1.0, "ridge": 1e-2, "rank": 64}  # noqa: RUF012
+    defaults: dict[str, Any] = {"preserve": 1.0, "ridge": 1e-3, "rank": 64}  # noqa: RUF012
 
     def make(self, job: Job) -> Made:
         """One solution for each group of layers that read the same features."""
