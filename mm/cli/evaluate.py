@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mm.cli.eval_erase import EXAMPLE as ERASE_EXAMPLE
+from mm.cli.eval_erase import erase
 from mm.cli.options import DrawingMode
 from mm.core.devices import place
 from mm.families.mm_tiny import GUIDANCE
@@ -200,6 +202,9 @@ def reconstruct(
         cells = (f"{row['bits']:.0f}", f"{row['ssim']:.3f}", f"{row['score']:.2f}")
         table.add_row(name, *cells, *(f"{row['styles'][style]['score']:.2f}" for style in styles))
     _print(table)
+
+
+app.command(epilog=ERASE_EXAMPLE)(erase)
 
 
 def _print(table: Any) -> None:
