@@ -105,8 +105,8 @@ def customize(
 
         def on_preview(now: Progress) -> None:
             if place is not None:
-                pictures = sample(pipe, shown_prompts, objective.side, config.seed, sample_steps)
-                save_previews(place, now, pictures if shown_prompts else None)
+                drawn = sample(pipe, shown_prompts, objective.side, config.seed, sample_steps)
+                save_previews(place, now, drawn)
 
         training.run(on_step, on_preview)
         return _learned(pipe, learner, training, base, maker.name, chosen)
@@ -197,6 +197,7 @@ def _learned(
     report = {
         "steps": progress.step, "pictures": len(job.examples), "stopped_early": progress.stopped,
         "best_step": best[0], "score": round(best[1], 6), "error": round(best[2], 6), "drift": round(best[3], 6),
+        "last_drift": round(progress.scores[-1][3], 6),
         "loss": [round(x, 5) for x in progress.losses[:: max(1, len(progress.losses) // 50)]],
     }  # fmt: skip
     settings = {

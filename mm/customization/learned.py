@@ -73,7 +73,7 @@ class Learned(Patch):
             return
         if self.native and chosen == "peft":
             tensors = {key: value.contiguous().cpu() for key, value in self.native.items()}
-            write_bytes(path, save(tensors, metadata=self.metadata()))
+            write_bytes(path, ordered(save(tensors, metadata=self.metadata())))
             return
         if self.settings.get("tokens"):
             raise UserError(
@@ -123,7 +123,17 @@ class Learned(Patch):
 def with_metadata(path: str | Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file again with metadata."""
     tensors = load(read_regular(path, "adapter", most=_MOST))
-    write_bytes(path, save(tensors, metadata=metadata))
+    write_bytes(path, ordered(save(tensors, metadata=metadata)))
+
+
+def ordered(data: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata in alphabetical order, which safetensors leaves to chance."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def write_textual_inversion(patch: Patch, path: str | Path) -> list[Path]:

@@ -55,8 +55,10 @@ def _smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
 
 
 @torch.no_grad()
-def sample(pipe: Any, prompts: Sequence[str], side: int, seed: int, steps: int | None) -> Image.Image:
-    """Pictures of prompts side by side, drawn by the pipeline as the model is now."""
+def sample(pipe: Any, prompts: Sequence[str], side: int, seed: int, steps: int | None) -> Image.Image | None:
+    """Pictures of prompts side by side, drawn by the pipeline as the model is now; None for no prompts."""
+    if not prompts:
+        return None
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"output_type": "pil", "height": side, "width": side}
     if steps is not None:

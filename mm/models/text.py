@@ -49,7 +49,7 @@ def build_text_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def unknown_words(text: str, known: set[str] | None = None) -> list[str]:
-    """The words of `text` that the vocabulary lacks, in order, each once; words added later, such as `<mug>`, are known."""
+    """The words of `text` that the vocabulary lacks, in order, each once. Words added later (`<mug>`) are known."""
     table = set(WORDS) if known is None else known
     rest = re.sub(r"<[a-z0-9_-]+>", lambda m: " " if m[0] in table else m[0], text.lower())
     return list(dict.fromkeys(word for word in split(rest) if word not in table))

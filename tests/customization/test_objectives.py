@@ -1,4 +1,4 @@
-"""Each family's objective: its prediction is what the pipeline's own sampling computes, and its target is consistent."""
+"""Each family's objective: its prediction is what the pipeline's own sampling computes."""
 
 from __future__ import annotations
 
