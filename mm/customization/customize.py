@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mm.adapters.tokens import own_row
 from mm.core.errors import UserError, shown
 from mm.customization.batches import Batches
@@ -30,6 +32,7 @@ from mm.customization.previews import sample, save_previews
 from mm.customization.training import Progress, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
+from mm.layers.surgery import roots_of
 
 PRESERVED = 48  # unrelated prompts that are held to the base
 OnProgress = Callable[[float, str], None]
@@ -85,8 +88,10 @@ def customize(
     job = Job(
         objective=objective, examples=examples, name=name, noun=noun, kind=kind, settings=chosen, seed=config.seed
     )
-    learner = maker.begin(job)
+    wanted = _freeze(pipe)
+    learner: Learner | None = None
     try:
+        learner = maker.begin(job)
         batches = Batches(
             objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(prompts),
             preserve_batch=config.preserve_batch,
@@ -111,7 +116,18 @@ def customize(
         training.run(on_step, on_preview)
         return _learned(pipe, learner, training, base, maker.name, chosen)
     finally:
-        learner.remove()
+        if learner is not None:
+            learner.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _freeze(pipe: Any) -> list[nn.Parameter]:
+    """Lets no parameter of the model ask for gradients; gives those that did."""
+    found = [p for root in roots_of(pipe).values() for p in root.parameters() if p.requires_grad]
+    for parameter in found:
+        parameter.requires_grad_(False)
+    return found
 
 
 def check_name(name: str, objective: Objective) -> None:
@@ -207,8 +223,9 @@ def _learned(
     tokens = learner.tokens()
     if tokens:
         settings["tokens"] = tokens
+    native = {k: v for piece in learner.pieces if hasattr(piece, "native") for k, v in piece.native().items()}
     return Learned(
-        entries=learner.entries(), method=method, base=base, settings=settings, report=report,
+        native=native if method != "lora" else {}, entries=learner.entries(), method=method, base=base, settings=settings, report=report,
         name=re.sub(r"[^A-Za-z0-9_-]+", "-", job.name).strip("-") or "subject",
         family=family.name if family is not None else "",
     )  # fmt: skip

@@ -49,7 +49,7 @@ class Learned(Patch):
 
     def layout(self) -> Layout:
         """The layout that `write` takes by itself: diffusers' where it holds all that was learned."""
-        if self.native:
+        if self.native and not self.settings.get("tokens"):
             return "peft"
         plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
         return "diffusers" if plain and self.family != "mm-tiny" else "mm"

@@ -13,7 +13,8 @@ from mm.customization.objectives.protocol import objective_of
 from mm.customization.objectives.transformers import unpacked
 
 NAMES = (
-    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana", "z-image",
+    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
+    "z-image",
 )  # fmt: skip
 
 

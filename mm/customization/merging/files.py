@@ -10,8 +10,8 @@ from mm.adapters.patch import Patch
 from mm.adapters.patch_file import META
 from mm.core.errors import UserError
 from mm.core.safe_tensors import read_header
-from mm.families import family_of
 from mm.customization.learned import Learned
+from mm.families import family_of
 
 
 def read_adapter(path: str | Path, target: Any = None) -> Patch:

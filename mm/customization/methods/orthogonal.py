@@ -19,6 +19,7 @@ from mm.customization.pieces import Branches, branched_width, layer_seed
 from mm.layers.surgery import roots_of
 
 _BASIS = 20231204  # seed of the basis that all adapters share
+_ROWS = 1024  # of the basis, at most
 
 
 class Orthogonal:
@@ -33,7 +34,7 @@ class Orthogonal:
         paths = [site.path for site in sites_of(job.objective, job.settings["layers"])]
         roots = roots_of(job.objective.pipe)
         widths = {path: branched_width(roots, path) for path in paths}
-        slots = min(widths.values()) // rank
+        slots = min(_ROWS, *widths.values()) // rank
         slot = slot_of(job.name, slots) if job.settings["slot"] is None else job.settings["slot"]
         if not 0 <= slot < slots:
             raise UserError(f"slot is {slot}; with rank {rank} this model has slots 0 to {slots - 1}")
@@ -50,8 +51,6 @@ def slot_of(name: str, slots: int) -> int:
 
 
 def basis(path: str, width: int) -> Tensor:
-    """An orthogonal matrix (K, K) that depends on the layer's path alone."""
+    """Orthogonal rows (at most K, K) that depend on the layer's path alone."""
     generator = layer_seed(path, _BASIS)
-    if width > 4096:  # the first rows of a random orthogonal matrix, which is all that slots of small ranks need
-        return torch.linalg.qr(torch.randn(width, 1024, generator=generator))[0].T
-    return torch.linalg.qr(torch.randn(width, width, generator=generator))[0].T
+    return torch.linalg.qr(torch.randn(width, min(width, _ROWS), generator=generator))[0].T

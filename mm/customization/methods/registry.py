@@ -9,6 +9,17 @@ from mm.customization.methods.protocol import Method
 
 METHODS: dict[str, str] = {
     "dreambooth": "dreambooth:DreamBooth",
+    "class-diffusion": "class_diffusion:ClassDiffusion",
+    "custom-diffusion": "custom_diffusion:CustomDiffusion",
+    "textual-inversion": "textual_inversion:TextualInversion",
+    "detex": "detex:Detex",
+    "orthogonal": "orthogonal:Orthogonal",
+    "lora": "through_peft:lora",
+    "dora": "through_peft:dora",
+    "oft": "through_peft:oft",
+    "lokr": "through_peft:lokr",
+    "loha": "through_peft:loha",
+    "shira": "through_peft:shira",
 }
 DEFAULT = "dreambooth"
 
