@@ -31,6 +31,7 @@ def erase(
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another name, or give --force")
     import mm
+    from mm.erasure.erase import DEFAULT
     from mm.erasure.erase import erase as make
 
     engine = mm.load(model)
