@@ -134,6 +134,23 @@ class QuantizableLinear(nn.Linear):
         self.activation = activation or ActivationRule()
         self._join()
 
+    def dequantize_(self, dtype: torch.dtype | None = None) -> None:
+        """Replaces the integers and the SVD branch by the 16-bit weight that they stand for, in place.
+
+        Args:
+            dtype: of the weight; by default that of the scales.
+        """
+        weight, bias = self.base_weight(dtype), self._unlifted_bias()
+        for name in ("qweight", "weight_scales"):
+            del self._buffers[name]
+        for name in ("smooth", "down", "up"):
+            setattr(self, name, None)
+        self.activation = ActivationRule()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        self._join()
+
     def _drop_weight(self) -> None:
         del self._parameters["weight"]
 
