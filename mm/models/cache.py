@@ -44,6 +44,10 @@ class PromptCache:
         grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
         return grown if extra else self
 
+    def to(self, device: torch.device | str) -> PromptCache:
+        """The same on another device."""
+        return self._map(lambda x: x.to(device))
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PromptCache:
         return PromptCache(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask_BT))
 
