@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,23 @@ def test_without_an_autoencoder_there_are_latents(pipe: TextToImagePipeline, tmp
     assert torch.equal(draw(bare, output_type="latent"), draw(pipe, output_type="latent"))
     with pytest.raises(UserError, match="no autoencoder; it gives output_type='latent' only"):
         draw(bare)
+
+
+def test_diffusers_finds_our_pipelines_by_name(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    found = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    found.set_progress_bar_config(disable=True)
+    assert type(found) is TextToImagePipeline
+    assert torch.equal(draw(found), draw(pipe))
+    with pytest.raises(AttributeError, match="no attribute NoSuchPipeline"):
+        _ = diffusers.NoSuchPipeline
+
+
+def test_the_trunk_is_exported(pipe: TextToImagePipeline) -> None:
+    latents, sigma, cache = torch.randn(1, 16, 8, 8), torch.tensor([0.5]), pipe.encode_prompt("a cat")[0]
+    with torch.no_grad():
+        exported = torch.export.export(pipe.trunk, (latents, sigma, cache))
+        torch.testing.assert_close(exported.module()(latents, sigma, cache), pipe.trunk(latents, sigma, cache), **NEAR)
 
 
 # ---- editing ---------------------------------------------------------------------------------------------------------
