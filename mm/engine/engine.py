@@ -14,11 +14,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
 from mm.engine import calls
 from mm.engine.arguments import arguments_of, grouped, size_of
+from mm.engine.attaching import Adapter, attach_all, detach, facts_of
 from mm.engine.batching import rounds_activations
 from mm.engine.capabilities import Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, Step, Words
@@ -50,6 +52,8 @@ class Engine:
         preview: Callable[[Any, tuple[int, int]], Any] | None = None,
         notes: tuple[str, ...] = (),
         facts: dict[str, Any] | None = None,
+        adapters: Sequence[str | Path | Adapter] = (),
+        attached: Sequence[str] = (),
         mixed: bool = True,
         own_batches: bool = False,
     ) -> None:
@@ -62,7 +66,9 @@ class Engine:
             pipeline_for: gives the pipeline of a task.
             preview: from latents and (width, height) to small pictures.
             notes: what was chosen while loading, and why.
-            facts: settings of the model that every picture carries: bits, adapters.
+            facts: settings of the model that every picture carries.
+            adapters: that are on the pipeline, by file and scale.
+            attached: their names.
             mixed: whether pictures of different prompts can share a call without changing.
             own_batches: whether the pipeline itself draws one by one where that is needed.
         """
@@ -72,7 +78,9 @@ class Engine:
         self.notes = notes
         self._pipeline_for = pipeline_for
         self._preview = preview
-        self._facts = facts or {}
+        self._base_facts = facts or {}
+        self._facts = self._base_facts | facts_of(adapters)
+        self._attached = list(attached)
         self._mixed, self._own_batches = mixed, own_batches
         self._turn = FairLock()
 
@@ -131,6 +139,25 @@ class Engine:
         """The answer to a question about a picture, or its description."""
         events = self.run(Describe(image=image, question=question))
         return "".join(event.text for event in events if isinstance(event, Words))
+
+    def set_adapters(self, adapters: Sequence[str | Path | Adapter]) -> list[str]:
+        """Replaces the adapters that `mm.load` or this call put on; patches that others applied stay.
+
+        Args:
+            adapters: patch or LoRA files, each alone or with its scale, applied in this order.
+
+        Returns:
+            A line for each, which says how many layers it changes.
+
+        Raises:
+            UserError: where one does not fit; then none is left.
+        """
+        with self._turn:
+            detach(self.pipeline, self._attached)
+            self._attached, self._facts = [], self._base_facts
+            self._attached, lines = attach_all(self.pipeline, adapters)
+            self._facts = self._base_facts | facts_of(adapters)
+        return lines
 
     def converse(self) -> Any:
         """Begins a conversation, for `Turn` requests.
