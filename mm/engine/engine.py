@@ -29,6 +29,7 @@ from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, w
 from mm.engine.serial import FairLock
 from mm.engine.settings import batch_of, settings_of
 from mm.engine.views import call_parameters, view_of
+from mm.engine.weighting import weighed
 
 Emit = Callable[[Event], None]
 _NO_SPACE = frozenset(".,;:?!")  # pieces of an answer that follow the last word directly
@@ -263,6 +264,7 @@ class Engine:
 
         view = view_of(pipe, first.scheduler)
         arguments = arguments_of(requests, can, call_parameters(view), one_negative=self._own_batches)
+        arguments |= weighed(view, arguments)
         seeds = [request.seed or 0 for request in requests]
         return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 
