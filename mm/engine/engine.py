@@ -22,7 +22,7 @@ from mm.engine import calls
 from mm.engine.arguments import arguments_of, grouped, size_of
 from mm.engine.attaching import Adapter, attach_all, detach, facts_of
 from mm.engine.batching import rounds_activations
-from mm.engine.capabilities import Capabilities, task_of
+from mm.engine.capabilities import VERBS, Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, Step, Words
 from mm.engine.notices import Notices
 from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
@@ -141,6 +141,22 @@ class Engine:
         events = self.run(Describe(image=image, question=question))
         return "".join(event.text for event in events if isinstance(event, Words))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings of the model that every picture carries: bits, adapters."""
+        return dict(self._facts)
+
+    def pipeline_for(self, task: str) -> Any:
+        """The pipeline of a task of `mm.engine.capabilities.TASKS`, with the modules that are loaded.
+
+        Raises:
+            UserError: where the model cannot do it.
+        """
+        if task not in self.capabilities.tasks:
+            can = ", ".join(name.replace("_", " ") for name in self.capabilities.tasks)
+            raise UserError(f"{self.name} cannot {VERBS[task]}; it can: {can}")
+        return self._pipeline_for(task)
+
     def set_adapters(self, adapters: Sequence[str | Path | Adapter]) -> list[str]:
         """Replaces the adapters that `mm.load` or this call put on; patches that others applied stay.
 
@@ -166,9 +182,7 @@ class Engine:
         Raises:
             UserError: where the model cannot converse.
         """
-        if "converse" not in self.capabilities.tasks:
-            raise UserError(f"{self.name} cannot converse; it can: {', '.join(self.capabilities.tasks)}")
-        return self._pipeline_for("converse").start()
+        return self.pipeline_for("converse").start()
 
     def _events(self, work: Callable[[Emit], None], token: CancelToken) -> Iterator[Event]:
         """Runs `work` in a thread and yields what it emits; its exception is raised here."""
