@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Generate:
         strength: how much of the picture is redrawn.
         lora: "FILE" or "FILE:SCALE", or a list of them, in this order.
         model: an embedded model, or a folder.
+        options: further arguments of the pipeline's call, by name.
     """
 
     prompt: str
@@ -64,6 +65,7 @@ class Generate:
     strength: float | None = None
     lora: tuple[str, ...] = ()
     model: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -83,6 +85,8 @@ class Generate:
         _number("strength", self.strength, 1)
         object.__setattr__(self, "size", _size(self.size))
         object.__setattr__(self, "lora", _files(self.lora))
+        if not isinstance(self.options, dict) or not all(name.isidentifier() for name in self.options):
+            raise UserError(f'options is {shown(self.options)}; give an object such as {{"clip_skip": 1}}')
         if self.image is None and (self.mask is not None or self.strength is not None):
             given = "mask" if self.mask is not None else "strength"
             raise UserError(f"{given} is given without image; it acts on a picture to start from")
@@ -163,7 +167,7 @@ def _row(raw: dict[str, Any], line: int) -> Row:
         raise UserError(f"task is {shown(task)}; known is {', '.join(TASKS)}")
     if not isinstance(body, dict):
         raise UserError(f'body is {shown(body)}; give an object such as {{"prompt": "two red cats on grass"}}')
-    _only(body, tuple(field.name for field in fields(Generate)), "the body of generate")
+    _only(body, tuple(one.name for one in fields(Generate)), "the body of generate")
     if "prompt" not in body:
         raise UserError('body has no prompt; give one, such as {"prompt": "two red cats on grass"}')
     return Row(line=line, custom_id=custom_id, task=task, body=Generate(**body))

@@ -113,7 +113,7 @@ class Plan:
             scheduler = scheduler_named(scheduler, can) or scheduler  # the check names those that there are
         return Draw(
             prompt=body.prompt, negative=body.negative, steps=body.steps, mode=body.mode, guidance=body.guidance,
-            size=body.size, scheduler=scheduler, strength=body.strength,
+            size=body.size, scheduler=scheduler, strength=body.strength, options=body.options,
             image=self.opened(self._file(body.image)), mask=self.opened(self._file(body.mask)),
         )  # fmt: skip
 
