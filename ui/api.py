@@ -1,0 +1,176 @@
+"""The page's calls for programs: draw, edit, describe, say. Each has the limits of the page, and its errors in a line.
+
+Design choices
+- Parameters that are left out are the model's own defaults.
+- Pictures come as uploads (gradio_client's `handle_file`) and go as PNG files with their settings.
+- Gradio reads the types of parameters and answers, which must be types and no texts, so `annotations` of the future is
+  not imported here.
+- A call's answer that nobody reads is not worked on: the call is stopped when its stream is closed.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio import FileData
+
+from mm.core.errors import UserError
+from mm.engine.capabilities import Capabilities
+from mm.engine.events import CancelToken
+from mm.engine.requests import Request
+from mm.ui import forms
+from mm.ui.describe_tab import describe_request
+from mm.ui.limits import KEPT_SIDE, MAX_ORDERS
+from mm.ui.orders import Progress
+from mm.ui.parts import Parts
+from mm.ui.talk import say as take_turn
+from mm.ui.uploads import read_upload
+
+_LANE: dict[str, Any] = {"concurrency_id": "orders", "concurrency_limit": MAX_ORDERS}
+_PICTURE_TASKS = {"edit", "image_to_image", "inpaint"}
+
+
+def add_calls(parts: Parts) -> None:
+    """Adds the calls that the model can do to the page that is being built."""
+    tasks = set(parts.engine.capabilities.tasks)
+    if "draw" in tasks:
+        gr.api(_draw(parts), api_name="draw", **_LANE)
+    if tasks & _PICTURE_TASKS:
+        gr.api(_edit(parts), api_name="edit", **_LANE)
+    if "describe" in tasks:
+        gr.api(_describe(parts), api_name="describe", **_LANE)
+    if "converse" in tasks:
+        gr.api(_say(parts), api_name="say", **_LANE)
+
+
+def _draw(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
+    can = parts.engine.capabilities
+
+    def draw(
+        request: gr.Request,
+        prompt: str,
+        seed: int | None = None,
+        count: int = 1,
+        steps: int | None = None,
+        mode: str | None = None,
+        guidance: float | None = None,
+        negative: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        scheduler: str | None = None,
+    ) -> tuple[list[FileData], dict]:
+        """Draws pictures from a prompt; what is left out is the model's default.
+
+        Returns the files so far, and "settings" of each, "notices" and the "state".
+        """
+        values = {
+            "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
+            "negative": negative, "width": width, "height": height, "scheduler": scheduler,
+        }  # fmt: skip
+        yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
+
+    return draw
+
+
+def _edit(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
+    can = parts.engine.capabilities
+
+    def edit(
+        request: gr.Request,
+        picture: FileData,
+        prompt: str,
+        mask: FileData | None = None,
+        task: str | None = None,
+        seed: int | None = None,
+        count: int = 1,
+        steps: int | None = None,
+        mode: str | None = None,
+        guidance: float | None = None,
+        negative: str | None = None,
+        image_guidance: float | None = None,
+        strength: float | None = None,
+        scheduler: str | None = None,
+    ) -> tuple[list[FileData], dict]:
+        """Draws from a picture. task: edit, image_to_image or inpaint; left out, the model's first of these.
+
+        prompt: the instruction, or what is drawn. mask: a picture that is white where it may change.
+        """
+        values = {
+            "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
+            "negative": negative, "image_guidance": image_guidance, "strength": strength, "scheduler": scheduler,
+        }  # fmt: skip
+        yield from _pictures(parts, lambda: _edit_request(can, task, values, picture, mask), request)
+
+    return edit
+
+
+def _edit_request(can: Capabilities, task: str | None, values: dict[str, Any], picture: object, mask: object) -> Any:
+    """Reads the uploads and the values."""
+    first = next(name for name in ("edit", "image_to_image", "inpaint") if name in can.tasks)
+    painted = read_upload(mask, KEPT_SIDE, what="mask")
+    source = read_upload(picture, KEPT_SIDE)
+    if source is not None and painted is not None:
+        painted = painted.convert("L").resize(source.size)
+    source = source if source is None else source.convert("RGB")
+    return forms.picture_request(
+        task or ("inpaint" if mask and first != "edit" else first), values, can, source, painted
+    )
+
+
+def _describe(parts: Parts) -> Callable[..., Iterator[str]]:
+    def describe(request: gr.Request, picture: FileData, question: str | None = None) -> str:
+        """Answers a question about a picture, or describes it."""
+        try:
+            asked = describe_request(picture, question)
+            for now in parts.orders.run(asked, CancelToken(), reads=parts.reads(request)):
+                if now.state == "done":
+                    yield now.text
+        except UserError as error:
+            raise _said(error) from None
+
+    return describe
+
+
+def _say(parts: Parts) -> Callable[..., Iterator[tuple[str, list[FileData], dict]]]:
+    def say(
+        request: gr.Request, words: str, picture: FileData | None = None, new: bool = False
+    ) -> tuple[str, list[FileData], dict]:
+        """A turn of this client's conversation; new: begins another one. Returns words and pictures of the reply."""
+        visit = parts.visits.of_session(request.session_hash)
+        if new:
+            visit.new_conversation()
+        try:
+            for now in take_turn(parts.orders, visit, words, picture, reads=parts.reads(request)):
+                progress = now.progress
+                files = [_file(path) for path in progress.files]
+                yield progress.text, files, {"notices": list(progress.notices), "state": progress.state}
+        except UserError as error:
+            raise _said(error) from None
+
+    return say
+
+
+def _pictures(parts: Parts, make: Callable[[], Request], request: gr.Request) -> Iterator[tuple[list[FileData], dict]]:
+    """Runs a drawing; its files are removed when Gradio has copied them."""
+    token, last = CancelToken(), Progress(count=0)
+    try:
+        for last in parts.orders.run(make(), token, reads=parts.reads(request)):
+            settings = [kept.settings for kept in last.kept]
+            files = [_file(path) for path in last.files]
+            yield files, {"settings": settings, "notices": list(last.notices), "state": last.state}
+    except UserError as error:
+        raise _said(error) from None
+    finally:
+        token.cancel()
+        for path in last.files:
+            Path(path).unlink(missing_ok=True)
+
+
+def _file(path: str) -> Any:
+    """A file as Gradio sends it."""
+    return FileData(path=path, orig_name=Path(path).name, mime_type="image/png").model_dump()
+
+
+def _said(error: UserError) -> gr.Error:
+    return gr.Error(str(error), print_exception=False)
