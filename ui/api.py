@@ -3,11 +3,15 @@
 Design choices
 - Parameters that are left out are the model's own defaults.
 - Pictures come as uploads (gradio_client's `handle_file`) and go as PNG files with their settings.
-- Gradio reads the types of parameters and answers, which must be types and no texts, so `annotations` of the future is
-  not imported here.
+- Gradio takes the type of an answer from the annotation of what is returned, which for a generator is that of one
+  answer: `_answering` sets it.
 - A call's answer that nobody reads is not worked on: the call is stopped when its stream is closed.
 """
 
+from __future__ import annotations
+
+import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +27,13 @@ from mm.ui import forms
 from mm.ui.describe_tab import describe_request
 from mm.ui.limits import KEPT_SIDE, MAX_ORDERS
 from mm.ui.orders import Progress
-from mm.ui.parts import Parts
+from mm.ui.parts import UNEXPECTED, Parts
 from mm.ui.talk import say as take_turn
 from mm.ui.uploads import read_upload
 
 _LANE: dict[str, Any] = {"concurrency_id": "orders", "concurrency_limit": MAX_ORDERS}
+Pictures = tuple[list[FileData], dict]
+Reply = tuple[str, list[FileData], dict]
 _PICTURE_TASKS = {"edit", "image_to_image", "inpaint"}
 
 
@@ -44,7 +50,13 @@ def add_calls(parts: Parts) -> None:
         gr.api(_say(parts), api_name="say", **_LANE)
 
 
-def _draw(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
+def _answering(call: Any, kind: Any) -> Any:
+    """The generator `call`, annotated with the type of one answer."""
+    call.__annotations__["return"] = kind
+    return call
+
+
+def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
     can = parts.engine.capabilities
 
     def draw(
@@ -59,7 +71,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
         width: int | None = None,
         height: int | None = None,
         scheduler: str | None = None,
-    ) -> tuple[list[FileData], dict]:
+    ) -> Iterator[Pictures]:
         """Draws pictures from a prompt; what is left out is the model's default.
 
         Returns the files so far, and "settings" of each, "notices" and the "state".
@@ -70,10 +82,10 @@ def _draw(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
         }  # fmt: skip
         yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
 
-    return draw
+    return _answering(draw, Pictures)
 
 
-def _edit(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
+def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
     can = parts.engine.capabilities
 
     def edit(
@@ -91,7 +103,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
         image_guidance: float | None = None,
         strength: float | None = None,
         scheduler: str | None = None,
-    ) -> tuple[list[FileData], dict]:
+    ) -> Iterator[Pictures]:
         """Draws from a picture. task: edit, image_to_image or inpaint; left out, the model's first of these.
 
         prompt: the instruction, or what is drawn. mask: a picture that is white where it may change.
@@ -102,7 +114,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[tuple[list[FileData], dict]]]:
         }  # fmt: skip
         yield from _pictures(parts, lambda: _edit_request(can, task, values, picture, mask), request)
 
-    return edit
+    return _answering(edit, Pictures)
 
 
 def _edit_request(can: Capabilities, task: str | None, values: dict[str, Any], picture: object, mask: object) -> Any:
@@ -119,48 +131,41 @@ def _edit_request(can: Capabilities, task: str | None, values: dict[str, Any], p
 
 
 def _describe(parts: Parts) -> Callable[..., Iterator[str]]:
-    def describe(request: gr.Request, picture: FileData, question: str | None = None) -> str:
+    def describe(request: gr.Request, picture: FileData, question: str | None = None) -> Iterator[str]:
         """Answers a question about a picture, or describes it."""
-        try:
+        with _errors():
             asked = describe_request(picture, question)
             for now in parts.orders.run(asked, CancelToken(), reads=parts.reads(request)):
                 if now.state == "done":
                     yield now.text
-        except UserError as error:
-            raise _said(error) from None
 
-    return describe
+    return _answering(describe, str)
 
 
-def _say(parts: Parts) -> Callable[..., Iterator[tuple[str, list[FileData], dict]]]:
-    def say(
-        request: gr.Request, words: str, picture: FileData | None = None, new: bool = False
-    ) -> tuple[str, list[FileData], dict]:
+def _say(parts: Parts) -> Callable[..., Iterator[Reply]]:
+    def say(request: gr.Request, words: str, picture: FileData | None = None, new: bool = False) -> Iterator[Reply]:
         """A turn of this client's conversation; new: begins another one. Returns words and pictures of the reply."""
         visit = parts.visits.of_session(request.session_hash)
         if new:
             visit.new_conversation()
-        try:
+        with _errors():
             for now in take_turn(parts.orders, visit, words, picture, reads=parts.reads(request)):
                 progress = now.progress
                 files = [_file(path) for path in progress.files]
                 yield progress.text, files, {"notices": list(progress.notices), "state": progress.state}
-        except UserError as error:
-            raise _said(error) from None
 
-    return say
+    return _answering(say, Reply)
 
 
-def _pictures(parts: Parts, make: Callable[[], Request], request: gr.Request) -> Iterator[tuple[list[FileData], dict]]:
+def _pictures(parts: Parts, make: Callable[[], Request], request: gr.Request) -> Iterator[Pictures]:
     """Runs a drawing; its files are removed when Gradio has copied them."""
     token, last = CancelToken(), Progress(count=0)
     try:
-        for last in parts.orders.run(make(), token, reads=parts.reads(request)):
-            settings = [kept.settings for kept in last.kept]
-            files = [_file(path) for path in last.files]
-            yield files, {"settings": settings, "notices": list(last.notices), "state": last.state}
-    except UserError as error:
-        raise _said(error) from None
+        with _errors():
+            for last in parts.orders.run(make(), token, reads=parts.reads(request)):
+                settings = [kept.settings for kept in last.kept]
+                files = [_file(path) for path in last.files]
+                yield files, {"settings": settings, "notices": list(last.notices), "state": last.state}
     finally:
         token.cancel()
         for path in last.files:
@@ -172,5 +177,13 @@ def _file(path: str) -> Any:
     return FileData(path=path, orig_name=Path(path).name, mime_type="image/png").model_dump()
 
 
-def _said(error: UserError) -> gr.Error:
-    return gr.Error(str(error), print_exception=False)
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Sends a UserError's line to the client; of any other error, that there was one."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+    except Exception as error:
+        traceback.print_exc()
+        raise gr.Error(UNEXPECTED, print_exception=False) from error

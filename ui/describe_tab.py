@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from mm.core.errors import UserError
 from mm.engine.requests import Describe
 from mm.ui import forms, shown
 from mm.ui.limits import KEPT_SIDE, MAX_PROMPT
-from mm.ui.parts import QUEUED, Parts
+from mm.ui.parts import QUEUED, UNEXPECTED, Parts
 from mm.ui.uploads import read_upload
 from mm.ui.visits import BusyError
 
@@ -59,6 +60,9 @@ class DescribeTab:
             yield [gr.skip(), gr.skip(), gr.update(interactive=True)]
         except UserError as error:
             yield [shown.error(str(error)), "", gr.update(interactive=True)]
+        except Exception:
+            traceback.print_exc()
+            yield [shown.error(UNEXPECTED), "", gr.update(interactive=True)]
         finally:
             visit.end(token)
 

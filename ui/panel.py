@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from mm.core.errors import UserError
 from mm.engine.requests import Request
 from mm.ui import shown, style
 from mm.ui.orders import Progress, keep_all
-from mm.ui.parts import AT_ONCE, Parts
+from mm.ui.parts import AT_ONCE, UNEXPECTED, Parts
 from mm.ui.visits import BusyError, Kept, Visit
 
 GALLERY: dict[str, Any] = {"format": "png", "interactive": False, "show_label": False}
@@ -69,8 +70,8 @@ class Panel:
         except UserError as error:
             yield [shown.error(str(error)), "", gr.skip(), gr.skip(), _FREE, _BUSY]
         except Exception:
-            yield [shown.error(_UNEXPECTED), "", gr.skip(), gr.skip(), _FREE, _BUSY]
-            raise
+            traceback.print_exc()
+            yield [shown.error(UNEXPECTED), "", gr.skip(), gr.skip(), _FREE, _BUSY]
         finally:
             visit.end(token)
 
@@ -104,9 +105,6 @@ def choose(visit: Visit, pictures: list[Kept], event: gr.SelectData) -> str:
     if isinstance(event.index, int) and 0 <= event.index < len(pictures):
         visit.chosen = pictures[event.index].settings
     return shown.details(visit.chosen)
-
-
-_UNEXPECTED = "the model failed; the server's log says why"
 
 
 class _Clock:

@@ -23,6 +23,7 @@ from mm.ui.limits import MAX_ORDERS
 from mm.ui.orders import Orders
 from mm.ui.visits import Visits
 
+UNEXPECTED = "the model failed; the server's terminal says why"
 # Events of buttons: answered at once, not in the API's documentation.
 AT_ONCE: dict[str, Any] = {
     "queue": False,

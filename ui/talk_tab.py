@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import gradio as gr
 from mm.core.errors import UserError
 from mm.ui import shown
 from mm.ui.limits import MAX_PROMPT
-from mm.ui.parts import AT_ONCE, QUEUED, Parts
+from mm.ui.parts import AT_ONCE, QUEUED, UNEXPECTED, Parts
 from mm.ui.talk import say
 from mm.ui.visits import BusyError, Message
 
@@ -82,10 +83,12 @@ class TalkTab:
         except BusyError as error:
             gr.Info(str(error))
             yield [gr.skip()] * 5
-        except UserError as error:
-            chat = as_chat(visit.messages)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            line = str(error) if isinstance(error, UserError) else UNEXPECTED
             again = words if sent else gr.skip()  # what was typed comes back, to be changed and sent again
-            yield [chat, shown.error(str(error)), again, gr.skip(), gr.update(interactive=True)]
+            yield [as_chat(visit.messages), shown.error(line), again, gr.skip(), gr.update(interactive=True)]
 
     def _stop(self, name: str) -> Any:
         return shown.status("stopping") if self.parts.visits.open(name).cancel() else gr.skip()

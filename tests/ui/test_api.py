@@ -296,3 +296,15 @@ def test_a_taken_port_is_an_error_with_advice(app, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no address of this machine"):
         check_address("192.0.2.1", 7860)
     check_address("127.0.0.1", free_port())
+
+
+def test_an_error_of_the_code_is_not_sent(app, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """The client gets a line; the traceback, which may hold paths, stays on the server."""
+
+    def broken(*args, **options):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(type(app[2]), "_work", broken)
+    answer = call(app[0], "draw", "a cat").text
+    assert "the model failed" in answer and "secret" not in answer
+    assert "/secret/path" in capfd.readouterr().err
