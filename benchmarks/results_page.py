@@ -96,10 +96,10 @@ def understand_section(report: dict[str, Any]) -> str:
         [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])] for k, t in report["tasks"].items()
     ]
     rows.append(["**overall**", f"**{report['overall']:.3f}**", "", str(report["n"])])
-    told, true = report["captions"], report["ceiling_captions"]
+    said, true = report["captions"], report["ceiling_captions"]
     text = (
-        f"Descriptions: precision {told['precision']:.3f} (ceiling {true['precision']:.3f}), "
-        f"recall {told['recall']:.3f} ({true['recall']:.3f}). "
+        f"Descriptions: precision {said['precision']:.3f} (ceiling {true['precision']:.3f}), "
+        f"recall {said['recall']:.3f} ({true['recall']:.3f}). "
         f"Share of yes among existence questions: {report['yes_share']:.2f} of .50."
     )
     command = f"`mm eval understand --limit {s['limit']} --seed {s['seed']}`"

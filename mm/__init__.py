@@ -19,6 +19,8 @@ from mm.version import __version__ as __version__
 if TYPE_CHECKING:
     from mm.adapters.formats.reader import read_lora
     from mm.adapters.formats.writer import write_lora
+    from mm.customization.customize import customize
+    from mm.customization.merging.merge import merge
     from mm.engine.loading import load
     from mm.erasure.erase import erase
     from mm.pipelines.image_edit import ImageEditPipeline
@@ -62,9 +64,11 @@ __all__ = [
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
+    "customize",
     "erase",
     "load",
     "load_nunchaku",
+    "merge",
     "quantize",
     "read_lora",
     "read_nunchaku",
@@ -78,9 +82,11 @@ __getattr__ = loader(
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
+        "customize": "customization.customize",
         "erase": "erasure.erase",
         "load": "engine.loading",
         "load_nunchaku": "quantization.integrations.nunchaku",
+        "merge": "customization.merging.merge",
         "quantize": "quantization.quantize",
         "read_lora": "adapters.formats.reader",
         "read_nunchaku": "quantization.integrations.nunchaku",

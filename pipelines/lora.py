@@ -2,7 +2,7 @@
 
 Design choices
 - An adapter is a patch (`mm.adapters.patch`) whose low-rank entries become live branches of the trunk's linears:
-  nothing is injected or wrapped, 16-bit and 4-bit layers take them alike, and removing them restores the trunk bit for
+  nothing is injected or wrapped, 16-bit and 4-bit layers take them, and removing them restores the trunk bit for
   bit. Files of peft, diffusers and kohya are read by `mm.adapters.formats`, with each program's alpha.
 - A load says "N of N tensors applied to M layers" through `Applied`, or raises; nothing is applied in part.
 - How strongly an adapter acts is its weight, whether it is active and the call's own scale, multiplied onto each

@@ -3,7 +3,7 @@
 Design choices
 - The shorter side is scaled to the model's size and the middle is cut out. Borders around the whole picture would be
   read as a background; a picture of the right size comes through unchanged.
-- EXIF rotation is obeyed, and transparency lies on white. What a file may be is checked by `mm.core.pictures`.
+- EXIF rotation is obeyed. What a file may be is checked by `mm.core.pictures`, which also puts transparency on white.
 """
 
 from __future__ import annotations
@@ -15,22 +15,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mm.core.errors import UserError
-from mm.core.pictures import read_picture
+from mm.core.pictures import flattened, read_picture
 
 
 def open_picture(source: Any) -> Image.Image:
     """RGB from a path or a PIL picture of any mode. Raises UserError for what is no picture."""
     try:
         picture = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else read_picture(source)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            clear = picture.convert("RGBA")
-            white = Image.new("RGBA", clear.size, "white")
-            return Image.alpha_composite(white, clear).convert("RGB")
-        if picture.mode in ("I", "I;16", "F"):
-            values = np.asarray(picture, dtype=np.float32)
-            spread = max(float(values.max() - values.min()), 1e-9)
-            picture = Image.fromarray(((values - values.min()) / spread * 255).astype(np.uint8))
-        return picture.convert("RGB")
+        return flattened(picture)
     except UserError:
         raise
     except (OSError, UnidentifiedImageError, ValueError, TypeError, Image.DecompressionBombError) as error:

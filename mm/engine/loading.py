@@ -37,7 +37,7 @@ def load(
     dtype: str = "auto",
     bits: int | None = None,
     offload: Offload = "auto",
-    adapters: Sequence[str | tuple[str, float]] = (),
+    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     base: str | Path | None = None,
 ) -> Engine:
     """Loads a model.
@@ -63,18 +63,19 @@ def load(
     name = str(model)
     choice = _choice(device)
     notes = [f"{choice.device}: {choice.reason}"]
-    if bits in (4, 8):
+    if bits in (4, 8) and not _is_file(model):
         model = _quantized(model, bits)
         notes.append(f"{bits}-bit weights from {model}")
+    elif bits in (4, 8):
+        raise UserError(f"{model} is a single file; quantize its folder, or load it with diffusers and save it first")
     family = None
     if _is_file(model):
         folder: Path | None = None
         kind = _dtype(dtype, None, None, choice)
         pipe = single_file(Path(model), base, kind)
     else:
-        where = resolve_model(model)
-        folder = where if isinstance(where, Path) else None
-        family = family_at(where) if folder is not None else None
+        folder = where = local_folder(model)
+        family = family_at(where)
         kind = _dtype(dtype, folder, family, choice)
         pipe = open_pipeline(where, family, kind)
     family = family or family_of(pipe)
@@ -82,18 +83,28 @@ def load(
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
     notes.append(f"computes in {str(kind).removeprefix('torch.')}")
     notes.append(place(pipe, choice.device, offload))
-    for adapter in adapters:
+    applied = [adapter if isinstance(adapter, tuple) else (adapter, 1.0) for adapter in adapters]
+    for adapter in applied:
         notes.append(attach(pipe, adapter))
     pipes = Pipelines(pipe, family, folder, kind)
     return Engine(
         pipe,
-        capabilities_of(name, pipe, family),
+        capabilities_of(name, pipe, family, folder),
         name=name,
         pipeline_for=pipes.get,
         preview=previewer(pipe, family),
         notes=tuple(note for note in notes if note),
-        facts={"bits": bits} if bits in (4, 8) else {},
+        facts=_facts(bits, applied),
+        own_batches=family is not None and any(":" in name for name in family.pipelines.values()),
     )
+
+
+def _facts(bits: int | None, adapters: Sequence[tuple[str | Path, float]]) -> dict[str, Any]:
+    """Settings of the model that each of its pictures carries."""
+    facts: dict[str, Any] = {"bits": bits} if bits in (4, 8) else {}
+    if adapters:
+        facts["adapters"] = [{"file": str(path), "scale": float(scale)} for path, scale in adapters]
+    return facts
 
 
 def _choice(device: str) -> devices.Choice:
@@ -134,11 +145,33 @@ def _is_file(model: str | Path) -> bool:
     return Path(model).expanduser().is_file()
 
 
+def local_folder(model: str | Path) -> Path:
+    """The folder of a model; one that the hub has is downloaded, or taken from the cache.
+
+    Raises:
+        UserError: where there is no such model, or it can neither be downloaded nor is it in the cache.
+    """
+    where = resolve_model(model)
+    if isinstance(where, Path):
+        return where
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(DiffusionPipeline.download(where, use_safetensors=True))
+    except Exception as error:  # of many types: no network, no such repository, no index of a pipeline
+        why = " ".join(str(error).split())[:300]
+        try:
+            return Path(snapshot_download(where, local_files_only=True))
+        except Exception:
+            raise UserError(f"{where} is neither in the cache nor can it be downloaded: {why}") from error
+
+
 def _quantized(model: str | Path, bits: int) -> Path:
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantized_copy
 
-    return quantized_copy(model, SVDQuantConfig(bits=bits))
+    return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))
 
 
 def attach(pipe: Any, adapter: str | Path | tuple[str | Path, float]) -> str:
@@ -153,5 +186,14 @@ def attach(pipe: Any, adapter: str | Path | tuple[str | Path, float]) -> str:
     if not file.is_file():
         raise UserError(f"there is no adapter file {path}")
     ours = META in read_header(file, "adapter").metadata
-    patch = Patch.load(file) if ours else read_lora(file, pipe, name=file.stem)
-    return f"{file.name}: {patch.apply(pipe, scale)}, scale {scale:g}"
+    patch = Patch.load(file) if ours else read_lora(file, pipe, name=_free_name(pipe, file.stem))
+    layers = patch.apply(pipe, scale).layers
+    return f"{file.name}: {layers} of {layers} layers, scale {scale:g}"
+
+
+def _free_name(pipe: Any, name: str) -> str:
+    """The name, with a number where an adapter of that name is there already."""
+    from mm.adapters.stack import stack_of
+
+    taken = set(stack_of(pipe).names())
+    return next(made for k in range(1, 10_000) if (made := name if k == 1 else f"{name}-{k}") not in taken)

@@ -19,21 +19,21 @@ from torch import nn
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.erasure.alignment import matched
-from mm.erasure.concepts import Concept, Contexts, PlainContexts, parse
+from mm.erasure.concepts import Concept, Contexts, contexts_of, parse
 from mm.erasure.features import record
+from mm.erasure.margin import margins
 from mm.erasure.methods.protocol import Job
 from mm.erasure.methods.registry import method_of
-from mm.erasure.names import COMMON_NAMES
 from mm.erasure.neighbours import Neighbours
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
-from mm.families import family_of
-from mm.families.family import resolve
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import roots_of
 
+DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
+FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
 
 
@@ -44,7 +44,7 @@ def erase(
     *,
     anchors: str | Sequence[str] | None = None,
     retain: str | Sequence[str] = "auto",
-    method: str = "rece",
+    method: str = DEFAULT,
     strength: float = 1.0,
     sites: Sequence[str] = (),
     contexts: Contexts | None = None,
@@ -95,20 +95,16 @@ def erase(
     )  # fmt: skip
     made = maker.make(job)
     report = {
-        "targets": [str(c) for c in concepts], "anchors": placed, "retained": kept, "prompts": count,
+        "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
+        "anchors": placed, "retained": kept, "prompts": count,
         "layers": list(made.entries), "seconds": round(time.monotonic() - started, 2), **made.report,
+        **margins(job, made.entries),
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(
         entries=made.entries, method=method, base=_base(pipe, layers), name=name, report=report,
         settings={"strength": strength, **chosen},
     )  # fmt: skip
-
-
-def contexts_of(pipe: Any) -> Contexts:
-    """The contexts that a pipeline's family brings, or plain English."""
-    family = family_of(pipe)
-    return resolve(family.contexts)() if family is not None and family.contexts else PlainContexts(COMMON_NAMES)
 
 
 def effective(layer: nn.Linear) -> torch.Tensor:
@@ -186,7 +182,7 @@ def _features(
     anchors: dict[str, str], kept: Sequence[str],
 ) -> tuple[dict[str, Features], list[list[str]], int]:  # fmt: skip
     """Features of each group of layers, from all contexts."""
-    each = max(24, PAIRS // len(concepts))
+    each = max(FEWEST, PAIRS // len(concepts))
     pairs = [pair for c in concepts for pair in contexts.pairs(c, anchors[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])

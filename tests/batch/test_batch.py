@@ -268,7 +268,7 @@ def test_stop_is_asked_while_rows_are_read(tmp_path, counting):
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("dry", [True, False])
 def test_one_signal_ends_a_run_that_reads_rows(tmp_path, kind, code, dry):
-    """A dry run of many rows, and a real one that looks for what is there."""
+    """A dry run of many rows, and a real one that checks what is there."""
     jobs = tmp_path / "j"
     jobs.write_text("".join(json.dumps(row(f"r{k}")) + "\n" for k in range(100_000)))
     command = [sys.executable, "-m", "mm", "batch", str(jobs), "-o", str(tmp_path / "out")]
