@@ -103,6 +103,8 @@ def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         image_guidance: float | None = None,
         strength: float | None = None,
         scheduler: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
     ) -> Iterator[Pictures]:
         """Draws from a picture. task: edit, image_to_image or inpaint; left out, the model's first of these.
 
@@ -111,6 +113,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
             "negative": negative, "image_guidance": image_guidance, "strength": strength, "scheduler": scheduler,
+            "width": width, "height": height,
         }  # fmt: skip
         yield from _pictures(parts, lambda: _edit_request(can, task, values, picture, mask), request)
 

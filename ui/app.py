@@ -32,6 +32,7 @@ from mm.ui.orders import Orders
 from mm.ui.parts import AT_ONCE, Parts
 from mm.ui.picture_tab import WAYS, PictureTab
 from mm.ui.ports import taken
+from mm.ui.public import for_page
 from mm.ui.talk_tab import TalkTab
 
 EXAMPLES = (
@@ -135,7 +136,7 @@ def launch(
     Raises:
         UserError: where the port is taken.
     """
-    parts = Parts(orders=Orders(engine, folder or Path(tempfile.mkdtemp(prefix="mm-ui-"))))
+    parts = Parts(orders=Orders(for_page(engine), folder or Path(tempfile.mkdtemp(prefix="mm-ui-"))))
     page = build(parts, adapters)
     guard = Middleware(Guard, readers=parts.readers)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -12,11 +13,12 @@ from mm.core.errors import UserError
 from mm.core.safe_json import parse_json
 from mm.engine.capabilities import Capabilities
 from mm.engine.requests import MAX_GUIDANCE, MAX_STEPS, Draw
-from mm.engine.settings import request_of
+from mm.engine.settings import Again, drawn_again
 from mm.ui import forms, shown, style
 from mm.ui.limits import MAX_COUNT, MAX_PROMPT
 from mm.ui.panel import GALLERY, Panel, choose
 from mm.ui.parts import AT_ONCE, QUEUED, Parts
+from mm.ui.public import last_part
 from mm.ui.uploads import settings_of_upload
 
 Fields = dict[str, Any]  # name of a request's field -> its component
@@ -42,8 +44,10 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
                 )
     if can.modes:
         fields["mode"] = gr.Radio(list(can.modes), value=can.modes[0], label="Mode")
-    if can.negative:
-        fields["negative"] = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT, lines=1)
+    if can.negative and not can.negative_needs:
+        fields["negative"] = gr.Textbox(
+            label="Negative prompt", placeholder=can.negative_default or None, max_length=MAX_PROMPT, lines=1
+        )
     if len(can.schedulers) > 1:
         names = [("the model's own", ""), *((name, name) for name in can.schedulers)]
         fields["scheduler"] = gr.Dropdown(names, value="", label="Scheduler")
@@ -146,13 +150,17 @@ class DrawTab:
 
     def _filled(self, settings: dict[str, Any]) -> list[Any]:
         """Values of the fields by the settings of a picture, and a line that says what they are."""
+        if settings.get("strength") is not None:
+            return [*self.unchanged(), shown.error("the picture was drawn from another one; give that one, too")]
         try:
-            asked = request_of(settings, self.can)
+            again = drawn_again(settings, self.can)
         except UserError as error:
             return [*self.unchanged(), shown.error(str(error))]
-        model = settings.get("model")
-        other = [f"it was drawn with {model}"] if isinstance(model, str) and model != self.can.model else []
-        return [*self._values(asked), shown.status("the settings are filled in; press Draw", other)]
+        notes, model = list(again.notes), settings.get("model")
+        if isinstance(model, str) and last_part(model) != self.can.model:
+            notes.append(f"it was drawn with {last_part(model)}")
+        request = again.request if again.keep is None else _alone(again)
+        return [*self._values(request), shown.status("the settings are filled in; press Draw", notes)]
 
     def _values(self, asked: Draw) -> list[Any]:
         size = asked.size or self.can.size
@@ -176,6 +184,12 @@ class DrawTab:
         if not isinstance(values, list) or len(values) != len(self.fields) + 1 or values[0] != self.can.model:
             return self.unchanged()
         return [_same_kind(field, value) for field, value in zip(self.fields.values(), values[1:], strict=True)]
+
+
+def _alone(again: Again) -> Draw:
+    """One picture of a call: the page draws each picture in a call of its own."""
+    seed = (again.request.seed or 0) + (again.keep or 0)
+    return replace(again.request, seed=seed, count=1, batch_size=1)
 
 
 def _same_kind(field: Any, value: Any) -> Any:

@@ -137,9 +137,14 @@ def picture_request(
     negative = words("negative", values.get("negative"), empty=True) or None
     if task == "edit":
         return Edit(
-            image=picture, instruction=words("instruction", values.get("prompt")), negative=negative, mask=mask,
-            image_guidance=number("image_guidance", values.get("image_guidance")), **_sampling(values),
-        )  # fmt: skip
+            image=picture,
+            instruction=words("instruction", values.get("prompt")),
+            negative=negative,
+            mask=mask,
+            image_guidance=number("image_guidance", values.get("image_guidance")),
+            size=size(values.get("width"), values.get("height"), can),
+            **_sampling(values),
+        )
     if task == "inpaint" and mask is None:
         raise UserError("nothing is painted; paint over the part that is to be drawn anew")
     return Draw(

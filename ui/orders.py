@@ -27,8 +27,10 @@ from mm.core.errors import UserError
 from mm.core.png_settings import save_png
 from mm.engine.engine import Engine
 from mm.engine.events import CancelToken, Done, Event, Notice, Picture, Preview, Step, Words
-from mm.engine.requests import Describe, Request
+from mm.engine.requests import Draw, Request
+from mm.engine.variants import variants
 from mm.ui.limits import MAX_ORDERS, STATUS_SECONDS
+from mm.ui.public import settings_for_page
 from mm.ui.visits import Kept, Visit
 
 _TICK = 0.1  # seconds between two looks at the cancel token and the reader
@@ -102,7 +104,7 @@ class Orders:
 
     def _start(self, request: Request, token: CancelToken) -> queue.SimpleQueue[Event | BaseException]:
         """Begins a run in a thread; its events, and at the end `Done` or an exception."""
-        self.engine.capabilities.check(request)
+        begun = self._begun(request, token)
         with self._lock:
             if self.active >= MAX_ORDERS:
                 raise UserError(f"{MAX_ORDERS} orders are running or waiting; try again in a minute")
@@ -111,7 +113,7 @@ class Orders:
 
         def read() -> None:
             try:
-                for event in self.engine.run(request, token, previews=not isinstance(request, Describe)):
+                for event in begun:
                     events.put(event)
             except BaseException as error:
                 events.put(error)
@@ -121,6 +123,12 @@ class Orders:
 
         threading.Thread(target=read, name="mm-order", daemon=True).start()
         return events
+
+    def _begun(self, request: Request, token: CancelToken) -> Iterator[Event]:
+        """The events of a checked request; wildcards in its prompt are chosen as the command does."""
+        if isinstance(request, Draw):
+            return self.engine.run_all(variants(request), token, previews=True)
+        return self.engine.run(request, token, previews=True)
 
     def _progress(
         self, events: queue.SimpleQueue[Event | BaseException], now: Progress, token: CancelToken,
@@ -150,7 +158,8 @@ class Orders:
         if isinstance(event, Preview):
             return replace(now, preview=event.picture)
         if isinstance(event, Picture):
-            kept = Kept(self.keep(event.picture, event.settings), event.settings)
+            settings = settings_for_page(event.settings)
+            kept = Kept(self.keep(event.picture, settings), settings)
             return replace(now, state="running", kept=(*now.kept, kept), step=0, preview=None)
         if isinstance(event, Words):
             return replace(now, state="running", text=now.text + event.text)

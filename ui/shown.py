@@ -16,8 +16,8 @@ from PIL import Image
 from mm.ui.orders import Progress
 
 _SHOWN = (
-    "seed", "steps", "guidance", "image_guidance", "strength", "mode", "scheduler", "width", "height", "negative",
-    "bits", "model",
+    "seed", "steps", "guidance", "image_guidance", "strength", "mode", "scheduler", "width", "height",
+    "negative_prompt", "bits", "model",
 )  # fmt: skip
 _MOST_NOTICES = 5
 

@@ -304,7 +304,7 @@ def test_an_error_of_the_code_is_not_sent(app, monkeypatch: pytest.MonkeyPatch, 
     def broken(*args, **options):
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(type(app[2]), "_work", broken)
+    monkeypatch.setattr(type(app[2]), "_events", broken)
     answer = call(app[0], "draw", "a cat").text
     assert "the model failed" in answer and "secret" not in answer
     assert "/secret/path" in capfd.readouterr().err

@@ -14,7 +14,7 @@ from tiny_pipelines import PIPELINES, SIDE, tiny_pipeline_of
 
 import mm
 
-QUICK = ("flux", "stable-diffusion-3", "stable-diffusion-xl")
+QUICK = ("flux", "stable-diffusion-xl")
 NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(PIPELINES) - set(QUICK)))]
 
 

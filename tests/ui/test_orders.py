@@ -15,9 +15,11 @@ import mm
 from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
 from mm.engine.events import CancelToken
+from mm.engine.prompts import expand
 from mm.engine.requests import Draw
 from mm.ui.guard import Readers, trim
 from mm.ui.orders import Orders, keep_all
+from mm.ui.public import for_page, settings_for_page, without_folders
 from mm.ui.visits import BusyError, Visit, Visits
 
 
@@ -52,25 +54,23 @@ def test_pictures_are_those_of_the_engine_and_carry_their_settings(orders: Order
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(wanted))
 
 
-def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(orders: Orders) -> None:
-    token, steps = CancelToken(), []
-    engine_run = orders.engine.run
+def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, late = CancelToken(), []
+    inner = type(orders.engine)._events
 
-    def counted(*args, **options):
-        for event in engine_run(*args, **options):
-            if type(event).__name__ == "Step" and token.cancelled:
-                steps.append(event)
+    def counted(self, work, token):
+        for event in inner(self, work, token):
+            late.extend([event] * (type(event).__name__ == "Step" and token.cancelled))
             yield event
 
-    orders.engine.run = counted
-    try:
-        for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=30), token):
-            if len(now.kept) == 1:
-                token.cancel()
-    finally:
-        del orders.engine.run
+    monkeypatch.setattr(type(orders.engine), "_events", counted)
+    for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=30), token):
+        if len(now.kept) == 1:
+            token.cancel()
     assert (now.state, len(now.kept)) == ("cancelled", 1)
-    assert len(steps) <= 1
+    assert len(late) <= 1
     assert len(list(orders.folder.iterdir())) == 1
 
 
@@ -126,6 +126,22 @@ def test_too_many_orders_are_refused(orders: Orders, monkeypatch: pytest.MonkeyP
     run.close()
     idle(orders)
     assert list(orders.run(Draw(prompt="a cat", steps=1), CancelToken()))[-1].state == "done"
+
+
+def test_wildcards_are_chosen_as_the_command_does(orders: Orders) -> None:
+    last = list(orders.run(Draw(prompt="a {cat|dog|owl|fox}", seed=3, count=6, steps=1), CancelToken()))[-1]
+    prompts = [kept.settings["prompt"] for kept in last.kept]
+    assert prompts == [expand("a {cat|dog|owl|fox}", 3 + k) for k in range(6)] and len(set(prompts)) > 1
+
+
+def test_folders_of_the_server_are_not_shown(orders: Orders) -> None:
+    view = for_page(orders.engine)
+    assert "/" not in view.name and view.capabilities.model == view.name and view._turn is orders.engine._turn
+    assert without_folders("4-bit weights from /home/me/.cache/mm/a-4.b: 3 of 3") == "4-bit weights from a-4.b: 3 of 3"
+    assert without_folders("see https://a.example/b/c and 16/32 GiB") == "see https://a.example/b/c and 16/32 GiB"
+    assert settings_for_page({"adapters": [{"file": "/x/y/z.safetensors", "scale": 1}]})["adapters"] == [
+        {"file": "z.safetensors", "scale": 1}
+    ]
 
 
 def test_warnings_come_once_and_errors_are_raised(orders: Orders) -> None:

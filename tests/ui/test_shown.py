@@ -25,7 +25,9 @@ def test_every_text_is_escaped() -> None:
         shown.status(BAD, [BAD]),
         shown.error(BAD),
         shown.progress(Progress(count=1, notices=(BAD,), state="running")),
-        shown.details({"prompt": BAD, "negative": BAD, "mode": BAD, "adapters": [BAD, {"name": BAD, "scale": 1}]}),
+        shown.details(
+            {"prompt": BAD, "negative_prompt": BAD, "mode": BAD, "adapters": [BAD, {"name": BAD, "scale": 1}]}
+        ),
         shown.heading(BAD, [(BAD, 0.5)], [BAD]),
     ]
     for piece in pieces:

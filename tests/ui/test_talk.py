@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import says
+from tiny import says, says_in_order
 from tiny_page import png, save_reader
 
 import mm
@@ -80,12 +80,11 @@ def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
 
 
 def test_a_new_conversation_frees_a_running_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+    says_in_order(monkeypatch, {"draw": ["<image>"]}, ["yes", "<end>"])
     visit = Visit("a")
-    has_said(orders, monkeypatch, "<image>")
     turn = say(orders, visit, "draw a cat", None)
     next(turn)
     visit.new_conversation()
-    has_said(orders, monkeypatch, "yes", "<end>")
     assert [m["text"] for m in list(say(orders, visit, "hello", None))[-1].messages] == ["hello", "yes"]
     with pytest.raises(UserError, match="stopped"):
         list(turn)
