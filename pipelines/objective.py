@@ -10,8 +10,8 @@ Legend: B pictures, C channels, H x W latents, S side of the pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class TrunkObjective(FlowObjective):
     parts = ("trunk", "velocity_decoder")
     skipped = (r"text_layers\.\d+\.(?:attn|ff)\..*",)
     open_vocabulary = False
+    training: ClassVar[Mapping[str, Any]] = {"steps": 120, "learning_rate": 1e-3, "preview_every": 40, "patience": 3}
     mean, spread = 0.3, 1.0
     high_share, high_from = 0.15, 0.85
 

@@ -15,7 +15,7 @@ class TrainingConfig:
         steps: at most so many.
         batch_size: pictures a step.
         learning_rate: of layers.
-        row_rate: of rows of embeddings.
+        row_rate: of rows of embeddings, as a share of the rows' standard deviation.
         warmup: steps in which the rates rise linearly; over the last half they fall to a tenth (cosine).
         preserve: weight of the preservation against the frozen base; 0 leaves it out.
         preserve_batch: unrelated prompts a step.
@@ -28,17 +28,17 @@ class TrainingConfig:
         size: side of the training pictures in pixels; None takes the family's.
     """
 
-    steps: int = 400
+    steps: int = 800
     batch_size: int = 4
-    learning_rate: float = 1e-3
-    row_rate: float = 1e-2
+    learning_rate: float = 1e-4
+    row_rate: float = 0.07
     warmup: int = 10
-    preserve: float = 1.0
-    preserve_batch: int = 4
+    preserve: float = 2.0
+    preserve_batch: int = 2
     weight_decay: float = 1e-4
     clip: float = 1.0
     seed: int = 0
-    preview_every: int = 50
+    preview_every: int = 100
     patience: int = 4
     save_every: int = 25
     size: int | None = None

@@ -81,14 +81,13 @@ class Training:
         self.identity = identity
         self.progress = Progress()
         rows = learner.rows()
+        plain = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         groups = [
-            {"params": [p for n, p in self.parameters.items() if (n in rows) == own], "lr": rate, "weight_decay": decay}
-            for own, rate, decay in (
-                (False, config.learning_rate, config.weight_decay), (True, config.row_rate, 0.0)
-            )
-        ]  # fmt: skip
-        self.rates = [g["lr"] for g in groups if g["params"]]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99))
+            {"params": [value]} | ({"lr": config.row_rate * rows[name], "weight_decay": 0.0} if name in rows else plain)
+            for name, value in self.parameters.items()
+        ]
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), foreach=False)
         self.best = self._copy()
         self._conditions: dict[str, Any] = {}
         self._base_scores: tuple[Tensor, Tensor] | None = None

@@ -11,8 +11,8 @@ Legend: B pictures, C channels, H x W latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,14 @@ class Objective(ABC):
         side: of the training pictures, in pixels.
         parts: components whose linear layers take adapters.
         skipped: patterns over the paths of layers that take none.
+        training: values of `TrainingConfig` that suit the family.
         open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
     """
 
     parts: tuple[str, ...] = ("transformer",)
     skipped: tuple[str, ...] = ()
     open_vocabulary = True
+    training: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipe: Any, side: int) -> None:
         self.pipe, self.side = pipe, side
