@@ -18,7 +18,8 @@ class TrainingConfig:
         row_rate: of rows of embeddings, as a share of the rows' standard deviation.
         warmup: steps in which the rates rise linearly; over the last half they fall to a tenth (cosine).
         preserve: weight of the preservation against the frozen base; 0 leaves it out.
-        preserve_batch: unrelated prompts a step.
+        preserve_batch: unrelated prompts at once.
+        preserve_every: steps between two times that they are held to the base.
         weight_decay: decoupled.
         clip: largest norm of the gradient.
         seed: of starting values, noise and order.
@@ -35,6 +36,7 @@ class TrainingConfig:
     warmup: int = 10
     preserve: float = 2.0
     preserve_batch: int = 2
+    preserve_every: int = 2
     weight_decay: float = 1e-4
     clip: float = 1.0
     seed: int = 0
@@ -44,7 +46,15 @@ class TrainingConfig:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "preserve_batch", "preview_every", "patience", "save_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "preserve_batch",
+            "preserve_every",
+            "preview_every",
+            "patience",
+            "save_every",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
         for name in ("learning_rate", "row_rate", "clip"):

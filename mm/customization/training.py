@@ -128,7 +128,8 @@ class Training:
             )
         loss.backward()
         self.progress.losses.append(value)
-        self.progress.preserved.append(self._preserve(step) if self.prompts and self.config.preserve else 0.0)
+        held = self.prompts and self.config.preserve and self.progress.step % self.config.preserve_every == 0
+        self.progress.preserved.append(self._preserve(step) if held else (self.progress.preserved or [0.0])[-1])
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimizer.step()
         self.progress.step += 1
@@ -157,7 +158,7 @@ class Training:
         given = self.objective.predict(noisy, level_B, self.objective.encode_prompts(words))
         loss = weighted_mse(given, wanted, None).mean()
         if loss.requires_grad:
-            (self.config.preserve * loss).backward()
+            (self.config.preserve * self.config.preserve_every * loss).backward()
         return float(loss.detach())
 
     def _factor(self) -> float:
