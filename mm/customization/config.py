@@ -20,6 +20,8 @@ class TrainingConfig:
         preserve: weight of the preservation against the frozen base; 0 leaves it out.
         preserve_batch: unrelated prompts at once.
         preserve_every: steps between two times that they are held to the base.
+        caption_dropout: share of pictures that are learned without their caption, where the noise leaves them visible.
+            Guidance compares with the empty prompt, whose prediction has to know the subject when it sees it.
         weight_decay: decoupled.
         clip: largest norm of the gradient.
         seed: of starting values, noise and order.
@@ -37,6 +39,7 @@ class TrainingConfig:
     preserve: float = 2.0
     preserve_batch: int = 2
     preserve_every: int = 2
+    caption_dropout: float = 0.25
     weight_decay: float = 1e-4
     clip: float = 1.0
     seed: int = 0
@@ -63,5 +66,7 @@ class TrainingConfig:
         for name in ("preserve", "weight_decay", "warmup"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout is {self.caption_dropout}; give 0 or more, below 1")
         if self.size is not None and self.size < 8:
             raise UserError(f"size is {self.size}; give 8 pixels or more")

@@ -96,6 +96,7 @@ def customize(
         batches = Batches(
             objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(prompts),
             preserve_batch=config.preserve_batch,
+            dropout=config.caption_dropout,
         )  # fmt: skip
         base = base_hash(objective.modules()[objective.parts[0]])
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, prompts)
@@ -185,7 +186,7 @@ def _preserved(
     family = family_of(pipe)
     own = family.calibration_prompts(PRESERVED) if family is not None else []
     classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
-    return list(dict.fromkeys([*own, *(classes if noun else []), ""]))
+    return list(dict.fromkeys([*own, *(classes if noun else [])]))
 
 
 def _identity(

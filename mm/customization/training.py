@@ -140,7 +140,9 @@ class Training:
         clean, noise, level_B = self._moved(self.batches.latents[chosen], step.noise, step.level_B)
         mask = None if self.batches.masks is None else self.batches.masks[chosen].to(clean.device)
         self.learner.before_step(step.chosen)
-        condition = self.objective.encode_prompts(self.learner.captions(step.chosen))
+        captions = self.learner.captions(step.chosen)
+        captions = ["" if bare else caption for bare, caption in zip(step.bare, captions, strict=True)]
+        condition = self.objective.encode_prompts(captions)
         noisy = self.objective.noised(clean, noise, level_B)
         prediction = self.objective.predict(noisy, level_B, condition)
         loss = weighted_mse(prediction, self.objective.target(clean, noise, level_B), mask).mean()

@@ -70,7 +70,7 @@ class Detex:
     """Rows alone, as Textual Inversion, with the pictures' own attributes set apart."""
 
     name = "detex"
-    defaults: Mapping[str, Any] = {"row_rate": 0.15, "preserve": 0.0, "learning_rate": 1e-3}
+    defaults: Mapping[str, Any] = {"row_rate": 0.15, "preserve": 0.0, "caption_dropout": 0.0, "learning_rate": 1e-3}
 
     def begin(self, job: Job) -> Learner:
         """The rows and the mappers."""

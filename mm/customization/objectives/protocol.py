@@ -67,6 +67,14 @@ class Objective(ABC):
         """Noise levels (count,) spread evenly, for scores."""
 
     @abstractmethod
+    def strength(self, level_B: Tensor) -> Tensor:
+        """Noise levels as a share of the highest."""
+
+    @abstractmethod
+    def louder(self, level_B: Tensor) -> Tensor:
+        """Noise levels brought into the upper half, where the prompt decides more than the picture."""
+
+    @abstractmethod
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         """Latents at a noise level."""
 
@@ -119,6 +127,12 @@ class FlowObjective(Objective):
     def fixed_levels(self, count: int) -> Tensor:
         return (torch.arange(count) + 0.5) / count
 
+    def strength(self, level_B: Tensor) -> Tensor:
+        return level_B
+
+    def louder(self, level_B: Tensor) -> Tensor:
+        return 0.5 + level_B / 2
+
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         level = level_B.view(-1, *[1] * (clean.ndim - 1))
         return (1 - level) * clean + level * noise
@@ -148,6 +162,12 @@ class DiffusionObjective(Objective):
 
     def fixed_levels(self, count: int) -> Tensor:
         return ((torch.arange(count) + 0.5) / count * len(self._alphas)).long()
+
+    def strength(self, level_B: Tensor) -> Tensor:
+        return level_B.float() / len(self._alphas)
+
+    def louder(self, level_B: Tensor) -> Tensor:
+        return (len(self._alphas) + level_B) // 2
 
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         signal = self._signal_B(level_B).view(-1, 1, 1, 1)
