@@ -26,7 +26,9 @@ class TrunkObjective(FlowObjective):
     parts = ("trunk", "velocity_decoder")
     skipped = (r"text_layers\.\d+\.(?:attn|ff)\..*",)
     open_vocabulary = False
-    training: ClassVar[Mapping[str, Any]] = {"steps": 120, "learning_rate": 1e-3, "preview_every": 40, "patience": 3}
+    training: ClassVar[Mapping[str, Any]] = {
+        "steps": 300, "batch_size": 2, "preserve_batch": 1, "learning_rate": 1e-3, "preview_every": 100, "patience": 3,
+    }  # fmt: skip
     mean, spread = 0.3, 1.0
     high_share, high_from = 0.15, 0.85
 
