@@ -151,7 +151,7 @@ def edit(
 
 @app.command("customize", epilog="Example: mm eval customize --subject panda --json runs/customize.json")
 def customize_(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
     method: Annotated[str, typer.Option(help="A method of customization, or zero-shot.")] = "auto",
     subject: Annotated[list[str] | None, typer.Option(help="Held-out objects; default: all eight.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
