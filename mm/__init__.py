@@ -19,6 +19,7 @@ from mm.version import __version__ as __version__
 if TYPE_CHECKING:
     from mm.adapters.formats.reader import read_lora
     from mm.adapters.formats.writer import write_lora
+    from mm.adapters.patch import Patch
     from mm.customization.customize import customize
     from mm.customization.merging.merge import merge
     from mm.engine.loading import load
@@ -67,6 +68,7 @@ register_adapters()
 __all__ = [
     "ImageEditPipeline",
     "InterleavedPipeline",
+    "Patch",
     "SVDQuantConfig",
     "TextToImagePipeline",
     "UnderstandingPipeline",
@@ -85,6 +87,7 @@ __getattr__ = loader(
     "mm",
     {
         "ImageEditPipeline": "pipelines.image_edit",
+        "Patch": "adapters.patch",
         "InterleavedPipeline": "pipelines.interleaved",
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
