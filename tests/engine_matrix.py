@@ -31,6 +31,7 @@ from mm.quantization.folders import quantize_folder
 BOUND = 2  # of 255, between batch sizes
 NO_TEXT = "the model only changes pictures"
 NO_PICTURE = "diffusers has no such pipeline for the family"
+NO_WEIGHTS = "needs other weights of the family, made for this task"
 NO_LORA = "no linear layer of the denoiser is wide enough"
 
 
@@ -200,7 +201,8 @@ def inpaint(model: Model) -> str | None:
 def edit(model: Model) -> str | None:
     """A picture changed by an instruction."""
     if "edit" not in model.engine.capabilities.tasks:
-        return NO_PICTURE
+        family = mm.families.family_of(model.engine.pipeline)
+        return NO_WEIGHTS if "edit" in family.pipelines else NO_PICTURE
     side = 64 if model.name.startswith("flux-2") else SIDE  # FLUX.2 takes no smaller sources
     source = source_picture().resize((side, side))
     request = Edit(image=source, instruction="a fox", seed=5, steps=2, size=(side, side), options=model.options)
