@@ -27,7 +27,9 @@ from mm.adapters.entry import Entry as Entry
 from mm.adapters.patch_file import FIELDS, read_patch, write_patch
 from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
+from mm.adapters.tokens import placed_rows
 from mm.core.errors import UserError
+from mm.families.family import resolve
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import stored
 from mm.layers.surgery import locate, no_branches, roots_of, submodule
@@ -68,7 +70,7 @@ class Patch:
         Raises:
             UserError: when an entry misfits or a patch of this name is there already; nothing is changed then.
         """
-        return stack_of(target).apply(self, scale)
+        return stack_of(target).apply(self._on_rows(target, add=True), scale)
 
     def scale(self, target: Any, scale: float) -> None:
         """How strongly the patch acts from now on: 0 is without it, 1 in full."""
@@ -105,18 +107,28 @@ class Patch:
                 stack.scale(self.name, item.scale)
             raise
 
-    def verify(self, target: Any) -> str:
+    def verify(self, target: Any, **measure: Any) -> Any:
         """Says "N of N tensors applied" when the model carries the patch; raises UserError where it does not.
 
-        Nothing is changed.
+        With `judge=...` and further arguments of `mm.erasure.certificate.verify` an erasure is measured instead,
+        whether it is applied or not. Its `Certificate` is returned and written into the report. The model stays as it
+        was.
         """
-        return stack_of(target).verify(self.name, self.entries)
+        if measure:
+            return resolve("mm.erasure.certificate:verify")(self, target, **measure)
+        return stack_of(target).verify(self.name, self._on_rows(target).entries)
 
     def _on(self, target: Any) -> Stack:
         """The stack, with this very patch on it."""
         stack = stack_of(target)
-        stack.require(self.name, self.entries)
+        stack.require(self.name, self._on_rows(target).entries)
         return stack
+
+    def _on_rows(self, target: Any, *, add: bool = False) -> Patch:
+        """The patch with the rows that its words have on a model; `add` adds the words to its tokenizers."""
+        if not self.settings.get("tokens"):
+            return self
+        return dataclasses.replace(self, entries=placed_rows(self.entries, self.settings, target, add=add))
 
     def truncated(self, rank: int, target: Any = None) -> Patch:
         """Dense and rotation entries as low-rank ones of at most `rank`; what is lost is in the report and printed.

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mm.cli import options as shared
+from mm.cli.eval_erase import EXAMPLE as ERASE_EXAMPLE
+from mm.cli.eval_erase import erase
 from mm.cli.options import DrawingMode
 from mm.families.mm_tiny import GUIDANCE
 
@@ -147,6 +149,48 @@ def edit(
               f"preservation {task['preservation']:.3f}  n {task['n']}")  # fmt: skip
 
 
+@app.command("customize", epilog="Example: mm eval customize --subject panda --json runs/customize.json")
+def customize_(
+    model: shared.ModelOption = "mm-tiny",
+    method: Annotated[str, typer.Option(help="A method of customization, or zero-shot.")] = "auto",
+    subject: Annotated[list[str] | None, typer.Option(help="Held-out objects; default: all eight.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Compose prompts a task for the drift; 0 = none.")] = 4,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    one_ground: Annotated[str | None, typer.Option(help="All training pictures have this background.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 trains and draws on the 4-bit copy.")] = None,
+    tuning: Annotated[bool, typer.Option(help="Other prompts and seeds, for choosing settings.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder of pictures, adapters and results so far.")] = Path("customize"),
+    json: Json = None,
+) -> None:
+    """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
+    import mm
+    from mm.evaluation.customize import CustomizeConfig, evaluate_customize
+    from mm.world import vocabulary as v
+    from mm.world.judge import Judge
+
+    pipe = mm.load(model, bits=bits).pipeline
+    pipe.set_progress_bar_config(disable=True)
+    config = CustomizeConfig(
+        subjects=tuple(subject or v.HELD_OUT_OBJECTS), method=method, seed=seed, limit=limit, pictures=pictures,
+        tuning=tuning, one_ground=one_ground, settings={} if steps is None else {"steps": steps},
+    )  # fmt: skip
+    report = evaluate_customize(
+        pipe, Judge.from_pretrained(), config, work=work, json_file=json, settings={"model": model, "bits": bits},
+        progress=lambda text: print(f"\r{text:<70}", end="", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print(file=sys.stderr)
+    for name, row in report["tasks"].items():
+        print(f"{name:11} fidelity {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
+    drift = report["drift"]
+    print(f"fidelity {report['overall']:.3f} (renders {report['ceiling']:.3f}, reconstructed "
+          f"{report['ceiling_reconstructed']:.3f}), following {report['following']['score']:.3f} (base "
+          f"{report['following_base']['score']:.3f}), leakage {report['leakage']['score']:.3f}")  # fmt: skip
+    print(f"compose {drift['change']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}], {report['seconds']:.0f} s, "
+          f"{report['bytes'] >> 10} KiB")  # fmt: skip
+
+
 @app.command(epilog="Example: mm eval chat --json runs/chat.json")
 def chat(
     model: shared.ModelOption = "mm-tiny",
@@ -199,6 +243,9 @@ def reconstruct(
         cells = (f"{row['bits']:.0f}", f"{row['ssim']:.3f}", f"{row['score']:.2f}")
         table.add_row(name, *cells, *(f"{row['styles'][style]['score']:.2f}" for style in styles))
     _print(table)
+
+
+app.command(epilog=ERASE_EXAMPLE)(erase)
 
 
 def _pipeline(task: str, model: str, bits: shared.Bits | None, lora: list[str] | None) -> tuple[Any, dict[str, Any]]:

@@ -122,6 +122,8 @@ class Family:
         lora: names in LoRA files.
         contexts: "module:Class" that gives prompts for erasing concepts (`mm.erasure.concepts.Contexts`); None takes
             templates of plain English.
+        objective: "module:Class" that says how the family's denoiser is trained
+            (`mm.customization.objectives.protocol.Objective`); None for families that cannot be customized yet.
         score: "module:function" called with (pipe, limit), which gives a list of booleans, one a picture; or None.
         dtype: "float32" for models that are small enough not to be loaded in 16 bits.
     """
@@ -147,6 +149,7 @@ class Family:
     edit_sites: tuple[str, ...] = ()
     lora: LoraNames = LoraNames()
     contexts: str | None = None
+    objective: str | None = None
     score: str | None = None
     dtype: str = "bfloat16"
 

@@ -122,19 +122,6 @@ def warn_adapters(roots: Mapping[str, nn.Module]) -> list[str]:
     return sorted(names)
 
 
-def refuse_fusing(root: nn.Module) -> None:
-    """Makes diffusers' `fuse_qkv_projections` of a quantized model raise: it would go back to 16 bits in silence."""
-    if hasattr(type(root), "fuse_qkv_projections"):
-        root.__dict__["fuse_qkv_projections"] = _no_fusing
-
-
-def _no_fusing(*_args: Any, **_kwargs: Any) -> None:
-    raise UserError(
-        "fuse_qkv_projections would replace quantized layers by 16-bit ones; layers that read the same input share "
-        "their rounding already"
-    )
-
-
 def bytes_of(root: nn.Module) -> int:
     """Bytes of a model's tensors as they are stored: parameters, and buffers that are saved."""
     return sum(t.numel() * t.element_size() for t in root.state_dict().values() if torch.is_tensor(t))

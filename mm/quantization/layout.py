@@ -22,8 +22,8 @@ from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash as base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import swap
-from mm.quantization.checks import refuse_fusing
 from mm.quantization.config import SVDQuantConfig
+from mm.quantization.library_calls import set_calls
 from mm.quantization.saved_layers import saved_kinds
 
 Recorder = Callable[[Any, SVDQuantConfig], None]
@@ -82,7 +82,7 @@ def ready(root: nn.Module) -> None:
     align(root)
     for _, layer in quantized(root):
         layer.refresh()
-    refuse_fusing(root)
+    set_calls(root)
 
 
 def align(root: nn.Module) -> None:
@@ -105,7 +105,7 @@ def record(root: Any, config: SVDQuantConfig, base: str) -> None:
         base: hash of its 16-bit tensors.
     """
     root.mm_base_hash = base
-    refuse_fusing(root)
+    set_calls(root)
     saves = "diffusers" if hasattr(root, "register_to_config") else "transformers"
     if hasattr(root, "config") and hasattr(root, "save_pretrained") and saves in _recorders:
         _recorders[saves](root, dataclasses.replace(config, layers=describe(root), base=base))

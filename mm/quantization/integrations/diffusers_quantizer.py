@@ -80,6 +80,13 @@ class DiffusersSVDQuant(DiffusersQuantizer):
             self.quantization_config = model.config.quantization_config
         return model
 
+    def _dequantize(self, model: Any) -> Any:
+        from mm.quantization.dequantize import dequantize
+
+        dequantize(model)
+        unmark(model)
+        return model
+
     @property
     def is_serializable(self) -> bool:
         return True

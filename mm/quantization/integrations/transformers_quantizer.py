@@ -73,6 +73,11 @@ class TransformersSVDQuant(HfQuantizer):
             self.quantization_config = model.config.quantization_config
         return model
 
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from mm.quantization.dequantize import dequantize
+
+        return dequantize(model, dtype)
+
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
