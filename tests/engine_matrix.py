@@ -31,6 +31,7 @@ from mm.quantization.folders import quantize_folder
 BOUND = 2  # of 255, between batch sizes
 NO_TEXT = "the model only changes pictures"
 NO_PICTURE = "diffusers has no such pipeline for the family"
+NO_WEIGHTS = "needs other weights of the family, made for this task"
 NO_LORA = "no linear layer of the denoiser is wide enough"
 
 
@@ -129,10 +130,17 @@ def four_bits(model: Model) -> str | None:
 
 def batch(model: Model) -> str | None:
     """Rows through `mm batch`, with the same pictures as alone at batch 1, 3 and 8."""
-    if "draw" not in model.engine.capabilities.tasks:
+    tasks = model.engine.capabilities.tasks
+    if not {"draw", "inpaint"} & set(tasks):
         return NO_TEXT
     texts = ("a fox", "two cats at night", "x", "a fox")
     common = {"steps": 2, "size": [SIDE, SIDE], "options": model.options}
+    given = {}
+    if "draw" not in tasks:
+        given = {"image": source_picture(), "mask": mask()}
+        for name, picture in given.items():
+            picture.save(model.root / f"{name}.png")
+            common[name] = f"{name}.png"
     bodies = [{"prompt": text, "seed": k, **common} for k, text in enumerate(texts)]
     rows = [{"custom_id": str(k), "task": "generate", "body": body} for k, body in enumerate(bodies)]
     jobs = model.root / "jobs.jsonl"
@@ -144,7 +152,8 @@ def batch(model: Model) -> str | None:
         assert (report.drawn, report.failed) == (len(rows), 0), report.errors
         for k, body in enumerate(bodies):
             (path,) = out.glob(f"00000/*-{k}-0-*.png")
-            alone = drawn(model.engine, model.request(prompt=body["prompt"], seed=k))[0]
+            request = Draw(prompt=body["prompt"], seed=k, steps=2, size=(SIDE, SIDE), options=model.options, **given)
+            alone = drawn(model.engine, request)[0]
             assert apart(np.asarray(Image.open(path)).astype(int), alone) <= BOUND
     return None
 
@@ -200,7 +209,8 @@ def inpaint(model: Model) -> str | None:
 def edit(model: Model) -> str | None:
     """A picture changed by an instruction."""
     if "edit" not in model.engine.capabilities.tasks:
-        return NO_PICTURE
+        family = mm.families.family_of(model.engine.pipeline)
+        return NO_WEIGHTS if "edit" in family.pipelines else NO_PICTURE
     side = 64 if model.name.startswith("flux-2") else SIDE  # FLUX.2 takes no smaller sources
     source = source_picture().resize((side, side))
     request = Edit(image=source, instruction="a fox", seed=5, steps=2, size=(side, side), options=model.options)

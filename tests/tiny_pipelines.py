@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint
 from PIL import Image
 from tiny_text_encoders import (
     WIDTH,
@@ -137,7 +137,8 @@ def _qwen_parts() -> dict[str, Any]:
 
 def _qwen_edit() -> Any:
     """Sources of this pipeline are brought to a megapixel; here to 32 x 32."""
-    pipeline_qwenimage_edit.calculate_dimensions = lambda _area, _ratio: (SIDE, SIDE, None)
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint):
+        module.calculate_dimensions = lambda _area, _ratio: (SIDE, SIDE, None)
     return diffusers.QwenImageEditPipeline(**_qwen_parts(), processor=qwen_processor())
 
 

@@ -202,7 +202,7 @@ def _size(value: object) -> tuple[int, int] | None:
     if made is not None and (not isinstance(made, tuple) or len(made) != 2):
         raise UserError(f'size is {shown(value)}; give "WIDTHxHEIGHT" in pixels, such as "1024x768"')
     size_in_pixels(made)
-    return made  # type: ignore[return-value]
+    return made
 
 
 def _files(value: object) -> tuple[str, ...]:

@@ -41,8 +41,10 @@ def grouped(
     """
     groups: dict[tuple[Any, ...], list[tuple[int, Draw | Edit]]] = {}
     for at, request in enumerate(requests):
-        own = () if mixed or not isinstance(request, Draw) else (request.prompt,)
-        own += () if mixed and mixed_negatives else (request.negative,)
+        own = (
+            None if mixed or not isinstance(request, Draw) else request.prompt,
+            None if mixed and mixed_negatives else request.negative,
+        )
         groups.setdefault((call_key(request), own), []).append((at, request))
     for group in groups.values():
         for start in range(0, len(group), size):
