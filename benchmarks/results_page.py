@@ -9,8 +9,8 @@ and quantized.json (`benchmarks/`). Where one is missing, the page keeps what it
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,11 @@ def quantized_section(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Writes the page."""
-    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="holds the reports")
+    parser.add_argument("target", type=Path, help="the page")
+    given = parser.parse_args()
+    folder, target = given.folder, given.target
     parts = [
         "# Results of weights/mm-tiny",
         "Written by `benchmarks/results_page.py` from reports; see docs/evaluation.md.",

@@ -29,6 +29,42 @@ def open_picture(source: Any) -> Image.Image:
         raise UserError(f"{source} cannot be read as a picture ({error})") from error
 
 
+def as_pictures(source: Any, *, mask: bool = False) -> list[Any]:
+    """Pictures of a call, one entry each: paths and PIL pictures as they are, arrays and tensors as PIL pictures.
+
+    Args:
+        source: A picture or a list of them; arrays (H, W, C) or (B, H, W, C) and tensors (C, H, W) or (B, C, H, W) of
+            bytes, or of numbers in [0, 1], as diffusers takes them.
+        mask: Whether this is a mask: it is gray, and its axis of channels may be missing.
+
+    Raises:
+        UserError: For arrays of other shapes or values.
+    """
+    if isinstance(source, (list, tuple)):
+        return [picture for one in source for picture in as_pictures(one, mask=mask)]
+    if not isinstance(source, (np.ndarray, torch.Tensor)):
+        return [open_picture(source)] if mask else [source]
+    tensor, kind = isinstance(source, torch.Tensor), type(source).__name__
+    if isinstance(source, torch.Tensor):
+        values = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()
+    else:
+        values = source
+    if mask and values.ndim == 2:
+        values = values[None] if tensor else values[..., None]
+    values = values[None] if values.ndim == 3 else values
+    values = np.moveaxis(values, 1, -1) if tensor and values.ndim == 4 else values
+    if values.ndim != 4 or values.shape[-1] not in (1, 3) or 0 in values.shape:
+        axes = "(3, H, W) or (B, 3, H, W)" if tensor else "(H, W, 3) or (B, H, W, 3)"
+        raise UserError(f"a picture as {kind} of shape {tuple(source.shape)}; give {axes}")
+    if values.dtype != np.uint8:
+        if not (np.issubdtype(values.dtype, np.floating) and np.isfinite(values).all()):
+            raise UserError(f"a picture as {kind} of {source.dtype}; give bytes, or finite numbers in [0, 1]")
+        if values.min() < 0 or values.max() > 1:
+            raise UserError(f"a picture with values from {values.min():g} to {values.max():g}; give [0, 1]")
+        values = (values * 255).round().astype(np.uint8)
+    return [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).convert("RGB") for x in values]
+
+
 def squared(picture: Image.Image, size: int) -> Image.Image:
     """The middle of the picture, `size` x `size`."""
     if picture.size == (size, size):

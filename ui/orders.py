@@ -33,7 +33,7 @@ from mm.ui.limits import MAX_ORDERS, STATUS_SECONDS
 from mm.ui.public import settings_for_page
 from mm.ui.visits import Kept, Visit
 
-_TICK = 0.1  # seconds between two looks at the cancel token and the reader
+_TICK = 0.1  # seconds between two checks of the cancel token and the reader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What every tab is made with: the engine's orders, the visits, the readers; and the events that Gradio is given.
 
 Design choices
-- An order's event runs in Gradio's queue with room for all orders at once: the engine decides whose turn it is. With
+- An order's event runs in Gradio's queue which takes all orders at once: the engine decides whose turn it is. With
   Gradio's own limit of one, a small order would wait for all of a large one.
 - Values come as the request holds them (`preprocess=False`). Gradio's own reading decodes uploads without limits, and
   raises errors for numbers out of range that cover the page; `mm.ui.uploads` and `mm.ui.forms` do both.

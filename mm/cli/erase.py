@@ -16,7 +16,9 @@ def erase(
     targets: Annotated[list[str], typer.Argument(help='Concepts: "wolf", "style: neon", "attribute: red of apple".')],
     out: Annotated[Path, typer.Option("-o", "--out", help="The patch file to write.")],
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
-    method: Annotated[str | None, typer.Option(help="uce (default), rece, speed or oce.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="uce (default), rece, robust, speed, oce, hirm, esd, salun, dve or prune.")
+    ] = None,
     anchor: Annotated[list[str] | None, typer.Option(help="What is drawn instead; once, or once a target.")] = None,
     retain: Annotated[
         list[str] | None, typer.Option(help="Concepts that stay; default: the targets' neighbours.")

@@ -9,7 +9,6 @@ Design choices
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -133,22 +132,12 @@ def adapter(text: str) -> tuple[Path, float]:
     Raises:
         UserError: where there is no such file, or the scale is no finite number.
     """
-    if Path(text).expanduser().is_file():
-        return Path(text).expanduser(), 1.0
-    file, colon, scale = text.rpartition(":")
-    path = Path(file if colon else text).expanduser()
+    from mm.engine.attaching import parsed
+
+    path, scale = parsed(text)
     if not path.is_file():
-        raise UserError(f"there is no LoRA or patch file {path if colon and _is_number(scale) else text}")
-    if not _is_number(scale):
-        raise UserError(f"the scale of {path.name} is {scale!r}; give a number, for example {path.name}:0.8")
-    return path, float(scale)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+        raise UserError(f"there is no LoRA or patch file {path}")
+    return path, scale
 
 
 def size(text: str | None) -> tuple[int, int] | None:

@@ -18,12 +18,15 @@ from torch import Tensor
 from mm.customization.data import Example, to_tensor
 from mm.customization.objectives.protocol import Objective, at_latents
 
+_VISIBLE = 0.6  # share of the highest noise below which a picture shows what it holds
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """One step: numbers of the examples, noise levels, noise, and the same for preserved prompts."""
+    """One step: numbers of the examples, those without caption, levels and noise; the same for preserved prompts."""
 
     chosen: tuple[int, ...]
+    bare: tuple[bool, ...]
     level_B: Tensor
     noise: Tensor
     preserved: tuple[int, ...]
@@ -42,14 +45,16 @@ class Batches:
         seed: of order and noise.
         prompts: number of preserved prompts.
         preserve_batch: of them a step.
+        dropout: share of pictures without their caption, among those that the noise leaves visible.
     """
 
     def __init__(
         self, objective: Objective, examples: Sequence[Example], *, batch_size: int, seed: int, prompts: int,
         preserve_batch: int,
+        dropout: float = 0.0,
     ) -> None:  # fmt: skip
         self.objective, self.seed, self.batch_size = objective, seed, batch_size
-        self.prompts, self.preserve_batch = prompts, preserve_batch
+        self.prompts, self.preserve_batch, self.dropout = prompts, preserve_batch, dropout
         self.order = [i for i, example in enumerate(examples) for _ in range(example.repeats)]
         self.latents, self.masks = encode(objective, examples)
 
@@ -63,9 +68,17 @@ class Batches:
         count = min(self.preserve_batch, self.prompts)
         texts = torch.randperm(max(1, self.prompts), generator=generator)[:count].tolist()
         sources = torch.randint(len(self.latents), (count,), generator=generator).tolist()
+        visible = self.objective.strength(level_B) < _VISIBLE
+        bare = visible & (torch.rand(len(chosen), generator=generator) < self.dropout)
+        levels = self.objective.levels(count, generator) if count else level_B[:0]
         return Step(
-            chosen=chosen, level_B=level_B, noise=noise, preserved=tuple(texts), preserved_from=tuple(sources),
-            preserved_level_B=self.objective.levels(count, generator) if count else level_B[:0],
+            chosen=chosen,
+            bare=tuple(bare.tolist()),
+            level_B=level_B,
+            noise=noise,
+            preserved=tuple(texts),
+            preserved_from=tuple(sources),
+            preserved_level_B=self.objective.louder(levels),
             preserved_noise=torch.randn(count, *shape, generator=generator),
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from mm.customization.estimate import Estimate, estimate
 from mm.customization.learned import Learned
 from mm.customization.methods.protocol import Job, Learner
 from mm.customization.methods.registry import method_of
+from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.previews import sample, save_previews
 from mm.customization.training import Progress, Training
@@ -80,8 +81,8 @@ def customize(
     if kind not in KINDS:
         raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
     maker = method_of(method)
-    config, chosen = _settings(maker.name, maker.defaults, settings)
-    objective = objective_of(pipe, config.size)
+    objective = objective_of(pipe, settings.get("size"))
+    config, chosen = _settings(maker.name, {**objective.training, **maker.defaults}, settings)
     check_name(name, objective)
     examples = read_folder(folder, name=name, kind=kind, noun=noun)
     prompts = _preserved(pipe, examples, name, noun, preserved)
@@ -95,6 +96,7 @@ def customize(
         batches = Batches(
             objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(prompts),
             preserve_batch=config.preserve_batch,
+            dropout=config.caption_dropout,
         )  # fmt: skip
         base = base_hash(objective.modules()[objective.parts[0]])
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, prompts)
@@ -184,7 +186,7 @@ def _preserved(
     family = family_of(pipe)
     own = family.calibration_prompts(PRESERVED) if family is not None else []
     classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
-    return list(dict.fromkeys([*own, *(classes if noun else []), ""]))
+    return list(dict.fromkeys([*own, *(classes if noun else [])]))
 
 
 def _identity(
@@ -223,9 +225,12 @@ def _learned(
     tokens = learner.tokens()
     if tokens:
         settings["tokens"] = tokens
-    native = {k: v for piece in learner.pieces if hasattr(piece, "native") for k, v in piece.native().items()}
+    native = {}
+    for piece in learner.pieces:
+        if isinstance(piece, PeftAdapters) and method != "lora":
+            native |= piece.native()
     return Learned(
-        native=native if method != "lora" else {}, entries=learner.entries(), method=method, base=base, settings=settings, report=report,
+        native=native, entries=learner.entries(), method=method, base=base, settings=settings, report=report,
         name=re.sub(r"[^A-Za-z0-9_-]+", "-", job.name).strip("-") or "subject",
         family=family.name if family is not None else "",
     )  # fmt: skip

@@ -76,9 +76,11 @@ def estimate(training: Training) -> Estimate:
         value.grad = None
     values = sum(p.numel() for p in training.parameters.values())
     activations = sum(size for place, size in seen.items() if place not in model)
-    each = passed * (2.3 if training.prompts and training.config.preserve else 1.0)
-    previews = training.config.steps // training.config.preview_every + 1
-    left = training.config.steps - training.progress.step
+    config = training.config
+    held = 1.5 * config.preserve_batch / config.batch_size / config.preserve_every if training.prompts else 0.0
+    each = passed * (1.05 + (held if config.preserve else 0.0))
+    previews = config.steps // config.preview_every + 1
+    left = config.steps - training.progress.step
     return Estimate(
         seconds=each * left + previews * passed, memory=activations + 16 * values, trained=values,
         free=_free(training.objective.device),

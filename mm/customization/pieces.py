@@ -181,6 +181,7 @@ class Rows:
     ) -> None:  # fmt: skip
         self.objective = objective
         self.values: dict[tuple[str, str], nn.Parameter] = {}
+        self.spreads: dict[str, float] = {}  # the table's standard deviation, by the parameter's name
         self.per_sample: dict[str, Tensor] = {}  # rows (B, D) by token, for batches whose prompts differ in them
         self.ids: dict[tuple[str, str], int] = {}
         self._tables: list[TokenTable] = list(objective.tables)
@@ -195,6 +196,7 @@ class Rows:
                 first = self._start(table, embedding, start, row)
                 spread = embedding.weight.detach().float()[:row].std()
                 drift = torch.randn(first.shape, generator=layer_seed(f"{table.embedding} {token}", seed))
+                self.spreads[f"{table.embedding}|{token}"] = float(spread)
                 self.values[table.embedding, token] = nn.Parameter(first + noise * spread * drift.to(first))
         self._handles = [self.embedding(t).register_forward_hook(self._hook(t)) for t in self._tables]
         self._on = True

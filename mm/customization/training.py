@@ -81,14 +81,13 @@ class Training:
         self.identity = identity
         self.progress = Progress()
         rows = learner.rows()
+        plain = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         groups = [
-            {"params": [p for n, p in self.parameters.items() if (n in rows) == own], "lr": rate, "weight_decay": decay}
-            for own, rate, decay in (
-                (False, config.learning_rate, config.weight_decay), (True, config.row_rate, 0.0)
-            )
-        ]  # fmt: skip
-        self.rates = [g["lr"] for g in groups if g["params"]]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99))
+            {"params": [value]} | ({"lr": config.row_rate * rows[name], "weight_decay": 0.0} if name in rows else plain)
+            for name, value in self.parameters.items()
+        ]
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), foreach=False)
         self.best = self._copy()
         self._conditions: dict[str, Any] = {}
         self._base_scores: tuple[Tensor, Tensor] | None = None
@@ -129,7 +128,8 @@ class Training:
             )
         loss.backward()
         self.progress.losses.append(value)
-        self.progress.preserved.append(self._preserve(step) if self.prompts and self.config.preserve else 0.0)
+        held = self.prompts and self.config.preserve and self.progress.step % self.config.preserve_every == 0
+        self.progress.preserved.append(self._preserve(step) if held else (self.progress.preserved or [0.0])[-1])
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimizer.step()
         self.progress.step += 1
@@ -140,7 +140,9 @@ class Training:
         clean, noise, level_B = self._moved(self.batches.latents[chosen], step.noise, step.level_B)
         mask = None if self.batches.masks is None else self.batches.masks[chosen].to(clean.device)
         self.learner.before_step(step.chosen)
-        condition = self.objective.encode_prompts(self.learner.captions(step.chosen))
+        captions = self.learner.captions(step.chosen)
+        captions = ["" if bare else caption for bare, caption in zip(step.bare, captions, strict=True)]
+        condition = self.objective.encode_prompts(captions)
         noisy = self.objective.noised(clean, noise, level_B)
         prediction = self.objective.predict(noisy, level_B, condition)
         loss = weighted_mse(prediction, self.objective.target(clean, noise, level_B), mask).mean()
@@ -158,7 +160,7 @@ class Training:
         given = self.objective.predict(noisy, level_B, self.objective.encode_prompts(words))
         loss = weighted_mse(given, wanted, None).mean()
         if loss.requires_grad:
-            (self.config.preserve * loss).backward()
+            (self.config.preserve * self.config.preserve_every * loss).backward()
         return float(loss.detach())
 
     def _factor(self) -> float:

@@ -87,7 +87,7 @@ class Capabilities:
     def _has(self, task: str) -> None:
         if task not in self.tasks:
             can = ", ".join(name.replace("_", " ") for name in self.tasks)
-            raise UserError(f"{self.model} cannot {_VERBS[task]}; it can: {can}")
+            raise UserError(f"{self.model} cannot {VERBS[task]}; it can: {can}")
 
     def _check_sampling(self, request: Sampling) -> None:
         if request.mode is not None and request.mode not in self.modes:
@@ -133,7 +133,7 @@ class Capabilities:
             )
 
 
-_VERBS = {
+VERBS = {
     "draw": "draw from a prompt alone",
     "image_to_image": "draw from a picture",
     "inpaint": "fill in a part of a picture",

@@ -14,19 +14,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
 from mm.engine import calls
 from mm.engine.arguments import arguments_of, grouped, size_of
+from mm.engine.attaching import Adapter, attach_all, detach, facts_of
 from mm.engine.batching import rounds_activations
-from mm.engine.capabilities import Capabilities, task_of
+from mm.engine.capabilities import VERBS, Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, Step, Words
 from mm.engine.notices import Notices
 from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
 from mm.engine.serial import FairLock
 from mm.engine.settings import batch_of, settings_of
 from mm.engine.views import call_parameters, view_of
+from mm.engine.weighting import weighed
 
 Emit = Callable[[Event], None]
 _NO_SPACE = frozenset(".,;:?!")  # pieces of an answer that follow the last word directly
@@ -50,6 +53,8 @@ class Engine:
         preview: Callable[[Any, tuple[int, int]], Any] | None = None,
         notes: tuple[str, ...] = (),
         facts: dict[str, Any] | None = None,
+        adapters: Sequence[str | Path | Adapter] = (),
+        attached: Sequence[str] = (),
         mixed: bool = True,
         own_batches: bool = False,
     ) -> None:
@@ -62,7 +67,9 @@ class Engine:
             pipeline_for: gives the pipeline of a task.
             preview: from latents and (width, height) to small pictures.
             notes: what was chosen while loading, and why.
-            facts: settings of the model that every picture carries: bits, adapters.
+            facts: settings of the model that every picture carries.
+            adapters: that are on the pipeline, by file and scale.
+            attached: their names.
             mixed: whether pictures of different prompts can share a call without changing.
             own_batches: whether the pipeline itself draws one by one where that is needed.
         """
@@ -72,7 +79,9 @@ class Engine:
         self.notes = notes
         self._pipeline_for = pipeline_for
         self._preview = preview
-        self._facts = facts or {}
+        self._base_facts = facts or {}
+        self._facts = self._base_facts | facts_of(adapters)
+        self._attached = list(attached)
         self._mixed, self._own_batches = mixed, own_batches
         self._turn = FairLock()
 
@@ -132,15 +141,48 @@ class Engine:
         events = self.run(Describe(image=image, question=question))
         return "".join(event.text for event in events if isinstance(event, Words))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings of the model that every picture carries: bits, adapters."""
+        return dict(self._facts)
+
+    def pipeline_for(self, task: str) -> Any:
+        """The pipeline of a task of `mm.engine.capabilities.TASKS`, with the modules that are loaded.
+
+        Raises:
+            UserError: where the model cannot do it.
+        """
+        if task not in self.capabilities.tasks:
+            can = ", ".join(name.replace("_", " ") for name in self.capabilities.tasks)
+            raise UserError(f"{self.name} cannot {VERBS[task]}; it can: {can}")
+        return self._pipeline_for(task)
+
+    def set_adapters(self, adapters: Sequence[str | Path | Adapter]) -> list[str]:
+        """Replaces the adapters that `mm.load` or this call put on; patches that others applied stay.
+
+        Args:
+            adapters: patch or LoRA files, each alone or with its scale, applied in this order.
+
+        Returns:
+            A line for each, which says how many layers it changes.
+
+        Raises:
+            UserError: where one does not fit; then none is left.
+        """
+        with self._turn:
+            detach(self.pipeline, self._attached)
+            self._attached, self._facts = [], self._base_facts
+            self._attached, lines = attach_all(self.pipeline, adapters)
+            self._facts = self._base_facts | facts_of(adapters)
+        return lines
+
     def converse(self) -> Any:
         """Begins a conversation, for `Turn` requests.
 
         Raises:
             UserError: where the model cannot converse.
         """
-        if "converse" not in self.capabilities.tasks:
-            raise UserError(f"{self.name} cannot converse; it can: {', '.join(self.capabilities.tasks)}")
-        return self._pipeline_for("converse").start()
+        return self.pipeline_for("converse").start()
 
     def _events(self, work: Callable[[Emit], None], token: CancelToken) -> Iterator[Event]:
         """Runs `work` in a thread and yields what it emits; its exception is raised here."""
@@ -236,6 +278,7 @@ class Engine:
 
         view = view_of(pipe, first.scheduler)
         arguments = arguments_of(requests, can, call_parameters(view), one_negative=self._own_batches)
+        arguments |= weighed(view, arguments)
         seeds = [request.seed or 0 for request in requests]
         return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 

@@ -80,7 +80,7 @@ def usable(pipe: Any, task: str, name: str, folder: Path | None) -> bool:
     kind = class_of(name)
     if kind is None:
         return False
-    if kind is type(pipe):
+    if kind in type(pipe).__mro__[:2]:  # the second is that of `mm.engine.outline`
         return True
     there = {key for key, part in pipe.components.items() if part is not None}
     if ":" in name and folder is not None:
@@ -130,7 +130,7 @@ def _from_signature(pipe: Any, takes: Mapping[str, Any]) -> set[str]:
 
 def _edit_takes(family: Family | None) -> bool:
     """Whether a family's own editing pipeline has guidance for the source."""
-    name = family.pipelines["edit"] if family else ""
+    name = family.pipelines.get("edit", "") if family else ""
     return ":" in name and "image_guidance_scale" in call_parameters_of(resolve(name))
 
 

@@ -17,6 +17,7 @@ from mm.core import devices
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.engine import memory
+from mm.engine.attaching import Adapter, attach_all
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
 from mm.engine.opening import open_pipeline, single_file
@@ -37,7 +38,7 @@ def load(
     dtype: str = "auto",
     bits: int | None = None,
     offload: Offload = "auto",
-    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    adapters: Sequence[str | Path | Adapter] = (),
     base: str | Path | None = None,
 ) -> Engine:
     """Loads a model.
@@ -83,9 +84,8 @@ def load(
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
     notes.append(f"computes in {str(kind).removeprefix('torch.')}")
     notes.append(place(pipe, choice.device, offload))
-    applied = [adapter if isinstance(adapter, tuple) else (adapter, 1.0) for adapter in adapters]
-    for adapter in applied:
-        notes.append(attach(pipe, adapter))
+    names, lines = attach_all(pipe, adapters)
+    notes += lines
     pipes = Pipelines(pipe, family, folder, kind)
     return Engine(
         pipe,
@@ -94,17 +94,11 @@ def load(
         pipeline_for=pipes.get,
         preview=previewer(pipe, family),
         notes=tuple(note for note in notes if note),
-        facts=_facts(bits, applied),
+        facts={"bits": bits} if bits in (4, 8) else {},
+        adapters=adapters,
+        attached=names,
         own_batches=family is not None and any(":" in name for name in family.pipelines.values()),
     )
-
-
-def _facts(bits: int | None, adapters: Sequence[tuple[str | Path, float]]) -> dict[str, Any]:
-    """Settings of the model that each of its pictures carries."""
-    facts: dict[str, Any] = {"bits": bits} if bits in (4, 8) else {}
-    if adapters:
-        facts["adapters"] = [{"file": str(path), "scale": float(scale)} for path, scale in adapters]
-    return facts
 
 
 def _choice(device: str) -> devices.Choice:
@@ -172,28 +166,3 @@ def _quantized(model: str | Path, bits: int) -> Path:
     from mm.quantization.folders import quantized_copy
 
     return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))
-
-
-def attach(pipe: Any, adapter: str | Path | tuple[str | Path, float]) -> str:
-    """Applies a patch of mm or a LoRA of another program; says what was applied."""
-    from mm.adapters.formats import read_lora
-    from mm.adapters.patch import Patch
-    from mm.adapters.patch_file import META
-    from mm.core.safe_tensors import read_header
-
-    path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"there is no adapter file {path}")
-    ours = META in read_header(file, "adapter").metadata
-    patch = Patch.load(file) if ours else read_lora(file, pipe, name=_free_name(pipe, file.stem))
-    layers = patch.apply(pipe, scale).layers
-    return f"{file.name}: {layers} of {layers} layers, scale {scale:g}"
-
-
-def _free_name(pipe: Any, name: str) -> str:
-    """The name, with a number where an adapter of that name is there already."""
-    from mm.adapters.stack import stack_of
-
-    taken = set(stack_of(pipe).names())
-    return next(made for k in range(1, 10_000) if (made := name if k == 1 else f"{name}-{k}") not in taken)

@@ -11,6 +11,9 @@ from typing import Any
 from mm.engine.events import Notice
 
 _LIBRARIES = ("diffusers", "transformers")
+# What says nothing to a user: tokenizers count before pipelines cut, and an optional package is absent.
+_DROPPED = ("Token indices sequence length is longer", "Setting `clean_caption`")
+_LONGEST = 400  # characters of a line
 
 
 class Notices:
@@ -43,7 +46,9 @@ class _Lines(logging.Handler):
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(" ".join(record.getMessage().split()))
+        text = " ".join(record.getMessage().split())
+        if not text.startswith(_DROPPED):
+            self.lines.append(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 @contextmanager

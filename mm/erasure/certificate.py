@@ -203,7 +203,7 @@ def certify(
         broken = {attack.name: attack.run(measurer, patch, probes) for attack in attacks}
     made = Certificate(
         targets=tuple(dict.fromkeys(patch.report.get("targets", ()))) or _targets(probes),
-        rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, after),
+        rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, before, after),
         composition=_change(first, second) if composition else None,
         quantized={k: _quantized(measurer, patch, probes, q) for k, q in (quantization or {}).items()}
         | {f"patch at {bits} bits": _rounded(measurer, patch, probes, bits) for bits in patch_bits},
@@ -285,16 +285,13 @@ def _targets(probes: Sequence[Probe]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p.concept for p in probes if p.role == "target"))
 
 
-def _instead(probes: Sequence[Probe], labels: Sequence[Labels]) -> dict[str, int]:
-    """What pictures of the target's prompts show that these prompts did not ask for, the most frequent first."""
+def _instead(probes: Sequence[Probe], before: Sequence[Labels], after: Sequence[Labels]) -> dict[str, int]:
+    """Labels on pictures of the target's prompts that the base's pictures of them lack, the most frequent first."""
     seen: Counter[str] = Counter()
-    known = {p.concept for p in probes}
-    for probe, found in zip(probes, labels, strict=True):
+    for probe, old, new in zip(probes, before, after, strict=True):
         if probe.role == "target":
-            asked = {label for label in found or () if label in probe.prompt}
-            new = (found or frozenset({"unreadable"})) - asked
-            seen.update(x for x in new if x in known or x == "unreadable")
-    return dict(seen.most_common())
+            seen.update({"unreadable"} if new is None else new - (old or frozenset()))
+    return dict(seen.most_common(12))
 
 
 def _change(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:

@@ -109,13 +109,18 @@ def _tensor(result: Any) -> Tensor:
     return torch.stack(list(first)) if isinstance(first, list | tuple) else first
 
 
-def outputs(pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str], *, grad: bool) -> dict[str, Tensor]:
-    """What each layer gives for prompts, (B, T, N), from one sampling step; it ends as soon as all have run."""
+def outputs(
+    pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str], *, grad: bool, reads: bool = False
+) -> dict[str, Tensor]:
+    """What each layer gives for prompts, (B, T, N), from one sampling step; it ends as soon as all have run.
+
+    With `reads` what each layer reads, (B, T, D).
+    """
     seen: dict[str, Tensor] = {}
 
     def hook(path: str) -> Any:
         def after(module: nn.Module, args: Any, result: Any) -> None:
-            seen.setdefault(path, _tensor(result))
+            seen.setdefault(path, args[0] if reads else _tensor(result))
             if len(seen) == len(layers):
                 raise _ReachedError
 
@@ -133,7 +138,7 @@ def outputs(pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str], 
         pipe.set_progress_bar_config(**quiet)
     if missing := [path for path in layers if path not in seen]:
         raise UserError(f"{missing[0]} did not run; it cannot be trained or searched")
-    return {path: seen[path] for path in layers}
+    return {path: seen[path][-len(prompts) :] for path in layers}  # with guidance, the prompts' rows come last
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,6 +147,63 @@ class Trained:
 
     down_rD: Tensor
     up_Nr: Tensor
+
+
+class Dense:
+    """Changes of whole weights at layers, trained by gradients where a mask allows it."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        self.layers = dict(layers)
+        self.deltas = {
+            path: torch.zeros(layer.out_features, layer.in_features).requires_grad_() for path, layer in layers.items()
+        }
+        self.masks: dict[str, Tensor] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All trained tensors."""
+        return list(self.deltas.values())
+
+    def keep_largest(self, grads: Sequence[Tensor], share: float) -> None:
+        """From now on only the weights with the largest gradients, a share of all of them, are trained."""
+        sizes = torch.cat([g.abs().flatten() for g in grads])
+        least = sizes.kthvalue(max(1, int((1 - share) * sizes.numel()))).values
+        self.masks = {path: (g.abs() > least).float() for path, g in zip(self.deltas, grads, strict=True)}
+
+    def masked(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the trained weights, 0 elsewhere."""
+        return [g * self.masks.get(path, 1.0) for path, g in zip(self.deltas, grads, strict=True)]
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """The changes act while the context is open."""
+
+        def hook(path: str) -> Any:
+            def after(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+                return result + (args[0].float() @ self.deltas[path].T).to(result.dtype)
+
+            return after
+
+        handles = [layer.register_forward_hook(hook(path)) for path, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def entries(self, strength: float = 1.0) -> dict[str, Entry]:
+        """The changes as entries of a patch."""
+        return {
+            path: Entry(kind="dense", tensors={"delta": strength * delta.detach().clone()})
+            for path, delta in self.deltas.items()
+        }
+
+
+def descend(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """One step of an optimizer with given gradients."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = torch.zeros_like(parameter) if grad is None else grad
+    optimizer.step()
 
 
 class LowRank:

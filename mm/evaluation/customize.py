@@ -4,8 +4,8 @@ Design choices
 - For each subject an adapter is trained from five pictures, put on, and measured: fidelity (the judge, which knows the
   objects, sees the subject), prompt following (background, style or companion as asked), background leakage (a named
   background that is not there), drift (compose prompts before and after, on the same seeds), size and seconds.
-- Fidelity has two ceilings: true renders, and the tokenizer's reconstructions of them. Prompt following is compared with
-  that of the base on the same prompts with a known object in the subject's place.
+- Fidelity has two ceilings: true renders, and the tokenizer's reconstructions of them. Prompt following is compared
+  with that of the base on the same prompts with a known object in the subject's place.
 - Each subject's result is written when it is done, and a run that was stopped goes on with the next.
 - The zero-shot baseline needs no training: the editing pipeline is given a picture of the subject as clean source and
   asked for the background, style or companion.
@@ -272,7 +272,7 @@ def _middle(values: Sequence[float]) -> float:
 
 
 def _instruction(ask: Ask) -> str:
-    """The instruction that the editing pipeline is given in place of a prompt."""
+    """The instruction of the editing pipeline in place of a prompt."""
     if ask.background:
         return f"change the background to {ask.background}"
     if ask.style:

@@ -71,7 +71,7 @@ def asks(*, tuning: bool = False) -> list[Ask]:
         out.append(Ask(text=f"{c.STYLE_BEFORE[style][0]} a {{}}", style=style))
     for number, other in enumerate(COMPANIONS[:: 2 if tuning else 1]):
         relation = v.RELATIONS[number % 4]
-        text = f"a {other} {c.RELATION_PHRASES[relation][0]} a {{}}" if number % 2 else f"a {{}} and {_a(other)}"
+        text = f"{_a(other)} {c.RELATION_PHRASES[relation][0]} a {{}}" if number % 2 else f"a {{}} and {_a(other)}"
         out.append(Ask(text=text, companion=other))
     return out
 
@@ -92,8 +92,8 @@ def follows(reading: Reading, ask: Ask) -> bool | None:
         reading.style == ask.style if ask.style else None,
         any(found.object == ask.companion for found in reading.objects) if ask.companion else None,
     ]
-    given = [value for value in wanted if value is not None]
-    return all(given) and reading.readable if given else None
+    asked = [value for value in wanted if value is not None]
+    return all(asked) and reading.readable if asked else None
 
 
 def true_scenes(subject: str, prompts: list[Ask]) -> list[Scene]:

@@ -53,7 +53,7 @@ def test_a_sum_is_exact() -> None:
 
 
 def test_ties_by_hand() -> None:
-    """Of each change the largest half stays, each place takes its majority's sign, and those that agree are averaged."""
+    """Of each change the larger half stays, each place takes its majority's sign, those that agree are averaged."""
     one, other = _patch(1, kind="dense"), _patch(2, kind="dense")
     made = _delta(merge([one, other], method="ties", density=0.5))
     kept = []

@@ -22,7 +22,7 @@ from mm.customization.objectives.protocol import objective_of
 
 FAST: dict[str, Any] = {
     "steps": 8, "batch_size": 3, "size": SIDE, "preview_every": 8, "preserved": (), "preserve": 0.0,
-    "learning_rate": 2e-2, "row_rate": 1e-1,
+    "learning_rate": 2e-2, "row_rate": 1.0,
 }  # fmt: skip
 ROWS = ("textual-inversion", "detex")
 KINDS: dict[str, set[str]] = {

@@ -39,7 +39,10 @@ NOT_RUN = {
     r"mm (train|ui|eval)\b": ("parse", "trains, serves or measures until it is stopped, or for minutes"),
 }
 # appended to make a command small, with everything else as the page has it
-SMALLER = {r"mm quantize": ("--data-free", "--pictures", "0", "--compose", "0")}
+SMALLER = {
+    r"mm customize": ("--steps", "2", "--batch-size", "1"),
+    r"mm quantize": ("--data-free", "--pictures", "0", "--compose", "0"),
+}
 
 
 def text_of(page: str) -> str:

@@ -1,7 +1,7 @@
 """DETEX: the subject's row is learned beside rows for each picture's background and pose, which inference leaves out.
 
-Source: Cai et al. 2023, arXiv 2312.11826. A small mapper turns each picture's latents into its background and pose rows,
-which are tied to the words for them; what belongs to one picture then need not enter the subject's row.
+Source: Cai et al. 2023, arXiv 2312.11826. A small mapper turns each picture's latents into its background and pose
+rows, which are tied to the words for them; what belongs to one picture then need not enter the subject's row.
 
 Legend: B prompts, N pictures, C channels, H x W latents, D width of an embedding.
 """
@@ -41,9 +41,6 @@ class _Learner(Learner):
     def parameters(self) -> dict[str, nn.Parameter]:
         return super().parameters() | self.mappers
 
-    def rows(self) -> set[str]:
-        return set(self.table.parameters())
-
     def captions(self, chosen: Sequence[int]) -> list[str]:
         words = self.placeholders
         own = [f"{words['pose']} {self.job.name}", words["background"]]
@@ -73,7 +70,7 @@ class Detex:
     """Rows alone, as Textual Inversion, with the pictures' own attributes set apart."""
 
     name = "detex"
-    defaults: Mapping[str, Any] = {"row_rate": 2e-2, "preserve": 0.0, "learning_rate": 1e-3}
+    defaults: Mapping[str, Any] = {"row_rate": 0.15, "preserve": 0.0, "caption_dropout": 0.0, "learning_rate": 1e-3}
 
     def begin(self, job: Job) -> Learner:
         """The rows and the mappers."""

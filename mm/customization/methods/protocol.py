@@ -66,9 +66,9 @@ class Learner:
         """All trained values by name."""
         return {name: value for piece in self.pieces for name, value in piece.parameters().items()}
 
-    def rows(self) -> set[str]:
-        """Names of the parameters that are rows of embeddings, which take a rate of their own."""
-        return {name for piece in self.pieces if isinstance(piece, Rows) for name in piece.parameters()}
+    def rows(self) -> dict[str, float]:
+        """The parameters that are rows of embeddings, which take a rate of their own, and their tables' deviation."""
+        return {name: wide for piece in self.pieces if isinstance(piece, Rows) for name, wide in piece.spreads.items()}
 
     def captions(self, chosen: Sequence[int]) -> list[str]:
         """Prompts of the examples with these numbers."""

@@ -15,7 +15,7 @@ class TextualInversion:
     """A row for the name in each embedding that reads prompts."""
 
     name = "textual-inversion"
-    defaults: Mapping[str, Any] = {"row_rate": 2e-2, "preserve": 0.0}
+    defaults: Mapping[str, Any] = {"row_rate": 0.15, "preserve": 0.0, "caption_dropout": 0.0}
 
     def begin(self, job: Job) -> Learner:
         """The row alone; unrelated prompts cannot change by it, so nothing is preserved."""

@@ -1,7 +1,7 @@
 """LoRA, DoRA, OFT, LoKr, LoHa and SHiRA through peft, whose tuners wrap the denoiser's layers while they are trained.
 
-Sources: Hu et al. 2021 (arXiv 2106.09685), Liu et al. 2024 (2402.09353, DoRA), Qiu et al. 2023 (2306.07280, OFT), Yeh et
-al. 2023 (2309.14859, LyCORIS' LoKr and LoHa), Bhardwaj et al. 2024 (2406.13175, SHiRA).
+Sources: Hu et al. 2021 (arXiv 2106.09685), Liu et al. 2024 (2402.09353, DoRA), Qiu et al. 2023 (2306.07280, OFT), Yeh
+et al. 2023 (2309.14859, LyCORIS' LoKr and LoHa), Bhardwaj et al. 2024 (2406.13175, SHiRA).
 
 Design choices
 - What was learned is read off the layers themselves, as the change of the map that they compute: exact for every tuner.

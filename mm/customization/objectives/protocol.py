@@ -11,8 +11,8 @@ Legend: B pictures, C channels, H x W latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,14 @@ class Objective(ABC):
         side: of the training pictures, in pixels.
         parts: components whose linear layers take adapters.
         skipped: patterns over the paths of layers that take none.
+        training: values of `TrainingConfig` that suit the family.
         open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
     """
 
     parts: tuple[str, ...] = ("transformer",)
     skipped: tuple[str, ...] = ()
     open_vocabulary = True
+    training: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipe: Any, side: int) -> None:
         self.pipe, self.side = pipe, side
@@ -63,6 +65,14 @@ class Objective(ABC):
     @abstractmethod
     def fixed_levels(self, count: int) -> Tensor:
         """Noise levels (count,) spread evenly, for scores."""
+
+    @abstractmethod
+    def strength(self, level_B: Tensor) -> Tensor:
+        """Noise levels as a share of the highest."""
+
+    @abstractmethod
+    def louder(self, level_B: Tensor) -> Tensor:
+        """Noise levels brought into the upper half, where the prompt decides more than the picture."""
 
     @abstractmethod
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
@@ -117,6 +127,12 @@ class FlowObjective(Objective):
     def fixed_levels(self, count: int) -> Tensor:
         return (torch.arange(count) + 0.5) / count
 
+    def strength(self, level_B: Tensor) -> Tensor:
+        return level_B
+
+    def louder(self, level_B: Tensor) -> Tensor:
+        return 0.5 + level_B / 2
+
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         level = level_B.view(-1, *[1] * (clean.ndim - 1))
         return (1 - level) * clean + level * noise
@@ -146,6 +162,12 @@ class DiffusionObjective(Objective):
 
     def fixed_levels(self, count: int) -> Tensor:
         return ((torch.arange(count) + 0.5) / count * len(self._alphas)).long()
+
+    def strength(self, level_B: Tensor) -> Tensor:
+        return level_B.float() / len(self._alphas)
+
+    def louder(self, level_B: Tensor) -> Tensor:
+        return (len(self._alphas) + level_B) // 2
 
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         signal = self._signal_B(level_B).view(-1, 1, 1, 1)

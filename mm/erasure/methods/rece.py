@@ -30,19 +30,19 @@ class RECE(UCE):
         maps: list[Tensor] = []  # from a target's token to the tokens that bring it back
         found = self.ridge(job, given)
         for _ in range(int(s["rounds"])):
-            maps.append(self._derived(weights, found.change_DD, s["rho"]))
+            maps.append(derived(weights, found.change_DD, s["rho"]))
             wide = widened(given, maps)
             found = self.ridge(job, wide)
         return solver.solution(given, found.change_DD, solver.moments_of(wide if maps else given).target_DD)
 
-    @staticmethod
-    def _derived(weight_ND: Tensor, change_DD: Tensor, rho: float) -> Tensor:
-        """The map K, (D, D), to features K c whose outputs under the edited weights come closest to c's old outputs."""
-        edited = weight_ND + weight_ND @ change_DD
-        gram = edited.T @ edited
-        size = gram.diagonal().mean()
-        system = gram + rho * size * torch.eye(gram.shape[0], dtype=gram.dtype)
-        return torch.linalg.solve(system, edited.T @ weight_ND)
+
+def derived(weight_ND: Tensor, change_DD: Tensor, rho: float) -> Tensor:
+    """The map K, (D, D), to features K c whose outputs under the edited weights come closest to c's old outputs."""
+    edited = weight_ND + weight_ND @ change_DD
+    gram = edited.T @ edited
+    size = gram.diagonal().mean()
+    system = gram + rho * size * torch.eye(gram.shape[0], dtype=gram.dtype)
+    return torch.linalg.solve(system, edited.T @ weight_ND)
 
 
 def widened(given: solver.Moments, maps: Sequence[Tensor]) -> solver.Moments:
