@@ -105,7 +105,8 @@ class DrawTab:
         self.dice = gr.Button("New random seed", size="sm")
         with gr.Accordion("More", open=False):
             self.fields |= sampling_fields(self.can, sized=True)
-            self.like = gr.File(label="Draw again like this PNG (drop it here)", file_types=[".png"], height=90)
+            gr.HTML('<p class="mm-title">Draw again like a PNG: drop it here, and its settings are filled in.</p>')
+            self.like = gr.File(show_label=False, file_types=[".png"], height=130, elem_id="like")
         gr.Examples(examples, self.fields["prompt"], api_visibility="private")
 
     def _connect(self, visit: gr.Textbox) -> None:

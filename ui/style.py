@@ -43,7 +43,8 @@ footer {display: none !important}
 .mm-details span {display: inline-block; margin-right: 14px; opacity: .8}
 .mm-preview {width: min(100%, 512px); display: block; border-radius: 8px; margin: auto}
 .mm-preview-box:not(:has(img)) {display: none}
-.mm-preview-box:has(img) ~ .mm-gallery:not(:has(img)) {display: none}
+.mm-gallery:not(:has(img)), #earlier:not(:has(img)) {display: none !important}
+#like .wrap {font-size: .85rem; line-height: 1.2}
 .mm-preview-box:has(~ .mm-gallery img) .mm-preview {width: 128px; margin: 0}
 .mm-gallery, .mm-gallery .grid-wrap, #earlier, #earlier .grid-wrap {max-height: none !important;
   min-height: 0 !important; height: auto !important}

@@ -103,6 +103,7 @@ def test_it_draws_and_keeps_texts_as_text(tab_of, viewport) -> None:
     assert "<img src=http" in tab.locator("#draw-details").inner_text()
     assert "does not know" in tab.locator("#draw-status").inner_text()
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    tab.wait_for_timeout(500)
     tab.locator("#draw-pictures .thumbnail-item").nth(1).click()
     tab.wait_for_selector("#draw-details >> text=seed 8")
     tab.get_by_role("button", name="Use these settings").click()
@@ -188,6 +189,8 @@ def test_it_edits_and_describes(tab_of, viewport, tmp_path: Path, monkeypatch: p
     tab.wait_for_selector("#picture-status >> text=there is no picture")
     tab.locator("#picture-given input[type=file]").first.set_input_files(tmp_path / "given.png")
     tab.wait_for_timeout(2000)
+    tab.locator("#picture-given canvas").first.scroll_into_view_if_needed()  # a phone was scrolled to the results
+    tab.wait_for_timeout(500)
     canvas = tab.locator("#picture-given canvas").first.bounding_box()
     middle = (canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
     tab.mouse.move(*middle)
