@@ -26,6 +26,7 @@ from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
 from mm.core.statistics import paired_change, share
+from mm.erasure.attacks.protocol import Attack
 from mm.erasure.attacks.registry import attack_of
 from mm.erasure.concepts import contexts_of, parse
 from mm.erasure.margin import rounded_patch
@@ -171,7 +172,7 @@ def certify(
     patch: Patch,
     probes: Sequence[Probe],
     *,
-    attacks: Sequence[Any] = (),
+    attacks: Sequence[Attack] = (),
     quantization: Mapping[str, Quantizer] | None = None,
     composition: Composition | None = None,
     patch_bits: Sequence[int] = (),
@@ -200,7 +201,7 @@ def certify(
     with with_patch(pipe, patch, True):
         after = measurer.labels(prompts)
         second = list(composition(pipe)) if composition else []
-        broken = {attack.name: attack.run(measurer, patch, probes) for attack in attacks}
+        broken = {attack.name: _attacked(measurer, patch, probes, attack) for attack in attacks}
     made = Certificate(
         targets=tuple(dict.fromkeys(patch.report.get("targets", ()))) or _targets(probes),
         rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, before, after),
@@ -213,6 +214,14 @@ def certify(
     )  # fmt: skip
     patch.report["certificate"] = made.to_dict()
     return made
+
+
+def _attacked(measurer: Measurer, patch: Patch, probes: Sequence[Probe], attack: Attack) -> dict[str, Any]:
+    started = time.monotonic()
+    found = attack.run(measurer, patch, probes)
+    found["seconds"] = round(time.monotonic() - started, 1)
+    measurer.progress(0, f"attack {attack.name}: {found}")
+    return found
 
 
 def verify(

@@ -108,7 +108,7 @@ def evaluate_erase(
     call = {"mode": config.mode, "num_inference_steps": config.steps}
     measurer = Measurer(
         pipe=pipe, judge=label_judge(judge), seed=config.seed, batch_size=config.batch_size, call=call,
-        kept={} if kept is None else kept,
+        kept={} if kept is None else kept, progress=lambda count, text: progress(text) if not count else None,
     )  # fmt: skip
     found: dict[str, Certificate] = {}
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
