@@ -194,7 +194,7 @@ def _features(
     """Features of each group of layers, from pairs of prompts and from prompts that stay."""
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
     groups, n = groups_of(layers, read), len(pairs)
-    length = read[groups[0][0]][0].shape[0]
+    length = max(len(x) for x in read[groups[0][0]])  # pipelines that pad to the longest prompt pad each call apart
     match = [matched(pipe, t, a, length) for t, a in pairs]
     own = [matched(pipe, p, p, length)[0] for p in others]
     out = {}

@@ -87,8 +87,8 @@ def test_an_export_draws_the_same_with_diffusers_own_loader(pipe, tmp_path, layo
             for p, (u, s, v) in made.items()
         }
     else:
-        turn = {p: torch.linalg.qr(torch.eye(len(x.weight)) + 0.1 * torch.ones(len(x.weight), len(x.weight)).triu(1))[0]
-                for p, x in text_layers(pipe).items()}  # fmt: skip
+        sizes = {p: len(x.weight) for p, x in text_layers(pipe).items()}
+        turn = {p: torch.linalg.qr(torch.eye(n) + 0.1 * torch.ones(n, n).tril(-1))[0] for p, n in sizes.items()}
         entries = {p: Entry(kind="rotation", tensors={"rotation": r.contiguous()}) for p, r in turn.items()}
     patch = Patch(entries=entries, method="uce", name="no-fox")
     file = tmp_path / "lora.safetensors"

@@ -9,6 +9,7 @@ from tiny_pipelines import tiny_pipeline_of
 import mm
 from mm.core.errors import UserError
 from mm.evaluation.understand import to_pictures
+from mm.pipelines.answers import DESCRIBE
 from mm.world.scene import Scene, Sprite
 
 
@@ -21,7 +22,7 @@ def test_a_model_names_what_it_no_longer_draws_unless_reading_is_erased_too():
     wolf, cat = to_pictures(scenes)
 
     def says(picture):
-        return reader(picture, ["describe this picture"]).answers[0]
+        return reader(picture, [DESCRIBE]).answers[0]
 
     before = says(wolf), says(cat)
     assert "wolf" in before[0]
