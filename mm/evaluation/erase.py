@@ -18,7 +18,8 @@ from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import share, wilson
-from mm.erasure.certificate import Certificate, certify, harmonic, over
+from mm.erasure.certificate import Certificate, harmonic, over
+from mm.erasure.certify import certify
 from mm.erasure.concepts import contexts_of, parse
 from mm.erasure.erase import DEFAULT, erase
 from mm.erasure.grid import before_after
