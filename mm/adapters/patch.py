@@ -110,12 +110,12 @@ class Patch:
     def verify(self, target: Any, **measure: Any) -> Any:
         """Says "N of N tensors applied" when the model carries the patch; raises UserError where it does not.
 
-        With `judge=...` and further arguments of `mm.erasure.certificate.verify` an erasure is measured instead,
+        With `judge=...` and further arguments of `mm.erasure.certify.verify` an erasure is measured instead,
         whether it is applied or not. Its `Certificate` is returned and written into the report. The model stays as it
         was.
         """
         if measure:
-            return resolve("mm.erasure.certificate:verify")(self, target, **measure)
+            return resolve("mm.erasure.certify:verify")(self, target, **measure)
         return stack_of(target).verify(self.name, self._on_rows(target).entries)
 
     def _on(self, target: Any) -> Stack:

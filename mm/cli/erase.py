@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mm.cli.eval_erase import setting_of
+
 app = typer.Typer(add_completion=False)
 
 
@@ -24,25 +26,34 @@ def erase(
         list[str] | None, typer.Option(help="Concepts that stay; default: the targets' neighbours.")
     ] = None,
     strength: Annotated[float, typer.Option(min=0.01, max=2, help="1 erases; less leaves a share.")] = 1.0,
+    scope: Annotated[str, typer.Option(help="draw, or read: pictures of it are not named either.")] = "draw",
+    setting: Annotated[list[str] | None, typer.Option(help="name=value of the method, the value as JSON.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Also write a LoRA file for other programs.")] = None,
+    layout: Annotated[str, typer.Option(help="Of --lora: diffusers, peft, kohya or comfyui.")] = "diffusers",
     site: Annotated[list[str] | None, typer.Option(help="Regular expression over layers to edit.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
 ) -> None:
     """Makes a patch after which the model draws something else where the concepts are asked for."""
     from mm.core.errors import UserError
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; choose another name, or give --force")
+    for file in (out, lora):
+        if file is not None and file.exists() and not force:
+            raise UserError(f"{file} exists; choose another name, or give --force")
     import mm
     from mm.erasure.erase import DEFAULT
     from mm.erasure.erase import erase as make
+    from mm.erasure.files import export
 
     engine = mm.load(model)
     patch = make(
         engine.pipeline, targets, anchors=anchor[0] if anchor and len(anchor) == 1 else anchor,
-        retain=retain or "auto", method=method or DEFAULT, strength=strength, sites=site or (), progress=_show,
+        retain=retain or "auto", method=method or DEFAULT, strength=strength, scope=scope,  # type: ignore[arg-type]
+        sites=site or (), progress=_show, **dict(setting_of(s) for s in setting or ()),
     )  # fmt: skip
     print(file=sys.stderr)
     patch.save(out)
+    if lora is not None:
+        export(patch, lora, layout, target=engine.pipeline)  # type: ignore[arg-type]
     report = patch.report
     for target, placed in report["anchors"].items():
         print(f"{target}: draws {placed or 'nothing in its place'}")

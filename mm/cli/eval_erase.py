@@ -53,7 +53,7 @@ def erase(
             raise UserError(f"{patch} does not say what it erases; it is no patch of mm erase")
     given: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
     config = EraseConfig(
-        **given, how=how, method=method or DEFAULT, options=dict(_setting(s) for s in setting or ()),  # type: ignore[arg-type]
+        **given, how=how, method=method or DEFAULT, options=dict(setting_of(s) for s in setting or ()),  # type: ignore[arg-type]
         split="tune" if tuning else "report", each=limit, composition=composition, quantize=tuple(quantize or ()),
         attacks=tuple(attack or ()), patch_bits=tuple(patch_bits or ()), mode=mode.value, steps=steps, seed=seed,
     )  # fmt: skip
@@ -67,7 +67,8 @@ def erase(
     print(table(report))
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting_of(text: str) -> tuple[str, Any]:
+    """A setting's name and value from "name=value". Raises UserError for anything else."""
     from mm.core.errors import UserError
 
     name, _, value = text.partition("=")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -25,12 +25,14 @@ from mm.erasure.margin import margins
 from mm.erasure.methods.protocol import Job
 from mm.erasure.methods.registry import method_of
 from mm.erasure.neighbours import Neighbours
+from mm.erasure.reading import reading_rows
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import roots_of
 
+Scope = Literal["draw", "read"]
 DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
@@ -46,6 +48,7 @@ def erase(
     retain: str | Sequence[str] = "auto",
     method: str = DEFAULT,
     strength: float = 1.0,
+    scope: Scope = "draw",
     sites: Sequence[str] = (),
     contexts: Contexts | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
@@ -61,6 +64,7 @@ def erase(
         retain: concepts that must stay as they are; "auto" takes each target's neighbours.
         method: one of `mm.erasure.methods.registry.METHODS`.
         strength: 1 erases; less leaves a share of the concept.
+        scope: "draw", or "read" for a model that neither draws the targets nor names them in pictures.
         sites: regular expressions over layer paths, for models that mm does not know.
         contexts: prompts to erase and keep in; None takes the family's, or templates of plain English.
         progress: called with a share from 0 to 1 and a text.
@@ -79,6 +83,8 @@ def erase(
         raise UserError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(maker.defaults)}")
     if not 0 < strength <= 2:
         raise UserError(f"strength is {strength}; give a number above 0, at most 2 (1 erases)")
+    if scope not in get_args(Scope):
+        raise UserError(f"scope is {scope!r}; give {' or '.join(get_args(Scope))}")
     concepts = _concepts(targets)
     layers = text_layers(pipe, tuple(sites))
     contexts = contexts or contexts_of(pipe)
@@ -86,6 +92,7 @@ def erase(
     near = _neighbours(pipe, layers, contexts, concepts)
     placed = _anchors(concepts, anchors, contexts, near)
     kept = _retained(concepts, placed, retain, near)
+    rows = reading_rows(pipe, concepts, placed, contexts) if scope == "read" else {}
     progress(0.1, f"reading {len(kept)} retained concepts and {len(concepts)} targets")
     each = max(FEWEST, PAIRS // len(concepts))
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
@@ -101,13 +108,13 @@ def erase(
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
         "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
-        "layers": list(made.entries), "seconds": round(time.monotonic() - started, 2), **made.report,
+        "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
         **margins(job, made.entries),
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(
-        entries=made.entries, method=method, base=job.base, name=name, report=report,
-        settings={"strength": strength, **chosen},
+        entries=made.entries | rows, method=method, base=job.base, name=name, report=report,
+        settings={"strength": strength, "scope": scope, **chosen},
     )  # fmt: skip
 
 
@@ -187,7 +194,7 @@ def _features(
     """Features of each group of layers, from pairs of prompts and from prompts that stay."""
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
     groups, n = groups_of(layers, read), len(pairs)
-    length = read[groups[0][0]][0].shape[0]
+    length = max(len(x) for x in read[groups[0][0]])  # pipelines that pad to the longest prompt pad each call apart
     match = [matched(pipe, t, a, length) for t, a in pairs]
     own = [matched(pipe, p, p, length)[0] for p in others]
     out = {}

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 
 CHUNK = 64  # prompts in one call
+# Arguments of some pipelines that would put words around the prompt (SANA), or choose another size (PixArt, SANA).
+PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False}
 
 
 class _RecordedError(Exception):
@@ -86,7 +88,7 @@ def draw_once(pipe: Any, prompts: list[str]) -> Any:
     """One sampling step for each prompt, without guidance and without decoding."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1, "output_type": "latent"}
-    given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
+    given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)} | PLAIN
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

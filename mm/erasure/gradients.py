@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
+from mm.erasure.features import PLAIN
 from mm.erasure.measure import seed_of
 from mm.families.registry import is_denoiser
 from mm.layers.surgery import roots_of
@@ -52,7 +53,7 @@ def run(pipe: Any, prompts: Sequence[str], *, seed: int = 0, steps: int = 1, gui
     generators = [torch.Generator().manual_seed(seed_of(seed, str(i))) for i in range(len(prompts))]
     given: dict[str, Any] = {
         "prompt": list(prompts), "num_inference_steps": steps, "output_type": "latent", "guidance_scale": guidance,
-        "generator": generators,
+        "generator": generators, **PLAIN,
     }  # fmt: skip
     return call(pipe, **{key: value for key, value in given.items() if key in takes})
 

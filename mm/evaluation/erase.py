@@ -18,7 +18,8 @@ from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import share, wilson
-from mm.erasure.certificate import Certificate, certify, harmonic, over
+from mm.erasure.certificate import Certificate, harmonic, over
+from mm.erasure.certify import certify
 from mm.erasure.concepts import contexts_of, parse
 from mm.erasure.erase import DEFAULT, erase
 from mm.erasure.grid import before_after
@@ -108,7 +109,7 @@ def evaluate_erase(
     call = {"mode": config.mode, "num_inference_steps": config.steps}
     measurer = Measurer(
         pipe=pipe, judge=label_judge(judge), seed=config.seed, batch_size=config.batch_size, call=call,
-        kept={} if kept is None else kept,
+        kept={} if kept is None else kept, progress=lambda count, text: progress(text) if not count else None,
     )  # fmt: skip
     found: dict[str, Certificate] = {}
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from mm.adapters.patch import Patch
-from mm.erasure.adversary import Embeddings, distance
 from mm.erasure.attacks.protocol import asked, result, shows
 from mm.erasure.attacks.sites import Sites
+from mm.erasure.embeddings import Embeddings, distance
 from mm.erasure.gradients import outputs
 from mm.erasure.measure import Measurer
 from mm.erasure.probes import Probe

@@ -16,7 +16,7 @@ import torch
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.erasure import solver
-from mm.erasure.adversary import adversarial_features
+from mm.erasure.methods.adversary import adversarial_features
 from mm.erasure.methods.protocol import Job, Made
 from mm.erasure.methods.rece import derived, widened
 from mm.erasure.methods.uce import UCE, lowrank_entries
