@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
+from mm.adapters.layer_state import placed_on
 from mm.core.errors import UserError, shown
 from mm.layers.surgery import roots_of, submodule
 
@@ -107,6 +108,8 @@ def placed_rows(
                 f"the patch brings the word {shown(item['token'])} and this pipeline has no {table.tokenizer}"
             )
         row = own_row(target, table, item["token"])
+        if row is not None and add:
+            _check_free(target, table, item["token"], row)
         if row is None:
             row = add_token(target, table, item["token"]) if add else int(item["id"])
         rows.setdefault(table.embedding, {})[int(item["id"])] = row
@@ -114,6 +117,17 @@ def placed_rows(
         path: _moved(entry, rows[path]) if entry.kind == "rows" and path in rows else entry
         for path, entry in entries.items()
     }
+
+
+def _check_free(pipe: Any, table: TokenTable, token: str, row: int) -> None:
+    """Raises UserError where an applied patch brings the word already."""
+    component, _, path = table.embedding.partition(".")
+    embedding = submodule(roots_of(pipe)[component], path)
+    for placed in () if embedding is None else placed_on(embedding):
+        if placed.entry.kind == "rows" and row in placed.entry.tensors["ids"]:
+            raise UserError(
+                f"patch {placed.name!r} is applied and brings the word {shown(token)} already; undo it first"
+            )
 
 
 def _moved(entry: Entry, rows: Mapping[int, int]) -> Entry:
