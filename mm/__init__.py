@@ -40,6 +40,12 @@ def _open_clip_is_there() -> None:
     register()
 
 
+def _diffusers_is_named() -> None:
+    from mm.pipelines.registration import register
+
+    register()
+
+
 def _diffusers_is_there() -> None:
     from mm.quantization.integrations.registration import register_diffusers
 
@@ -53,6 +59,7 @@ def _transformers_is_there() -> None:
 
 
 after_import("open_clip.factory", _open_clip_is_there)
+after_import("diffusers", _diffusers_is_named)
 after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
 register_adapters()

@@ -29,6 +29,7 @@ from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
 from mm.adapters.tokens import placed_rows
 from mm.core.errors import UserError
+from mm.families.family import resolve
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import stored
 from mm.layers.surgery import locate, no_branches, roots_of, submodule
@@ -106,11 +107,15 @@ class Patch:
                 stack.scale(self.name, item.scale)
             raise
 
-    def verify(self, target: Any) -> str:
+    def verify(self, target: Any, **measure: Any) -> Any:
         """Says "N of N tensors applied" when the model carries the patch; raises UserError where it does not.
 
-        Nothing is changed.
+        With `judge=...` and further arguments of `mm.erasure.certificate.verify` an erasure is measured instead,
+        whether it is applied or not. Its `Certificate` is returned and written into the report. The model stays as it
+        was.
         """
+        if measure:
+            return resolve("mm.erasure.certificate:verify")(self, target, **measure)
         return stack_of(target).verify(self.name, self._on_rows(target).entries)
 
     def _on(self, target: Any) -> Stack:

@@ -16,7 +16,9 @@ def erase(
     targets: Annotated[list[str], typer.Argument(help='Concepts: "wolf", "style: neon", "attribute: red of apple".')],
     out: Annotated[Path, typer.Option("-o", "--out", help="The patch file to write.")],
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
-    method: Annotated[str, typer.Option(help="uce, rece, speed or oce.")] = "rece",
+    method: Annotated[
+        str | None, typer.Option(help="uce (default), rece, robust, speed, oce, hirm, esd, salun, dve or prune.")
+    ] = None,
     anchor: Annotated[list[str] | None, typer.Option(help="What is drawn instead; once, or once a target.")] = None,
     retain: Annotated[
         list[str] | None, typer.Option(help="Concepts that stay; default: the targets' neighbours.")
@@ -31,12 +33,13 @@ def erase(
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another name, or give --force")
     import mm
+    from mm.erasure.erase import DEFAULT
     from mm.erasure.erase import erase as make
 
     engine = mm.load(model)
     patch = make(
         engine.pipeline, targets, anchors=anchor[0] if anchor and len(anchor) == 1 else anchor,
-        retain=retain or "auto", method=method, strength=strength, sites=site or (), progress=_show,
+        retain=retain or "auto", method=method or DEFAULT, strength=strength, sites=site or (), progress=_show,
     )  # fmt: skip
     print(file=sys.stderr)
     patch.save(out)
@@ -44,7 +47,7 @@ def erase(
     for target, placed in report["anchors"].items():
         print(f"{target}: draws {placed or 'nothing in its place'}")
     print(f"retained: {', '.join(report['retained']) or 'nothing by name'}")
-    print(f"{out}: {len(patch.entries)} layers, method {method}, {report['seconds']} s")
+    print(f"{out}: {len(patch.entries)} layers, method {patch.method}, {report['seconds']} s")
 
 
 def _show(share: float, text: str) -> None:

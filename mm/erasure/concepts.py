@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mm.core.errors import UserError
+from mm.erasure.names import COMMON_NAMES
+from mm.families import family_of
+from mm.families.family import resolve
 
 Kind = Literal["object", "style", "attribute"]
 OBJECTS: tuple[str, ...] = (
@@ -53,6 +56,11 @@ class Concept:
 
     def __str__(self) -> str:
         return self.name if self.of is None else f"{self.name} of {self.of}"
+
+    @property
+    def text(self) -> str:
+        """The text that `parse` reads as this concept."""
+        return str(self) if self.kind == "object" else f"{self.kind}: {self}"
 
 
 class Contexts(Protocol):
@@ -105,3 +113,9 @@ class PlainContexts:
     def candidates(self) -> tuple[str, ...]:
         """The names given."""
         return self.names
+
+
+def contexts_of(pipe: Any) -> Contexts:
+    """The contexts that a pipeline's family brings, or plain English."""
+    family = family_of(pipe)
+    return resolve(family.contexts)() if family is not None and family.contexts else PlainContexts(COMMON_NAMES)

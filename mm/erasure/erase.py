@@ -19,21 +19,21 @@ from torch import nn
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.erasure.alignment import matched
-from mm.erasure.concepts import Concept, Contexts, PlainContexts, parse
+from mm.erasure.concepts import Concept, Contexts, contexts_of, parse
 from mm.erasure.features import record
+from mm.erasure.margin import margins
 from mm.erasure.methods.protocol import Job
 from mm.erasure.methods.registry import method_of
-from mm.erasure.names import COMMON_NAMES
 from mm.erasure.neighbours import Neighbours
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
-from mm.families import family_of
-from mm.families.family import resolve
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import roots_of
 
+DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
+FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
 
 
@@ -44,7 +44,7 @@ def erase(
     *,
     anchors: str | Sequence[str] | None = None,
     retain: str | Sequence[str] = "auto",
-    method: str = "rece",
+    method: str = DEFAULT,
     strength: float = 1.0,
     sites: Sequence[str] = (),
     contexts: Contexts | None = None,
@@ -87,28 +87,28 @@ def erase(
     placed = _anchors(concepts, anchors, contexts, near)
     kept = _retained(concepts, placed, retain, near)
     progress(0.1, f"reading {len(kept)} retained concepts and {len(concepts)} targets")
-    features, groups, count = _features(pipe, layers, contexts, concepts, placed, kept)
+    each = max(FEWEST, PAIRS // len(concepts))
+    pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
+    others = list(contexts.retained(kept, concepts))
+    features, groups = _features(pipe, layers, pairs, others)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
-        pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength,
-        targets=len(concepts), settings=chosen, progress=lambda share, text: progress(0.3 + 0.7 * share, text),
+        pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength, pairs=pairs,
+        retained=others, base=_base(pipe, layers), targets=len(concepts), settings=chosen,
+        progress=lambda share, text: progress(0.3 + 0.7 * share, text),
     )  # fmt: skip
     made = maker.make(job)
     report = {
-        "targets": [str(c) for c in concepts], "anchors": placed, "retained": kept, "prompts": count,
+        "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
+        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
         "layers": list(made.entries), "seconds": round(time.monotonic() - started, 2), **made.report,
+        **margins(job, made.entries),
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(
-        entries=made.entries, method=method, base=_base(pipe, layers), name=name, report=report,
+        entries=made.entries, method=method, base=job.base, name=name, report=report,
         settings={"strength": strength, **chosen},
     )  # fmt: skip
-
-
-def contexts_of(pipe: Any) -> Contexts:
-    """The contexts that a pipeline's family brings, or plain English."""
-    family = family_of(pipe)
-    return resolve(family.contexts)() if family is not None and family.contexts else PlainContexts(COMMON_NAMES)
 
 
 def effective(layer: nn.Linear) -> torch.Tensor:
@@ -182,13 +182,9 @@ def _retained(
 
 
 def _features(
-    pipe: Any, layers: dict[str, nn.Linear], contexts: Contexts, concepts: Sequence[Concept],
-    anchors: dict[str, str], kept: Sequence[str],
-) -> tuple[dict[str, Features], list[list[str]], int]:  # fmt: skip
-    """Features of each group of layers, from all contexts."""
-    each = max(24, PAIRS // len(concepts))
-    pairs = [pair for c in concepts for pair in contexts.pairs(c, anchors[str(c)], each)]
-    others = list(contexts.retained(kept, concepts))
+    pipe: Any, layers: dict[str, nn.Linear], pairs: Sequence[tuple[str, str]], others: Sequence[str]
+) -> tuple[dict[str, Features], list[list[str]]]:
+    """Features of each group of layers, from pairs of prompts and from prompts that stay."""
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
     groups, n = groups_of(layers, read), len(pairs)
     length = read[groups[0][0]][0].shape[0]
@@ -203,7 +199,7 @@ def _features(
             anchor_TD=wanted,
             retained_RD=torch.cat([*[x[2 * n + i][places] for i, places in enumerate(own)], wanted]).double(),
         )
-    return out, groups, len(pairs) + len(others)
+    return out, groups
 
 
 def _base(pipe: Any, layers: Any) -> str:

@@ -4,6 +4,7 @@ Design choices
 - Everything is solved in float64. The condition number of each system is reported, since a nearly singular one gives a
   patch that is noise.
 - A change of the form W' = W (I + A) depends on the features alone, so layers that read the same input share one A.
+- Features enter by their second moments alone. These are computed once a layer; everything after that is D x D.
 - A is cut to a low rank where it matters least: by its effect on the features that were seen, not by its own norm.
 
 Legend: D width of the features, N outputs of a layer, T target tokens, R retained tokens, r rank.
@@ -12,6 +13,7 @@ Legend: D width of the features, N outputs of a layer, T target tokens, R retain
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,9 +39,51 @@ class Features:
         if self.target_TD.shape != self.anchor_TD.shape or self.target_TD.shape[1:] != self.retained_RD.shape[1:]:
             shapes = [tuple(x.shape) for x in (self.target_TD, self.anchor_TD, self.retained_RD)]
             raise ValueError(f"features of shapes {shapes}: target and anchor must agree, and all in width")
-        for name, value in self.__dict__.items():
-            if not torch.isfinite(value).all():
+        for name in ("target_TD", "anchor_TD", "retained_RD"):
+            if not torch.isfinite(getattr(self, name)).all():
                 raise UserError(f"{name.split('_')[0]} features hold NaN or infinity: the model is broken")
+
+    @cached_property
+    def moments(self) -> Moments:
+        """The second moments by which the closed forms see these features."""
+        gap_TD = self.anchor_TD - self.target_TD
+        retained = moment(self.retained_RD) if len(self.retained_RD) else None
+        return Moments(
+            target_DD=moment(self.target_TD), cross_DD=moment(gap_TD, self.target_TD),
+            gap=float(gap_TD.square().sum(1).mean()), retained_DD=retained,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Moments:
+    """Second moments of features.
+
+    Args:
+        target_DD: E[c c^T] of the target tokens c.
+        cross_DD: E[(c* - c) c^T], c* the anchor's token.
+        gap: E|c* - c|^2.
+        retained_DD: E[c c^T] of the retained tokens; None where there are none.
+    """
+
+    target_DD: Tensor
+    cross_DD: Tensor
+    gap: float
+    retained_DD: Tensor | None
+
+    @property
+    def kept_DD(self) -> Tensor:
+        """What says which directions matter: the retained moment, or where there is none the target's."""
+        return self.target_DD if self.retained_DD is None else self.retained_DD
+
+    @property
+    def size(self) -> Tensor:
+        """The mean of its diagonal, above 0."""
+        return self.kept_DD.diagonal().mean().clamp_min(1e-30)
+
+
+def moments_of(features: Features | Moments) -> Moments:
+    """The moments of features, or moments as they are."""
+    return features if isinstance(features, Moments) else features.moments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +110,7 @@ def moment(x_TD: Tensor, y_TD: Tensor | None = None) -> Tensor:
 
 
 def ridge(
-    features: Features, *, strength: float, preserve: float, ridge: float, extra_DD: Tensor | None = None
+    features: Features | Moments, *, strength: float, preserve: float, ridge: float, extra_DD: Tensor | None = None
 ) -> Solution:
     """Unified Concept Editing (Gandikota et al. 2024, arXiv 2308.14761) for many tokens, in the form W' = W (I + A).
 
@@ -79,16 +123,15 @@ def ridge(
         strength: weight of the target tokens; 0 changes nothing.
         preserve: weight of the retained tokens.
         ridge: weight of keeping A small, relative to the size of the features.
-        extra_DD: further second moment to preserve, (D, D).
+        extra_DD: further second moment of tokens that are weighted like targets and must not move, (D, D).
     """
-    c, wanted, kept = features.target_TD, features.anchor_TD, features.retained_RD
-    second = moment(kept) if len(kept) else moment(c)
-    size = second.diagonal().mean().clamp_min(1e-30)
-    system = strength * moment(c) + preserve * second + ridge * size * torch.eye(c.shape[1], dtype=c.dtype)
+    m = moments_of(features)
+    eye = torch.eye(len(m.target_DD), dtype=m.target_DD.dtype)
+    system = strength * m.target_DD + preserve * m.kept_DD + ridge * m.size * eye
     if extra_DD is not None:
         system = system + preserve * extra_DD
-    change = torch.linalg.solve(system.T, (strength * moment(wanted - c, c)).T).T
-    return solution(features, change, system)
+    change = torch.linalg.solve(system, strength * m.cross_DD.T).T  # the system is symmetric
+    return solution(m, change, system)
 
 
 def null_space(features: Features, *, threshold: float, invariant_RD: Tensor | None = None) -> Solution:
@@ -102,47 +145,51 @@ def null_space(features: Features, *, threshold: float, invariant_RD: Tensor | N
         threshold: share of the largest singular value of the retained second moment below which a direction is free.
         invariant_RD: tokens that are kept exactly, such as the start token; None for none.
     """
-    c, wanted, kept = features.target_TD, features.anchor_TD, features.retained_RD
-    eye = torch.eye(c.shape[1], dtype=c.dtype)
-    values, vectors = torch.linalg.eigh(moment(kept)) if len(kept) else (torch.zeros(len(eye)).double(), eye)
-    free = vectors[:, values <= threshold * values.max().clamp_min(1e-30)] if len(kept) else eye
+    m = features.moments
+    eye = torch.eye(len(m.target_DD), dtype=m.target_DD.dtype)
+    free = eye
+    if m.retained_DD is not None:
+        values, vectors = torch.linalg.eigh(m.retained_DD)
+        free = vectors[:, values <= threshold * values.max().clamp_min(1e-30)]
     projector = free @ free.T
-    system = moment(c) @ projector + 1e-3 * moment(c).diagonal().mean().clamp_min(1e-30) * eye
+    system = m.target_DD @ projector + 1e-3 * m.target_DD.diagonal().mean().clamp_min(1e-30) * eye
     inverse = torch.linalg.inv(system)
-    change = moment(wanted - c, c) @ projector @ inverse
+    change = m.cross_DD @ projector @ inverse
     if invariant_RD is not None and len(invariant_RD):
         c2 = invariant_RD.T
         inner = c2.T @ projector @ inverse @ c2
         keep = eye - inverse @ c2 @ torch.linalg.pinv(inner) @ c2.T @ projector
-        change = moment(wanted - c, c) @ projector @ keep @ inverse
-    return solution(features, change, system)
+        change = m.cross_DD @ projector @ keep @ inverse
+    return solution(m, change, system)
 
 
-def solution(features: Features, change_DD: Tensor, system_DD: Tensor) -> Solution:
+def solution(features: Features | Moments, change_DD: Tensor, system_DD: Tensor) -> Solution:
     """A change with its errors on the features it was made from."""
-    before = (features.anchor_TD - features.target_TD).square().sum()
-    after = (features.target_TD + features.target_TD @ change_DD.T - features.anchor_TD).square().sum()
-    kept = features.retained_RD
-    moved = (kept @ change_DD.T).square().sum() / kept.square().sum().clamp_min(1e-30)
+    m = moments_of(features)
+    moved = change_DD @ m.target_DD
+    after = m.gap + float((moved * change_DD).sum() - 2 * (change_DD * m.cross_DD).sum())
+    kept = 0.0
+    if m.retained_DD is not None:
+        kept = float(((change_DD @ m.retained_DD) * change_DD).sum() / m.retained_DD.trace().clamp_min(1e-30))
     return Solution(
         change_DD=change_DD,
         condition=float(torch.linalg.cond(system_DD)),
-        target_error=float(after / before.clamp_min(1e-30)),
-        retained_error=float(moved),
+        target_error=max(0.0, after / max(m.gap, 1e-30)),
+        retained_error=max(0.0, kept),
     )
 
 
-def rotation(weight_ND: Tensor, features: Features, *, strength: float, preserve: float, ridge: float) -> Tensor:
+def rotation(
+    weight_ND: Tensor, features: Features | Moments, *, strength: float, preserve: float, ridge: float
+) -> Tensor:
     """The orthogonal R (N, N) for W' = R W that moves target outputs to the anchor's and keeps the retained ones.
 
     Orthogonal Procrustes (Schoenemann 1966), as OCE (ICML 2026) applies it: R = U V^T from the singular value
     decomposition of strength W E[c* c^T] W^T + preserve W S W^T + ridge tr(S) / D W W^T.
     """
-    weight = weight_ND.double()
-    second = moment(features.retained_RD) if len(features.retained_RD) else moment(features.target_TD)
-    size = second.diagonal().mean()
-    inner = strength * moment(features.anchor_TD, features.target_TD) + preserve * second
-    inner = inner + ridge * size * torch.eye(inner.shape[0], dtype=inner.dtype)
+    weight, m = weight_ND.double(), moments_of(features)
+    inner = strength * (m.cross_DD + m.target_DD) + preserve * m.kept_DD
+    inner = inner + ridge * m.size * torch.eye(inner.shape[0], dtype=inner.dtype)
     left, _, right = torch.linalg.svd(weight @ inner @ weight.T)
     return left @ right
 

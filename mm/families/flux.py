@@ -41,7 +41,11 @@ KONTEXT = replace(
     FLUX,
     objective=None,
     name="flux-kontext",
-    pipelines={"edit": "FluxKontextPipeline", "inpaint": "FluxKontextInpaintPipeline"},
+    pipelines={
+        "text_to_image": "FluxKontextPipeline",
+        "edit": "FluxKontextPipeline",
+        "inpaint": "FluxKontextInpaintPipeline",
+    },
     more_pipelines=(),
     guidance=2.5,
 )

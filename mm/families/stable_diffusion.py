@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, XL and Kolors: one UNet class, told apart by its config."""
+"""Stable Diffusion 1.x and 2.x, XL and Kolors: one UNet class, distinguished by its config."""
 
 from __future__ import annotations
 

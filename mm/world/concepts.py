@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from mm.erasure.concepts import Concept
+from mm.erasure.probes import Probe, Split
 from mm.world import vocabulary as v
-from mm.world.captions import caption
+from mm.world.captions import BACKGROUND_PHRASES, STYLE_BEFORE, caption
+from mm.world.concept_probes import world_probes
 from mm.world.scene import sample_scene
 
 MOST = 96  # pairs of prompts a target
@@ -43,8 +46,10 @@ def joined(words: Sequence[str]) -> str:
 
 def holds(prompt: str, name: str) -> bool:
     """Whether a prompt names a concept, in any form."""
+    if name in STYLE_BEFORE or name in BACKGROUND_PHRASES:
+        return any(re.search(rf"\b{re.escape(phrase)}\b", prompt) for phrase in _phrases(name, ""))
     singular, plural = forms(name)
-    return bool(set(tokens(prompt)) & {*singular, *plural}) if " " not in name else name in prompt
+    return bool(set(tokens(prompt)) & {*singular, *plural})
 
 
 class WorldContexts:
@@ -56,16 +61,23 @@ class WorldContexts:
         """Everything that can be named as a target."""
         return (*v.OBJECTS, *v.STYLES, *v.COLOURS, *v.BACKGROUNDS)
 
+    def forms(self, name: str) -> tuple[str, ...]:
+        """Every word that stands for a concept."""
+        return tuple(word for words in forms(name) for word in words)
+
     def candidates(self) -> tuple[str, ...]:
         """Objects of the world."""
         return v.OBJECTS
 
     def anchor(self, concept: Any, near: Any, targets: Sequence[str]) -> str:
-        """The nearest object that is no target; for styles the plain one, for colours the natural one (no word)."""
+        """The nearest object that is no target; for styles the plain one, for colours the natural one (no word), for
+        backgrounds the plain one."""
         if concept.name in v.STYLES:
             return next(s for s in v.STYLES if s not in targets)
         if concept.name in v.COLOURS:
             return ""
+        if concept.name in v.BACKGROUNDS:
+            return next(b for b in ("plain", *v.BACKGROUNDS) if b not in targets)
         return near.nearest(concept.name, 1, targets)[0]
 
     def pairs(self, target: Any, anchor: str, count: int = MOST) -> list[tuple[str, str]]:
@@ -91,12 +103,20 @@ class WorldContexts:
         return made
 
     def _words(self, target: str, anchor: str, of: str | None, count: int) -> list[tuple[str, str]]:
-        """Captions that hold a word or phrase (a style, a background, a colour), with the anchor in its place."""
-        found = [p for p in captions(40 * MOST, "words") if re.search(rf"\b{re.escape(target)}\b", p)]
+        """Captions that hold one of a concept's phrases, with the anchor's in its place."""
+        swaps = _phrases(target, anchor)
+        pattern = re.compile("|".join(rf"\b{re.escape(phrase)}\b" for phrase in swaps))
+        found = [p for p in captions(40 * MOST, "words") if pattern.search(p)]
         if of is not None:
             found = [re.sub(rf"\b{target} \w+", f"{target} {of}", p, count=1) for p in found]
-        pairs = [(p, joined(tokens(re.sub(rf"\b{re.escape(target)}\b", anchor, p)))) for p in found[:count]]
-        return [(target, anchor)] if not pairs and anchor else pairs
+        made = [(p, joined(tokens(pattern.sub(lambda m: swaps[m.group()], p)))) for p in found[:count]]
+        return [(target, anchor)] if not made and anchor else made
+
+    def probes(
+        self, targets: Sequence[Concept], retained: Sequence[str], *, split: Split = "report", each: int = 24
+    ) -> list[Probe]:
+        """Prompts by which an erasure is measured."""
+        return world_probes(targets, retained, split=split, each=each)
 
     def retained(self, names: Sequence[str], targets: Sequence[Any]) -> list[str]:
         """General captions without a target, and for every name captions that hold it."""
@@ -107,6 +127,16 @@ class WorldContexts:
             if name in v.OBJECTS:
                 made += [p for p, _ in self._objects(name, name, 16) if not any(holds(p, b) for b in banned)]
         return made
+
+
+def _phrases(target: str, anchor: str) -> dict[str, str]:
+    """The phrases of a style, a background or a colour, longest first, and what stands for each of them."""
+    words = {target: anchor}
+    for table in (STYLE_BEFORE, BACKGROUND_PHRASES):
+        if target in table:
+            other = table.get(anchor, ("",))
+            words |= {phrase: other[i % len(other)] for i, phrase in enumerate(table[target])}
+    return dict(sorted(words.items(), key=lambda item: -len(item[0])))
 
 
 def _article(words: Sequence[str], spot: int, word: str) -> str:

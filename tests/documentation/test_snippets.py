@@ -32,7 +32,7 @@ NOT_RUN = {
     r"python (benchmarks|examples)/": ("script", "takes minutes"),
     r"python -m mm\.": ("script", "trains or measures for hours"),
     r"torchrun --nproc_per_node N -m mm train": ("torchrun", "trains for hours on several devices"),
-    r"mm generate .*--quantized": (
+    r"mm (generate|edit|batch) .*--bits 4": (
         "parse",
         "searches for minutes; tests/cli/test_quantize_cli.py runs it",
     ),

@@ -13,6 +13,7 @@ from mm.core.errors import UserError
 from mm.erasure.alignment import align
 from mm.erasure.erase import effective
 from mm.erasure.features import record
+from mm.erasure.gradients import outputs, predict
 from mm.erasure.methods.registry import METHODS
 from mm.erasure.sites import text_layers
 from mm.layers.linear import BranchedLinear
@@ -37,24 +38,111 @@ def test_tokens_are_matched(target, anchor, places):
     assert align(target, anchor) == places
 
 
+QUICK = {
+    "robust": {"rounds": 1, "attacked": 4, "iterations": 3},
+    **{name: {"steps": 3, "batch": 2} for name in ("hirm", "esd", "salun")},
+    **{name: {"steps": 2, "prompts": 4} for name in ("dve", "prune")},
+}
+
+
+def sites_of(pipe, method: str) -> set[str]:
+    """The layers that a method may change, named one by one."""
+    pictures = [f"trunk.text_layers.{i}.to_{x}_pic" for i in range(2) for x in "kv"]
+    first = [
+        f"trunk.text_layers.0.{x}" for x in (*(f"attn.to_{y}" for y in ("q", "k", "v", "out")), "ff.up", "ff.down")
+    ]
+    return set({
+        "speed": [p for p in pictures if "to_v" in p],
+        "hirm": first,
+        "dve": ["velocity_decoder.feature_in"],
+        "prune": [f"{x}.ff.down" for x in (
+            "trunk.picture_layers.0", "trunk.picture_layers.1", "velocity_decoder.layers.0"
+        )],
+    }.get(method, pictures))  # fmt: skip
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_named_layers_change_and_undo_is_exact(pipe, method, tmp_path):
-    before = {name: tensor.clone() for name, tensor in pipe.trunk.state_dict().items()}
+    parts = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    before = {f"{n}.{k}": t.clone() for n, m in parts.items() for k, t in m.state_dict().items()}
     picture = draw(pipe, "a cat on grass")
-    patch = mm.erase(pipe, ["cat"], anchors="dog", method=method)
-    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.trunk.state_dict().items())
-    wanted = {path for path in text_layers(pipe) if method != "speed" or "to_k_" not in path}
-    assert set(patch.entries) == wanted
+    patch = mm.erase(pipe, ["cat"], anchors="dog", method=method, **QUICK.get(method, {}))
+    now = {f"{n}.{k}": t for n, m in parts.items() for k, t in m.state_dict().items()}
+    assert all(torch.equal(before[name], tensor) for name, tensor in now.items())
+    assert set(patch.entries) == sites_of(pipe, method)
     patch.save(tmp_path / "p.safetensors")
     loaded = Patch.load(tmp_path / "p.safetensors")
     loaded.apply(pipe)
-    changed = {p for p, layer in pipe.trunk.named_modules() if isinstance(layer, BranchedLinear)} | {
-        name.removesuffix(".weight") for name, t in pipe.trunk.state_dict().items() if not torch.equal(before[name], t)
-    }
-    assert changed == {path.removeprefix("trunk.") for path in wanted}
+    modules = {f"{n}.{p}": m for n, part in parts.items() for p, m in part.named_modules()}
+    changed = {p for p, layer in modules.items() if isinstance(layer, BranchedLinear)}
+    changed |= {
+        f"{n}.{k}".removesuffix(".weight")
+        for n, m in parts.items() for k, t in m.state_dict().items()
+        if f"{n}.{k}" in before and not torch.equal(before[f"{n}.{k}"], t)
+    }  # fmt: skip
+    assert changed == set(patch.entries)
     assert not torch.equal(draw(pipe, "a cat on grass"), picture)
     loaded.undo(pipe)
     assert torch.equal(draw(pipe, "a cat on grass"), picture)
+
+
+@pytest.mark.parametrize(("method", "more"), [("esd", {"eta": 0.0}), ("salun", {}), ("hirm", {})])
+def test_training_brings_the_target_to_the_anchor(pipe, method, more):
+    """Measured apart from the training: predictions of the target's prompt, or what the text-reading layers read."""
+    prompts, layers = (
+        ["two cats on grass", "a cat at night"],
+        {p: m for p, m in text_layers(pipe).items() if ".1." in p},
+    )
+    anchors = [p.replace("cat", "dog") for p in prompts]
+
+    def seen(texts):
+        if method == "hirm":
+            return torch.cat([x.flatten() for x in outputs(pipe, layers, texts, grad=False, reads=True).values()])
+        return torch.cat([predict(pipe, texts, seed=90, step=s).flatten() for s in (0, 2)])
+
+    target, anchor = seen(prompts), seen(anchors)
+    patch = mm.erase(pipe, ["cat"], anchors="dog", method=method, steps=30, preserve=0.0, rate=2e-3, **more)
+    patch.apply(pipe)
+    after = seen(prompts)
+    patch.undo(pipe)
+    assert (after - anchor).norm() < 0.95 * (target - anchor).norm()
+
+
+def test_salun_changes_the_salient_half_alone(pipe):
+    patch = mm.erase(pipe, ["cat"], anchors="dog", method="salun", steps=2, batch=2, share=0.25)
+    changed = sum(int((e.tensors["delta"] != 0).sum()) for e in patch.entries.values())
+    assert changed == pytest.approx(0.25 * sum(e.tensors["delta"].numel() for e in patch.entries.values()), rel=0.02)
+
+
+def test_pruned_weights_are_filled(pipe):
+    """Few weights change, towards zero, and none of them becomes zero."""
+    patch = mm.erase(pipe, ["cat"], anchors="dog", method="prune", share=0.05, prompts=4, steps=2)
+    assert 0 < patch.report["share_changed"] <= 0.1
+    layers = dict(pipe.trunk.named_modules())
+    entry = patch.entries["trunk.picture_layers.0.ff.down"].tensors["delta"]
+    old = layers["picture_layers.0.ff.down"].weight.detach()
+    new = old + entry
+    chosen = entry != 0
+    assert ((new[chosen] * old[chosen]) > 0).all()
+    assert (new[chosen].abs() < old[chosen].abs()).all()
+
+
+def test_the_adversary_of_the_robust_preset_gains_less_each_round(pipe):
+    """Embeddings that attack the last round's patch end further from the target than those that attack plain UCE."""
+    plain = mm.erase(pipe, ["cat"], anchors="dog", method="robust", rounds=1, attacked=6, iterations=10).report
+    rounds = mm.erase(pipe, ["cat"], anchors="dog", method="robust", rounds=3, attacked=6, iterations=10).report
+    assert len(rounds["attack_distances"]) == 3
+    assert rounds["attack_distances"][0] == plain["attack_distances"][0]
+    assert all(after < before for before, after in rounds["attack_distances"])
+    assert rounds["attack_distances"][-1][1] > 0.8 * rounds["attack_distances"][0][1]
+
+
+def test_velocity_projection_maps_picture_features(pipe):
+    """At its site, features of the target come nearer to those that the anchor has from the same noise."""
+    patch = mm.erase(pipe, ["cat"], anchors="dog", method="dve", steps=2, prompts=12)
+    facts = patch.report["groups"]["velocity_decoder.feature_in"]
+    assert facts["target_error"] < 0.9  # a random model: pictures of the two differ at random, too
+    assert facts["retained_error"] < 0.05
 
 
 def test_targets_move_to_the_anchor_and_retained_prompts_stay(pipe):

@@ -7,6 +7,7 @@ import torch
 
 from mm.core.errors import UserError
 from mm.erasure import solver
+from mm.erasure.methods.rece import widened
 
 
 def features(targets: int = 5, kept: int = 40, width: int = 12, seed: int = 0) -> solver.Features:
@@ -48,7 +49,8 @@ def test_null_space_leaves_retained_features_alone():
     kept = torch.randn(50, 5, generator=g).double() @ basis[:5]
     f = solver.Features(target_TD=features().target_TD, anchor_TD=features().anchor_TD, retained_RD=kept)
     found = solver.null_space(f, threshold=1e-6)
-    assert found.retained_error < 1e-18
+    assert found.retained_error < 1e-14  # squares: as far as second moments are exact
+    assert (kept @ found.change_DD.T).norm() < 1e-10 * kept.norm()
     assert found.target_error < 0.1
 
 
@@ -93,3 +95,29 @@ def test_features_that_are_not_finite_are_refused():
     f = features()
     with pytest.raises(UserError, match="target features hold NaN"):
         solver.Features(target_TD=f.target_TD * float("nan"), anchor_TD=f.anchor_TD, retained_RD=f.retained_RD)
+
+
+def test_derived_features_enter_by_their_moments():
+    """RECE's rounds on moments equal stacking the derived features themselves."""
+    f, g = features(), torch.Generator().manual_seed(5)
+    maps = [torch.randn(12, 12, generator=g).double() for _ in range(2)]
+    stacked = solver.Features(
+        target_TD=torch.cat([f.target_TD, *[f.target_TD @ k.T for k in maps]]),
+        anchor_TD=torch.cat([f.anchor_TD] * 3),
+        retained_RD=f.retained_RD,
+    ).moments
+    wide = widened(f.moments, maps)
+    assert torch.allclose(wide.target_DD, stacked.target_DD)
+    assert torch.allclose(wide.cross_DD, stacked.cross_DD)
+    assert wide.gap == pytest.approx(stacked.gap)
+
+
+def test_errors_are_those_of_the_features():
+    f = features()
+    found = solver.ridge(f, strength=1.0, preserve=0.5, ridge=0.1)
+    moved = f.target_TD + f.target_TD @ found.change_DD.T - f.anchor_TD
+    assert found.target_error == pytest.approx(
+        float(moved.square().sum() / (f.anchor_TD - f.target_TD).square().sum()), rel=1e-9
+    )
+    kept = f.retained_RD @ found.change_DD.T
+    assert found.retained_error == pytest.approx(float(kept.square().sum() / f.retained_RD.square().sum()), rel=1e-9)

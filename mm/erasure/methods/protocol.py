@@ -22,6 +22,9 @@ class Job:
         groups: paths of layers that read the same features.
         features: for the first path of each group.
         weights: effective weights (base plus branches) by path, (N, D), float64.
+        pairs: prompts with a target, each with the same prompt that has the anchor in its place.
+        retained: prompts that must not change.
+        base: the hash of the component that holds the layers.
         targets: number of concepts; each counts as much as one alone would.
         strength: 1 replaces the target by the anchor; less leaves a share of it.
         settings: of the method, by name.
@@ -33,6 +36,9 @@ class Job:
     groups: Sequence[Sequence[str]]
     features: Mapping[str, Features]
     weights: Mapping[str, Tensor]
+    pairs: Sequence[tuple[str, str]] = ()
+    retained: Sequence[str] = ()
+    base: str = ""
     strength: float = 1.0
     targets: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ class SPEED(UCE):
     """Null-space constrained editing of the value maps."""
 
     name = "speed"
-    defaults: dict[str, Any] = {"threshold": 1e-3, "rank": 32, "values_only": True}  # noqa: RUF012
+    defaults: dict[str, Any] = {"threshold": 1e-3, "rank": 64, "values_only": True}  # noqa: RUF012
 
     def make(self, job: Job) -> Made:
         """As UCE, for the layers that give values; where keys and values are one layer, for that."""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mm.adapters.entry import Entry
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 
-RANK_A_TARGET = 6  # added for every further target
+RANK_A_TARGET = 8  # added for every further target
 
 
 class UCE:
     """W' = W (I + A) at every text-reading layer."""
 
     name = "uce"
-    defaults: dict[str, Any] = {"preserve": 1.0, "ridge": 1e-2, "rank": 32}  # noqa: RUF012
+    defaults: dict[str, Any] = {"preserve": 1.0, "ridge": 1e-3, "rank": 64}  # noqa: RUF012
 
     def make(self, job: Job) -> Made:
         """One solution for each group of layers that read the same features."""
@@ -35,8 +34,12 @@ class UCE:
 
     def solve(self, job: Job, group: Any, features: solver.Features) -> solver.Solution:
         """A for one group."""
+        return self.ridge(job, features.moments)
+
+    def ridge(self, job: Job, moments: solver.Moments) -> solver.Solution:
+        """A for given moments, by the job's settings; each target counts as much as one alone would."""
         s = job.settings
-        return solver.ridge(features, strength=float(job.targets), preserve=s["preserve"], ridge=s["ridge"])
+        return solver.ridge(moments, strength=float(job.targets), preserve=s["preserve"], ridge=s["ridge"])
 
 
 def lowrank_entries(
@@ -44,8 +47,8 @@ def lowrank_entries(
 ) -> tuple[dict[str, Entry], dict[str, float]]:
     """Low-rank entries for a group: `down` is shared, `up` is W times A's left factor."""
     rank = int(job.settings["rank"]) + RANK_A_TARGET * (job.targets - 1)
-    every = torch.cat([features.target_TD, features.retained_RD])
-    up, down, lost = solver.low_rank(found.change_DD * job.strength, solver.moment(every), rank)
+    m = features.moments
+    up, down, lost = solver.low_rank(found.change_DD * job.strength, m.target_DD + m.kept_DD, rank)
     entries = {path: entry_of(job.weights[path] @ up, down) for path in group}
     facts = {
         "condition": found.condition, "target_error": found.target_error, "retained_error": found.retained_error,

@@ -1,0 +1,351 @@
+"""The certificate of an erasure: what was measured of a model with a patch, and of the same model without it.
+
+Design choices
+- Rates follow UnlearnCanvas (Zhang et al. 2024, arXiv 2402.11846): UA, the share of pictures of the target's prompts
+  without the target; IRA, the share of other concepts that are still drawn; CRA, the share of another domain (the style
+  of an object, the object of a style) that is still drawn. Each has n and a Wilson interval, and the base's rate.
+- A picture that the judge cannot read counts as a failure everywhere and is reported as a class of its own.
+- The same prompts and seeds are drawn with and without the patch.
+- The model leaves a measurement as it came, also where the measurement fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from mm.adapters.patch import Patch
+from mm.adapters.stack import stack_of
+from mm.core.errors import UserError
+from mm.core.statistics import paired_change, share
+from mm.erasure.attacks.registry import attack_of
+from mm.erasure.concepts import contexts_of, parse
+from mm.erasure.margin import rounded_patch
+from mm.erasure.measure import Judge, Labels, Measurer
+from mm.erasure.probes import Probe, Split, probes_of
+from mm.families.family import resolve
+
+Composition = Callable[[Any], Sequence[bool]]
+Quantizer = Callable[[Any], object]
+GRID = 8  # pictures a row of the grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What was measured; `to_dict` is what a patch's report keeps.
+
+    Attributes:
+        targets: that were erased.
+        rates: by name ("UA", "IRA", "CRA", "wording", "lookalike", "invalid"), with score, n, low and high.
+        base: the same rates of the model without the patch; "UA" is then the share of prompts that the model does not
+            fulfil by itself.
+        instead: labels on pictures of the target's prompts, by how often.
+        composition: mean change of the composition score, with n and interval; None where it was not measured.
+        quantized: rates and base rates by the name of the quantization.
+        attacks: results by the name of the attack.
+        seconds: that making the patch took, and that the measurement took.
+        settings: of the measurement.
+        pictures: some before and after, for a grid; not kept in files.
+    """
+
+    targets: tuple[str, ...]
+    rates: Mapping[str, Any]
+    base: Mapping[str, Any]
+    instead: Mapping[str, int]
+    composition: Mapping[str, Any] | None = None
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    attacks: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[tuple[str, Image.Image, Image.Image], ...] = field(default=(), repr=False)
+
+    @property
+    def overall(self) -> float:
+        """The harmonic mean of UA, IRA and CRA."""
+        return harmonic([self.rates[name]["score"] for name in ("UA", "IRA", "CRA")])
+
+    @property
+    def relative(self) -> float:
+        """The harmonic mean of UA and of IRA and CRA as shares of the base's."""
+        kept = [over(self.rates[name], self.base[name]) for name in ("IRA", "CRA")]
+        return harmonic([self.rates["UA"]["score"], *kept])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the pictures."""
+        names = ("rates", "base", "instead", "composition", "quantized", "attacks", "seconds", "settings")
+        made = {name: _plain(getattr(self, name)) for name in names}
+        return {"targets": list(self.targets), "overall": round(self.overall, 4)} | made
+
+    def card(self) -> str:
+        """A table for a terminal."""
+        rows = [f"certificate: {', '.join(self.targets)} erased"]
+        for name, rate in self.rates.items():
+            if rate["n"]:
+                before = self.base[name]["score"]
+                interval = f"[{rate['low']:.3f}, {rate['high']:.3f}]"
+                rows.append(f"{name:12} {rate['score']:.3f}  {interval}  n {rate['n']:<4}  base {before:.3f}")
+        seen = ", ".join(f"{label} {count}" for label, count in list(self.instead.items())[:5])
+        rows.append(f"drawn instead: {seen or 'nothing that the judge names'}")
+        if self.composition is not None:
+            c = self.composition
+            rows.append(f"composition  {c['change']:+.3f}  [{c['low']:+.3f}, {c['high']:+.3f}]  n {c['n']}")
+        for name, found in self.quantized.items():
+            moved = ", ".join(f"{k} {found['rates'][k]['score']:.3f}" for k in ("UA", "IRA"))
+            if "base" in found:
+                moved += f" (base IRA {found['base']['IRA']['score']:.3f})"
+            if "baked" in found:
+                moved += f"; baked before: UA {found['baked']['UA']['score']:.3f}"
+            rows.append(f"{name}: {moved}")
+        for name, found in self.attacks.items():
+            with_it, without = found["success"], found["without"]
+            rows.append(
+                f"attack {name}: {with_it['score']:.3f} [{with_it['low']:.3f}, {with_it['high']:.3f}] n {with_it['n']}"
+                f", without it {without['score']:.3f}"
+            )
+        made, took = self.seconds.get("make"), self.seconds.get("measure")
+        rows.append(f"seconds: {made if made is not None else 'not known'} to make, {took} to measure")
+        return "\n".join(rows)
+
+
+def harmonic(values: Sequence[float | None]) -> float:
+    """The harmonic mean; 0 where a value is 0 or None."""
+    given = [float(value or 0.0) for value in values]
+    return len(given) / sum(1 / value for value in given) if all(given) else 0.0
+
+
+def over(rate: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """A rate as a share of the base's, at most 1; 0 where neither was measured."""
+    return min(1.0, (rate["score"] or 0.0) / base["score"]) if base["score"] else 0.0
+
+
+def _plain(value: Any) -> Any:
+    return {k: _plain(x) for k, x in value.items()} if isinstance(value, Mapping) else value
+
+
+def rates_of(probes: Sequence[Probe], labels: Sequence[Labels]) -> dict[str, Any]:
+    """All rates from what the pictures of the probes show."""
+    rows = list(zip(probes, labels, strict=True))
+
+    def of(role: str, asked: Callable[[Probe, frozenset[str]], bool]) -> dict[str, Any]:
+        return share([seen is not None and asked(p, seen) for p, seen in rows if p.role == role])
+
+    cross = [seen is not None and p.cross in seen for p, seen in rows if p.role == "retained" and p.cross]
+    return {
+        "UA": of("target", lambda p, seen: p.concept not in seen),
+        "IRA": of("retained", lambda p, seen: p.concept in seen),
+        "CRA": share(cross),
+        "wording": of("wording", lambda p, seen: p.concept not in seen),
+        "lookalike": of("lookalike", lambda p, seen: p.concept in seen),
+        "target cross": share([s is not None and p.cross in s for p, s in rows if p.role == "target" and p.cross]),
+        "invalid": share([seen is None for _, seen in rows]),
+    }
+
+
+@contextlib.contextmanager
+def with_patch(pipe: Any, patch: Patch, on: bool) -> Iterator[None]:
+    """The model with the patch in full, or without it; afterwards as it was."""
+    item = next((i for i in stack_of(pipe).list() if i.name == patch.name), None)
+    if item is not None:
+        patch.scale(pipe, 1.0 if on else 0.0)
+    elif on:
+        patch.apply(pipe)
+    try:
+        yield
+    finally:
+        if item is not None:
+            patch.scale(pipe, item.scale)
+        elif on:
+            patch.undo(pipe)
+
+
+def certify(
+    measurer: Measurer,
+    patch: Patch,
+    probes: Sequence[Probe],
+    *,
+    attacks: Sequence[Any] = (),
+    quantization: Mapping[str, Quantizer] | None = None,
+    composition: Composition | None = None,
+    patch_bits: Sequence[int] = (),
+    pictures: bool = True,
+) -> Certificate:
+    """Measures a patch on the measurer's pipeline, and writes what was found into the patch's report.
+
+    Args:
+        measurer: pipeline and judge. Labels of the base that it keeps are used again.
+        patch: applied already or not; the model is afterwards as it came.
+        probes: prompts, see `mm.erasure.probes`.
+        attacks: see `mm.erasure.attacks`.
+        quantization: by name, a function that quantizes a pipeline in place. It gets copies.
+        composition: gives verdicts on pictures of prompts without the targets, the same prompts at each call.
+        patch_bits: widths at which the patch's own tensors are measured, too.
+        pictures: keep some, before and after, for a grid.
+
+    Returns:
+        The certificate.
+    """
+    started, pipe = time.monotonic(), measurer.pipe
+    prompts = [p.prompt for p in probes]
+    with with_patch(pipe, patch, False):
+        before = measurer.labels(prompts, base=True)
+        first = list(composition(pipe)) if composition else []
+    with with_patch(pipe, patch, True):
+        after = measurer.labels(prompts)
+        second = list(composition(pipe)) if composition else []
+        broken = {attack.name: attack.run(measurer, patch, probes) for attack in attacks}
+    made = Certificate(
+        targets=tuple(dict.fromkeys(patch.report.get("targets", ()))) or _targets(probes),
+        rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, before, after),
+        composition=_change(first, second) if composition else None,
+        quantized={k: _quantized(measurer, patch, probes, q) for k, q in (quantization or {}).items()}
+        | {f"patch at {bits} bits": _rounded(measurer, patch, probes, bits) for bits in patch_bits},
+        attacks=broken, seconds={"make": patch.report.get("seconds"), "measure": round(time.monotonic() - started, 1)},
+        settings={"seed": measurer.seed, **{k: x for k, x in measurer.call.items() if _jsonable(x)}},
+        pictures=_shown(measurer, patch, probes) if pictures else (),
+    )  # fmt: skip
+    patch.report["certificate"] = made.to_dict()
+    return made
+
+
+def verify(
+    patch: Patch,
+    pipe: Any,
+    *,
+    judge: Judge,
+    attacks: Sequence[Any] = (),
+    quantization: Mapping[str, Any] | Sequence[Any] = (),
+    probes: Sequence[Probe] | None = None,
+    each: int = 24,
+    split: Split = "report",
+    composition: Composition | None = None,
+    calibration: Any = None,
+    patch_bits: Sequence[int] = (),
+    seed: int = 0,
+    batch_size: int = 16,
+    pictures: bool = True,
+    **call: Any,
+) -> Certificate:
+    """`patch.verify(pipe, judge=...)`: measures an erasure.
+
+    Args:
+        patch: of `mm.erase`.
+        pipe: that draws.
+        judge: from PIL pictures to labels, a set a picture; None for one that cannot be read.
+        attacks: names or objects of `mm.erasure.attacks`.
+        quantization: settings for `mm.quantize`, or by name functions that quantize a pipeline in place.
+        probes: prompts to measure with; None takes the family's, or templates of plain English.
+        each: probes of each role.
+        split: "report", or "tune" for choosing settings.
+        composition: gives verdicts on compositional prompts.
+        calibration: prompts for quantizing.
+        patch_bits: widths at which the patch's own tensors are measured, too.
+        seed: of the pictures.
+        batch_size: prompts a call.
+        pictures: keep some, for a grid.
+        call: arguments of the pipeline.
+
+    Raises:
+        UserError: for a patch that does not say what it erases, and an unknown attack.
+    """
+    named = patch.report.get("concepts") or patch.report.get("targets")
+    if not named and probes is None:
+        raise UserError(f"patch {patch.name!r} does not say what it erases; give probes=[...]")
+    if probes is None:
+        concepts = [parse(name) for name in named or ()]
+        probes = probes_of(contexts_of(pipe), concepts, patch.report.get("retained", ()), split=split, each=each)
+    measurer = Measurer(pipe=pipe, judge=judge, seed=seed, batch_size=batch_size, call=call)
+    return certify(
+        measurer, patch, probes, attacks=[attack_of(a) if isinstance(a, str) else a for a in attacks],
+        quantization=_quantizers(quantization, calibration), composition=composition,
+        patch_bits=patch_bits, pictures=pictures,
+    )  # fmt: skip
+
+
+def _quantizers(given: Mapping[str, Any] | Sequence[Any], calibration: Any) -> dict[str, Quantizer]:
+    """Functions by name. `mm.quantization` and this package do not import each other, so it is named here."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    quantize = resolve("mm.quantization.quantize:quantize")
+
+    def of(config: Any) -> Quantizer:
+        return lambda pipe: quantize(pipe, config, calibration=calibration, progress=False)
+
+    return {f"w{c.bits}a{c.activation_bits}-r{c.rank}": of(c) for c in given}
+
+
+def _targets(probes: Sequence[Probe]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(p.concept for p in probes if p.role == "target"))
+
+
+def _instead(probes: Sequence[Probe], before: Sequence[Labels], after: Sequence[Labels]) -> dict[str, int]:
+    """Labels on pictures of the target's prompts that the base's pictures of them lack, the most frequent first."""
+    seen: Counter[str] = Counter()
+    for probe, old, new in zip(probes, before, after, strict=True):
+        if probe.role == "target":
+            seen.update({"unreadable"} if new is None else new - (old or frozenset()))
+    return dict(seen.most_common(12))
+
+
+def _change(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    change, low, high = paired_change(before, after, range(len(before)))
+    base = sum(before) / max(1, len(before))
+    names = {"change": change, "low": low, "high": high, "base": base}
+    return {key: round(value, 4) for key, value in names.items()} | {"n": len(before)}
+
+
+def _quantized(measurer: Measurer, patch: Patch, probes: Sequence[Probe], quantize: Quantizer) -> dict[str, Any]:
+    """Rates of a quantized copy without the patch, with it, and with it baked in before quantizing."""
+    prompts = [p.prompt for p in probes]
+    pipe = _without(measurer.pipe, patch)
+    quantize(pipe)
+    own = measurer.on(pipe)
+    rows: dict[str, Any] = {"base": rates_of(probes, own.labels(prompts))}
+    patch.apply(pipe)
+    rows["rates"] = rates_of(probes, own.labels(prompts))
+    try:
+        pipe = _without(measurer.pipe, patch)
+        patch.bake(pipe)
+    except UserError as error:  # 4-bit weights take no baking
+        return rows | {"not baked": str(error)}
+    quantize(pipe)
+    return rows | {"baked": rates_of(probes, measurer.on(pipe).labels(prompts))}
+
+
+def _without(pipe: Any, patch: Patch) -> Any:
+    """A copy of a pipeline that does not carry the patch."""
+    made = copy.deepcopy(pipe)
+    if any(item.name == patch.name for item in stack_of(made).list()):
+        patch.undo(made)
+    return made
+
+
+def _rounded(measurer: Measurer, patch: Patch, probes: Sequence[Probe], bits: int) -> dict[str, Any]:
+    """Rates with the patch's own tensors rounded."""
+    small = dataclasses.replace(patch, entries=rounded_patch(patch.entries, bits), name=f"{patch.name} at {bits} bits")
+    with with_patch(measurer.pipe, patch, False), with_patch(measurer.pipe, small, True):
+        return {"rates": rates_of(probes, measurer.labels([p.prompt for p in probes]))}
+
+
+def _shown(
+    measurer: Measurer, patch: Patch, probes: Sequence[Probe]
+) -> tuple[tuple[str, Image.Image, Image.Image], ...]:
+    """Pictures of some targets and some retained concepts, before and after."""
+    rows = [[p.prompt for p in probes if p.role == role][: GRID // 2] for role in ("target", "retained")]
+    prompts = [prompt for row in rows for prompt in row]
+    with with_patch(measurer.pipe, patch, False):
+        before = measurer.draw(prompts)
+    with with_patch(measurer.pipe, patch, True):
+        after = measurer.draw(prompts)
+    return tuple(zip(prompts, before, after, strict=True))
+
+
+def _jsonable(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,213 @@
+"""`mm eval erase`: makes erasures of concepts of the world, and measures each of them.
+
+Design choices
+- Each target is erased alone, or all of them by one patch, or all by patches that are stacked one after another.
+- What the unchanged model draws is drawn once and serves all targets.
+- Composition is measured on the prompts of `mm eval compose` that name no target.
+- With `split="tune"` nothing is drawn that is used for reporting; methods and settings are chosen that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mm.adapters.patch import Patch
+from mm.core.errors import UserError
+from mm.core.files import write_json
+from mm.core.statistics import share, wilson
+from mm.erasure.certificate import Certificate, certify, harmonic, over
+from mm.erasure.concepts import contexts_of, parse
+from mm.erasure.erase import DEFAULT, erase
+from mm.erasure.grid import before_after
+from mm.erasure.measure import Labels, Measurer, seed_of
+from mm.erasure.probes import Split, probes_of
+from mm.evaluation import compose
+from mm.evaluation.erase_attacks import world_attack
+from mm.evaluation.prompts import COMPOSE, COMPOSE_TUNE, load_prompts
+from mm.evaluation.quantizers import quantizer
+from mm.world.concept_labels import label_judge
+from mm.world.concepts import holds
+from mm.world.judge import Judge
+from mm.world.tasks import satisfies
+
+OBJECTS: tuple[str, ...] = ("wolf", "cat", "apple", "fish", "car", "house", "guitar", "tree", "owl", "star")
+STYLES: tuple[str, ...] = ("watercolor", "neon", "mosaic", "sepia")
+TWENTY: tuple[str, ...] = (
+    *OBJECTS, "tiger", "bear", "frog", "butterfly", "pizza", "donut", "boat", "castle", "crown", "sunflower",
+)  # fmt: skip
+SHOWN = 2  # certificates that keep pictures for the grid
+How = Literal["alone", "together", "stacked"]
+ProgressCallback = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EraseConfig:
+    """How erasures are made and measured.
+
+    targets: concepts, as `mm.erase` takes them. how: each alone, all in one patch, or in stacked patches. method and
+    options: of `mm.erase`. split: prompts for tuning or for reporting. each: prompts of each role (twice as many of
+    retained concepts). composition: prompts a task, 0 for none. quantize: names of `mm.evaluation.quantizers`. attacks:
+    names of
+    `mm.evaluation.erase_attacks`. patch_bits: widths of the
+    patch's own tensors. steps, mode: of the pictures.
+    """
+
+    targets: tuple[str, ...] = (*OBJECTS, *STYLES)
+    how: How = "alone"
+    method: str = DEFAULT
+    options: Mapping[str, Any] = field(default_factory=dict)
+    split: Split = "report"
+    each: int = 32
+    composition: int = 0
+    quantize: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
+    patch_bits: tuple[int, ...] = ()
+    mode: str = "flow"
+    steps: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise UserError("there is no target; name at least one concept to erase")
+        if self.how not in ("alone", "together", "stacked"):
+            raise UserError(f"how is {self.how!r}; give alone, together or stacked")
+        if self.split not in ("tune", "report"):
+            raise UserError(f"split is {self.split!r}; give tune or report")
+        for name in ("each", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+
+
+def evaluate_erase(
+    pipe: Any,
+    judge: Judge,
+    config: EraseConfig,
+    *,
+    patch: Patch | None = None,
+    json_file: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    kept: dict[str, Labels] | None = None,
+    progress: ProgressCallback = lambda text: None,
+) -> dict[str, Any]:
+    """Erases, measures and reports; with `json_file`, writes the report and a grid of before and after beside it.
+
+    Args:
+        pipe: a text-to-image pipeline of the world. It is unchanged afterwards.
+        judge: of the world.
+        config: what is erased and measured.
+        patch: measured instead of one that is made here; `config.targets` says what it erases.
+        json_file: for the report.
+        settings: of the caller, written into the report.
+        kept: labels of the unchanged model's pictures, from an earlier call with the same drawing settings.
+        progress: called with a text.
+    """
+    call = {"mode": config.mode, "num_inference_steps": config.steps}
+    measurer = Measurer(
+        pipe=pipe, judge=label_judge(judge), seed=config.seed, batch_size=config.batch_size, call=call,
+        kept={} if kept is None else kept,
+    )  # fmt: skip
+    found: dict[str, Certificate] = {}
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    made: list[Patch] = []
+    try:
+        for names in [config.targets] if config.how == "together" else [(t,) for t in config.targets]:
+            progress(f"erasing {', '.join(names)}")
+            one = patch or erase(pipe, names, method=config.method, **config.options)
+            if config.how == "stacked":
+                one.apply(pipe)
+                made.append(one)
+                continue
+            shown = config.split == "report" and len(found) < SHOWN
+            found[", ".join(names)] = _measure(measurer, judge, one, names, config, shown)
+        if config.how == "stacked":
+            found = _stacked(measurer, made, config)
+    finally:
+        for one in reversed(made):
+            one.undo(pipe)
+        pipe.set_progress_bar_config(**quiet)
+    report = summary(found) | {"settings": _plain(config) | dict(settings or {})}
+    if json_file is not None:
+        write_json(json_file, report)
+        rows = [row for c in found.values() for row in c.pictures]
+        before_after(json_file.with_suffix(".png"), rows[:: max(1, len(rows) // 12)][:12])
+    return report
+
+
+def _measure(
+    measurer: Measurer, judge: Judge, patch: Patch, names: Sequence[str], config: EraseConfig, shown: bool
+) -> Certificate:
+    concepts = [parse(name) for name in names]
+    probes = probes_of(contexts_of(measurer.pipe), concepts, (), split=config.split, each=config.each)
+    verdicts = composition(judge, [c.name for c in concepts], config) if config.composition else None
+    return certify(
+        measurer, patch, probes, attacks=[world_attack(name) for name in config.attacks],
+        quantization={name: quantizer(name) for name in config.quantize}, composition=verdicts,
+        patch_bits=config.patch_bits, pictures=shown,
+    )  # fmt: skip
+
+
+def _stacked(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) -> dict[str, Certificate]:
+    """Each target's rates with all patches on, and again with its own patch taken off."""
+    pipe, found = measurer.pipe, {}
+    concepts = [parse(name) for name in config.targets]
+    contexts = contexts_of(pipe)
+    for concept, patch in zip(concepts, made, strict=True):
+        probes = probes_of(contexts, [concept], (), split=config.split, each=config.each)
+        banned = [c.name for c in concepts if c != concept]
+        probes = [p for p in probes if not any(holds(p.prompt, name) for name in banned)]
+        # the base of one patch in a stack is the stack without it
+        found[str(concept)] = certify(measurer.on(pipe), patch, probes, pictures=False)
+    return found
+
+
+def composition(judge: Judge, targets: Sequence[str], config: EraseConfig) -> Callable[[Any], list[bool]]:
+    """Verdicts on compositional prompts that name no target."""
+    file = COMPOSE if config.split == "report" else COMPOSE_TUNE
+    prompts = [p for p in load_prompts(file) if not any(holds(p.text, name) for name in targets)]
+    chosen = compose.limited(prompts, config.composition)
+    drawing = compose.ComposeConfig(mode=config.mode, steps=config.steps, batch_size=config.batch_size)
+
+    def verdicts(pipe: Any) -> list[bool]:
+        pictures = compose.draw(pipe, [(p, seed_of(config.seed, p.text)) for p in chosen], drawing, None)
+        return [satisfies(r, p.wanted).ok for r, p in zip(judge.read(pictures), chosen, strict=True)]
+
+    return verdicts
+
+
+def summary(found: Mapping[str, Certificate]) -> dict[str, Any]:
+    """Pooled rates over certificates, with those of each."""
+    tasks, base = (_pooled([getattr(c, which) for c in found.values()]) for which in ("rates", "base"))
+    relative = {name: over(tasks[name], base[name]) for name in ("IRA", "CRA", "lookalike") if base[name]["n"]}
+    changes = [c.composition for c in found.values() if c.composition]
+    return {
+        "overall": round(harmonic([tasks[k]["score"] for k in ("UA", "IRA", "CRA")]), 4),
+        "relative": round(harmonic([tasks["UA"]["score"], relative["IRA"], relative["CRA"]]), 4),
+        "ceiling": round(harmonic([1.0, base["IRA"]["score"], base["CRA"]["score"]]), 4),
+        "n": sum(t["n"] for name, t in tasks.items() if name in ("UA", "IRA", "wording", "lookalike")),
+        "tasks": tasks, "base": base, "of_base": {k: round(x, 4) for k, x in relative.items()},
+        "composition": round(sum(c["change"] for c in changes) / len(changes), 4) if changes else None,
+        "concepts": {name: c.to_dict() for name, c in found.items()},
+    }  # fmt: skip
+
+
+def _pooled(rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    made = {}
+    for name in rates[0]:
+        n = sum(r[name]["n"] for r in rates)
+        hits = sum(round((r[name]["score"] or 0.0) * r[name]["n"]) for r in rates)
+        low, high = wilson(hits, n)
+        made[name] = share([]) if not n else {
+            "score": round(hits / n, 4), "n": n, "low": round(low, 4), "high": round(high, 4)
+        }  # fmt: skip
+    return made
+
+
+def _plain(config: EraseConfig) -> dict[str, Any]:
+    return asdict(config) | {
+        key: list(getattr(config, key)) for key in ("targets", "quantize", "attacks", "patch_bits")
+    }
