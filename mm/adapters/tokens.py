@@ -71,9 +71,10 @@ def add_token(pipe: Any, table: TokenTable, token: str) -> int:
     row = len(tokenizer)
     embedding = submodule(root, path)
     if isinstance(embedding, nn.Embedding) and row >= embedding.num_embeddings:
-        if not hasattr(root, "resize_token_embeddings"):
+        resize: Any = getattr(root, "resize_token_embeddings", None)
+        if resize is None:
             raise UserError(f"all {embedding.num_embeddings} rows of {table.embedding} are taken; no new word fits")
-        root.resize_token_embeddings(row + 1, mean_resizing=False)
+        resize(row + 1, mean_resizing=False)
     tokenizer.add_tokens([token])
     return row
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mm.adapters.tokens import own_row
 from mm.core.errors import UserError, shown
@@ -228,7 +228,7 @@ def _learned(
     tokens = learner.tokens()
     if tokens:
         settings["tokens"] = tokens
-    native = {}
+    native: dict[str, Tensor] = {}
     for piece in learner.pieces:
         if isinstance(piece, PeftAdapters) and method != "lora":
             native |= piece.native()
