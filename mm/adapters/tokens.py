@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
+from mm.adapters.layer_state import placed_on
 from mm.core.errors import UserError, shown
 from mm.layers.surgery import roots_of, submodule
 
@@ -70,9 +71,10 @@ def add_token(pipe: Any, table: TokenTable, token: str) -> int:
     row = len(tokenizer)
     embedding = submodule(root, path)
     if isinstance(embedding, nn.Embedding) and row >= embedding.num_embeddings:
-        if not hasattr(root, "resize_token_embeddings"):
+        resize: Any = getattr(root, "resize_token_embeddings", None)
+        if resize is None:
             raise UserError(f"all {embedding.num_embeddings} rows of {table.embedding} are taken; no new word fits")
-        root.resize_token_embeddings(row + 1, mean_resizing=False)
+        resize(row + 1, mean_resizing=False)
     tokenizer.add_tokens([token])
     return row
 
@@ -107,6 +109,8 @@ def placed_rows(
                 f"the patch brings the word {shown(item['token'])} and this pipeline has no {table.tokenizer}"
             )
         row = own_row(target, table, item["token"])
+        if row is not None and add:
+            _check_free(target, table, item["token"], row)
         if row is None:
             row = add_token(target, table, item["token"]) if add else int(item["id"])
         rows.setdefault(table.embedding, {})[int(item["id"])] = row
@@ -114,6 +118,17 @@ def placed_rows(
         path: _moved(entry, rows[path]) if entry.kind == "rows" and path in rows else entry
         for path, entry in entries.items()
     }
+
+
+def _check_free(pipe: Any, table: TokenTable, token: str, row: int) -> None:
+    """Raises UserError where an applied patch brings the word already."""
+    component, _, path = table.embedding.partition(".")
+    embedding = submodule(roots_of(pipe)[component], path)
+    for placed in () if embedding is None else placed_on(embedding):
+        if placed.entry.kind == "rows" and row in placed.entry.tensors["ids"]:
+            raise UserError(
+                f"patch {placed.name!r} is applied and brings the word {shown(token)} already; undo it first"
+            )
 
 
 def _moved(entry: Entry, rows: Mapping[int, int]) -> Entry:

@@ -184,9 +184,13 @@ def customize_(
     for name, row in report["tasks"].items():
         print(f"{name:11} fidelity {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
     drift = report["drift"]
-    print(f"fidelity {report['overall']:.3f} (renders {report['ceiling']:.3f}, reconstructed "
-          f"{report['ceiling_reconstructed']:.3f}), following {report['following']['score']:.3f} (base "
-          f"{report['following_base']['score']:.3f}), leakage {report['leakage']['score']:.3f}")  # fmt: skip
+    print(
+        f"fidelity {report['overall']:.3f} (renders {report['ceiling']:.3f}, reconstructed "
+        f"{report['ceiling_reconstructed']:.3f}), following {report['following']['score']:.3f} (base "
+        f"{report['following_base']['score']:.3f}), leakage {report['leakage']['score']:.3f}"
+    )
+    both, known = report["together"]["score"], report["together_base"]["score"]
+    print(f"beside a companion, both: {both:.3f} (base, with a known object: {known:.3f})")
     print(f"compose {drift['change']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}], {report['seconds']:.0f} s, "
           f"{report['bytes'] >> 10} KiB")  # fmt: skip
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mm.adapters.tokens import own_row
 from mm.core.errors import UserError, shown
@@ -35,6 +35,7 @@ from mm.families import family_of
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import roots_of
 
+TRAINED: tuple[Kind, ...] = ("subject", "style")
 PRESERVED = 48  # unrelated prompts that are held to the base
 OnProgress = Callable[[float, str], None]
 
@@ -80,6 +81,8 @@ def customize(
     """
     if kind not in KINDS:
         raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
+    if kind not in TRAINED:
+        raise UserError(f"the kind {kind!r} cannot be trained yet; {' and '.join(TRAINED)} can")
     maker = method_of(method)
     objective = objective_of(pipe, settings.get("size"))
     config, chosen = _settings(maker.name, {**objective.training, **maker.defaults}, settings)
@@ -225,7 +228,7 @@ def _learned(
     tokens = learner.tokens()
     if tokens:
         settings["tokens"] = tokens
-    native = {}
+    native: dict[str, Tensor] = {}
     for piece in learner.pieces:
         if isinstance(piece, PeftAdapters) and method != "lora":
             native |= piece.native()

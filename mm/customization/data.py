@@ -94,8 +94,8 @@ def read_folder(folder: str | Path, *, name: str, kind: Kind = "subject", noun: 
             errors.append(str(error))
     if not examples:
         raise UserError(f"none of the {len(found)} pictures in {folder} can be read: {errors[0]}")
-    for error in errors:
-        warnings.warn(f"{error}; the other {len(examples)} pictures are used", stacklevel=3)
+    for why in errors:
+        warnings.warn(f"{why}; the other {len(examples)} pictures are used", stacklevel=3)
     _check_one_subject(examples, name, folder)
     return examples
 

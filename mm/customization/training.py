@@ -82,7 +82,7 @@ class Training:
         self.progress = Progress()
         rows = learner.rows()
         plain = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [value]} | ({"lr": config.row_rate * rows[name], "weight_decay": 0.0} if name in rows else plain)
             for name, value in self.parameters.items()
         ]

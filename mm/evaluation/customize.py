@@ -2,8 +2,9 @@
 
 Design choices
 - For each subject an adapter is trained from five pictures, put on, and measured: fidelity (the judge, which knows the
-  objects, sees the subject), prompt following (background, style or companion as asked), background leakage (a named
-  background that is not there), drift (compose prompts before and after, on the same seeds), size and seconds.
+  objects, sees the subject where it is asked for alone), both objects where it is asked for beside another, prompt
+  following (background, style or companion as asked), background leakage (a named background that is not there), drift
+  (compose prompts before and after, on the same seeds), size and seconds.
 - Fidelity has two ceilings: true renders, and the tokenizer's reconstructions of them. Prompt following is compared
   with that of the base on the same prompts with a known object in the subject's place.
 - Each subject's result is written when it is done, and a run that was stopped goes on with the next.
@@ -241,19 +242,23 @@ class Evaluation:
         def joined(key: str) -> list[Any]:
             return [value for row in rows.values() for value in row[key]]
 
-        fidelity = share(joined("seen"))
+        single = [ask.companion is None for ask in self.asks for _ in range(self.config.pictures)]
+        alone = {name: [x for x, one in zip(row["seen"], single, strict=True) if one] for name, row in rows.items()}
+        fidelity = share([x for seen in alone.values() for x in seen])
+        both = share([x for row in rows.values() for x in _together(row, single)])
         ceiling, rebuilt = share(joined("ceiling")), share(joined("ceiling_reconstructed"))
         own = share([x for x in joined("follows") if x is not None])
         theirs = share([x for x in base["follows"] if x is not None])
         pairs = joined("drift")
         clusters = [i for row in rows.values() for i in range(len(row["drift"]))]
         change = paired_change([a for a, _ in pairs], [b for _, b in pairs], clusters) if pairs else (0.0, 0.0, 0.0)
-        tasks = {subject: share(row["seen"]) for subject, row in rows.items()}
+        tasks = {subject: share(seen) for subject, seen in alone.items()}
         trained_on = joined("free_grounds")
         return {
             "overall": fidelity["score"], "n": fidelity["n"], "ceiling": ceiling["score"],
             "ceiling_reconstructed": rebuilt["score"],
             "of_ceiling": round((fidelity["score"] or 0) / max(1e-9, rebuilt["score"] or 0), 4), "fidelity": fidelity,
+            "together": both, "together_base": share(_together(base, single)),
             "following": own, "following_base": theirs,
             "of_base": round((own["score"] or 0) / max(1e-9, theirs["score"] or 0), 4),
             "leakage": share([not x for x in joined("grounds")]),
@@ -264,6 +269,12 @@ class Evaluation:
             "bytes": max(row["bytes"] for row in rows.values()), "tasks": tasks,
             "settings": asdict(self.config),
         }  # fmt: skip
+
+
+def _together(row: dict[str, Any], single: Sequence[bool]) -> list[bool]:
+    """For each prompt with a companion, whether both are there."""
+    each = zip(row["seen"], row["follows"], single, strict=True)
+    return [bool(seen and follows_) for seen, follows_, one in each if not one]
 
 
 def _middle(values: Sequence[float]) -> float:

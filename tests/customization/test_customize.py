@@ -18,6 +18,7 @@ from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 from mm.adapters.formats import read_lora
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
+from mm.customization import training
 from mm.customization.customize import customize
 from mm.customization.training import STATE
 
@@ -121,6 +122,28 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         customize(pipe, folder, name="sks thing", **(short | {"ranks": 2}))
 
 
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the last save that went through is whole, and the run goes on from it."""
+    folder, work, pipe = subject_folder(tmp_path / "data"), tmp_path / "work", tiny_pipeline_of("stable-diffusion")
+    settings = FAST | {"steps": 4, "preview_every": 4, "save_every": 1, "samples": ()}
+    real, saves = training.write_bytes, []
+
+    def full(path: Path, data: bytes) -> None:
+        saves.append(path)
+        if len(saves) == 3:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(training, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        customize(pipe, folder, name="sks thing", work=work, **settings)
+    with safe_open(work / STATE, "pt") as read:
+        assert json.loads(read.metadata()["progress"])["step"] == 2
+    resumed = customize(pipe, folder, name="sks thing", work=work, **settings)
+    plain = customize(pipe, folder, name="sks thing", **settings)
+    assert all(torch.equal(e.tensors["up"], resumed.entries[k].tensors["up"]) for k, e in plain.entries.items())
+
+
 def test_a_run_without_progress_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
     """At a rate that destroys, the first previews are the best, and their values are kept."""
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
@@ -153,6 +176,8 @@ def test_names_and_calls_that_do_not_fit(tmp_path: Path) -> None:
         customize(pipe, folder, name=word, **(FAST | {"steps": 1, "preview_every": 1}))
     with pytest.raises(UserError, match="kind is 'thing'"):
         customize(pipe, folder, name="sks", kind="thing", **FAST)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the kind 'edit' cannot be trained yet"):
+        customize(pipe, folder, name="sks", kind="edit", **FAST)
     with pytest.raises(UserError, match="no method 'magic'; there are auto, dreambooth"):
         customize(pipe, folder, name="sks", method="magic", **FAST)
     with pytest.raises(UserError, match="cannot be customized yet"):
@@ -191,5 +216,9 @@ def test_our_model_learns_a_new_word(tmp_path: Path) -> None:
     assert other.text_tokenizer.convert_tokens_to_ids("<mug>") != pipe.text_tokenizer.convert_tokens_to_ids("<mug>")
     assert torch.equal(draw(pipe), draw(other))
     assert read.verify(other)
+    twin = Patch.load(file)
+    twin.name = "twin"
+    with pytest.raises(UserError, match='brings the word "<mug>" already'):
+        twin.apply(other)
     read.undo(other)
     assert all(torch.equal(before[key], tensor) for key, tensor in _state(other).items())

@@ -83,11 +83,12 @@ def test_a_short_run_reports_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
         subjects=("gift",), method="textual-inversion", pictures=1, limit=1, settings=settings
     )  # fmt: skip
     report = evaluate_customize(pipe, Judge.from_pretrained(), config, work=tmp_path, json_file=tmp_path / "r.json")
-    assert report["n"] == len(some)
+    assert report["n"] == len(some) - 1
+    assert report["together"]["n"] == report["together_base"]["n"] == 1
     assert report["drift"]["n"] == 6
     assert report["drift"]["change"] == 0  # a word alone changes no other prompt
     assert report["ceiling"] == 1
-    assert json.loads((tmp_path / "r.json").read_text())["tasks"]["gift"]["n"] == len(some)
+    assert json.loads((tmp_path / "r.json").read_text())["tasks"]["gift"]["n"] == len(some) - 1
     assert 0 < report["bytes"] < 10_000
     drawn = len(calls)
     with torch.random.fork_rng():

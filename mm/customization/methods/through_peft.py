@@ -49,8 +49,8 @@ class PeftAdapters:
             warnings.simplefilter("ignore")
             torch.manual_seed(job.seed)
             for name in self.components:
-                below = [path.partition(".")[2] for path in self.paths if path.startswith(f"{name}.")]
-                inject_adapter_in_model(config_of(kind, job.settings, below), self.roots[name], ADAPTER)
+                mine = [path.partition(".")[2] for path in self.paths if path.startswith(f"{name}.")]
+                inject_adapter_in_model(config_of(kind, job.settings, mine), self.roots[name], ADAPTER)
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
