@@ -63,7 +63,7 @@ def customize(
         folder: pictures, each with a caption in a text file of the same name (see `mm.customization.data`).
         name: what the subject is called in prompts, for example "<mug>".
         kind: "subject" or "style".
-        method: one of `mm.customization.methods.registry.METHODS`; "auto" takes the one that measured best.
+        method: one of `mm.customization.methods.registry.METHODS`; "auto" takes dreambooth.
         noun: the subject's class ("mug"), where the model knows it.
         work: a folder for state, plot and sample pictures; a run that was stopped continues from it.
         preserved: prompts that must stay as they are; None takes the family's own.

@@ -91,6 +91,8 @@ class Training:
         self.best = self._copy()
         self._conditions: dict[str, Any] = {}
         self._base_scores: tuple[Tensor, Tensor] | None = None
+        for part in () if work is None else work.glob(f".{STATE}.*.part"):
+            part.unlink(missing_ok=True)  # of a save during which the run was killed
         if self.state_file is not None and self.state_file.is_file():
             self._resume(self.state_file)
 

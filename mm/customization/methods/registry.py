@@ -25,7 +25,7 @@ DEFAULT = "dreambooth"
 
 
 def method_of(name: str) -> Method:
-    """The method of a name; "auto" is the one that measured best (docs/customization.md). Raises UserError."""
+    """The method of a name; "auto" is `DEFAULT`. Raises UserError."""
     wanted = DEFAULT if name == "auto" else name
     if wanted not in METHODS:
         raise UserError(f"no method {name!r}; there are auto, {', '.join(METHODS)}")
