@@ -84,13 +84,26 @@ def _engine(job: Job, before: dict[str, Any]) -> Engine:
 
 
 def _model_of(settings: dict[str, Any], source: str) -> str:
-    """The model of a picture: an embedded one or a folder that is there. A picture makes nothing be downloaded."""
+    """The model of a picture: an embedded one, a folder, or one of the hub that was downloaded before.
+
+    A picture makes mm download no model.
+    """
     from mm.core.paths import embedded_models
 
     name = settings.get("model")
-    if isinstance(name, str) and (name in embedded_models() or (Path(name) / "model_index.json").is_file()):
+    if isinstance(name, str) and (name in embedded_models() or Path(name).exists() or _in_cache(name)):
         return name
     raise UserError(f"{source} was drawn with the model {name!r}, which is not here by that name; give it with --model")
+
+
+def _in_cache(name: str) -> bool:
+    """Whether the hub's cache has a model of that name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("model_index.json", "config.json"))
+    except ValueError:  # no name of the hub
+        return False
 
 
 def _adapters_of(settings: dict[str, Any]) -> list[tuple[Path, float]]:

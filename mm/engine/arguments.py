@@ -113,9 +113,8 @@ def _drawn_from(request: Draw, can: Capabilities, takes: Mapping[str, Any]) -> d
     if request.image is not None:
         if size is not None and size != request.image.size and request.size is None:
             old, new = (f"{w} x {h}" for w, h in (request.image.size, size))
-            warnings.warn(
-                f"the picture is {old} and {can.model} draws multiples of {can.multiple}: {new}", stacklevel=2
-            )
+            text = f"the picture is {old}; {can.model} draws multiples of {can.multiple}, so it is scaled to {new}"
+            warnings.warn(text, stacklevel=2)
         given["image"] = scaled(flattened(request.image), size)
     if request.mask is not None:
         given["mask_image"] = scaled(request.mask.convert("L"), size or (request.image or request.mask).size)
