@@ -25,6 +25,7 @@ SITES = {
     "flux": (("context_embedder", "add_k_proj", "add_v_proj"), None),
     "flux-2-klein": (("context_embedder", "add_k_proj", "add_v_proj"), None),
     "pixart-sigma": (("caption_projection.linear_1", "attn2.to_k", "attn2.to_v"), None),
+    "sana": (("caption_projection.linear_1", "attn2.to_k", "attn2.to_v"), None),
     "qwen-image": (("txt_in", "add_k_proj", "add_v_proj"), None),
     "z-image": (("cap_embedder.1", "attention.to_k", "attention.to_v"), None),
     "chroma": (("context_embedder", "add_k_proj", "add_v_proj"), None),
