@@ -25,7 +25,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from linear import RANK, Maker, Step, bf16, layer, ours, shapes_of
+from linear import RANK, layer, ours, plain, shapes_of
+from linear_peers import Maker, Step
 from torch import nn
 
 import mm.kernels as kernels
@@ -46,7 +47,7 @@ def exact(linear: nn.Linear) -> Step:
 
 BASE = "torch bf16"
 METHODS: dict[str, Maker] = {
-    BASE: bf16,
+    BASE: plain,
     "mm, fused branch": ours,
     "mm, no branch": lambda linear: ours(linear, rank=0),
     "mm, unfused branch": lambda linear: ours(linear, fused=False),
@@ -103,7 +104,7 @@ def measure(shape: tuple[int, int], tokens: int, rounds: int, device: str) -> di
     with torch.no_grad(), torch.device(device):
         torch.manual_seed(0)
         x = torch.randn(tokens, inputs).bfloat16()
-        layers = [layer(*shape) for _ in range(copies)]
+        layers = [layer(*shape, torch.bfloat16) for _ in range(copies)]
         steps = {name: [make(one) for one in layers] for name, make in METHODS.items()}
         off = {name: distance(made[0], x) for name, made in steps.items() if name != BASE}
         runs = {name: runner(made, x) for name, made in steps.items()}

@@ -183,7 +183,7 @@ def train_lora(pipe: Pipe, name: str, other: str, steps: int) -> Patch:
     learner = torch.optim.AdamW([t for pair in pairs.values() for t in pair], 3e-3)
     for _ in range(steps):
         words = [f"a {{}} {rng.choice(PLACES)}".strip() for _ in range(8)]
-        told, meant = (
+        given, meant = (
             pipe.text_tokenizer([w.format(noun) for w in words], padding=True, return_tensors="pt")
             for noun in (name, other)
         )
@@ -194,7 +194,7 @@ def train_lora(pipe: Pipe, name: str, other: str, steps: int) -> Patch:
             goal = trunk(latents, sigma, trunk.encode_text(meant.input_ids, meant.attention_mask.bool()))
             for path in paths:
                 branched(trunk, path).set_scale("new", 1.0)
-        got = trunk(latents, sigma, trunk.encode_text(told.input_ids, told.attention_mask.bool()))
+        got = trunk(latents, sigma, trunk.encode_text(given.input_ids, given.attention_mask.bool()))
         loss = nn.functional.mse_loss(got.float(), goal.float())
         learner.zero_grad()
         loss.backward()

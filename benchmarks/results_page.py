@@ -9,8 +9,8 @@ and quantized.json (`benchmarks/`). Where one is missing, the page keeps what it
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ def understand_section(report: dict[str, Any]) -> str:
         [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])] for k, t in report["tasks"].items()
     ]
     rows.append(["**overall**", f"**{report['overall']:.3f}**", "", str(report["n"])])
-    told, true = report["captions"], report["ceiling_captions"]
+    said, true = report["captions"], report["ceiling_captions"]
     text = (
-        f"Descriptions: precision {told['precision']:.3f} (ceiling {true['precision']:.3f}), "
-        f"recall {told['recall']:.3f} ({true['recall']:.3f}). "
+        f"Descriptions: precision {said['precision']:.3f} (ceiling {true['precision']:.3f}), "
+        f"recall {said['recall']:.3f} ({true['recall']:.3f}). "
         f"Share of yes among existence questions: {report['yes_share']:.2f} of .50."
     )
     command = f"`mm eval understand --limit {s['limit']} --seed {s['seed']}`"
@@ -217,7 +217,11 @@ def quantized_section(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Writes the page."""
-    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="holds the reports")
+    parser.add_argument("target", type=Path, help="the page")
+    given = parser.parse_args()
+    folder, target = given.folder, given.target
     parts = [
         "# Results of weights/mm-tiny",
         "Written by `benchmarks/results_page.py` from reports; see docs/evaluation.md.",

@@ -5,7 +5,7 @@ python examples/drawn_sheet.py docs/pictures/drawn.png [MODEL]
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -43,4 +43,7 @@ def main(path: str, model: str = "mm-tiny") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("path", help="the picture to write")
+    parser.add_argument("model", nargs="?", default="mm-tiny", help="an embedded model, a folder, or a hub name")
+    main(**vars(parser.parse_args()))

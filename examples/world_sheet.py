@@ -5,8 +5,8 @@ python examples/world_sheet.py docs/pictures/world.png
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 
 import torch
 from PIL import Image
@@ -24,4 +24,6 @@ def main(path: str, columns: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("path", help="the picture to write")
+    main(parser.parse_args().path)

@@ -3,7 +3,7 @@
 Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches.
 
 Design choices:
-- Each op checks its arguments (`checks`) before any backend runs, in the real and in the fake version alike.
+- Each op checks its arguments (`checks`) before any backend runs, in the real and in the fake version.
 - Fake versions give shapes only, so torch.compile sees one node per layer, and scales of branches are data.
 - `branched_linear` is the whole sum of one layer. Layers of one input group call `quantize_activations` once and
   `lowbit_linear` each, with their share of `low`.

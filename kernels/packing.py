@@ -10,7 +10,7 @@ Design choices:
   whose first operand is unsigned, and 8 pairs of products fit into a 16-bit sum (8 * 2 * 15 * 128 < 2^15). Padding
   holds zero, that is 8.
 - Symmetric, [-7, 7] when rounded here; -8 is legal in a file made elsewhere.
-- 8-bit weights are int8 (N, C) as they are: the type tells the two apart.
+- 8-bit weights are int8 (N, C) as they are: the type separates the two.
 - `quantize_weight` rounds to nearest; mm.quantization chooses scales and values better.
 """
 

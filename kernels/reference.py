@@ -5,7 +5,7 @@ Shapes: M tokens, N outputs, K inputs, C = K rounded up to whole groups of 64, G
 Design choices:
 - The steps of the rounding are part of the definition, since another order moves values across a rounding edge:
   v = (x + shift) * (1 / smooth), q = round_half_even(v * (top / absmax)), scale = absmax / top, all in fp32.
-- Everything is computed in fp32, or in float64 where x is float64: that is how a test tells a backend's error from
+- Everything is computed in fp32, or in float64 where x is float64: so a test can separate a backend's error from
   the format's.
 - `low` reads the raw x: `down` has 1 / smooth folded in, as published files have it.
 - Speed does not count here: weights are expanded to a full matrix.

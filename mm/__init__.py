@@ -19,6 +19,9 @@ from mm.version import __version__ as __version__
 if TYPE_CHECKING:
     from mm.adapters.formats.reader import read_lora
     from mm.adapters.formats.writer import write_lora
+    from mm.adapters.patch import Patch
+    from mm.customization.customize import customize
+    from mm.customization.merging.merge import merge
     from mm.engine.loading import load
     from mm.erasure.erase import erase
     from mm.pipelines.image_edit import ImageEditPipeline
@@ -38,6 +41,12 @@ def _open_clip_is_there() -> None:
     register()
 
 
+def _diffusers_is_named() -> None:
+    from mm.pipelines.registration import register
+
+    register()
+
+
 def _diffusers_is_there() -> None:
     from mm.quantization.integrations.registration import register_diffusers
 
@@ -51,6 +60,7 @@ def _transformers_is_there() -> None:
 
 
 after_import("open_clip.factory", _open_clip_is_there)
+after_import("diffusers", _diffusers_is_named)
 after_import("diffusers.quantizers.auto", _diffusers_is_there)
 after_import("transformers.quantizers.auto", _transformers_is_there)
 register_adapters()
@@ -58,13 +68,16 @@ register_adapters()
 __all__ = [
     "ImageEditPipeline",
     "InterleavedPipeline",
+    "Patch",
     "SVDQuantConfig",
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
+    "customize",
     "erase",
     "load",
     "load_nunchaku",
+    "merge",
     "quantize",
     "read_lora",
     "read_nunchaku",
@@ -74,13 +87,16 @@ __getattr__ = loader(
     "mm",
     {
         "ImageEditPipeline": "pipelines.image_edit",
+        "Patch": "adapters.patch",
         "InterleavedPipeline": "pipelines.interleaved",
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
+        "customize": "customization.customize",
         "erase": "erasure.erase",
         "load": "engine.loading",
         "load_nunchaku": "quantization.integrations.nunchaku",
+        "merge": "customization.merging.merge",
         "quantize": "quantization.quantize",
         "read_lora": "adapters.formats.reader",
         "read_nunchaku": "quantization.integrations.nunchaku",

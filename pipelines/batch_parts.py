@@ -1,10 +1,4 @@
-"""Which pictures of a call are drawn together: all, or with rounded activations each alone.
-
-The last bits of 16-bit layers depend on the number of rows, since torch chooses other kernels for other sizes. Where a
-layer rounds its inputs to 8 or 4 bits, such a difference now and then moves a value into the next step, and the
-pictures drift apart: by up to 175 of 255 between batch sizes. A picture that is drawn alone has the same bits in any
-call, so 4-bit models draw one by one.
-"""
+"""Which pictures of a call are drawn together: all, or with rounded activations each alone (`mm.engine.batching`)."""
 
 from __future__ import annotations
 
@@ -13,19 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from mm.layers.linear import BranchedLinear
-
-
-def rounds_activations(pipe: Any) -> bool:
-    """Whether a module of the pipeline has layers that round their inputs."""
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    return any(
-        isinstance(layer, BranchedLinear) and layer.bits != 16 and layer.activation.bits != 16
-        for module in modules
-        for layer in module.modules()
-    )
+from mm.engine.batching import rounds_activations
 
 
 def parts_of(pipe: Any, pictures: int) -> list[slice]:

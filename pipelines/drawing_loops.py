@@ -54,7 +54,10 @@ def flow_steps(
         The latents (B, C, H, W).
     """
     scheduler = run.scheduler
-    scheduler.set_timesteps(steps, device=latents.device)
+    if run.sigmas is None:
+        scheduler.set_timesteps(steps, device=latents.device)
+    else:
+        scheduler.set_timesteps(sigmas=list(run.sigmas), device=latents.device)
     run.num_timesteps = len(scheduler.timesteps)
     # Schedulers that draw noise of their own draw each picture's from its generator, too.
     own_noise = "generator" in inspect.signature(scheduler.step).parameters

@@ -39,8 +39,8 @@ from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.guidance import GuidanceBranches
-from mm.pipelines.pictures import open_picture, squared, to_tensor
-from mm.pipelines.prompt_encoding import left_padded
+from mm.pipelines.pictures import as_pictures, open_picture, squared, to_tensor
+from mm.pipelines.prompt_encoding import check_prompts, left_padded, negatives_of
 from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, TextToImagePipeline
@@ -90,31 +90,42 @@ class ImageEditPipeline(TextToImagePipeline):
         prompt: str | Sequence[str],
         *,
         mask_image: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         mode: str = "flow",
         num_images_per_prompt: int = 1,
         generator: Generators = None,
+        latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """Changes pictures as instructions say.
 
         Args:
-            image: A path or a PIL picture of any size and mode, or a list of them.
+            image: A path, a PIL picture of any size and mode, an array (H, W, 3) or (B, H, W, 3) or a tensor (3, H, W)
+                or (B, 3, H, W), of bytes or of numbers in [0, 1]; or a list of them.
             prompt: One instruction, or one for each picture.
             mask_image: White where pixels may change; of the source's size or of the model's.
+            negative_prompt: What the result moves away from, beside the plain source; one, or one for each picture.
+            height: The model's own height; any other is refused. Sources may have any size.
+            width: The same for the width.
             num_inference_steps: Sampling steps; by default 12 in flow mode and 32 in codes mode.
             guidance_scale: Guidance towards the instruction.
             image_guidance_scale: Guidance towards the source.
             mode: "flow" or "codes".
             num_images_per_prompt: Results for each picture.
             generator: As in `TextToImagePipeline`, as are the arguments below.
+            latents: Starting noise (B, 16, 8, 8) of flow mode.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple of the pictures alone.
+            attention_kwargs: `{"scale": x}` scales loaded LoRAs.
             callback_on_step_end: Called after each step.
             callback_on_step_end_tensor_inputs: The tensors it wants.
 
@@ -126,15 +137,23 @@ class ImageEditPipeline(TextToImagePipeline):
         """
         guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = check_prompts([prompt] if isinstance(prompt, str) else list(prompt), self.text_tokenizer)
+        negatives = negatives_of(negative_prompt, self.text_tokenizer)
         num_inference_steps = steps_for(mode, num_inference_steps)
-        pictures = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompts)
+        pictures = as_pictures(image)
+        pictures = pictures * len(prompts) if len(pictures) == 1 and not isinstance(image, (list, tuple)) else pictures
         if len(pictures) != len(prompts):
             raise UserError(f"{len(pictures)} pictures and {len(prompts)} instructions; give as many")
-        side = self.autoencoder.config.sample_size
+        if len(negatives) not in (1, len(prompts)):
+            raise UserError(
+                f"{len(negatives)} negative prompts for {len(prompts)} instructions; give one, or one for each"
+            )
+        negatives = negatives * (len(prompts) // len(negatives))
+        side = self.side
         self.check_inputs(
-            prompts, height=side, width=side, steps=num_inference_steps, pictures=num_images_per_prompt, mode=mode,
-            guidance_scale=guidance_scale, latents=None, output_type=output_type,
+            height=side if height is None else height, width=side if width is None else width,
+            steps=num_inference_steps, pictures=num_images_per_prompt, mode=mode,
+            guidance_scale=guidance_scale, latents=latents, output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         if not 0 <= image_guidance_scale <= MAX_GUIDANCE:
@@ -146,22 +165,28 @@ class ImageEditPipeline(TextToImagePipeline):
                 "guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale,
                 "output_type": output_type, "return_dict": False, "callback_on_step_end": callback_on_step_end,
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                "attention_kwargs": attention_kwargs,
             }  # fmt: skip
             each = [k // num_images_per_prompt for k in range(len(generators))]
             made = [
-                self([pictures[i]], [prompts[i]], generator=[generators[k]], **options)[0] for k, i in enumerate(each)
-            ]
+                self(
+                    [pictures[i]], [prompts[i]], negative_prompt=negatives[i], generator=[generators[k]],
+                    latents=None if latents is None else latents[k : k + 1], **options,
+                )[0]
+                for k, i in enumerate(each)
+            ]  # fmt: skip
             return ImagePipelineOutput(images=joined(made)) if return_dict else (joined(made),)
         source = to_tensor(pictures, side).to(self._execution_device)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
-        with self._new_run(guidance_scale=guidance_scale) as run:
+        with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run:
+            assert self.autoencoder is not None
             clean = self.autoencoder.encode(source.to(self.autoencoder.dtype)).float()
             branches = self._edit_branches(
-                prompts, source, clean, num_images_per_prompt, guidance_scale, image_guidance_scale
+                prompts, negatives, source, clean, num_images_per_prompt, guidance_scale, image_guidance_scale
             )
             on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
             clean = clean.repeat_interleave(num_images_per_prompt, 0)
-            noise = self.prepare_latents(generators, None) if mode == "flow" else None
+            noise = self.prepare_latents(generators, latents) if mode == "flow" else None
             if noise is not None and mask is not None:
                 on_step = _keep_outside(run, clean, noise, mask, on_step)
             drawn = self._draw_latents(noise, generators, branches, num_inference_steps, run, on_step)
@@ -180,6 +205,7 @@ class ImageEditPipeline(TextToImagePipeline):
     def _edit_branches(
         self,
         prompts: Sequence[str],
+        negatives: Sequence[str],
         source: torch.Tensor,
         clean: torch.Tensor,
         each: int,
@@ -189,14 +215,13 @@ class ImageEditPipeline(TextToImagePipeline):
         """The branches of instruction and source, source only, and neither; those of weight zero are left out."""
         tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
         understanding = self.understanding_connector(tokens.to(self.understanding_connector.dtype))
-        empty = [""] * len(prompts)
         full = self._prompt_cache(prompts, understanding, clean).repeat(each)
         others = []
         if scale != image_scale:
-            cache = self._prompt_cache(empty, understanding, clean).repeat(each)
+            cache = self._prompt_cache(negatives, understanding, clean).repeat(each)
             others.append((cache, lambda now: image_scale - now))
         if image_scale != 1:
-            others.append((self._prompt_cache(empty, None, None).repeat(each), lambda _: 1 - image_scale))
+            others.append((self._prompt_cache(negatives, None, None).repeat(each), lambda _: 1 - image_scale))
         return GuidanceBranches(full, others, scale=scale, complete=scale != image_scale)
 
     def _prompt_cache(
@@ -211,6 +236,7 @@ class ImageEditPipeline(TextToImagePipeline):
         return cache if clean is None else self.trunk.encode_picture(clean.to(self.trunk.dtype), cache)
 
     def _finish(self, drawn: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None, output_type: str) -> Any:
+        assert self.autoencoder is not None
         pictures = self.autoencoder.decode(drawn.to(self.autoencoder.dtype)).float()
         if mask is not None:
             pictures = torch.where(mask > 0, pictures, source)
@@ -234,7 +260,7 @@ def _keep_outside(
 
 def _mask(mask_image: Any, picture: Any, side: int) -> torch.Tensor:
     """The mask (1, 1, side, side): 1 where pixels may change."""
-    mask, source = open_picture(mask_image), open_picture(picture)
+    [mask], source = as_pictures(mask_image, mask=True), open_picture(picture)
     if mask.size not in (source.size, (side, side)):
         raise UserError(
             f"the mask is {mask.size[0]} x {mask.size[1]} and the picture {source.size[0]} x {source.size[1]}"

@@ -10,12 +10,14 @@ Design choices
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from mm.core.errors import UserError
+from mm.models.cache import PromptCache
 from mm.models.text import nearest_words, unknown_words
 
 if TYPE_CHECKING:
@@ -25,36 +27,136 @@ _CALLER = 5  # frames from here to who called the pipeline: check_inputs, __call
 _STEP = 32  # prompts are padded to a multiple of this many tokens
 
 
-def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises UserError for empty and overlong prompts; warns of unknown words."""
+def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Checks prompts and warns of unknown words and of prompts that are too long.
+
+    Returns:
+        The prompts; what the model cannot read of a long one is cut off, as diffusers does.
+
+    Raises:
+        UserError: Where there is no prompt, or one is empty or no text.
+    """
     if not prompts:
         raise UserError("there is no prompt in the list; say what to draw, for example ['two red cats on grass']")
     known = set(tokenizer.get_vocab())
     warned: set[str] = set()
+    out = []
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is a text, got {type(prompt).__name__} {prompt!r}")
         if not prompt.strip():
             raise UserError("the prompt is empty; say what to draw, for example 'two red cats on grass'")
-        length = len(tokenizer(prompt).input_ids)
-        if length > tokenizer.model_max_length:
-            raise UserError(
-                f"the prompt has {length} tokens and the model reads {tokenizer.model_max_length}; shorten it: "
-                f"{prompt[:60]!r}..."
+        out.append(read := cut(prompt, tokenizer))
+        if read != prompt:
+            warnings.warn(
+                f"the prompt is longer than the {tokenizer.model_max_length} tokens that the model reads; ignored: "
+                f"{prompt[len(read) :].strip()[:80]!r}",
+                stacklevel=_CALLER,
             )
-        for word in unknown_words(prompt, known):
+        for word in unknown_words(read, known):
             if word not in warned:
                 warned.add(word)
                 near = ", ".join(nearest_words(word))
                 hint = f"; nearest known: {near}" if near else ""
                 warnings.warn(f"the model does not know the word {word!r} and ignores it{hint}", stacklevel=_CALLER)
+    return out
+
+
+def cut(prompt: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The beginning of a prompt that fits into the tokenizer's length."""
+    if len(prompt) < tokenizer.model_max_length - 2:  # a token has a character at least
+        return prompt
+    found = tokenizer(prompt, truncation=True, return_offsets_mapping=True)
+    if len(tokenizer(prompt).input_ids) <= tokenizer.model_max_length:
+        return prompt
+    return prompt[: max(end for _, end in found["offset_mapping"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """The prompts and negative prompts of a call, as texts or encoded.
+
+    Args:
+        prompts: One a picture's prompt, P in all.
+        negatives: One for all prompts, or P.
+        each: Pictures of each prompt.
+    """
+
+    prompts: Sequence[str] | PromptCache
+    negatives: Sequence[str] | PromptCache
+    each: int
+
+    def __post_init__(self) -> None:
+        if len(self.negatives) not in (1, len(self.prompts)):
+            raise UserError(
+                f"{len(self.negatives)} negative prompts for {len(self.prompts)} prompts; give one, or one for each"
+            )
+
+    @property
+    def pictures(self) -> int:
+        """B."""
+        return len(self.prompts) * self.each
+
+    def caches(self, part: slice, encode: Callable[[Sequence[str]], PromptCache]) -> tuple[PromptCache, PromptCache]:
+        """The caches of some pictures' prompts and negative prompts: of all, or of one alone."""
+        chosen = (self.prompts, self.negatives)
+        if part == slice(0, self.pictures):
+            prompts, negatives = (x if isinstance(x, PromptCache) else encode(x) for x in chosen)
+            return prompts.repeat(self.each), negatives.repeat(self.pictures // len(negatives))
+        at = part.start // self.each
+        prompts, negatives = (
+            x.select(rows) if isinstance(x, PromptCache) else encode(x[rows])
+            for x in chosen
+            for rows in [slice(at, at + 1) if len(x) > 1 else slice(0, 1)]
+        )
+        return prompts, negatives
+
+
+def conditions(
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None,
+    each: int,
+    prompt_embeds: PromptCache | None = None,
+    negative_prompt_embeds: PromptCache | None = None,
+    *,
+    checked: bool = True,
+) -> Conditions:
+    """What a call is conditioned on; `checked`: whether prompts are checked and warned of.
+
+    Raises:
+        UserError: Where a text and its cache are both given, or neither, and for wrong prompts.
+    """
+    if (prompt is None) == (prompt_embeds is None):
+        raise UserError("give prompt or prompt_embeds, one of the two")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise UserError("give negative_prompt or negative_prompt_embeds, not both")
+    prompts: Sequence[str] | PromptCache
+    if prompt_embeds is not None:
+        prompts = prompt_embeds
+    else:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        prompts = check_prompts(texts, tokenizer) if checked else texts
+    negatives = negatives_of(negative_prompt, tokenizer) if negative_prompt_embeds is None else negative_prompt_embeds
+    return Conditions(prompts=prompts, negatives=negatives, each=each)
+
+
+def negatives_of(negative_prompt: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Negative prompts as a list; the empty prompt where there is none. Raises UserError for what is no text."""
+    texts = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) else negative_prompt
+    out = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"a negative prompt is a text, got {type(text).__name__} {text!r}")
+        out.append(cut(text, tokenizer))
+    return out
 
 
 def tokenize(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers and mask (B, T), T a multiple of 32."""
-    words = tokenizer(list(prompts), padding=True, pad_to_multiple_of=_STEP, return_tensors="pt")
+    words = tokenizer(list(prompts), padding=True, truncation=True, pad_to_multiple_of=_STEP, return_tensors="pt")
     return words.input_ids.to(device), words.attention_mask.bool().to(device)
 
 

@@ -34,6 +34,7 @@ class Run:
     Attributes:
         guidance_scale: Of classifier-free guidance; a callback may change it between steps.
         scheduler: A copy of the pipeline's scheduler; None where no scheduler is used.
+        sigmas: Noise levels of the steps, where the call gives them.
         temperature: Of sampling in codes mode.
         num_timesteps: Steps of the run.
         interrupt: Whether to stop before the next step.
@@ -41,6 +42,7 @@ class Run:
 
     guidance_scale: float
     scheduler: Any = None
+    sigmas: Sequence[float] | None = None
     temperature: float = 1.0
     num_timesteps: int = 0
     interrupt: bool = False

@@ -15,9 +15,11 @@ Legend: B pictures, C = K = 16 channels, L = 64 tokens, V = 64 levels, D feature
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,3 +98,26 @@ def code_steps(generators: Sequence[torch.Generator], tokens: int, steps: int) -
         masked_BL = torch.zeros(order_BL.shape, dtype=torch.bool).scatter(1, now_BN, True)
         heat = 1 - (1 - COOLED) * (revision + 1) / revisions(steps)
         yield CodeStep(masked_BL, now_BN, 1 - again / tokens, heat)
+
+
+def check_sigmas(
+    sigmas: Sequence[float] | None, mode: str, steps: int | None, scheduler: Any
+) -> tuple[float, ...] | None:
+    """Noise levels of a call, checked.
+
+    Raises:
+        UserError: Where they are not falling numbers in (0, 1], or cannot be used with the other arguments.
+    """
+    if sigmas is None:
+        return None
+    levels = tuple(float(sigma) for sigma in sigmas)
+    if mode != "flow":
+        raise UserError(f"sigmas are noise levels of mode='flow'; with mode={mode!r} leave them out")
+    if steps is not None and steps != len(levels):
+        raise UserError(f"num_inference_steps is {steps} and there are {len(levels)} sigmas; give one of the two")
+    falling = all(a > b for a, b in pairwise(levels))
+    if not levels or not falling or not 0 < levels[-1] <= levels[0] <= 1:
+        raise UserError(f"sigmas are {list(levels)[:8]}; give falling numbers above 0 and at most 1")
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise UserError(f"{type(scheduler).__name__} takes no sigmas; leave them out or use another scheduler")
+    return levels

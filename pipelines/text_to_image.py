@@ -37,12 +37,13 @@ from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
-from mm.pipelines.prompt_encoding import check_prompts, tokenize
+from mm.pipelines.prompt_encoding import conditions, tokenize
 from mm.pipelines.run_state import Run, RunStateMixin, StepCallback
-from mm.pipelines.sampling import Generators, picture_generators, picture_noise
+from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
 
+SCALE = 16  # pixels of a latent, each way
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
 CODES_TEMPERATURE = 0.9
@@ -55,7 +56,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
     # Trunk and head alternate at every step: offloading the heads would move the trunk at every step, too.
     model_cpu_offload_seq = "trunk->autoencoder"
     _exclude_from_cpu_offload = ["velocity_decoder", "code_head", "bridge"]  # noqa: RUF012
-    _optional_components = ["code_head", "bridge"]  # noqa: RUF012
+    _optional_components = ["autoencoder", "code_head", "bridge"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
     _lora_loadable_modules = ["trunk"]  # noqa: RUF012
 
@@ -64,7 +65,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         text_tokenizer: PreTrainedTokenizerFast,
         trunk: Trunk,
         velocity_decoder: VelocityDecoder,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | None,
         scheduler: SchedulerMixin,
         code_head: CodeHead | None = None,
         bridge: Bridge | None = None,
@@ -79,7 +80,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             code_head=code_head,
             bridge=bridge,
         )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=SCALE)
         self._init_runs()
         self.count_reader: CountReader | None = None  # loaded when `best_of` first needs it
 
@@ -103,9 +104,13 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         """The modes that this pipeline's components can draw in."""
         return MODES if self.code_head is not None and self.bridge is not None else MODES[:1]
 
+    @property
+    def side(self) -> int:
+        """Pixels on each side of a picture."""
+        return SCALE * int(self.trunk.config.latent_size)
+
     def check_inputs(
         self,
-        prompt: Sequence[str],
         *,
         height: int,
         width: int,
@@ -118,7 +123,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         tensor_inputs: Sequence[str],
     ) -> None:
         """Raises UserError for what cannot be drawn, with the value."""
-        side = self.autoencoder.config.sample_size
+        side = self.side
         if (height, width) != (side, side):
             raise UserError(f"this model draws {side} x {side} pictures, not {width} x {height}; leave the size out")
         if steps < 1:
@@ -138,24 +143,47 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise UserError(f"callbacks may ask for {self._callback_tensor_inputs}, not {unknown}")
-        check_prompts(prompt, self.text_tokenizer)
+        if self.autoencoder is None and output_type != "latent":
+            raise UserError("this pipeline has no autoencoder; it gives output_type='latent' only")
 
     def encode_prompt(
-        self, prompt: str | Sequence[str], num_images_per_prompt: int = 1, negative_prompt: str | None = None
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        do_classifier_free_guidance: bool = True,
+        prompt_embeds: PromptCache | None = None,
+        negative_prompt_embeds: PromptCache | None = None,
     ) -> tuple[PromptCache, PromptCache]:
-        """The prompts' cache, each repeated, and the unconditional one (the empty or the negative prompt)."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        device = self._execution_device
-        ids, mask = tokenize(prompts, self.text_tokenizer, device)
-        empty_ids, empty_mask = tokenize([negative_prompt or ""], self.text_tokenizer, device)
-        caches = self.trunk.encode_text(ids, mask), self.trunk.encode_text(empty_ids, empty_mask)
-        count = len(prompts) * num_images_per_prompt
-        return caches[0].repeat(num_images_per_prompt), caches[1].repeat(count)
+        """The prompts' cache, each repeated, and the unconditional one (the empty or the negative prompt).
+
+        Both can be given to a call as `prompt_embeds` and `negative_prompt_embeds`.
+
+        Args:
+            prompt: One prompt or several.
+            num_images_per_prompt: How often each is repeated.
+            negative_prompt: One for all prompts, or one for each.
+            device: Where to; by default the pipeline's own.
+            do_classifier_free_guidance: Taken for diffusers' sake: the unconditional cache is always there.
+            prompt_embeds: A cache to use instead of encoding `prompt`.
+            negative_prompt_embeds: The same for the negative prompt.
+        """
+        given = conditions(
+            self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds,
+            checked=False,
+        )  # fmt: skip
+        caches = given.caches(slice(0, given.pictures), self._encode)
+        return (caches[0].to(device), caches[1].to(device)) if device is not None else caches
+
+    def _encode(self, prompts: Sequence[str]) -> PromptCache:
+        return self.trunk.encode_text(*tokenize(prompts, self.text_tokenizer, self._execution_device))
 
     def prepare_latents(self, generators: Sequence[torch.Generator], latents: torch.Tensor | None) -> torch.Tensor:
         """Starting noise (B, C, H, W), float32."""
-        side = self.autoencoder.config.sample_size // self.autoencoder.scale_factor
-        shape = (self.autoencoder.config.latent_channels, side, side)
+        side = int(self.trunk.config.latent_size)
+        shape = (int(self.trunk.config.latent_channels), side, side)
         if latents is None:
             return picture_noise(generators, shape).to(self._execution_device)
         if latents.shape != (len(generators), *shape):
@@ -165,9 +193,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -178,6 +206,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         best_of: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
+        sigmas: Sequence[float] | None = None,
+        prompt_embeds: PromptCache | None = None,
+        negative_prompt_embeds: PromptCache | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -188,7 +219,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
 
         Args:
             prompt: One prompt or several.
-            negative_prompt: Replaces the empty prompt of classifier-free guidance.
+            negative_prompt: Replaces the empty prompt of classifier-free guidance; one for all, or one for each prompt.
             height: The model's own height; any other is refused.
             width: The same for the width.
             num_inference_steps: Sampling steps; by default 12 in flow mode and 32 in codes mode.
@@ -196,13 +227,14 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             mode: "flow" or "codes".
             temperature: Of sampling in codes mode; 0 takes the likeliest code.
             num_images_per_prompt: Pictures of each prompt.
-            best_of: The most times that a picture is drawn, until it shows the numbers of things that the prompt asks
-                for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
             generator: One generator with seed s gives picture k the seed s + k; a list gives each picture its own. Only
                 seeds count, not what was drawn from a generator before.
             latents: Starting noise (B, 16, 8, 8) of flow mode.
+            sigmas: Noise levels of the steps in flow mode, falling, each above 0; instead of num_inference_steps.
+            prompt_embeds: An encoded prompt, as `encode_prompt` returns it, instead of `prompt`.
+            negative_prompt_embeds: The same for the negative prompt.
             best_of: The most times that a picture is drawn, until the model's own counter reads the numbers of things
-                that the prompt asks for (`mm.pipelines.best_of`).
+                that the prompt asks for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
             return_dict: False returns a tuple of the pictures alone.
             attention_kwargs: `{"scale": x}` scales loaded LoRAs.
@@ -217,14 +249,12 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         Raises:
             UserError: For anything that cannot be drawn. Unknown words give a warning.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        num_inference_steps = steps_for(mode, num_inference_steps)
-        side = self.autoencoder.config.sample_size
+        steps = steps_for(mode, num_inference_steps if sigmas is None else len(sigmas))
+        side = self.side
         self.check_inputs(
-            prompts,
             height=side if height is None else height,
             width=side if width is None else width,
-            steps=num_inference_steps,
+            steps=steps,
             pictures=num_images_per_prompt,
             mode=mode,
             guidance_scale=guidance_scale,
@@ -232,13 +262,20 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        levels = check_sigmas(sigmas, mode, num_inference_steps, self.scheduler)
+        given = conditions(
+            self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds
+        )
         if temperature < 0:
             raise UserError(f"temperature is {temperature}; give 0 or more")
         check_best_of(best_of, latents)
         if best_of > 1:
+            if isinstance(given.prompts, PromptCache):
+                raise UserError("best_of reads the numbers in the prompt; give prompt, not prompt_embeds")
             found = self._draw_best(
-                [text for text in prompts for _ in range(num_images_per_prompt)], generator, best_of,
-                negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
+                [text for text in given.prompts for _ in range(num_images_per_prompt)], generator, best_of,
+                negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
+                num_inference_steps=num_inference_steps, sigmas=sigmas,
                 guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -246,22 +283,18 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             chosen: Any = found.images
             chosen = chosen if output_type == "latent" else self._decode(chosen, output_type)
             return CheckedOutput(chosen, found.tries, found.right) if return_dict else (chosen,)
-        generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
+        generators = picture_generators(generator, given.pictures)
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
         with (
             self.scaled_lora(attention_kwargs),
-            self._new_run(guidance_scale=guidance_scale, temperature=temperature) as run,
+            self._new_run(guidance_scale=guidance_scale, temperature=temperature, sigmas=levels) as run,
         ):
             on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            several = [text for text in prompts for _ in range(num_images_per_prompt)]
             done = []
             for part in parts_of(self, len(generators)):
-                whole = part == slice(0, len(generators))
-                texts, each = (prompts, num_images_per_prompt) if whole else (several[part], 1)
-                caches = self.encode_prompt(texts, each, negative_prompt)
-                branches = text_branches(*caches, guidance_scale)
+                branches = text_branches(*given.caches(part, self._encode), guidance_scale)
                 start = None if noise is None else noise[part]
-                drawn = self._draw_latents(start, generators[part], branches, num_inference_steps, run, on_step)
+                drawn = self._draw_latents(start, generators[part], branches, steps, run, on_step)
                 done.append(drawn if output_type == "latent" else self._decode(drawn, output_type))
 
         pictures: Any = joined(done)
@@ -300,7 +333,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             parts = (self.trunk, self.velocity_decoder, noise)
             drawing = flow_steps(*parts, generators, branches, steps, run, on_step)
         else:
-            side = self.autoencoder.config.sample_size // self.autoencoder.scale_factor
+            side = int(self.trunk.config.latent_size)
             heads = (self.trunk, self.code_head, self.bridge, (side, side))
             drawing = code_filling(*heads, generators, branches, steps, run, on_step)
         with self.progress_bar(total=steps) as bar:
@@ -308,5 +341,6 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures in the wanted type."""
+        assert self.autoencoder is not None
         pictures = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float()
         return self.image_processor.postprocess(pictures, output_type=output_type)

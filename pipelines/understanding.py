@@ -41,6 +41,7 @@ OUTSIDE_BELOW = 21.0  # dB; see docs/reading.md for how it was chosen
 class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
     """Answers questions about pictures."""
 
+    model_cpu_offload_seq = "autoencoder->understanding_encoder->understanding_connector->trunk"
     _optional_components = ["autoencoder"]  # noqa: RUF012
 
     def __init__(

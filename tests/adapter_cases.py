@@ -16,12 +16,14 @@ from mm.adapters.patch import Entry, Patch
 
 IDS = torch.tensor([[3, 7, 1, 4, 19]])
 Q, K, V = (f"encoder.layers.0.self_attn.{n}_proj" for n in "qkv")
+WIDTH, INNER = 64, 128  # layers of fewer inputs would grow at 4 bits, and so stay as they are
 FC1, WORDS = "encoder.layers.0.mlp.fc1", "embeddings.token_embedding"
 
 
 def text_encoder(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return CLIPTextModel(CLIPTextConfig(**TEXT, max_position_embeddings=8)).eval().requires_grad_(False)
+    sizes = TEXT | {"hidden_size": WIDTH, "intermediate_size": INNER}
+    return CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=8)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -48,20 +50,20 @@ def five() -> list[Patch]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    rows = {"ids": torch.tensor([3, 19]), "rows": noise(2, 16)}
+    rows = {"ids": torch.tensor([3, 19]), "rows": noise(2, WIDTH)}
     return [
-        Patch(name="style", entries={Q: lowrank(16, 16, 3, g, 0.7), FC1: lowrank(32, 16, 2, g)}),
+        Patch(name="style", entries={Q: lowrank(WIDTH, WIDTH, 3, g, 0.7), FC1: lowrank(INNER, WIDTH, 2, g)}),
         Patch(
             name="no-wolf",
             method="dense",
             entries={
-                Q: Entry(kind="dense", tensors={"delta": noise(16, 16) / 8}),
-                f"{Q}.bias": Entry(kind="bias", tensors={"delta": noise(16)}),
+                Q: Entry(kind="dense", tensors={"delta": noise(WIDTH, WIDTH) / 8}),
+                f"{Q}.bias": Entry(kind="bias", tensors={"delta": noise(WIDTH)}),
             },
         ),
         Patch(name="mug", method="rows", entries={WORDS: Entry(kind="rows", tensors=rows)}),
-        Patch(name="turn", method="hirm", entries={Q: rotation(16, g), V: rotation(16, g)}),
-        Patch(name="ink", entries={Q: lowrank(16, 16, 18, g), K: lowrank(16, 16, 1, g)}),
+        Patch(name="turn", method="hirm", entries={Q: rotation(WIDTH, g), V: rotation(WIDTH, g)}),
+        Patch(name="ink", entries={Q: lowrank(WIDTH, WIDTH, 66, g), K: lowrank(WIDTH, WIDTH, 1, g)}),
     ]
 
 

@@ -30,7 +30,7 @@ def _tiny(make: Callable[[type], Made]) -> Callable[[type], Made]:
         torch.manual_seed(0)
         model, inputs = make(getattr(diffusers, name))
         for parameter in model.parameters():
-            if not parameter.any() or not parameter.isfinite().all():
+            if parameter.numel() and not 1e-3 < parameter.abs().max() < 1e3:  # zeros, or memory that was never written
                 nn.init.normal_(parameter, std=0.1)
         return model.eval().requires_grad_(False), inputs
 

@@ -1,8 +1,9 @@
 """Tiny random whole pipelines of diffusers' real classes, with text encoders and tokenizers made offline.
 
-`tiny_pipeline_of("flux")` gives a pipeline that draws in two steps within a second; `arguments_of("flux")` what it is
-called with, a source picture and a mask where the pipeline needs them. `PIPELINES` lists the names, which are those of
-the families in `mm.families`. The same seed gives the same weights.
+Denoisers are 64 wide, so that some of their layers get 4 bits. `tiny_pipeline_of("flux")` gives a pipeline that draws
+in two steps within a second; `arguments_of("flux")` what it is called with, a source picture and a mask where the
+pipeline needs them, and `options_of("flux")` those arguments that have no name in mm. `PIPELINES` lists the names,
+which are those of the families in `mm.families`. The same seed gives the same weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint
 from PIL import Image
 from tiny_text_encoders import (
     WIDTH,
@@ -58,7 +59,7 @@ def _unet(cross: int, *, xl: bool) -> Any:
             "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
         }  # fmt: skip
     return diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32), norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        block_out_channels=(64, 64), norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=cross, attention_head_dim=8,
         layers_per_block=1, sample_size=SIDE // 4, **more,
     )  # fmt: skip
@@ -83,7 +84,7 @@ def _sdxl() -> Any:
 def _sd3() -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=SIDE // 4, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=2 * WIDTH,
+        num_attention_heads=8, caption_projection_dim=64, joint_attention_dim=2 * WIDTH,
         pooled_projection_dim=2 * WIDTH, out_channels=16, pos_embed_max_size=16, qk_norm="rms_norm",
         dual_attention_layers=(0,),
     )  # fmt: skip
@@ -97,7 +98,7 @@ def _sd3() -> Any:
 def _flux_parts(channels: int = 64, out: int | None = None, *, guided: bool = True) -> dict[str, Any]:
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=channels, out_channels=out, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
+        num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
         guidance_embeds=guided,
     )  # fmt: skip
     return {
@@ -109,7 +110,7 @@ def _flux_parts(channels: int = 64, out: int | None = None, *, guided: bool = Tr
 def _flux_2_parts(kind: str) -> dict[str, Any]:
     text = mistral_text() if kind == "mistral" else qwen3_text(27, causal=True)
     transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=kind == "mistral",
     )  # fmt: skip
@@ -125,7 +126,7 @@ def _flux_2_parts(kind: str) -> dict[str, Any]:
 
 def _qwen_parts() -> dict[str, Any]:
     transformer = diffusers.QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     return {
@@ -136,14 +137,15 @@ def _qwen_parts() -> dict[str, Any]:
 
 def _qwen_edit() -> Any:
     """Sources of this pipeline are brought to a megapixel; here to 32 x 32."""
-    pipeline_qwenimage_edit.calculate_dimensions = lambda _area, _ratio: (SIDE, SIDE, None)
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint):
+        module.calculate_dimensions = lambda _area, _ratio: (SIDE, SIDE, None)
     return diffusers.QwenImageEditPipeline(**_qwen_parts(), processor=qwen_processor())
 
 
 def _pixart() -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=SIDE // 4, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
-        caption_channels=WIDTH, in_channels=4, cross_attention_dim=24, out_channels=8,
+        sample_size=SIDE // 4, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=8,
+        caption_channels=WIDTH, in_channels=4, cross_attention_dim=64, out_channels=8,
         use_additional_conditions=False,
     )  # fmt: skip
     return diffusers.PixArtSigmaPipeline(
@@ -154,8 +156,8 @@ def _pixart() -> Any:
 
 def _sana(kind: type, scheduler: Any, **options: Any) -> Any:
     transformer = diffusers.SanaTransformer2DModel(
-        patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=WIDTH,
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=8,
+        num_cross_attention_heads=8, cross_attention_head_dim=8, cross_attention_dim=64, caption_channels=WIDTH,
         sample_size=SIDE // 2, **options,
     )  # fmt: skip
     vae = diffusers.AutoencoderDC(
@@ -171,8 +173,8 @@ def _sana(kind: type, scheduler: Any, **options: Any) -> Any:
 
 def _z_image() -> Any:
     transformer = diffusers.ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
-        n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[1024, 32, 32],
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=64, n_layers=1, n_refiner_layers=1, n_heads=4,
+        n_kv_heads=4, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[1024, 32, 32],
     )  # fmt: skip
     return diffusers.ZImagePipeline(
         transformer=transformer, vae=_vae(16), text_encoder=qwen3_text(), tokenizer=qwen_tokenizer(),
@@ -182,7 +184,7 @@ def _z_image() -> Any:
 
 def _chroma() -> Any:
     transformer = diffusers.ChromaTransformer2DModel(
-        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
         approximator_layers=1,
     )  # fmt: skip
@@ -193,8 +195,8 @@ def _chroma() -> Any:
 
 def _lumina_2() -> Any:
     transformer = diffusers.Lumina2Transformer2DModel(
-        sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
-        num_attention_heads=3, num_kv_heads=1, multiple_of=2, scaling_factor=1.0, axes_dim_rope=(4, 2, 2),
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=64, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=8, num_kv_heads=2, multiple_of=2, scaling_factor=1.0, axes_dim_rope=(4, 2, 2),
         axes_lens=(512, 32, 32), cap_feat_dim=WIDTH,
     )  # fmt: skip
     return diffusers.Lumina2Pipeline(
@@ -257,15 +259,21 @@ def arguments_of(name: str, **more: Any) -> dict[str, Any]:
         made["image"] = source_picture()
     if name == "flux-fill":
         made["mask_image"] = Image.new("L", (SIDE, SIDE), 255)
-    if name == "flux-kontext":
-        made |= {"_auto_resize": False, "max_area": SIDE * SIDE}
     if name.startswith("qwen-image"):
         made["negative_prompt"] = " "
+    return made | options_of(name) | more
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Further arguments without which a tiny pipeline draws larger pictures, or refuses its size."""
+    made: dict[str, Any] = {}
+    if name == "flux-kontext":
+        made |= {"_auto_resize": False, "max_area": SIDE * SIDE}
     if name.startswith("sana"):
         made["complex_human_instruction"] = None
     if name.startswith(("sana", "pixart")):
         made["use_resolution_binning"] = False
-    return made | more
+    return made
 
 
 def draw_with(name: str, pipe: Any, **more: Any) -> torch.Tensor:

@@ -35,8 +35,8 @@ def pixart() -> nn.Module:
 
 def unet() -> nn.Module:
     return diffusers.UNet2DConditionModel(
-        block_out_channels=(4, 8), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8, attention_head_dim=2,
+        block_out_channels=(32, 64), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=2,
         layers_per_block=1, sample_size=16, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=56, use_linear_projection=True,
     )  # fmt: skip

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mm.layers.entry_points import ForwardMixin, entry_point
 
 
 def normalize(
@@ -55,55 +56,51 @@ def residual_blocks(channels: int, depth: int) -> list[nn.Module]:
     return [ResidualBlock(channels) for _ in range(depth)]
 
 
-class Encoder(nn.Sequential):
+def encoder_layers(channels: int, widths: Sequence[int], depths: Sequence[int]) -> nn.Sequential:
     """Pictures to raw latents; `widths` and `depths` are those at a quarter, an eighth and a sixteenth of the side."""
-
-    def __init__(self, channels: int, widths: Sequence[int], depths: Sequence[int]) -> None:
-        quarter, eighth, sixteenth = widths
-        super().__init__(
-            nn.PixelUnshuffle(4),
-            nn.Conv2d(48, quarter, 3, padding=1),
-            *residual_blocks(quarter, depths[0]),
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * quarter, eighth, 1),
-            *residual_blocks(eighth, depths[1]),
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(4 * eighth, sixteenth, 1),
-            *residual_blocks(sixteenth, depths[2]),
-            nn.SiLU(),
-            nn.Conv2d(sixteenth, channels, 1),
-        )
+    quarter, eighth, sixteenth = widths
+    return nn.Sequential(
+        nn.PixelUnshuffle(4),
+        nn.Conv2d(48, quarter, 3, padding=1),
+        *residual_blocks(quarter, depths[0]),
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(4 * quarter, eighth, 1),
+        *residual_blocks(eighth, depths[1]),
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(4 * eighth, sixteenth, 1),
+        *residual_blocks(sixteenth, depths[2]),
+        nn.SiLU(),
+        nn.Conv2d(sixteenth, channels, 1),
+    )
 
 
-class Decoder(nn.Sequential):
+def decoder_layers(
+    channels: int, widths: Sequence[int], depths: Sequence[int], refine: int, refine_depth: int = 0
+) -> nn.Sequential:
     """Latents to pictures; `widths` and `depths` are those at a sixteenth, an eighth and a quarter of the side.
 
     `refine` and `refine_depth` are the width and the depth at half of the side.
     """
-
-    def __init__(
-        self, channels: int, widths: Sequence[int], depths: Sequence[int], refine: int, refine_depth: int = 0
-    ) -> None:
-        sixteenth, eighth, quarter = widths
-        super().__init__(
-            nn.Conv2d(channels, sixteenth, 3, padding=1),
-            *residual_blocks(sixteenth, depths[0]),
-            nn.Conv2d(sixteenth, 4 * eighth, 1),
-            nn.PixelShuffle(2),
-            *residual_blocks(eighth, depths[1]),
-            nn.Conv2d(eighth, 4 * quarter, 1),
-            nn.PixelShuffle(2),
-            *residual_blocks(quarter, depths[2]),
-            nn.Conv2d(quarter, 4 * refine, 1),
-            nn.PixelShuffle(2),
-            *residual_blocks(refine, refine_depth),
-            nn.SiLU(),
-            nn.Conv2d(refine, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
+    sixteenth, eighth, quarter = widths
+    return nn.Sequential(
+        nn.Conv2d(channels, sixteenth, 3, padding=1),
+        *residual_blocks(sixteenth, depths[0]),
+        nn.Conv2d(sixteenth, 4 * eighth, 1),
+        nn.PixelShuffle(2),
+        *residual_blocks(eighth, depths[1]),
+        nn.Conv2d(eighth, 4 * quarter, 1),
+        nn.PixelShuffle(2),
+        *residual_blocks(quarter, depths[2]),
+        nn.Conv2d(quarter, 4 * refine, 1),
+        nn.PixelShuffle(2),
+        *residual_blocks(refine, refine_depth),
+        nn.SiLU(),
+        nn.Conv2d(refine, 12, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
 
 
-class Autoencoder(ModelMixin, ConfigMixin):
+class Autoencoder(ForwardMixin, ModelMixin, ConfigMixin):
     """Pictures in [-1, 1] to latents with unit deviation per channel, and back."""
 
     @register_to_config
@@ -124,14 +121,14 @@ class Autoencoder(ModelMixin, ConfigMixin):
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None and len(values) != latent_channels:
                 raise ValueError(f"{name} has {len(values)} values; give one for each of {latent_channels} channels")
-        self.encoder = Encoder(latent_channels, encoder_widths, encoder_depths)
-        self.decoder = Decoder(latent_channels, decoder_widths, decoder_depths, refine_width, refine_depth)
+        self.encoder = encoder_layers(latent_channels, encoder_widths, encoder_depths)
+        self.decoder = decoder_layers(latent_channels, decoder_widths, decoder_depths, refine_width, refine_depth)
 
     @property
     def scale_factor(self) -> int:
         return 16
 
-    @apply_forward_hook  # runs the offload hooks, as forward does
+    @entry_point
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides divisible by 16, to latents (B, 16, H / 16, W / 16)."""
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or any(side % 16 for side in images_BCHW.shape[2:]):
@@ -147,7 +144,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         raw_BCHW = self.encoder(images_BCHW).float()
         return F.batch_norm(raw_BCHW, None, None, training=True), raw_BCHW.new_zeros(())
 
-    @apply_forward_hook
+    @entry_point
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Latents with unit deviation (B, 16, H, W) to pictures (B, 3, 16 H, 16 W) in [-1, 1]."""
         if latents_BCHW.ndim != 4 or latents_BCHW.shape[1] != self.config.latent_channels:

@@ -22,6 +22,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from mm.layers.entry_points import ForwardMixin, entry_point
+
 BINS = ("gaussian", "lloyd-max")
 
 
@@ -68,7 +70,7 @@ def low_frequency_order(latents_BCHW: Tensor, keep: float = 0.5) -> list[int]:
     return torch.argsort(energy_C, descending=True).tolist()
 
 
-class Bridge(ModelMixin, ConfigMixin):
+class Bridge(ForwardMixin, ModelMixin, ConfigMixin):
     """Latents with unit deviation (B, C, H, W) to codes (B, C, H, W) in [0, levels), and back."""
 
     @register_to_config
@@ -105,6 +107,7 @@ class Bridge(ModelMixin, ConfigMixin):
             bridge.centres_CK.data = torch.stack(rows)
         return bridge
 
+    @entry_point
     def quantize(self, latents_BCHW: Tensor) -> Tensor:
         """Codes, int64: the index of the nearest centre."""
         self._check(latents_BCHW)
@@ -113,6 +116,7 @@ class Bridge(ModelMixin, ConfigMixin):
         codes_CN = torch.searchsorted(edges_CK.contiguous(), values_CN)
         return codes_CN.unflatten(1, (latents_BCHW.shape[0], *latents_BCHW.shape[2:])).transpose(0, 1).contiguous()
 
+    @entry_point
     def dequantize(self, codes_BCHW: Tensor) -> Tensor:
         """The latents that codes stand for."""
         self._check(codes_BCHW)

@@ -23,7 +23,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mm.tokenizers.autoencoder import Decoder, Encoder, normalize
+from mm.layers.entry_points import ForwardMixin, entry_point
+from mm.tokenizers.autoencoder import decoder_layers, encoder_layers, normalize
 
 KINDS = ("fsq", "vq")
 
@@ -54,7 +55,7 @@ def _quantizer(kind: str, channels: int, groups: int, levels: int) -> nn.Module:
     )
 
 
-class QuantizedTokenizer(ModelMixin, ConfigMixin):
+class QuantizedTokenizer(ForwardMixin, ModelMixin, ConfigMixin):
     """Pictures in [-1, 1] to codes (B, G, H / 16, W / 16), and back."""
 
     @register_to_config
@@ -76,10 +77,11 @@ class QuantizedTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         self.groups = groups or (latent_channels if kind == "fsq" else latent_channels // 2)
         self.levels = levels or (64 if kind == "fsq" else 4096)
-        self.encoder = Encoder(latent_channels, encoder_widths, encoder_depths)
+        self.encoder = encoder_layers(latent_channels, encoder_widths, encoder_depths)
         self.quantizer = _quantizer(kind, latent_channels, self.groups, self.levels)
-        self.decoder = Decoder(latent_channels, decoder_widths, decoder_depths, refine_width)
+        self.decoder = decoder_layers(latent_channels, decoder_widths, decoder_depths, refine_width)
 
+    @entry_point
     def quantize(self, features_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder features to the codes' values (B, C, H, W), codes (B, G, H, W) and the commitment loss."""
         # distances and rounding in fp32: half precision would move values between neighbouring codes
@@ -95,10 +97,12 @@ class QuantizedTokenizer(ModelMixin, ConfigMixin):
         values_BCHW, _, commitment = self.quantize(self.encoder(images_BCHW))
         return values_BCHW, commitment
 
+    @entry_point
     def codes(self, images_BCHW: Tensor) -> Tensor:
         """Codes of pictures, int64 (B, G, H / 16, W / 16)."""
         return self.quantize(self.encoder(images_BCHW.to(self.dtype)))[1]
 
+    @entry_point
     def dequantize(self, codes_BGHW: Tensor) -> Tensor:
         """Latents with unit deviation that codes stand for, ready for `decode`."""
         if codes_BGHW.ndim != 4 or codes_BGHW.shape[1] != self.groups:
@@ -113,10 +117,12 @@ class QuantizedTokenizer(ModelMixin, ConfigMixin):
         """Values of the codes on the decoder's own scale."""
         return self.quantize(self.encoder(images_BCHW.to(self.dtype)))[0]
 
+    @entry_point
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Values of the codes, with unit deviation per channel."""
         return normalize(self.raw_latents(images_BCHW), self.config.latents_mean, self.config.latents_std)
 
+    @entry_point
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, 16 H, 16 W) of latents with unit deviation."""
         mean, std = self.config.latents_mean, self.config.latents_std

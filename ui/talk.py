@@ -1,109 +1,91 @@
-"""What the Talk tab does, without any widget: one conversation a visitor, words and pictures in and out.
+"""What the Talk tab does, without any widget: one conversation a visit, words and pictures in and out.
 
 Design choices
 - Messages are plain dicts (role, text, file). They grow while the model generates, so that words and steps are shown at
   once.
-- A stop is a flag that is checked after every event; then the turn is removed from pipeline and messages.
+- A turn that is stopped or fails is removed, from the conversation and from the messages.
 - A conversation that is full says so, and a new one is a button away: what was said is never dropped in silence.
+- A given picture is made smaller before it is kept.
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from mm.core.errors import UserError
-from mm.core.png_settings import drawing_settings, save_png
-from mm.models.dialogue import detokenize
-from mm.pipelines.pictures import open_picture
-
-if TYPE_CHECKING:
-    from mm import InterleavedPipeline
-    from mm.pipelines.interleaved import Conversation, Event
-
-Message = dict[str, Any]  # {"role": "user" or "assistant", "text": ..., "file": path or None}
+from mm.engine.events import CancelToken
+from mm.engine.requests import Turn
+from mm.ui import forms
+from mm.ui.limits import KEPT_SIDE
+from mm.ui.orders import Orders, Progress
+from mm.ui.uploads import read_upload
+from mm.ui.visits import Message, Visit, unlink
 
 
-class Visit:
-    """One visitor's conversation: what the model has read, what was shown, and whether to stop."""
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """The messages so far, and how far the reply is."""
 
-    def __init__(self) -> None:  # no dataclass: Gradio would write one out, and an Event cannot be
-        self.conversation: Conversation | None = None
-        self.messages: list[Message] = []
-        self.seed = 0
-        self.stopped = threading.Event()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Visit:
-        return Visit()  # Gradio copies the initial state for every visitor, and an Event cannot be copied
-
-    def forget(self) -> None:
-        """Removes the files, when the visitor has gone."""
-        self.stopped.set()
-        for message in self.messages:
-            if message["file"]:
-                Path(message["file"]).unlink(missing_ok=True)
-        self.messages.clear()
-        self.conversation = None
+    messages: list[Message]
+    progress: Progress
 
 
-class Talker:
-    """A conversing pipeline with a folder for its pictures."""
+def say(
+    orders: Orders, visit: Visit, words: object, given: object, *, reads: Callable[[], bool] = lambda: True
+) -> Iterator[Said]:
+    """A turn of the visitor and the reply.
 
-    def __init__(self, pipe: InterleavedPipeline, folder: Path, model: str = "mm-tiny") -> None:
-        self.pipe, self.folder, self.model = pipe, folder, model
+    Args:
+        orders: with the engine.
+        visit: whose conversation goes on.
+        words: what the visitor says.
+        given: an uploaded picture, or None.
+        reads: see `Orders.run`.
 
-    def say(self, words: str, picture: str | None, visit: Visit, *, steps: int = 12) -> Iterator[list[Message]]:
-        """The visitor's turn and the reply; yields all messages whenever something was added.
+    Yields:
+        All messages whenever something was added.
 
-        Raises UserError for an empty turn, a bad picture or a full conversation; then, and after a stop, the messages
-        are what they were before.
-        """
+    Raises:
+        UserError: for an empty turn, a bad picture, a full conversation or a turn that was stopped; the messages are
+            then what they were before.
+    """
+    token = visit.begin()
+    messages, before, done = visit.messages, len(visit.messages), False
+    try:
+        text, picture = forms.words("the message", words), read_upload(given, KEPT_SIDE)
         if visit.conversation is None:
-            visit.conversation, visit.seed = self.pipe.start(), secrets.randbelow(2**31)
-        visit.stopped.clear()
-        before = len(visit.messages)
-        given = None if picture is None else open_picture(picture)
-        shown = None if given is None else self._keep(given, None)
-        visit.messages.append({"role": "user", "text": words, "file": shown})
-        done = False
-        try:
-            yield visit.messages
-            events = self.pipe.turn(visit.conversation, words, given, seed=visit.seed, steps=steps)
-            for _ in self._replies(events, words, visit, steps):
-                yield visit.messages
-                if visit.stopped.is_set():
-                    events.close()
-                    raise UserError("stopped; nothing of this turn was kept")
-            done = True
-        finally:
-            if not done:
-                for message in visit.messages[before:]:
-                    if message["file"]:
-                        Path(message["file"]).unlink(missing_ok=True)
-                del visit.messages[before:]
+            visit.conversation, visit.seed = orders.engine.converse(), secrets.randbelow(2**31)
+        file = None if picture is None else orders.keep(picture, None)
+        messages.append({"role": "user", "text": text, "file": file})
+        turn = Turn(conversation=visit.conversation, words=text, image=picture, seed=visit.seed)
+        for now in orders.run(turn, token, reads=reads):
+            _show(messages, before + 1, now)
+            done = now.state == "done"
+            yield Said(messages=list(messages), progress=now)
+        if not done:
+            raise UserError("stopped; nothing of this turn was kept")
+        visit.shorten()
+    finally:
+        _end(visit, token, messages, before, done)
 
-    def _replies(self, events: Iterator[Event], words: str, visit: Visit, steps: int) -> Iterator[None]:
-        said: list[str] = []
-        reply: Message = {"role": "assistant", "text": "", "file": None}
-        for event in events:
-            if not said and not reply["text"] and event.kind != "end":
-                visit.messages.append(reply)
-            if event.kind == "word":
-                said.append(event.word)
-                reply["text"] = detokenize(said)
-            elif event.kind == "step":
-                reply["text"] = f"drawing: step {event.step} of {event.steps}"
-            elif event.picture is not None:
-                assert visit.conversation is not None
-                used = visit.seed + visit.conversation.pictures - 1
-                settings = drawing_settings(prompt=words, seed=used, steps=steps, mode="flow", model=self.model)
-                reply["text"], reply["file"] = "", self._keep(event.picture, settings)
-            yield
 
-    def _keep(self, picture: Any, settings: dict[str, Any] | None) -> str:
-        path = self.folder / f"talk-{secrets.token_hex(8)}.png"
-        save_png(path, picture, settings)
-        return str(path)
+def _end(visit: Visit, token: CancelToken, messages: list[Message], before: int, done: bool) -> None:
+    """Removes what a turn has added unless it is done; a new conversation has removed it already."""
+    if visit.messages is not messages:
+        unlink(messages[before:])
+    elif not done:
+        visit.drop_messages(before)
+    visit.end(token)
+
+
+def _show(messages: list[Message], first: int, now: Progress) -> None:
+    """Writes the reply so far into the messages from number `first` on: words, then pictures, then the current step."""
+    reply: list[Message] = []
+    if now.text:
+        reply.append({"role": "assistant", "text": now.text, "file": None})
+    reply += [{"role": "assistant", "text": "", "file": file} for file in now.files]
+    if now.step and now.state == "running":
+        reply.append({"role": "assistant", "text": f"drawing: step {now.step} of {now.steps}", "file": None})
+    messages[first:] = reply

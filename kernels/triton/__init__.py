@@ -7,8 +7,6 @@ Design choices:
 - Absolute imports only: inside this package `triton` is the compiler, `mm.kernels.triton` is this.
 - With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy: for tests, thousands of times slower.
 - All visible GPUs must be new enough: the choice of backend is one for the process (CUDA_VISIBLE_DEVICES hides a GPU).
-
-It does not know which ops run on it (`dispatch`), nor the kernels (`launch` and what it imports).
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ Design choices:
 - From `plans.FOLD_FROM` tokens on, with a scale per token, products run on weights folded to int8; `MM_KERNELS_EXACT=1`
   keeps to the exact kernel, for comparison and bug reports.
 - Everything is added in fixed order: results do not change from run to run.
-
-It does not know the kernels' arithmetic (`rounding`, `products`), nor does it choose between backends (`dispatch`).
 """
 
 from __future__ import annotations

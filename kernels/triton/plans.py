@@ -3,10 +3,9 @@
 Design choices:
 - Nothing is tuned at run time: the same shape gets the same tiles in every process, so its sums are added in the same
   order and a picture stays the same. Splits do not depend on the GPU, so neither do results of `grouped_few`.
+- The sizes follow from the arithmetic of the chips; no GPU has been timed yet.
 - Shared memory of a tile stays below what its capability has (tests/test_triton.py asserts it for compiled kernels).
 - From `FOLD_FROM` tokens on, writing the weight once as int8 pays off against taking it apart in every tile.
-
-It does not know timings: the sizes follow from the arithmetic of the chips until somebody has measured.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ Design choices:
   most half that scale a weight.
 - Bias and branch join the sums before they leave the registers; the branch's products are tf32, or fp32 where outputs
   are.
-
-It does not know tile sizes or when which kernel is used (`plans`, `launch`), nor torch.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ Design choices:
 - The steps are `reference`'s, in its order: divisions are IEEE's, and the launcher forbids fused multiply-adds, since
   either would move values across a rounding edge.
 - A row with NaN gets the scale infinity and zero values, so that its outputs are NaN (0 * inf), as the reference's are.
-
-It does not know how C is split or how large tiles are (`plans`), nor torch.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import triton
 import triton.language as tl
 
 _GROUP = tl.constexpr(64)
-# 1.5 * 2^23: adding and taking off rounds a small float half to even, in hardware and in the interpreter alike
+# 1.5 * 2^23: adding and taking off rounds a small float half to even, in hardware and in the interpreter
 _ROUNDER = tl.constexpr(12582912.0)
 
 

@@ -27,6 +27,7 @@ from mm.adapters.entry import Entry as Entry
 from mm.adapters.patch_file import FIELDS, read_patch, write_patch
 from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
+from mm.adapters.tokens import placed_rows
 from mm.core.errors import UserError
 from mm.families.family import resolve
 from mm.layers.linear import BranchedLinear
@@ -69,7 +70,7 @@ class Patch:
         Raises:
             UserError: when an entry misfits or a patch of this name is there already; nothing is changed then.
         """
-        return stack_of(target).apply(self, scale)
+        return stack_of(target).apply(self._on_rows(target, add=True), scale)
 
     def scale(self, target: Any, scale: float) -> None:
         """How strongly the patch acts from now on: 0 is without it, 1 in full."""
@@ -115,13 +116,19 @@ class Patch:
         """
         if measure:
             return resolve("mm.erasure.certify:verify")(self, target, **measure)
-        return stack_of(target).verify(self.name, self.entries)
+        return stack_of(target).verify(self.name, self._on_rows(target).entries)
 
     def _on(self, target: Any) -> Stack:
         """The stack, with this very patch on it."""
         stack = stack_of(target)
-        stack.require(self.name, self.entries)
+        stack.require(self.name, self._on_rows(target).entries)
         return stack
+
+    def _on_rows(self, target: Any, *, add: bool = False) -> Patch:
+        """The patch with the rows that its words have on a model; `add` adds the words to its tokenizers."""
+        if not self.settings.get("tokens"):
+            return self
+        return dataclasses.replace(self, entries=placed_rows(self.entries, self.settings, target, add=add))
 
     def truncated(self, rank: int, target: Any = None) -> Patch:
         """Dense and rotation entries as low-rank ones of at most `rank`; what is lost is in the report and printed.

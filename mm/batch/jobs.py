@@ -5,26 +5,24 @@ Design choices:
 - Rows are told apart by custom_id, never by prompt: the first row with an id has it, later ones are bad.
 - Ids become parts of file names, so the few characters that no file system and no path takes otherwise are allowed.
 - JSON is read strictly: no NaN, no key given twice, no field that would be ignored in silence.
-
-- Which words and modes a model takes, the pipeline checks; the row fails with its words. Nothing a row names is opened
-  or fetched.
+- What a model takes (words, sizes, modes) is checked against the model by `mm.batch.plan`, and the row fails with its
+  words. Nothing that a row names is downloaded, and files that it names lie under one folder.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
 from mm.core.safe_json import parse_json
-from mm.families.mm_tiny import GUIDANCE
+from mm.engine.requests import MAX_PROMPT, size_in_pixels
 
 TASKS = ("generate",)
-MODES = ("flow", "codes")
 MAX_LINE = 1 << 20  # bytes: a row is a prompt and some numbers
 MAX_PICTURES = 1000  # of one row
 MAX_SEED = 2**32 - 1  # what other programs read from a PNG's text
@@ -33,18 +31,47 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """The body of a "generate" row with the defaults of `mm generate`; seed None: the run's, steps None: the mode's."""
+    """The body of a "generate" row. None is the model's own value; of seed, one by the run's seed; of model, the run's.
+
+    Args:
+        prompt: what to draw.
+        n: number of pictures.
+        seed: of the first picture.
+        steps: sampling steps.
+        mode: for models with several modes.
+        guidance: scale of classifier-free guidance.
+        negative: what to avoid.
+        size: "WxH" or [W, H], in pixels.
+        scheduler: another sampler.
+        image: a file to start from.
+        mask: a file, white where the picture is drawn anew.
+        strength: how much of the picture is redrawn.
+        lora: "FILE" or "FILE:SCALE", or a list of them, in this order.
+        model: an embedded model, or a folder.
+        options: further arguments of the pipeline's call, by name.
+    """
 
     prompt: str
     n: int = 1
     seed: int | None = None
     steps: int | None = None
-    mode: str = "flow"
-    guidance: float = GUIDANCE
+    mode: str | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    size: tuple[int, int] | None = None
+    scheduler: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    lora: tuple[str, ...] = ()
+    model: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UserError(f"prompt is {shown(self.prompt)}; say in words what to draw")
+        if len(self.prompt) > MAX_PROMPT:
+            raise UserError(f"prompt has {len(self.prompt)} characters; give at most {MAX_PROMPT}")
         if not self.prompt.isprintable():  # line ends, NUL, half surrogates: none can be written into a PNG's text
             raise UserError(f"prompt {shown(self.prompt)} holds characters that do not print; take them out")
         _whole("n", self.n, 1, MAX_PICTURES)
@@ -52,11 +79,17 @@ class Generate:
             _whole("seed", self.seed, 0, MAX_SEED - self.n + 1)
         if self.steps is not None:
             _whole("steps", self.steps, 1, 1000)
-        if self.mode not in MODES:
-            raise UserError(f"mode is {shown(self.mode)}; take one of {', '.join(MODES)}")
-        guidance = self.guidance
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
-            raise UserError(f"guidance is {shown(guidance)}; give a number from 0 to 100")
+        for name in ("mode", "negative", "scheduler", "image", "mask", "model"):
+            _text(name, getattr(self, name))
+        _number("guidance", self.guidance, 100)
+        _number("strength", self.strength, 1)
+        object.__setattr__(self, "size", _size(self.size))
+        object.__setattr__(self, "lora", _files(self.lora))
+        if not isinstance(self.options, dict) or not all(name.isidentifier() for name in self.options):
+            raise UserError(f'options is {shown(self.options)}; give an object such as {{"clip_skip": 1}}')
+        if self.image is None and (self.mask is not None or self.strength is not None):
+            given = "mask" if self.mask is not None else "strength"
+            raise UserError(f"{given} is given without image; it acts on a picture to start from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +167,7 @@ def _row(raw: dict[str, Any], line: int) -> Row:
         raise UserError(f"task is {shown(task)}; known is {', '.join(TASKS)}")
     if not isinstance(body, dict):
         raise UserError(f'body is {shown(body)}; give an object such as {{"prompt": "two red cats on grass"}}')
-    _only(body, tuple(field.name for field in fields(Generate)), "the body of generate")
+    _only(body, tuple(one.name for one in fields(Generate)), "the body of generate")
     if "prompt" not in body:
         raise UserError('body has no prompt; give one, such as {"prompt": "two red cats on grass"}')
     return Row(line=line, custom_id=custom_id, task=task, body=Generate(**body))
@@ -144,6 +177,39 @@ def _only(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UserError(f"unknown field {shown(unknown[0])}; {what} takes {', '.join(known)}")
+
+
+def _text(name: str, value: object) -> None:
+    if value is not None and (
+        not isinstance(value, str) or not value.isprintable() or (name != "negative" and not value)
+    ):
+        raise UserError(f"{name} is {shown(value)}; give a text that prints")
+
+
+def _number(name: str, value: object, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+        raise UserError(f"{name} is {shown(value)}; give a number from 0 to {high:g}")
+
+
+def _size(value: object) -> tuple[int, int] | None:
+    """A size from "WxH" or [W, H]."""
+    made: object = tuple(value) if isinstance(value, list | tuple) else value
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value)
+        made = (int(found[1]), int(found[2])) if found else value
+    if made is not None and (not isinstance(made, tuple) or len(made) != 2):
+        raise UserError(f'size is {shown(value)}; give "WIDTHxHEIGHT" in pixels, such as "1024x768"')
+    size_in_pixels(made)
+    return made
+
+
+def _files(value: object) -> tuple[str, ...]:
+    files = (value,) if isinstance(value, str) else value
+    if not isinstance(files, list | tuple) or any(not isinstance(file, str) or not file for file in files):
+        raise UserError(f'lora is {shown(value)}; give "FILE:SCALE", or a list of them')
+    return tuple(files)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

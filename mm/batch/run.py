@@ -3,9 +3,8 @@
 Design choices:
 - The unit of work is a picture, not a row: pictures of any rows share a batch where steps, mode and guidance agree, and
   a run that was stopped goes on in the middle of a row.
-- A picture depends on its settings alone. The weights' hash is one of them: other weights of that name draw anew.
-- Seeds belong to pictures: a row's own seed + k, or a hash of (run seed, custom_id, k). So no batch size, order or
-  restart changes a picture, and adding rows to a file changes none of the others.
+- What a picture depends on is settled before anything is drawn (`mm.batch.plan`). Pictures of a model are drawn one
+  after the other, and adapters of rows go on and come off without loading it again.
 - A batch that fails is drawn again picture by picture, so one bad prompt costs only itself. Any exception fails its
   picture and nothing else; a full disk stops the run, since every later picture would fail too.
 - What failed stays failed until `retry_failed` asks for it, and counts as failed in every run's result.
@@ -14,25 +13,26 @@ Design choices:
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mm.batch.jobs import MAX_SEED, BadRow, Row, read_jobs
+from mm.batch.jobs import BadRow, Row, read_jobs
+from mm.batch.plan import Adapters, Plan, Planned
 from mm.batch.store import Picture, Store
-from mm.core.devices import place
 from mm.core.errors import UserError
-from mm.core.paths import resolve_model
-from mm.core.png_settings import drawing_settings, png_bytes
-from mm.families.mm_tiny import steps_for
+from mm.core.png_settings import png_bytes
+from mm.engine.events import CancelToken, Notice, Step
+from mm.engine.events import Picture as Drawn
 
 if TYPE_CHECKING:
-    from mm.pipelines.text_to_image import TextToImagePipeline
+    from mm.engine.engine import Engine
 
 
 _Kind = TypeVar("_Kind")
@@ -77,16 +77,38 @@ def run_jobs(
     dry_run: bool = False,
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    load: Callable[[], TextToImagePipeline] | None = None,
+    load: Callable[[str], Engine] | None = None,
+    root: str | Path | None = None,
+    bits: int | None = None,
+    adapters: Sequence[tuple[Path, float]] = (),
+    offload: str = "auto",
+    dtype: str = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_drawing: Callable[[], None] = lambda: None,
 ) -> Report:
     """Draws what is missing of a job file in the folder `out`.
 
-    `load` gives the pipeline and is called once, only if something is to be drawn (default: `model` from its weights);
-    `model` is part of every picture's settings. A dry run counts, and neither draws nor writes. `limit` takes only the
-    first rows. Once `stop` says True, the run ends with what is finished. `on_drawing` is called when the pipeline is
-    loaded: nothing is written before.
+    Args:
+        jobs: the job file.
+        out: the folder for results.
+        model: of rows that name none; part of every picture's settings.
+        batch_size: pictures of a call; changes no picture. Models with rounded activations draw one by one.
+        seed: of the run, for rows without one.
+        retry_failed: whether what failed in an earlier run is drawn again.
+        dry_run: checks rows against the models' configs and counts; loads no weights and writes nothing.
+        limit: only the first rows.
+        stop: asked at every row, step and file; once it says True, the run ends with what is finished.
+        load: gives the engine of a model; called when the first picture of that model is drawn.
+        root: the folder under which files lie that rows name; the job file's own where it is None.
+        bits: 4 or 8 for low-bit weights.
+        adapters: LoRA and patch files with their scales, before those of a row.
+        offload: as in `mm.load`.
+        dtype: as in `mm.load`.
+        on_progress: called whenever the counts change.
+        on_drawing: called when the first model is about to draw: nothing is written before.
+
+    Raises:
+        UserError: where the file or the folder cannot be used, or a model cannot be loaded.
     """
     if not 1 <= batch_size <= 256:
         raise UserError(f"batch size is {batch_size}; give a whole number from 1 to 256")
@@ -98,7 +120,8 @@ def run_jobs(
         store, report.rows = Store(out), len(rows)
         bad = [row for row in rows if isinstance(row, BadRow)]
         good = _asking((row for row in rows if isinstance(row, Row)), stop)
-        missing = _survey(good, bad, store, report, model, seed, retry_failed)
+        plan = Plan(model=model, seed=seed, root=_root(root, jobs), bits=bits, adapters=tuple(adapters))
+        missing = _survey(good, bad, store, report, plan, retry_failed)
     except _StoppedError:  # nothing was written yet
         report.stopped = True
         return report
@@ -111,16 +134,27 @@ def run_jobs(
         return report
     try:
         if missing:
-            pipe = load() if load else _load(model)
+            models = _Models(load or partial(_load, bits=bits, offload=offload, dtype=dtype))
+            batches = list(_batches(missing, batch_size))
+            with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
+                models.get(batches[0][0])
             on_drawing()
-            for batch in _batches(missing, batch_size):
-                _draw_batch(pipe, batch, store, report, stop)
+            for batch in batches:
+                _draw_batch(models, batch, store, report, stop)
                 tell()
     except _StoppedError:
         report.stopped = True
     finally:
         store.write_manifests(bad)
     return report
+
+
+def _root(root: str | Path | None, jobs: str | Path) -> Path:
+    """The folder under which files lie that rows name."""
+    found = Path(jobs).resolve().parent if root is None else Path(root).expanduser().resolve()
+    if not found.is_dir():
+        raise UserError(f"root is {root}, which is no folder")
+    return found
 
 
 def _asking(rows: Iterable[_Kind], stop: Callable[[], bool]) -> Iterator[_Kind]:
@@ -131,140 +165,132 @@ def _asking(rows: Iterable[_Kind], stop: Callable[[], bool]) -> Iterator[_Kind]:
         yield row
 
 
-def picture_seed(row: Row, index: int, run_seed: int) -> int:
-    """The seed of picture `index` of a row."""
-    if row.body.seed is not None:
-        return row.body.seed + index
-    # the id comes last and whole numbers hold no colon, so that no two triples read alike
-    digest = hashlib.sha256(f"{run_seed}:{index}:{row.custom_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
-
-
-def model_hash(model: str) -> str | None:
-    """A hash of a model's configs and weights; None for a hub name, whose files may not be here."""
-    folder = resolve_model(model)
-    if not isinstance(folder, Path):
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def pictures(row: Row, model: str, weights: str | None, run_seed: int) -> Iterator[Picture]:
-    """A row's pictures, each with all settings that it depends on."""
-    body = row.body
-    for index in range(body.n):
-        settings = drawing_settings(
-            prompt=body.prompt, seed=picture_seed(row, index, run_seed), steps=steps_for(body.mode, body.steps),
-            mode=body.mode, guidance=float(body.guidance), model=model, model_hash=weights, task=row.task,
-        )  # fmt: skip
-        yield Picture(line=row.line, custom_id=row.custom_id, index=index, settings=settings)
-
-
 def _survey(
-    rows: Iterable[Row],
-    bad: list[BadRow],
-    store: Store,
-    report: Report,
-    model: str,
-    run_seed: int,
-    retry_failed: bool,
-) -> list[Picture]:
+    rows: Iterable[Row], bad: list[BadRow], store: Store, report: Report, plan: Plan, retry_failed: bool
+) -> list[Planned]:
     """The pictures to draw; everything else goes into the report."""
-    missing, weights = [], model_hash(model)
-    report.failed += len(bad)
-    report.errors += [row.error for row in bad]
+    missing = []
     for row in rows:
-        for picture in pictures(row, model, weights, run_seed):
-            status, error = store.status(picture)
+        try:
+            planned = list(plan.pictures(row))
+        except UserError as error:
+            text = f"line {row.line}: {row.custom_id}: {error}"
+            bad.append(BadRow(line=row.line, custom_id=row.custom_id, error=text))
+            continue
+        for one in planned:
+            status, error_before = store.status(one.picture)
             if status == "done":
                 report.skipped += 1
             elif status == "failed" and not retry_failed:
                 report.failed += 1
-                report.errors.append(f"{_named(picture)}: {error} (failed in an earlier run; --retry-failed draws it)")
+                text = f"{_named(one.picture)}: {error_before} (failed in an earlier run; --retry-failed draws it)"
+                report.errors.append(text)
             else:
-                missing.append(picture)
+                missing.append(one)
+    report.failed += len(bad)
+    report.errors[:0] = [row.error for row in sorted(bad, key=lambda row: row.line)]
     report.missing = len(missing)
     report.total = report.missing + report.skipped + report.failed
     return missing
 
 
-def _batches(missing: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    """Pictures that can share a call together, whichever rows they come from."""
-    groups: dict[tuple[Any, ...], list[Picture]] = defaultdict(list)
-    for picture in missing:
-        groups[_call(picture)].append(picture)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+def _batches(missing: Iterable[Planned], size: int) -> Iterator[list[Planned]]:
+    """Pictures that can share a call together, whichever rows they come from; those of a model stand together."""
+    models: dict[tuple[str, Adapters], dict[tuple[Any, ...], list[Planned]]] = {}
+    for one in missing:
+        groups = models.setdefault((one.model, one.adapters), defaultdict(list))
+        groups[one.key].append(one)
+    for _, groups in sorted(models.items(), key=lambda entry: entry[0][0]):  # stable: one model after the other
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
 
 
-def _call(picture: Picture) -> tuple[Any, ...]:
-    return tuple(picture.settings[name] for name in ("mode", "steps", "guidance"))
+class _Models:
+    """Loads a model when its first picture is drawn; adapters go on and come off without loading it again."""
+
+    def __init__(self, load: Callable[[str], Engine]) -> None:
+        self.load, self.name, self.adapters = load, "", ()  # type: tuple[Any, str, Adapters]
+        self.engine: Any = None
+
+    def get(self, one: Planned) -> Engine:
+        if self.engine is None or self.name != one.model:
+            self.engine = None  # the model before is let go first
+            self.engine, self.name, self.adapters = self.load(one.model), one.model, ()
+        if self.adapters != one.adapters:
+            self.adapters = ()
+            self.engine.set_adapters(one.adapters)
+            self.adapters = one.adapters
+        return self.engine
 
 
-def _draw_batch(
-    pipe: TextToImagePipeline, batch: list[Picture], store: Store, report: Report, stop: Callable[[], bool]
-) -> None:
+def _draw_batch(models: _Models, batch: list[Planned], store: Store, report: Report, stop: Callable[[], bool]) -> None:
     """Draws and keeps pictures that share a call; whatever cannot be drawn is kept as failed."""
-    ready: list[tuple[Picture, list[str]]] = []
-    for picture in batch:
+    ready: list[tuple[Planned, list[str]]] = []
+    try:
+        engine = models.get(batch[0])
+    except UserError as error:
+        if models.engine is None:  # the model cannot be loaded: nothing of it can be drawn
+            raise
+        for one in batch:
+            _fail(one.picture, error, store, report)
+        return
+    for one in batch:
         try:
-            ready.append((picture, _warnings(pipe, picture)))
+            ready.append((one, _warnings(engine, one)))
         except UserError as error:
-            _fail(picture, error, store, report)
+            _fail(one.picture, error, store, report)
     if not ready:
         return
     try:
-        drawn = _draw(pipe, [picture for picture, _ in ready], stop)
+        drawn, notices = _draw(engine, [one for one, _ in ready], stop)
     except _StoppedError:
         raise
     except Exception as error:  # every kind: one row must not end the run
         if len(ready) > 1:
-            for picture, _ in ready:
-                _draw_batch(pipe, [picture], store, report, stop)
+            for one, _ in ready:
+                _draw_batch(models, [one], store, report, stop)
         else:
-            _fail(ready[0][0], error, store, report)
+            _fail(ready[0][0].picture, error, store, report)
         return
-    for (picture, notes), image in zip(ready, drawn, strict=True):
+    for (one, notes), event in zip(ready, drawn, strict=True):
         if stop():
             raise _StoppedError
-        settings = {key: value for key, value in picture.settings.items() if key != "task"}
-        store.save(picture, png_bytes(image, settings), notes)
+        settings = event.settings | {key: value for key, value in one.picture.settings.items() if key != "task"}
+        store.save(one.picture, png_bytes(event.picture, settings), notes if _has_words(engine) else notices)
         report.drawn += 1
 
 
-def _warnings(pipe: TextToImagePipeline, picture: Picture) -> list[str]:
-    """What the pipeline has to say about one prompt, apart from its batch: unknown words, each once."""
+def _has_words(engine: Engine) -> bool:
+    """Whether the model has a vocabulary of its own, so that its prompts are checked one by one."""
+    return getattr(engine.pipeline, "text_tokenizer", None) is not None
+
+
+def _warnings(engine: Engine, one: Planned) -> list[str]:
+    """What a model with a vocabulary of its own says of one prompt, apart from its batch: unknown words, each once."""
+    if not _has_words(engine):
+        return []
     from mm.pipelines.prompt_encoding import check_prompts
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_prompts([picture.settings["prompt"]], pipe.text_tokenizer)
+        check_prompts([one.draft.prompt], engine.pipeline.text_tokenizer)
     return [str(warning.message) for warning in caught]
 
 
-def _draw(pipe: TextToImagePipeline, batch: list[Picture], stop: Callable[[], bool]) -> list[Any]:
-    import torch
-
-    def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if stop():
-            raise _StoppedError
-        return {}
-
-    mode, steps, guidance = _call(batch[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # told already, picture by picture
-        return pipe(
-            [picture.settings["prompt"] for picture in batch],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            mode=mode,
-            generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
-            callback_on_step_end=watch,
-        ).images
+def _draw(engine: Engine, batch: list[Planned], stop: Callable[[], bool]) -> tuple[list[Drawn], list[str]]:
+    """The pictures of a call in order, and what it warned of."""
+    token, made, notices = CancelToken(), {}, []
+    for event in engine.run_all([one.request() for one in batch], token, batch_size=len(batch)):
+        if isinstance(event, Drawn):
+            made[event.index] = event
+        elif isinstance(event, Notice):
+            notices.append(event.text)
+        elif isinstance(event, Step) and stop():
+            token.cancel()
+    if len(made) < len(batch):
+        raise _StoppedError
+    return [made[k] for k in range(len(batch))], notices
 
 
 def _fail(picture: Picture, error: Exception, store: Store, report: Report) -> None:
@@ -278,10 +304,7 @@ def _named(picture: Picture) -> str:
     return f"line {picture.line}, {picture.custom_id}, picture {picture.index}"
 
 
-def _load(model: str) -> TextToImagePipeline:
+def _load(model: str, **options: Any) -> Engine:
+    from mm.engine.loading import load
 
-    from mm import TextToImagePipeline
-
-    pipe = TextToImagePipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)  # the run has one of its own
-    return place(pipe)
+    return load(model, **options)

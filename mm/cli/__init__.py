@@ -43,6 +43,8 @@ COMMANDS = {
     "chat": ("mm.cli.chat", "Converse: words and pictures, in and out."),
     "eval": ("mm.cli.evaluate", "Measure a model: reconstruct, compose."),
     "erase": ("mm.cli.erase", "Make a patch that keeps a model from drawing concepts."),
+    "customize": ("mm.cli.customize", "Learn a new subject or style from a few pictures."),
+    "merge": ("mm.cli.merge", "Make one adapter of several."),
     "quantize": ("mm.cli.quantize", "Write a 4-bit copy of a model, with a report."),
     "train": ("mm.cli.train", "Train a published model, or resume its training."),
     "ui": ("mm.cli.ui", "Open the web app."),

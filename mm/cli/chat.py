@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mm.cli import options as shared
+
+if TYPE_CHECKING:
+    from mm.engine.engine import Engine
 
 app = typer.Typer(add_completion=False)
 
@@ -16,13 +21,89 @@ app = typer.Typer(add_completion=False)
     epilog="Example: mm chat -o out/    then: draw a tree at night / add an owl above it / how many owls are there?"
 )
 def chat(
-    model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     seed: Annotated[int, typer.Option(min=0, help="Picture k of the conversation has seed + k.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 12,
+    steps: shared.StepsOption = None,
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
+    offload: shared.OffloadOption = shared.OffloadTo.auto,
+    dtype: shared.DtypeOption = shared.Dtype.auto,
 ) -> None:
     """Converses: words and pictures in and out. /image FILE, /new, /quit; a script may come on stdin, a turn a line."""
-    from mm.chatting import converse
+    from mm.core.errors import UserError
+    from mm.engine import output
 
-    warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
-    converse(model, out, seed=seed, steps=steps, lines=sys.stdin, interactive=sys.stdin.isatty())
+    output.check_folder(out)
+    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    talk = Talk(loading.engine(), out, seed=seed, steps=steps)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("say what to draw, change or describe; /image FILE, /new, /quit\n> ", end="", flush=True)
+    if talk.read(sys.stdin, interactive=interactive) and not interactive:
+        raise UserError("some turns failed; see above")
+
+
+class Talk:
+    """A conversation over lines of text.
+
+    Words go to stdout as they come, pictures into numbered files that are named. Ctrl-C stops the current turn and
+    leaves the conversation as it was before; at the prompt it ends the command.
+    """
+
+    def __init__(self, engine: Engine, out: Path, *, seed: int, steps: int | None) -> None:
+        """Begins a conversation. Raises UserError where the model cannot converse."""
+        self.engine, self.out, self.seed, self.steps = engine, out, seed, steps
+        self.conversation: Any = engine.converse()
+        self.picture: Any = None
+
+    def read(self, lines: Iterable[str], *, interactive: bool = False) -> bool:
+        """Answers line after line; whether any of them failed. Errors are printed, and the conversation goes on."""
+        from mm.cli.running import say
+        from mm.core.errors import UserError
+
+        failed = False
+        for line in lines:
+            try:
+                if not self._line(line.strip()):
+                    break
+            except UserError as error:
+                failed = True
+                say(str(error))
+            except KeyboardInterrupt:
+                print("\n(stopped)", flush=True)
+            if interactive:
+                print("> ", end="", flush=True)
+        return failed
+
+    def _line(self, words: str) -> bool:
+        """One line; False ends the conversation."""
+        from mm.core.errors import UserError
+        from mm.core.pictures import read_picture
+
+        if words == "/quit":
+            return False
+        if words == "/new":
+            self.conversation, self.picture = self.engine.converse(), None
+        elif words.startswith("/image "):
+            self.picture = read_picture(Path(words.removeprefix("/image ").strip()))
+        elif words.startswith("/"):
+            raise UserError(f"unknown command {words.split()[0]!r}; there are /image FILE, /new, /quit")
+        elif words:
+            self._turn(words)
+            self.picture = None
+        return True
+
+    def _turn(self, words: str) -> None:
+        from mm.cli.running import follow
+        from mm.engine import output
+        from mm.engine.events import Picture
+        from mm.engine.requests import Turn
+
+        def keep(event: Picture) -> None:
+            path = output.save_numbered(self.out, output.picture_bytes(event.picture, event.settings))
+            print(f"[{path}]", end="", flush=True)
+
+        turn = Turn(conversation=self.conversation, words=words, image=self.picture, seed=self.seed, steps=self.steps)
+        follow(self.engine.run(turn), keep)
+        print(flush=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from mm.cli import options as shared
 
 app = typer.Typer(add_completion=False)
 
@@ -17,34 +16,59 @@ app = typer.Typer(add_completion=False)
 def describe(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
     ask: Annotated[list[str] | None, typer.Option(help="A question; may be repeated (default: a description).")] = None,
-    model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
+    offload: shared.OffloadOption = shared.OffloadTo.auto,
+    dtype: shared.DtypeOption = shared.Dtype.auto,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the answers here.")] = None,
+    force: shared.ForceOption = False,
 ) -> None:
-    """Describes pictures, or answers questions about them."""
-    from mm.core.paths import resolve_model
-
-    warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
-    resolve_model(model)
-    from mm.core.devices import place
+    """Describes pictures, or answers questions about them. Exit code 1: some pictures could not be read."""
+    from mm.cli.running import say
+    from mm.core.errors import UserError
     from mm.core.files import write_json
-    from mm.pipelines.answers import DESCRIBE
-    from mm.pipelines.pictures import open_picture
-    from mm.pipelines.understanding import UnderstandingPipeline
+    from mm.core.pictures import read_picture
+    from mm.engine import output
 
-    opened = [open_picture(path) for path in pictures]
-    pipe = place(UnderstandingPipeline.from_pretrained(model))
-    questions = ask or [DESCRIBE]
+    if json_file is not None:
+        output.check_new(json_file, force=force)
+    opened: dict[Path, Any] = {}
+    for path in pictures:
+        try:
+            opened[path] = read_picture(path)
+        except UserError as error:
+            say(str(error))
+    if not opened:
+        raise typer.Exit(1)
+    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    rows = _answers(loading.engine(), opened, ask or [])
+    for row in rows:
+        prefix = f"{row['picture']}: " if len(pictures) > 1 else ""
+        print(f"{prefix}{row['question']} {row['answer']}" if len(ask or []) > 1 else f"{prefix}{row['answer']}")
+    if json_file is not None:
+        write_json(json_file, rows)
+    if len(opened) < len(pictures):
+        raise typer.Exit(1)
+
+
+def _answers(engine: Any, opened: dict[Path, Any], questions: list[str]) -> list[dict[str, Any]]:
+    """Picture, question and answer of every pair; what the model warns of goes to stderr with the picture's name."""
+    from mm.cli.running import say
+    from mm.engine.events import Notice, Words
+    from mm.engine.requests import Describe
+    from mm.pipelines.answers import DESCRIBE
+
     rows = []
-    for path, picture in zip(pictures, opened, strict=True):
-        result = pipe(picture, questions)
-        if result.outside[0]:
-            print(
-                f"mm: {path} lies outside the model's world ({result.psnr[0]:.0f} dB); do not trust this",
-                file=sys.stderr,
-            )
-        for question, answer in zip(questions, result.answers, strict=True):
-            prefix = f"{path}: " if len(pictures) > 1 else ""
-            print(f"{prefix}{answer}" if not ask or len(questions) == 1 else f"{prefix}{question} {answer}")
-            rows.append({"picture": str(path), "question": question, "answer": answer, "outside": result.outside[0]})
-    if json_file:
-        write_json(json_file, json.loads(json.dumps(rows)))
+    for path, picture in opened.items():
+        warned: set[str] = set()
+        for question in questions or (None,):
+            events = list(engine.run(Describe(image=picture, question=question)))
+            notices = {event.text for event in events if isinstance(event, Notice)}
+            for text in sorted(notices - warned):
+                say(f"{path}: {text}")
+            warned |= notices
+            answer = "".join(event.text for event in events if isinstance(event, Words))
+            outside = any(isinstance(event, Words) and event.outside for event in events)
+            rows.append({"picture": str(path), "question": question or DESCRIBE, "answer": answer, "outside": outside})
+    return rows

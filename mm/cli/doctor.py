@@ -39,17 +39,38 @@ _FEATURES = (
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: mm doctor --json doctor.json")
+@app.command(epilog="Example: mm doctor --json doctor.json    mm doctor mm-tiny")
 def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A model: its memory at 16 and 4 bits, and how it would be loaded.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the report here.")
     ] = None,
 ) -> None:
-    """Tells device, CPU features, kernels, versions and embedded weights, and what is slow and why."""
+    """Reports device, CPU features, kernels, versions and weights, and what is slow and why; or about a model.
+
+    No weights are loaded.
+    """
+    if model is not None:
+        _of_model(model, json_file)
+        return
     facts = report()
     if json_file is not None:
         files.write_json(json_file, facts)
     print("\n".join(lines(facts)))
+
+
+def _of_model(model: str, json_file: Path | None) -> None:
+    """Prints what a model needs, by the headers of its files."""
+    from dataclasses import asdict
+
+    from mm.engine.advice import advice
+
+    found = advice(model)
+    if json_file is not None:
+        files.write_json(json_file, asdict(found))
+    print("\n".join(found.lines()))
 
 
 def report() -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mm.cli.options import DrawingMode
-from mm.families.mm_tiny import GUIDANCE
+from mm.cli import options as shared
 
 app = typer.Typer(add_completion=False)
 
@@ -19,25 +16,53 @@ app = typer.Typer(add_completion=False)
 def edit(
     picture: Annotated[Path, typer.Argument(help="The picture to change.")],
     instruction: Annotated[str, typer.Argument(help="What to change.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new picture; it must not exist yet.")] = Path(
-        "edited.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The new picture: .png with its settings, .jpg or .webp.")
+    ] = Path("edited.png"),
     mask: Annotated[
         Path | None, typer.Option(help="White where pixels may change; the rest stays bit for bit.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same picture.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
-    guidance: Annotated[float, typer.Option(min=0, max=100, help="How strictly the words are followed.")] = GUIDANCE,
-    image_guidance: Annotated[float, typer.Option(min=0, max=100, help="How closely the source is followed.")] = 1.5,
-    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
-    model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
+    steps: shared.StepsOption = None,
+    guidance: shared.GuidanceOption = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="How closely the source is followed (default: the model's).")
+    ] = None,
+    mode: shared.ModeOption = None,
+    negative: shared.NegativeOption = None,
+    size: shared.SizeOption = None,
+    scheduler: shared.SchedulerOption = None,
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
+    offload: shared.OffloadOption = shared.OffloadTo.auto,
+    dtype: shared.DtypeOption = shared.Dtype.auto,
+    force: shared.ForceOption = False,
+    more: shared.SetOption = None,
 ) -> None:
-    """Changes a picture by an instruction."""
-    from mm.editing import edit_to_file
+    """Changes a picture by an instruction. Exit code 3: the result is the source, so nothing was changed."""
+    from mm.cli.running import follow, say
+    from mm.core.pictures import read_picture
+    from mm.engine import output
+    from mm.engine.changes import unchanged
+    from mm.engine.events import Picture
+    from mm.engine.requests import Edit
 
-    warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
-    edit_to_file(
-        picture, instruction, out, mask=mask, seed=seed, steps=steps, guidance=guidance, image_guidance=image_guidance,
-        mode=mode.value, model=model,
-    )  # fmt: skip
+    output.check_file(out, force=force)
+    source = read_picture(picture)
+    given: dict[str, Any] = {
+        "image": source, "instruction": instruction, "mask": None if mask is None else read_picture(mask),
+        "seed": seed, "steps": steps, "guidance": guidance, "image_guidance": image_guidance, "negative": negative,
+        "mode": mode.value if mode else None, "size": shared.size(size), "options": shared.settings(more),
+    }  # fmt: skip
+    Edit(**given)  # wrong values fail before a model is loaded
+    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    engine = loading.engine()
+    request = Edit(**given, scheduler=shared.scheduler(scheduler, engine.capabilities))
+    made: list[Picture] = []
+    follow(engine.run(request), made.append)
+    output.save_file(out, made[0].picture, made[0].settings | {"source": picture.name}, force=force)
     print(f"{out}  seed {seed}")
+    if unchanged(source, made[0].picture):
+        say(f"{out} is the same picture as {picture}: nothing was changed; word the instruction otherwise")
+        raise typer.Exit(3)

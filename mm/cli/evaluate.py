@@ -8,17 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from mm.cli import options as shared
 from mm.cli.eval_erase import EXAMPLE as ERASE_EXAMPLE
 from mm.cli.eval_erase import erase
 from mm.cli.options import DrawingMode
-from mm.core.devices import place
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report here, and a picture grid beside it.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only this many prompts a task, or pictures a style.")]
-Model = Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")]
 
 
 @app.callback(epilog="Example: mm eval compose --limit 10 --json runs/compose.json")
@@ -28,7 +27,9 @@ def _group() -> None:
 
 @app.command(epilog="Example: mm eval compose --mode codes --limit 10 --json runs/compose-codes.json")
 def compose(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Limit = None,
@@ -43,7 +44,6 @@ def compose(
     """Six compositional tasks (GenEval's protocol), read by the judge."""
     from tqdm import tqdm
 
-    from mm import TextToImagePipeline
     from mm.evaluation.compose import ComposeConfig, evaluate_compose
     from mm.evaluation.prompts import COMPOSE
     from mm.world.judge import Judge
@@ -51,9 +51,7 @@ def compose(
     config = ComposeConfig(
         mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance, best_of=best_of
     )
-    pipe = TextToImagePipeline.from_pretrained(model)
-    place(pipe)
-    pipe.set_progress_bar_config(disable=True)
+    pipe, loaded = _pipeline("draw", model, bits, lora)
     with tqdm(unit="picture", desc="drawing") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -66,7 +64,7 @@ def compose(
             config,
             prompts=prompts or COMPOSE,
             json_file=json,
-            settings={"model": model},
+            settings=loaded,
             progress=progress,
         )
     _print(_compose_table(report))
@@ -74,7 +72,9 @@ def compose(
 
 @app.command(epilog="Example: mm eval fidelity --limit 10 --json runs/fidelity.json")
 def fidelity(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Limit = None,
@@ -83,17 +83,14 @@ def fidelity(
     json: Json = None,
 ) -> None:
     """Sharpness of drawn pictures beside renders, and the Frechet distance between the two on the judge's features."""
-    from mm import TextToImagePipeline
     from mm.evaluation.compose import ComposeConfig
     from mm.evaluation.fidelity import evaluate_fidelity
     from mm.evaluation.prompts import COMPOSE
     from mm.world.judge import Judge
 
     config = ComposeConfig(mode=mode.value, seed=seed, limit=limit, pictures=pictures)
-    pipe = TextToImagePipeline.from_pretrained(model)
-    place(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    judge, settings = Judge.from_pretrained(), {"model": model}
+    pipe, loaded = _pipeline("draw", model, bits, lora)
+    judge, settings = Judge.from_pretrained(), loaded
     report = evaluate_fidelity(pipe, judge, config, prompts=prompts or COMPOSE, json_file=json, settings=settings)
     rows = {"drawn": report | {"score": report["overall"]}, "reconstructed": report["reconstructed"]} | report["tasks"]
     for name, row in rows.items():
@@ -104,18 +101,19 @@ def fidelity(
 
 @app.command(epilog="Example: mm eval understand --limit 100 --json runs/understand.json")
 def understand(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Scenes, with about seven questions each.")] = 300,
     json: Json = None,
 ) -> None:
     """Questions about pictures by kind, yes/no balance, and the facts of descriptions."""
-    from mm import UnderstandingPipeline
     from mm.evaluation.understand import UnderstandConfig, evaluate_understand
 
-    pipe = place(UnderstandingPipeline.from_pretrained(model))
+    pipe, loaded = _pipeline("describe", model, bits, lora)
     config = UnderstandConfig(seed=seed, limit=limit)
-    report = evaluate_understand(pipe, config, json_file=json, settings={"model": model})
+    report = evaluate_understand(pipe, config, json_file=json, settings=loaded)
     print(f"overall {report['overall']:.3f} of {report['n']} questions (ceiling {report['ceiling']:.3f})")
     for kind, task in report["tasks"].items():
         print(f"{kind:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
@@ -126,7 +124,9 @@ def understand(
 
 @app.command(epilog="Example: mm eval edit --limit 10 --json runs/edit.json")
 def edit(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 40,
     guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = GUIDANCE,
@@ -135,15 +135,13 @@ def edit(
     json: Json = None,
 ) -> None:
     """Edits by kind: whether the change was made, and whether the rest stayed."""
-    from mm import ImageEditPipeline
     from mm.evaluation.edit import EditConfig, evaluate_edit
     from mm.world.judge import Judge
 
-    pipe = place(ImageEditPipeline.from_pretrained(model))
-    pipe.set_progress_bar_config(disable=True)
+    pipe, loaded = _pipeline("edit", model, bits, lora)
     pipe.default_guidance = (guidance, image_guidance)
     config = EditConfig(seed=seed, limit=limit, tuning=tuning)
-    settings = {"model": model, "guidance": guidance, "image_guidance": image_guidance}
+    settings = loaded | {"guidance": guidance, "image_guidance": image_guidance}
     report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=settings)
     print(f"overall {report['overall']:.3f} of {report['n']} edits (ceiling {report['ceiling']:.3f})")
     for kind, task in report["tasks"].items():
@@ -151,21 +149,68 @@ def edit(
               f"preservation {task['preservation']:.3f}  n {task['n']}")  # fmt: skip
 
 
+@app.command("customize", epilog="Example: mm eval customize --subject panda --json runs/customize.json")
+def customize_(
+    model: shared.ModelOption = "mm-tiny",
+    method: Annotated[str, typer.Option(help="A method of customization, or zero-shot.")] = "auto",
+    subject: Annotated[list[str] | None, typer.Option(help="Held-out objects; default: all eight.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Compose prompts a task for the drift; 0 = none.")] = 4,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    one_ground: Annotated[str | None, typer.Option(help="All training pictures have this background.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 trains and draws on the 4-bit copy.")] = None,
+    tuning: Annotated[bool, typer.Option(help="Other prompts and seeds, for choosing settings.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder of pictures, adapters and results so far.")] = Path("customize"),
+    json: Json = None,
+) -> None:
+    """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
+    import mm
+    from mm.evaluation.customize import CustomizeConfig, evaluate_customize
+    from mm.world import vocabulary as v
+    from mm.world.judge import Judge
+
+    pipe = mm.load(model, bits=bits).pipeline
+    pipe.set_progress_bar_config(disable=True)
+    config = CustomizeConfig(
+        subjects=tuple(subject or v.HELD_OUT_OBJECTS), method=method, seed=seed, limit=limit, pictures=pictures,
+        tuning=tuning, one_ground=one_ground, settings={} if steps is None else {"steps": steps},
+    )  # fmt: skip
+    report = evaluate_customize(
+        pipe, Judge.from_pretrained(), config, work=work, json_file=json, settings={"model": model, "bits": bits},
+        progress=lambda text: print(f"\r{text:<70}", end="", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print(file=sys.stderr)
+    for name, row in report["tasks"].items():
+        print(f"{name:11} fidelity {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
+    drift = report["drift"]
+    print(
+        f"fidelity {report['overall']:.3f} (renders {report['ceiling']:.3f}, reconstructed "
+        f"{report['ceiling_reconstructed']:.3f}), following {report['following']['score']:.3f} (base "
+        f"{report['following_base']['score']:.3f}), leakage {report['leakage']['score']:.3f}"
+    )
+    both, known = report["together"]["score"], report["together_base"]["score"]
+    print(f"beside a companion, both: {both:.3f} (base, with a known object: {known:.3f})")
+    print(f"compose {drift['change']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}], {report['seconds']:.0f} s, "
+          f"{report['bytes'] >> 10} KiB")  # fmt: skip
+
+
 @app.command(epilog="Example: mm eval chat --json runs/chat.json")
 def chat(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
     scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own file.")] = None,
     json: Json = None,
 ) -> None:
     """Scripted conversations of four turns: every drawing, edit and answer judged."""
-    from mm import InterleavedPipeline
     from mm.evaluation.chat import SCRIPTS, evaluate_chat
     from mm.world.judge import Judge
 
-    pipe = place(InterleavedPipeline.from_pretrained(model))
-    judge, settings = Judge.from_pretrained(), {"model": model}
+    pipe, loaded = _pipeline("converse", model, bits, lora)
+    judge, settings = Judge.from_pretrained(), loaded
     where = scripts or SCRIPTS
     report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=settings)
     print(f"overall {report['overall']:.3f} of {report['n']} turns (ceiling {report['ceiling']:.3f})")
@@ -177,7 +222,7 @@ def chat(
 
 @app.command(epilog="Example: mm eval reconstruct --limit 32 --extra weights/comparisons --json runs/reconstruct.json")
 def reconstruct(
-    model: Model = "mm-tiny",
+    model: shared.ModelOption = "mm-tiny",
     extra: Annotated[Path | None, typer.Option(help="A folder with further tokenizers to compare.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out renders.")] = 0,
     limit: Limit = None,
@@ -205,6 +250,25 @@ def reconstruct(
 
 
 app.command(epilog=ERASE_EXAMPLE)(erase)
+
+
+def _pipeline(task: str, model: str, bits: shared.Bits | None, lora: list[str] | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline of a task, and the settings of the model for a report.
+
+    Raises:
+        UserError: for a model that does not draw the world that the judge reads.
+    """
+    from mm.core.errors import UserError
+
+    engine = shared.Loading(model=model, bits=bits, adapters=lora).engine()
+    if task != "describe" and not engine.capabilities.modes:
+        raise UserError(
+            f"{model} is no model of mm's world, which the prompts and the judge of mm eval are about; the report of "
+            "mm quantize compares its pictures before and after"
+        )
+    pipe = engine.pipeline_for(task)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"model": model} | engine.facts
 
 
 def _print(table: Any) -> None:

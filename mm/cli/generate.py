@@ -1,61 +1,72 @@
-"""`mm generate`: pictures from a prompt, as PNG files that carry their settings."""
+"""`mm generate`: pictures from a prompt, as files that carry their settings."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mm.cli.options import DrawingMode
-from mm.families.mm_tiny import GUIDANCE
+from mm.cli import options as shared
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog='Example: mm generate "two red cats on grass, watercolor style" -n 4 --seed 7 -o out/')
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")] = 1,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw: {cat|dog} and __name__ vary, (red:1.3) and word++ weigh.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; picture k has seed + k.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
-    mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
-    guidance: Annotated[
-        float, typer.Option(min=0, max=100, help="How strictly the prompt is followed; 1 = off.")
-    ] = GUIDANCE,
+    steps: shared.StepsOption = None,
+    mode: shared.ModeOption = None,
+    guidance: shared.GuidanceOption = None,
+    negative: shared.NegativeOption = None,
+    size: shared.SizeOption = None,
+    scheduler: shared.SchedulerOption = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-image).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew (inpainting).")] = None,
+    strength: Annotated[float | None, typer.Option(min=0, max=1, help="How much of --image is redrawn.")] = None,
     best_of: Annotated[
-        int,
-        typer.Option(min=1, max=64, help="Draw a picture again, so often at most, until its numbers are right."),
-    ] = 1,
-    model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes no picture.")] = 8,
-    quantized: Annotated[
-        bool, typer.Option("--quantized", help="Draw with 4-bit weights; the first time makes them, in about a minute.")
-    ] = False,
-    metadata: Annotated[bool, typer.Option(help="Keep the settings in the PNG files.")] = True,
+        int | None, typer.Option(min=1, max=64, help="Draw again, so often at most, until numbers are right (mm-tiny).")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Draw with the settings in this PNG, of mm or other programs.")
+    ] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Draw every combination of the parts after |.")] = False,
+    wildcards: Annotated[
+        Path | None, typer.Option(help="Folder of NAME.txt for __NAME__, an alternative a line.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"{shared.MODEL_HELP} Default: mm-tiny.")] = None,
+    bits: shared.BitsOption = None,
+    lora: shared.AdapterOption = None,
+    offload: shared.OffloadOption = shared.OffloadTo.auto,
+    dtype: shared.DtypeOption = shared.Dtype.auto,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for numbered PNG files, or one .png, .jpg or .webp file.")
+    ] = Path("out"),
+    force: shared.ForceOption = False,
+    batch_size: Annotated[int, typer.Option(min=1, max=256, help="Pictures drawn at once; changes no picture.")] = 8,
+    more: shared.SetOption = None,
+    metadata: Annotated[bool, typer.Option(help="Keep the settings in the files.")] = True,
+    quantized: shared.QuantizedOption = False,
 ) -> None:
-    """Draws pictures from a prompt."""
-    from mm.drawing import draw_to_folder
+    """Draws pictures from a prompt, from a picture (--image), or as another picture was drawn (--like)."""
+    from mm.cli.drawing import Job, run
 
-    warnings.showwarning = lambda text, *_, **__: print(f"mm: {text}", file=sys.stderr)
-    written = draw_to_folder(
-        prompt,
-        out,
-        count=count,
-        seed=seed,
-        steps=steps,
-        mode=mode.value,
-        guidance=guidance,
-        best_of=best_of,
-        model=model,
-        batch_size=batch_size,
-        quantized=quantized,
-        metadata=metadata,
-    )
-    for path, used in written:
-        print(f"{path}  seed {used}")
+    given = {
+        "count": count, "seed": seed, "steps": steps, "mode": mode.value if mode else None, "guidance": guidance,
+        "negative": negative, "size": shared.size(size), "strength": strength, "best_of": best_of, "prompt": prompt,
+        "options": shared.settings(more) or None,
+    }  # fmt: skip
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    run(
+        Job(
+            changes=changes, scheduler=scheduler, image=image, mask=mask, like=like, matrix=matrix, wildcards=wildcards,
+            out=out, force=force, batch_size=batch_size, metadata=metadata, model=model,
+            loading={"bits": bits, "adapters": lora, "offload": offload, "dtype": dtype},
+        )
+    )  # fmt: skip

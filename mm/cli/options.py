@@ -1,12 +1,180 @@
-"""Types of options that several commands share."""
+"""Options that several commands share: each is named, explained and checked here once.
+
+Design choices
+- `--lora` and `--patch` are two names of one option: the contents of a file say what it is, and the order of the
+  command line is the order of applying, across both.
+- What an option stands for is checked before a model is loaded, as far as the model is not needed for it.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm.core.errors import UserError
 
 
 class DrawingMode(StrEnum):
-    """How pictures are drawn."""
+    """How a model with several modes draws."""
 
     flow = "flow"
     codes = "codes"
+
+
+class Bits(StrEnum):
+    """Bits of the weights."""
+
+    four = "4"
+    eight = "8"
+    sixteen = "16"
+
+
+class OffloadTo(StrEnum):
+    """Where weights are that are not in use."""
+
+    auto = "auto"
+    none = "none"
+    model = "model"
+    group = "group"
+
+
+class Dtype(StrEnum):
+    """The type that a model computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _gone(given: bool) -> None:
+    if given:
+        raise typer.BadParameter("it was replaced by --bits 4")
+
+
+MODEL_HELP = "An embedded model, a folder, a .safetensors checkpoint, or a hub name."
+ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+BitsOption = Annotated[
+    Bits | None,
+    typer.Option(
+        "--bits", help="4 (or 8): low-bit weights, made at the first call and kept. Pictures are drawn singly."
+    ),
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", "--patch", metavar="FILE[:SCALE]", help="A LoRA or patch; may be repeated, applied in this order."
+    ),
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", metavar="WxH", help="Pixels, for example 1024x768 (default: the model's).")
+]
+NegativeOption = Annotated[str | None, typer.Option("--negative", help="What to avoid.")]
+SchedulerOption = Annotated[
+    str | None, typer.Option("--scheduler", help="Another sampler: a diffusers class, or a name such as euler.")
+]
+OffloadOption = Annotated[OffloadTo, typer.Option("--offload", help="Where weights wait that are not in use.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="The type that the model computes in.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="An argument of the pipeline's call; may be repeated."),
+]
+ModeOption = Annotated[
+    DrawingMode | None, typer.Option("--mode", help="For models with several modes: flow matching, or codes.")
+]
+StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (default: the model's).")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0, max=100, help="How strictly words are followed; 1 = off (default: the model's).")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+QuantizedOption = Annotated[bool, typer.Option("--quantized", hidden=True, callback=_gone)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What a model is loaded with."""
+
+    model: str = "mm-tiny"
+    bits: Bits | None = None
+    adapters: list[str] | None = None
+    offload: OffloadTo = OffloadTo.auto
+    dtype: Dtype = Dtype.auto
+
+    def engine(self, adapters: list[tuple[Path, float]] | None = None, bits: int | None = None) -> Any:
+        """Loads the model and says on stderr what was chosen.
+
+        Args:
+            adapters: where none are given on the command line: those of a picture that is drawn again.
+            bits: the same.
+
+        Raises:
+            UserError: for a wrong adapter, before anything is loaded; or a model that cannot be loaded.
+        """
+        from mm.cli.running import loaded
+        from mm.core.paths import resolve_model
+
+        files = [adapter(text) for text in self.adapters or ()] or adapters or []
+        if not Path(self.model).expanduser().is_file():
+            resolve_model(self.model)  # a wrong name fails before seconds of imports
+        wanted = int(self.bits) if self.bits is not None else bits
+        return loaded(self.model, bits=wanted, adapters=files, offload=self.offload.value, dtype=self.dtype.value)
+
+
+def adapter(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE as file and scale.
+
+    Raises:
+        UserError: where there is no such file, or the scale is no finite number.
+    """
+    from mm.engine.attaching import parsed
+
+    path, scale = parsed(text)
+    if not path.is_file():
+        raise UserError(f"there is no LoRA or patch file {path}")
+    return path, scale
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """WxH, or one number for a square, as (width, height). Raises UserError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:[xX×*,]\s*([0-9]{1,5}))?\s*", text)
+    if found is None:
+        raise UserError(f"size is {text!r}; give width and height in pixels, for example 1024x768")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def settings(given: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE as a dictionary; values are JSON (`--set clip_skip=1`), and anything else is text.
+
+    Raises:
+        UserError: for an option without a name or value.
+    """
+    made: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UserError(f"--set is {text!r}; give NAME=VALUE, for example --set clip_skip=1")
+        try:
+            made[name.strip()] = json.loads(value)
+        except ValueError:
+            made[name.strip()] = value
+    return made
+
+
+def scheduler(name: str | None, can: Any) -> str | None:
+    """The scheduler class that a name means for a model. Raises UserError with those that it takes."""
+    from mm.engine.settings import scheduler_named
+
+    if name is None:
+        return None
+    found = scheduler_named(name, can)
+    if found is None:
+        raise UserError(f"scheduler is {name!r}; {can.model} takes {', '.join(can.schedulers) or 'only its own'}")
+    return found

@@ -26,9 +26,11 @@ class Stage(StrEnum):
     crisp = "crisp"
 
 
-@app.command(epilog="Example: mm train mm-tiny --stage drawing --init-from weights/mm-tiny --minutes 60")
+@app.command(
+    no_args_is_help=True, epilog="Example: mm train mm-tiny --stage drawing --init-from weights/mm-tiny --minutes 60"
+)
 def train(
-    model: Annotated[str, typer.Argument(help="A published model's name, or a YAML file.")] = "mm-tiny",
+    model: Annotated[str, typer.Argument(help="A published model's name, or a YAML file.")],
     stage: Annotated[Stage | None, typer.Option(help="One stage alone; all of them by default.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of training, earlier runs included.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder of everything unfinished (default: the YAML's).")] = None,

@@ -2,8 +2,6 @@
 
 Design choices
 - `import mm` imports neither diffusers nor transformers; what mm adds to their tables is added when they come up.
-
-This module does not know what is added.
 """
 
 from __future__ import annotations

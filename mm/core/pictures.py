@@ -41,7 +41,7 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
     with open_regular(where, "picture", most=MAX_BYTES) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
         try:
-            _check_pixels(_webp_size(file.read(30)), where)  # Pillow makes room for a WebP while it opens it
+            _check_pixels(_webp_size(file.read(30)), where)  # Pillow allocates a WebP's pixels while it opens it
             file.seek(0)
             with Image.open(file, formats=formats) as picture:
                 _check_pixels(picture.size, where)
@@ -61,6 +61,19 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
             raise UserError(f"{where} cannot be read as a picture (it is no {kinds} file)") from error
         except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
             raise UserError(f"{where} cannot be read as a picture ({' '.join(str(error).split())[:200]})") from error
+
+
+def flattened(picture: Image.Image) -> Image.Image:
+    """The picture in RGB: transparency lies on white, and values of other ranges are spread over 0 to 255."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        clear = picture.convert("RGBA")
+        white = Image.new("RGBA", clear.size, "white")
+        return Image.alpha_composite(white, clear).convert("RGB")
+    if picture.mode in ("I", "I;16", "F"):
+        low, high = (float(value) for value in picture.convert("F").getextrema())  # type: ignore[arg-type]
+        factor = 255 / max(high - low, 1e-9)
+        picture = picture.convert("F").point(lambda value: value * factor - low * factor).convert("L")
+    return picture.convert("RGB")
 
 
 def _check_pixels(size: tuple[int, int], where: Path) -> None:

@@ -23,12 +23,21 @@ from mm.core.foreign_settings import a1111, read_foreign
 from mm.core.png_chunks import read_texts
 from mm.core.safe_json import Fields, parse_json
 
-_A1111_NAMES = {"steps": "Steps", "mode": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model"}
+_A1111_NAMES = {
+    "steps": "Steps", "mode": "Sampler", "guidance": "CFG scale", "seed": "Seed", "model": "Model",
+    "scheduler": "Schedule type", "strength": "Denoising strength",
+}  # fmt: skip
 _MODES = ("flow", "codes")  # what mm writes where other programs name their sampler
 
 
 def to_a1111(settings: dict[str, Any]) -> str:
-    """A1111's text for settings with prompt, steps, mode, guidance, seed, size and model (those that are there)."""
+    """A1111's text for settings, as far as it has names for them; those that are not there are left out.
+
+    Adapters become A1111's `<lora:name:scale>` at the end of the prompt.
+    """
+    tags = [f"<lora:{Path(a['file']).stem}:{a['scale']:g}>" for a in settings.get("adapters", ())]
+    if tags:
+        settings = settings | {"prompt": " ".join([str(settings.get("prompt", "")), *tags])}
     return a1111.write(settings, _A1111_NAMES)
 
 
@@ -43,7 +52,7 @@ def from_a1111(text: str) -> dict[str, Any]:
 def drawing_settings(
     *, prompt: str, seed: int, steps: int, mode: str, guidance: float | None = None, model: str, **more: Any
 ) -> dict[str, Any]:
-    """What a picture was drawn with, under the names that every door of mm writes and reads; `more` as it is."""
+    """Settings of a picture, under the names that all commands and pages of mm write and read; `more` as it is."""
     settings = {"prompt": prompt, "seed": seed, "steps": steps, "mode": mode}
     return settings | ({} if guidance is None else {"guidance": guidance}) | {"model": model} | more
 

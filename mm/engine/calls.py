@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def draw(
     Args:
         view: from `view_of`, so that the call's state is this run's.
         arguments: of the call, by name; generator, step count and callback are added here.
-        seeds: one a picture.
+        seeds: one a picture; of as many as prompts, where "prompt" is a list.
         steps: sampling steps; None leaves the pipeline's default.
         cancel: asked after every step.
         on_step: called after every step.
@@ -49,27 +50,61 @@ def draw(
 
     Raises:
         RunCancelledError: once `cancel` says so.
-        UserError: for an argument that the pipeline does not take.
+        UserError: for an argument that the pipeline does not take, or a value that its own checks refuse.
     """
     takes = call_parameters(view)
     given = {key: value for key, value in arguments.items() if value is not None}
     if unknown := [key for key in given if key not in takes]:
         raise UserError(f"{type(view).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
+    if len(seeds) > 1 and "num_images_per_prompt" not in takes and not isinstance(given.get("prompt"), list):
+        alone = (draw(view, arguments, [seed], steps=steps, cancel=cancel, on_step=on_step) for seed in seeds)
+        return [image for images in alone for image in images]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if "generator" in takes:
         given["generator"] = generators if len(generators) > 1 else generators[0]
     if steps is not None and "num_inference_steps" in takes:
         given["num_inference_steps"] = steps
-    if len(seeds) > 1:
+    if len(seeds) > 1 and not isinstance(given.get("prompt"), list):
         given["num_images_per_prompt"] = len(seeds)
     _watch(view, takes, given, cancel, on_step)
+    output = _called(view, given)
+    _warn_of_numbers(output, given, seeds)
+    return list(images_of(output))
+
+
+def _called(view: Any, given: Mapping[str, Any]) -> Any:
+    """The pipeline's output; what its own checks refuse becomes an error of one line."""
     try:
-        return list(images_of(view(**given)))
+        return view(**given)
+    except (UserError, UnicodeError):
+        raise
     except RunCancelledError:
         free = getattr(view, "maybe_free_model_hooks", None)
         if free is not None:
             free()
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device has too little memory for this; take 4-bit weights (--bits 4), another --offload, or a smaller "
+            f"--size ({' '.join(str(error).split())[:160]})"
+        ) from error
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{type(view).__name__} refuses this: {' '.join(str(error).split())[:600]}") from error
+
+
+def _warn_of_numbers(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Says which pictures of a model with a counter do not show the numbers asked for, or that nothing was checked."""
+    right = getattr(output, "right", None) or []
+    if wrong := [seed for seed, fine in zip(seeds, right, strict=False) if fine is False]:
+        text = ", ".join(map(str, wrong))
+        warnings.warn(
+            f"{given.get('best_of')} tries drew other numbers than {given['prompt']!r} asks for (seed {text})",
+            stacklevel=3,
+        )
+    if any(fine is None for fine in right):
+        warnings.warn(
+            f"best_of: {given['prompt']!r} does not say how many of what, so each was drawn once", stacklevel=3
+        )
 
 
 def _watch(view: Any, takes: Mapping[str, Any], given: dict[str, Any], cancel: CancelToken, on_step: OnStep) -> None:

@@ -30,7 +30,12 @@ class Capabilities:
         size: default (width, height).
         multiple: width and height are multiples of this many pixels.
         fixed_size: whether only the default size can be drawn.
+        size_known: whether `size` is the family's; else the pipeline's own default counts.
+        largest: pixels of the largest side; 0 where that is not known.
         negative: whether a negative prompt is taken.
+        negative_needs: the argument without which a negative prompt has no effect; empty where guidance suffices.
+        negative_default: the negative prompt where none is given.
+        best_of: whether pictures can be drawn again until their numbers are right.
         schedulers: class names that can be chosen.
         image_guidance: whether editing takes a guidance of its own for the source.
     """
@@ -44,7 +49,12 @@ class Capabilities:
     size: tuple[int, int] = (1024, 1024)
     multiple: int = 16
     fixed_size: bool = False
+    size_known: bool = True
+    largest: int = 0
     negative: bool = True
+    negative_needs: str = ""
+    negative_default: str = ""
+    best_of: bool = False
     schedulers: tuple[str, ...] = ()
     image_guidance: bool = False
 
@@ -65,17 +75,19 @@ class Capabilities:
         self._has(task_of(request))
         if isinstance(request, Sampling):
             self._check_sampling(request)
-        if isinstance(request, Draw | Edit) and request.negative and not self.negative:
-            raise UserError(f"{self.model} takes no negative prompt (given: {shown(request.negative)}); leave it out")
-        if isinstance(request, Draw):
+        if isinstance(request, Draw | Edit):
+            if request.negative:
+                self._check_negative(request)
             self._check_size(request)
+        if isinstance(request, Draw):
+            self._check_best_of(request)
         if isinstance(request, Edit) and request.image_guidance is not None and not self.image_guidance:
             raise UserError(f"{self.model} has no image guidance (given: {request.image_guidance:g}); leave it out")
 
     def _has(self, task: str) -> None:
         if task not in self.tasks:
             can = ", ".join(name.replace("_", " ") for name in self.tasks)
-            raise UserError(f"{self.model} cannot {_VERBS[task]}; it can: {can}")
+            raise UserError(f"{self.model} cannot {VERBS[task]}; it can: {can}")
 
     def _check_sampling(self, request: Sampling) -> None:
         if request.mode is not None and request.mode not in self.modes:
@@ -87,7 +99,27 @@ class Capabilities:
             known = ", ".join(self.schedulers) or "only its own"
             raise UserError(f"scheduler is {shown(request.scheduler)}; {self.model} takes {known}")
 
-    def _check_size(self, request: Draw) -> None:
+    def _check_negative(self, request: Draw | Edit) -> None:
+        said = f"(given: {shown(request.negative)})"
+        if not self.negative:
+            raise UserError(f"{self.model} takes no negative prompt {said}; leave it out")
+        if self.negative_needs and self.negative_needs not in request.options:
+            name = self.negative_needs
+            raise UserError(
+                f"a negative prompt {said} has no effect on {self.model}, whose guidance is distilled; leave it out, "
+                f"or give {name} above 1 as well (--set {name}=4), which takes twice as long"
+            )
+        if not self.negative_needs and request.guidance is not None and request.guidance <= 1:
+            raise UserError(
+                f"a negative prompt {said} acts only with guidance above 1, and guidance is {request.guidance:g}; "
+                "raise it, or leave the negative prompt out"
+            )
+
+    def _check_best_of(self, request: Draw) -> None:
+        if request.best_of > 1 and not self.best_of:
+            raise UserError(f"best_of is {request.best_of}; {self.model} has no counter of its own; leave it out")
+
+    def _check_size(self, request: Draw | Edit) -> None:
         if request.size is None or request.size == self.size:
             return
         width, height = request.size
@@ -101,7 +133,7 @@ class Capabilities:
             )
 
 
-_VERBS = {
+VERBS = {
     "draw": "draw from a prompt alone",
     "image_to_image": "draw from a picture",
     "inpaint": "fill in a part of a picture",

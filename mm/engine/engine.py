@@ -12,17 +12,24 @@ import queue
 import secrets
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
 from mm.engine import calls
-from mm.engine.capabilities import Capabilities, task_of
-from mm.engine.events import CancelToken, Done, Event, Notice, Picture, Preview, Step, Words
-from mm.engine.requests import Describe, Draw, Edit, Request, Turn
+from mm.engine.arguments import arguments_of, grouped, size_of
+from mm.engine.attaching import Adapter, attach_all, detach, facts_of
+from mm.engine.batching import rounds_activations
+from mm.engine.capabilities import VERBS, Capabilities, task_of
+from mm.engine.events import CancelToken, Done, Event, Picture, Preview, Step, Words
+from mm.engine.notices import Notices
+from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
 from mm.engine.serial import FairLock
-from mm.engine.settings import settings_of
-from mm.engine.views import view_of
+from mm.engine.settings import batch_of, settings_of
+from mm.engine.views import call_parameters, view_of
+from mm.engine.weighting import weighed
 
 Emit = Callable[[Event], None]
 _NO_SPACE = frozenset(".,;:?!")  # pieces of an answer that follow the last word directly
@@ -46,14 +53,36 @@ class Engine:
         preview: Callable[[Any, tuple[int, int]], Any] | None = None,
         notes: tuple[str, ...] = (),
         facts: dict[str, Any] | None = None,
+        adapters: Sequence[str | Path | Adapter] = (),
+        attached: Sequence[str] = (),
+        mixed: bool = True,
+        own_batches: bool = False,
     ) -> None:
+        """Takes what `mm.load` found.
+
+        Args:
+            pipeline: of diffusers.
+            capabilities: of the model.
+            name: of the model, in messages and settings.
+            pipeline_for: gives the pipeline of a task.
+            preview: from latents and (width, height) to small pictures.
+            notes: what was chosen while loading, and why.
+            facts: settings of the model that every picture carries.
+            adapters: that are on the pipeline, by file and scale.
+            attached: their names.
+            mixed: whether pictures of different prompts can share a call without changing.
+            own_batches: whether the pipeline itself draws one by one where that is needed.
+        """
         self.pipeline = pipeline
         self.capabilities = capabilities
         self.name = name
         self.notes = notes
         self._pipeline_for = pipeline_for
         self._preview = preview
-        self._facts = facts or {}
+        self._base_facts = facts or {}
+        self._facts = self._base_facts | facts_of(adapters)
+        self._attached = list(attached)
+        self._mixed, self._own_batches = mixed, own_batches
         self._turn = FairLock()
 
     def run(self, request: Request, cancel: CancelToken | None = None, *, previews: bool = False) -> Iterator[Event]:
@@ -74,6 +103,35 @@ class Engine:
         token = cancel or CancelToken()
         return self._events(lambda emit: self._work(request, token, emit, previews), token)
 
+    def run_all(
+        self,
+        requests: Sequence[Draw | Edit],
+        cancel: CancelToken | None = None,
+        *,
+        batch_size: int = 1,
+        previews: bool = False,
+    ) -> Iterator[Event]:
+        """Pictures of several requests as one run; those that differ in prompt and seed alone share calls.
+
+        Args:
+            requests: each is checked before the first event; one of several pictures counts as that many.
+            cancel: as in `run`.
+            batch_size: the most pictures of a call; changes no picture.
+            previews: as in `run`.
+
+        Yields:
+            Events in order; `index` counts the pictures of all requests.
+
+        Raises:
+            UserError: for a request that this model cannot do.
+        """
+        whole("batch_size", batch_size, 1, MAX_BATCH)
+        for request in requests:
+            self.capabilities.check(request)
+        token = cancel or CancelToken()
+        singles = [one for request in requests for one in _singles(request)]
+        return self._events(lambda emit: self._draw(singles, batch_size, token, emit, previews), token)
+
     def draw(self, prompt: str, **settings: Any) -> list[Any]:
         """The pictures of `Draw(prompt=prompt, **settings)` as PIL images, in order."""
         return [event.picture for event in self.run(Draw(prompt=prompt, **settings)) if isinstance(event, Picture)]
@@ -83,15 +141,48 @@ class Engine:
         events = self.run(Describe(image=image, question=question))
         return "".join(event.text for event in events if isinstance(event, Words))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings of the model that every picture carries: bits, adapters."""
+        return dict(self._facts)
+
+    def pipeline_for(self, task: str) -> Any:
+        """The pipeline of a task of `mm.engine.capabilities.TASKS`, with the modules that are loaded.
+
+        Raises:
+            UserError: where the model cannot do it.
+        """
+        if task not in self.capabilities.tasks:
+            can = ", ".join(name.replace("_", " ") for name in self.capabilities.tasks)
+            raise UserError(f"{self.name} cannot {VERBS[task]}; it can: {can}")
+        return self._pipeline_for(task)
+
+    def set_adapters(self, adapters: Sequence[str | Path | Adapter]) -> list[str]:
+        """Replaces the adapters that `mm.load` or this call put on; patches that others applied stay.
+
+        Args:
+            adapters: patch or LoRA files, each alone or with its scale, applied in this order.
+
+        Returns:
+            A line for each, which says how many layers it changes.
+
+        Raises:
+            UserError: where one does not fit; then none is left.
+        """
+        with self._turn:
+            detach(self.pipeline, self._attached)
+            self._attached, self._facts = [], self._base_facts
+            self._attached, lines = attach_all(self.pipeline, adapters)
+            self._facts = self._base_facts | facts_of(adapters)
+        return lines
+
     def converse(self) -> Any:
         """Begins a conversation, for `Turn` requests.
 
         Raises:
             UserError: where the model cannot converse.
         """
-        if "converse" not in self.capabilities.tasks:
-            raise UserError(f"{self.name} cannot converse; it can: {', '.join(self.capabilities.tasks)}")
-        return self._pipeline_for("converse").start()
+        return self.pipeline_for("converse").start()
 
     def _events(self, work: Callable[[Emit], None], token: CancelToken) -> Iterator[Event]:
         """Runs `work` in a thread and yields what it emits; its exception is raised here."""
@@ -117,58 +208,81 @@ class Engine:
             thread.join()
 
     def _work(self, request: Request, cancel: CancelToken, emit: Emit, previews: bool) -> None:
-        notices = _Notices(emit)
+        notices = Notices(emit)
         if isinstance(request, Describe):
             with self._turn, notices:
-                reader = self._pipeline_for("describe")
-                image, question = request.image, request.question
-                answers = reader.describe([image]) if question is None else reader.answer([image], [question])
-                emit(Words(text=answers[0]))
+                emit(self._answer(request))
             emit(Done(pictures=0))
         elif isinstance(request, Turn):
             self._converse(request, cancel, emit, notices)
         else:
-            self._draw(request, cancel, emit, notices, previews)
+            self._draw(_singles(request), request.batch_size, cancel, emit, previews)
 
-    def _draw(self, request: Draw | Edit, cancel: CancelToken, emit: Emit, notices: _Notices, previews: bool) -> None:
-        """Pictures in batches; other runs may take their turns between them."""
-        pipe = self._pipeline_for(task_of(request))
-        first = secrets.randbelow(2**31) if request.seed is None else request.seed
-        finished = 0
-        while finished < request.count and not cancel.cancelled:
-            seeds = [first + k for k in range(finished, min(request.count, finished + request.batch_size))]
+    def _answer(self, request: Describe) -> Words:
+        reader = self._pipeline_for("describe")
+        options = {} if request.max_words is None else {"max_words": request.max_words}
+        found = reader(request.image, request.question, **options)
+        if found.outside[0]:
+            warnings.warn(
+                f"the picture is unlike those that {self.name} was trained on ({found.psnr[0]:.0f} dB when it is "
+                "encoded and decoded); do not trust the answer",
+                stacklevel=2,
+            )
+        return Words(text=found.answers[0], outside=found.outside[0])
+
+    def _draw(
+        self, requests: Sequence[Draw | Edit], size: int, cancel: CancelToken, emit: Emit, previews: bool
+    ) -> None:
+        """One picture for each request, in calls of at most `size`; other runs may take their turns between them."""
+        notices, finished = Notices(emit), 0
+        own = self._own_batches
+        size = 1 if self._singly(requests) else size
+        for group in grouped(requests, size, mixed=self._mixed, mixed_negatives=not own):
+            if cancel.cancelled:
+                break
+            places, alike = [at for at, _ in group], [request for _, request in group]
             try:
                 with self._turn, notices:
-                    made = self._call(pipe, request, seeds, finished, cancel, emit, previews)
+                    made = self._call(alike, places, cancel, emit, previews)
             except calls.RunCancelledError:
                 break
-            for k, image in enumerate(made):
-                settings = settings_of(request, self.capabilities, self.name, seeds[k], image) | self._facts
-                emit(Picture(index=finished + k, seed=seeds[k], picture=image, settings=settings))
+            batch = batch_of(alike)
+            for k, (at, request, image) in enumerate(zip(places, alike, made, strict=True)):
+                assert request.seed is not None
+                settings = settings_of(request, self.capabilities, self.name, request.seed, image) | self._facts
+                settings |= {"batch": [batch, k]} if batch > 1 else {}
+                emit(Picture(index=at, seed=request.seed, picture=image, settings=settings))
             finished += len(made)
-        emit(Done(pictures=finished, cancelled=finished < request.count))
+        emit(Done(pictures=finished, cancelled=finished < len(requests)))
+
+    def _singly(self, requests: Sequence[Draw | Edit]) -> bool:
+        """Whether each picture needs a call of its own to be the same at any batch size."""
+        if self._own_batches:
+            return False
+        return any(request.image is not None for request in requests) or rounds_activations(self.pipeline)
 
     def _call(
-        self, pipe: Any, request: Draw | Edit, seeds: list[int], first: int, cancel: CancelToken, emit: Emit,
-        previews: bool,
-    ) -> list[Any]:  # fmt: skip
+        self, requests: list[Draw | Edit], places: list[int], cancel: CancelToken, emit: Emit, previews: bool
+    ) -> list[Any]:
         if cancel.cancelled:  # while this run waited for its turn
             raise calls.RunCancelledError
-        can, steps = self.capabilities, self.capabilities.steps_of(request)
-        size = request.size if isinstance(request, Draw) and request.size else can.size
+        can, first = self.capabilities, requests[0]
+        pipe, steps = self._pipeline_for(task_of(first)), can.steps_of(first)
+        size = size_of(first, can) or can.size
 
         def on_step(step: int, latents: Any) -> None:
-            emit(Step(step=step + 1, steps=steps or step + 1, first=first, count=len(seeds)))
+            emit(Step(step=step + 1, steps=steps or step + 1, first=places[0], count=len(places)))
             if previews and self._preview is not None and latents is not None:
-                for k, image in enumerate(self._preview(latents, size)[: len(seeds)]):
-                    emit(Preview(index=first + k, picture=image))
+                for at, image in zip(places, self._preview(latents, size), strict=False):
+                    emit(Preview(index=at, picture=image))
 
-        arguments = _arguments(request, can)
-        return calls.draw(
-            view_of(pipe, request.scheduler), arguments, seeds, steps=steps, cancel=cancel, on_step=on_step
-        )
+        view = view_of(pipe, first.scheduler)
+        arguments = arguments_of(requests, can, call_parameters(view), one_negative=self._own_batches)
+        arguments |= weighed(view, arguments)
+        seeds = [request.seed or 0 for request in requests]
+        return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 
-    def _converse(self, request: Turn, cancel: CancelToken, emit: Emit, notices: _Notices) -> None:
+    def _converse(self, request: Turn, cancel: CancelToken, emit: Emit, notices: Notices) -> None:
         """A turn: words and pictures as the pipeline gives them."""
         pipe, pictures, line = self._pipeline_for("converse"), 0, ""
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
@@ -194,38 +308,7 @@ class Engine:
         emit(Done(pictures=pictures, cancelled=cancel.cancelled))
 
 
-def _arguments(request: Draw | Edit, can: Capabilities) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call for a request."""
-    given: dict[str, Any] = dict(request.options)
-    if can.modes:
-        given["mode"] = can.mode(request)
-    if can.guidance_name:
-        given[can.guidance_name] = can.guidance_of(request)
-    if isinstance(request, Draw):
-        given |= {"prompt": request.prompt, "negative_prompt": request.negative, "image": request.image}
-        given |= {"mask_image": request.mask, "strength": request.strength}
-        if request.size is not None:
-            given |= {"width": request.size[0], "height": request.size[1]}
-    else:
-        given |= {"image": request.image, "prompt": request.instruction, "negative_prompt": request.negative}
-        given |= {"mask_image": request.mask, "image_guidance_scale": request.image_guidance}
-    return given
-
-
-class _Notices:
-    """Turns warnings of a run into events, each text once a run. Entered while the run has its turn."""
-
-    def __init__(self, emit: Emit) -> None:
-        self.emit, self.seen = emit, set[str]()
-
-    def __enter__(self) -> None:
-        self.caught = warnings.catch_warnings(record=True)
-        self.log = self.caught.__enter__()
-        warnings.simplefilter("always", UserWarning)
-
-    def __exit__(self, *error: Any) -> None:
-        self.caught.__exit__(*error)
-        for text in dict.fromkeys(str(w.message) for w in self.log or () if issubclass(w.category, UserWarning)):
-            if text not in self.seen:
-                self.seen.add(text)
-                self.emit(Notice(text=text))
+def _singles(request: Draw | Edit) -> list[Draw | Edit]:
+    """A request of several pictures as one for each, picture k with seed + k."""
+    first = secrets.randbelow(2**31) if request.seed is None else request.seed
+    return [replace(request, count=1, seed=first + k) for k in range(request.count)]

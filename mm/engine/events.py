@@ -39,9 +39,13 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """A piece of an answer, in order. The pieces of an answer are joined as they are."""
+    """A piece of an answer, in order. The pieces of an answer are joined as they are.
+
+    `outside`: the picture is of a kind that the model was not trained on, so that the answer says little.
+    """
 
     text: str
+    outside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

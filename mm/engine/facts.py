@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mm.engine.capabilities import Capabilities
@@ -20,17 +22,23 @@ FAMILY_TASKS: Mapping[str, str] = {
 }
 
 
-def capabilities_of(name: str, pipe: Any, family: Family | None) -> Capabilities:
+# Pipelines that fail for reasons of their own, with the reason.
+UNUSABLE: Mapping[str, str] = {
+    "ChromaInpaintPipeline": "diffusers' ChromaInpaintPipeline reads a setting that Chroma's transformer does not have",
+}
+
+
+def capabilities_of(name: str, pipe: Any, family: Family | None, folder: Path | None = None) -> Capabilities:
     """What a model can do.
 
     Args:
         name: of the model, in messages.
         pipe: its pipeline.
         family: its family; None for an unknown one, whose call's signature then decides everything.
+        folder: where the model was loaded from, for components that only some of the family's pipelines have.
     """
     takes = call_parameters(pipe)
-    own = {task for task, kin in FAMILY_TASKS.items() if family is not None and kin in family.pipelines}
-    tasks = own | _from_signature(pipe, takes)
+    tasks = _tasks(pipe, family, takes, folder)
     guidance_name = family.guidance_name if family is not None and family.guidance is not None else None
     if family is None and "guidance_scale" in takes:
         guidance_name = "guidance_scale"
@@ -42,10 +50,68 @@ def capabilities_of(name: str, pipe: Any, family: Family | None) -> Capabilities
         guidance=None if family is None else family.guidance,
         guidance_name=guidance_name,
         negative="negative_prompt" in takes,
+        negative_needs="true_cfg_scale" if _distilled(guidance_name, takes) else "",
+        negative_default=family.negative_prompt if family is not None and "negative_prompt" in takes else "",
         schedulers=schedulers_for(pipe),
-        image_guidance="image_guidance_scale" in takes or ("edit" in own and _edit_takes(family)),
+        image_guidance="image_guidance_scale" in takes or ("edit" in tasks and _edit_takes(family)),
+        best_of="best_of" in takes,
         **_size(pipe, family, takes),
     )
+
+
+def _distilled(guidance_name: str | None, takes: Mapping[str, Any]) -> bool:
+    """Whether guidance is an input of the denoiser (FLUX), so that a negative prompt needs guidance of its own."""
+    return "true_cfg_scale" in takes and guidance_name != "true_cfg_scale"
+
+
+def _tasks(pipe: Any, family: Family | None, takes: Mapping[str, Any], folder: Path | None) -> set[str]:
+    """Tasks by the family where its pipelines can be made of the components that are there, else by the call."""
+    named = {} if family is None else {t: family.pipelines[k] for t, k in FAMILY_TASKS.items() if k in family.pipelines}
+    own = {task for task, name in named.items() if usable(pipe, task, name, folder)}
+    if "draw" in own and "image" in takes and not {"strength", "mask_image"} & takes.keys():
+        own.add("edit")  # one class for both, with a picture or without
+    return own or _from_signature(pipe, takes)
+
+
+def usable(pipe: Any, task: str, name: str, folder: Path | None) -> bool:
+    """Whether a pipeline class of a family works with the components of `pipe`, or with those in its folder."""
+    if name in UNUSABLE or not _fits_unet(pipe, task):
+        return False
+    kind = class_of(name)
+    if kind is None:
+        return False
+    if kind in type(pipe).__mro__[:2]:  # the second is that of `mm.engine.outline`
+        return True
+    there = {key for key, part in pipe.components.items() if part is not None}
+    if ":" in name and folder is not None:
+        there |= {path.name for path in folder.iterdir() if path.is_dir()}
+    return required_of(kind) <= there
+
+
+def class_of(name: str) -> Any:
+    """A pipeline class by the name in a family file; None where this diffusers does not have it."""
+    if ":" in name:
+        return resolve(name)
+    import diffusers
+
+    return getattr(diffusers, name, None)
+
+
+def required_of(kind: Any) -> set[str]:
+    """Names of the components that a pipeline class cannot do without."""
+    found = inspect.signature(kind.__init__).parameters.items()
+    needed = {key for key, value in found if key != "self" and value.default is value.empty}
+    return needed - set(getattr(kind, "_optional_components", ()))
+
+
+def _fits_unet(pipe: Any, task: str) -> bool:
+    """Whether a UNet's input channels are those of a task: latents, and for some also a source, or source and mask."""
+    unet, vae = getattr(pipe, "unet", None), getattr(pipe, "vae", None)
+    latents = getattr(getattr(vae, "config", None), "latent_channels", None)
+    if unet is None or latents is None:
+        return True
+    fitting = {"inpaint": (latents, 2 * latents + 1), "edit": (2 * latents,)}.get(task, (latents,))
+    return unet.config.in_channels in fitting
 
 
 def _from_signature(pipe: Any, takes: Mapping[str, Any]) -> set[str]:
@@ -64,14 +130,12 @@ def _from_signature(pipe: Any, takes: Mapping[str, Any]) -> set[str]:
 
 def _edit_takes(family: Family | None) -> bool:
     """Whether a family's own editing pipeline has guidance for the source."""
-    name = family.pipelines["edit"] if family else ""
+    name = family.pipelines.get("edit", "") if family else ""
     return ":" in name and "image_guidance_scale" in call_parameters_of(resolve(name))
 
 
 def call_parameters_of(kind: type) -> Mapping[str, Any]:
     """The parameters of a class's call."""
-    import inspect
-
     return inspect.signature(kind.__call__).parameters
 
 
@@ -90,13 +154,14 @@ def _size(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> dict[st
     rule = None if family is None else family.size
     if rule is None:
         side = _native_side(pipe) or 1024
-        return {"size": (side, side), "multiple": 8, "fixed_size": not free}
+        return {"size": (side, side), "multiple": 8, "fixed_size": not free, "size_known": False}
     native = _native_side(pipe) or rule.default
     chosen = min(native, rule.default)
     return {
         "size": (chosen, chosen),
         "multiple": rule.multiple,
         "fixed_size": not free or rule.multiple == rule.maximum,
+        "largest": rule.maximum,
     }
 
 

@@ -17,6 +17,7 @@ from mm.core import devices
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.engine import memory
+from mm.engine.attaching import Adapter, attach_all
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
 from mm.engine.opening import open_pipeline, single_file
@@ -37,7 +38,7 @@ def load(
     dtype: str = "auto",
     bits: int | None = None,
     offload: Offload = "auto",
-    adapters: Sequence[str | tuple[str, float]] = (),
+    adapters: Sequence[str | Path | Adapter] = (),
     base: str | Path | None = None,
 ) -> Engine:
     """Loads a model.
@@ -63,18 +64,19 @@ def load(
     name = str(model)
     choice = _choice(device)
     notes = [f"{choice.device}: {choice.reason}"]
-    if bits in (4, 8):
+    if bits in (4, 8) and not _is_file(model):
         model = _quantized(model, bits)
         notes.append(f"{bits}-bit weights from {model}")
+    elif bits in (4, 8):
+        raise UserError(f"{model} is a single file; quantize its folder, or load it with diffusers and save it first")
     family = None
     if _is_file(model):
         folder: Path | None = None
         kind = _dtype(dtype, None, None, choice)
         pipe = single_file(Path(model), base, kind)
     else:
-        where = resolve_model(model)
-        folder = where if isinstance(where, Path) else None
-        family = family_at(where) if folder is not None else None
+        folder = where = local_folder(model)
+        family = family_at(where)
         kind = _dtype(dtype, folder, family, choice)
         pipe = open_pipeline(where, family, kind)
     family = family or family_of(pipe)
@@ -82,17 +84,20 @@ def load(
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
     notes.append(f"computes in {str(kind).removeprefix('torch.')}")
     notes.append(place(pipe, choice.device, offload))
-    for adapter in adapters:
-        notes.append(attach(pipe, adapter))
+    names, lines = attach_all(pipe, adapters)
+    notes += lines
     pipes = Pipelines(pipe, family, folder, kind)
     return Engine(
         pipe,
-        capabilities_of(name, pipe, family),
+        capabilities_of(name, pipe, family, folder),
         name=name,
         pipeline_for=pipes.get,
         preview=previewer(pipe, family),
         notes=tuple(note for note in notes if note),
         facts={"bits": bits} if bits in (4, 8) else {},
+        adapters=adapters,
+        attached=names,
+        own_batches=family is not None and any(":" in name for name in family.pipelines.values()),
     )
 
 
@@ -134,24 +139,30 @@ def _is_file(model: str | Path) -> bool:
     return Path(model).expanduser().is_file()
 
 
+def local_folder(model: str | Path) -> Path:
+    """The folder of a model; one that the hub has is downloaded, or taken from the cache.
+
+    Raises:
+        UserError: where there is no such model, or it can neither be downloaded nor is it in the cache.
+    """
+    where = resolve_model(model)
+    if isinstance(where, Path):
+        return where
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(DiffusionPipeline.download(where, use_safetensors=True))
+    except Exception as error:  # of many types: no network, no such repository, no index of a pipeline
+        why = " ".join(str(error).split())[:300]
+        try:
+            return Path(snapshot_download(where, local_files_only=True))
+        except Exception:
+            raise UserError(f"{where} is neither in the cache nor can it be downloaded: {why}") from error
+
+
 def _quantized(model: str | Path, bits: int) -> Path:
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantized_copy
 
-    return quantized_copy(model, SVDQuantConfig(bits=bits))
-
-
-def attach(pipe: Any, adapter: str | Path | tuple[str | Path, float]) -> str:
-    """Applies a patch of mm or a LoRA of another program; says what was applied."""
-    from mm.adapters.formats import read_lora
-    from mm.adapters.patch import Patch
-    from mm.adapters.patch_file import META
-    from mm.core.safe_tensors import read_header
-
-    path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"there is no adapter file {path}")
-    ours = META in read_header(file, "adapter").metadata
-    patch = Patch.load(file) if ours else read_lora(file, pipe, name=file.stem)
-    return f"{file.name}: {patch.apply(pipe, scale)}, scale {scale:g}"
+    return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))

@@ -30,9 +30,9 @@ def open_pipeline(where: str | Path, family: Family | None, dtype: Any) -> Any:
 
     own = family.pipelines.get("text_to_image", "") if family is not None else ""
     if ":" in own:
-        return resolve(own).from_pretrained(where, torch_dtype=dtype)
+        return resolve(own).from_pretrained(where, dtype=dtype)
     try:
-        return DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
@@ -58,6 +58,6 @@ def single_file(path: Path, base: str | Path | None, dtype: Any) -> Any:
     if class_name is None:
         raise UserError(f"{path} is a checkpoint of type {kind!r}, which mm cannot load alone; load its folder instead")
     try:
-        return getattr(diffusers, class_name).from_single_file(str(path), torch_dtype=dtype)
+        return getattr(diffusers, class_name).from_single_file(str(path), dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error

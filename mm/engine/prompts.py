@@ -7,7 +7,7 @@ Design choices
 - Weights follow A1111 and compel: `(words:1.3)` multiplies by 1.3, `(words)` by 1.1, `[words]` divides by 1.1, `word++`
   multiplies by 1.1 twice, `word-` by 0.9. A backslash before a bracket keeps it as text. A number as weight must be
   finite and at most 10, so that no prompt gives NaN embeddings.
-- How a model applies weights is `mm.engine.weighting`'s; parsing knows no model.
+- How a model applies weights is in `mm.engine.weighting`.
 """
 
 from __future__ import annotations

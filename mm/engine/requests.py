@@ -20,6 +20,7 @@ from mm.core.errors import UserError
 MAX_SEED = 2**32 - 1  # what other programs read from a PNG's text
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
+MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
 MAX_SIDE = 8192  # pixels
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
@@ -61,6 +62,16 @@ def picture(name: str, value: object) -> None:
         raise UserError(f"{name} is a {type(value).__name__}; give a PIL image")
 
 
+def size_in_pixels(value: object) -> None:
+    """Raises UserError unless `value` is None or (width, height) in pixels."""
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise UserError(f"size is {shown(value)}; give (width, height) in pixels")
+    for side, pixels in zip(("width", "height"), value, strict=True):
+        whole(side, pixels, 8, MAX_SIDE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How pictures are drawn, whatever they are drawn from.
@@ -87,7 +98,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         whole("count", self.count, 1, MAX_COUNT)
-        whole("batch_size", self.batch_size, 1, 256)
+        whole("batch_size", self.batch_size, 1, MAX_BATCH)
         if self.seed is not None:
             whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
         if self.steps is not None:
@@ -107,6 +118,7 @@ class Draw(Sampling):
         image: a picture to start from (image-to-image), or with `mask` to fill in.
         mask: white where `image` is drawn anew (inpainting).
         strength: share of the steps that image-to-image redraws, 0 to 1; None is the pipeline's default.
+        best_of: the most times that a picture is drawn, for models that read back what they drew.
     """
 
     prompt: str
@@ -115,17 +127,15 @@ class Draw(Sampling):
     image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float | None = None
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         text("prompt", self.prompt, empty=True)  # an empty prompt is the unconditional picture
+        whole("best_of", self.best_of, 1, 64)
         if self.negative is not None:
             text("negative", self.negative, empty=True)
-        if self.size is not None:
-            if not isinstance(self.size, tuple) or len(self.size) != 2:
-                raise UserError(f"size is {shown(self.size)}; give (width, height) in pixels")
-            for side, pixels in zip(("width", "height"), self.size, strict=True):
-                whole(side, pixels, 8, MAX_SIDE)
+        size_in_pixels(self.size)
         for name in ("image", "mask"):
             if getattr(self, name) is not None:
                 picture(name, getattr(self, name))
@@ -147,6 +157,7 @@ class Edit(Sampling):
         negative: what to avoid.
         mask: white where the picture may change; None is everywhere.
         image_guidance: how strictly the source is kept, for models that have a guidance of its own.
+        size: (width, height) in pixels; None is the model's choice.
     """
 
     image: Image.Image
@@ -154,9 +165,11 @@ class Edit(Sampling):
     negative: str | None = None
     mask: Image.Image | None = None
     image_guidance: float | None = None
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        size_in_pixels(self.size)
         picture("image", self.image)
         text("instruction", self.instruction)
         if self.negative is not None:
@@ -169,15 +182,19 @@ class Edit(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Describe:
-    """A question about a picture, or with `question` None a description of it."""
+    """A question about a picture, or with `question` None a description of it.
+
+    `max_words`: the longest answer; None is the model's default.
+    """
 
     image: Image.Image
     question: str | None = None
-    max_words: int = 128
+    max_words: int | None = None
 
     def __post_init__(self) -> None:
         picture("image", self.image)
-        whole("max_words", self.max_words, 1, 4096)
+        if self.max_words is not None:
+            whole("max_words", self.max_words, 1, 4096)
         if self.question is not None:
             text("question", self.question)
 

@@ -13,6 +13,7 @@ Design choices
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -249,4 +250,5 @@ def write_scripts(path: Path = SCRIPTS, count: int = 20, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Writes the scripts of mm eval chat into the package.").parse_args()
     write_scripts()

@@ -12,6 +12,7 @@ Design choices
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 
@@ -112,7 +113,8 @@ def _in_style(body: str, style: str | None, rng: random.Random) -> str:
 
 
 def main() -> None:
-    """Writes both files into the package."""
+    """The script: writes both files into the package."""
+    argparse.ArgumentParser(description="Writes the prompt files of mm eval compose into the package.").parse_args()
     for path, held_out in ((COMPOSE, True), (COMPOSE_TUNE, False)):
         files.write_text(path, "".join(to_line(p) + "\n" for p in compose_prompts(held_out=held_out)))
         print(path)

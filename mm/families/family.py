@@ -5,7 +5,7 @@ Design choices
   therefore costs nothing to read, and the general half of mm imports none of the code that a family stands for.
 - What only code can say (captions of one's own grammar, a score of drawn pictures) is a dotted name, "module:function",
   imported when it is called.
-- Families that share a denoiser class are told apart by the pipeline's class, then by values of the denoiser's config.
+- Families that share a denoiser class differ in the pipeline's class, or in values of the denoiser's config.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Family:
         more_pipelines: class names of further pipelines of the family.
         denoisers: class names of the modules that draw (transformer, UNet) -> their site rules.
         text_encoders: class names of the text encoders -> their site rules.
-        config: values of the denoiser's config that tell this family from others of the same denoiser class.
+        config: values of the denoiser's config that distinguish this family from others of the same denoiser class.
         model_types: `model_type` values of transformers' configs, where a family is no diffusers pipeline.
         steps: sampling steps where nothing is said, a number or one a mode.
         guidance: guidance scale where nothing is said. None: the family has no guidance argument.
@@ -122,6 +122,8 @@ class Family:
         lora: names in LoRA files.
         contexts: "module:Class" that gives prompts for erasing concepts (`mm.erasure.concepts.Contexts`); None takes
             templates of plain English.
+        objective: "module:Class" that says how the family's denoiser is trained
+            (`mm.customization.objectives.protocol.Objective`); None for families that cannot be customized yet.
         score: "module:function" called with (pipe, limit), which gives a list of booleans, one a picture; or None.
         dtype: "float32" for models that are small enough not to be loaded in 16 bits.
     """
@@ -147,6 +149,7 @@ class Family:
     edit_sites: tuple[str, ...] = ()
     lora: LoraNames = LoraNames()
     contexts: str | None = None
+    objective: str | None = None
     score: str | None = None
     dtype: str = "bfloat16"
 

@@ -30,6 +30,7 @@ FLUX = Family(
     preview=previews.FLUX,
     text_sites=(*TEXT, r"time_text_embed\.text_embedder\.linear_1"),
     edit_sites=TEXT,
+    objective="mm.customization.objectives.transformers:Flux",
     # sd-scripts calls the T5 encoder lora_te3, other trainers lora_te2
     lora=LoraNames(
         components=_LORA.components, kohya={**_LORA.kohya, "lora_te3_": "text_encoder_2"}, converter=_LORA.converter
@@ -38,13 +39,19 @@ FLUX = Family(
 SCHNELL = replace(FLUX, name="flux-schnell", config={"guidance_embeds": False}, steps=4, guidance=None)
 KONTEXT = replace(
     FLUX,
+    objective=None,
     name="flux-kontext",
-    pipelines={"edit": "FluxKontextPipeline", "inpaint": "FluxKontextInpaintPipeline"},
+    pipelines={
+        "text_to_image": "FluxKontextPipeline",
+        "edit": "FluxKontextPipeline",
+        "inpaint": "FluxKontextInpaintPipeline",
+    },
     more_pipelines=(),
     guidance=2.5,
 )
 FILL = replace(
     FLUX,
+    objective=None,
     name="flux-fill",
     pipelines={"inpaint": "FluxFillPipeline"},
     more_pipelines=(),
@@ -54,6 +61,7 @@ FILL = replace(
 )
 CONTROL = replace(
     FLUX,
+    objective=None,
     name="flux-control",
     pipelines={
         "control": "FluxControlPipeline",

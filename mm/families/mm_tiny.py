@@ -77,6 +77,7 @@ MM_TINY = Family(
     edit_sites=_TEXT,
     lora=LoraNames(components={"trunk": "trunk"}, kohya={"lora_unet_": "trunk"}),
     contexts="mm.world.concepts:WorldContexts",
+    objective="mm.pipelines.objective:TrunkObjective",
     score="mm.evaluation.verdicts:verdicts",
     dtype="float32",
 )

@@ -48,10 +48,12 @@ QWEN = Family(
     no_preview=previews.NONE_KNOWN,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.transformers:QwenImage",
     lora=transformer_names(0, "QwenImageLoraLoaderMixin"),
 )
 EDIT = replace(
     QWEN,
+    objective=None,
     name="qwen-image-edit",
     pipelines={"edit": "QwenImageEditPipeline", "inpaint": "QwenImageEditInpaintPipeline"},
     more_pipelines=("QwenImageEditPlusPipeline",),
@@ -59,6 +61,7 @@ EDIT = replace(
 )
 LAYERED = replace(
     QWEN,
+    objective=None,
     name="qwen-image-layered",
     pipelines={"layers": "QwenImageLayeredPipeline"},
     more_pipelines=(),
@@ -66,6 +69,7 @@ LAYERED = replace(
 )
 QWEN_21 = replace(
     QWEN,
+    objective=None,
     name="qwen-image-2.1",
     pipelines={"text_to_image": "QwenImage21Pipeline"},
     more_pipelines=(),

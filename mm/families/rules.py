@@ -151,7 +151,7 @@ _BY_NAME: Rules = (
     *gated(r".*", r"w1|w3", "w2"),
     *plain(r".*", "fc1", "fc2"),
 )
-# What no name tells: inside a list of blocks it works, outside it is an end. A model without lists has no such ends.
+# What no name says: inside a list of blocks it works, outside it is an end. A model without lists has no such ends.
 IN_BLOCKS: Rules = (Rule(_BLOCK, "linear"), *keep(r".*"))
 ANYWHERE: Rules = (Rule(r".*", "linear"),)
 

@@ -46,10 +46,12 @@ SANA = Family(
     no_preview=previews.NONE_KNOWN,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.transformers:Sana",
     lora=transformer_names(0, "SanaLoraLoaderMixin"),
 )
 SPRINT = replace(
     SANA,
+    objective=None,
     name="sana-sprint",
     pipelines={"text_to_image": "SanaSprintPipeline", "image_to_image": "SanaSprintImg2ImgPipeline"},
     more_pipelines=(),
@@ -58,6 +60,7 @@ SPRINT = replace(
 )
 VIDEO = replace(
     SANA,
+    objective=None,
     name="sana-video",
     pipelines={"text_to_video": "SanaVideoPipeline", "image_to_video": "SanaImageToVideoPipeline"},
     more_pipelines=(),

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, XL and Kolors: one UNet class, told apart by its config."""
+"""Stable Diffusion 1.x and 2.x, XL and Kolors: one UNet class, distinguished by its config."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ SD = Family(
     preview=previews.SD15,
     text_sites=KEYS_AND_VALUES,
     edit_sites=KEYS_AND_VALUES,
+    objective="mm.customization.objectives.unets:StableDiffusion",
     lora=unet_names(),
 )  # fmt: skip
 SDXL = Family(
@@ -66,6 +67,7 @@ SDXL = Family(
     preview=previews.SDXL,
     text_sites=(*KEYS_AND_VALUES, r"add_embedding\.linear_1"),
     edit_sites=KEYS_AND_VALUES,
+    objective="mm.customization.objectives.unets:StableDiffusionXL",
     lora=unet_names(2, "StableDiffusionXLLoraLoaderMixin"),
 )  # fmt: skip
 KOLORS = Family(

@@ -27,6 +27,7 @@ SD3 = Family(
     preview=previews.SD3,
     text_sites=(*TEXT, r"time_text_embed\.text_embedder\.linear_1"),
     edit_sites=TEXT,
+    objective="mm.customization.objectives.transformers:StableDiffusion3",
     lora=transformer_names(3, "SD3LoraLoaderMixin"),
 )
 FAMILIES = (SD3,)

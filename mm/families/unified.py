@@ -1,6 +1,6 @@
 """Public unified models in transformers' layout, Janus and Emu3: drawn and read with by `mm.pipelines.unified`.
 
-The language model carries words and pictures alike. What sees and what turns codes into pictures is small beside it,
+The language model carries words and pictures. What sees and what turns codes into pictures is small beside it,
 and stays. Attention cannot be called again for scoring: its cache has grown meanwhile.
 """
 

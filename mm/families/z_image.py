@@ -40,6 +40,7 @@ Z_IMAGE = Family(
     preview=previews.FLUX,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.transformers:ZImage",
     lora=transformer_names(0, "ZImageLoraLoaderMixin"),
 )
 FAMILIES = (Z_IMAGE,)

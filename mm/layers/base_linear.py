@@ -67,6 +67,16 @@ class QuantizableLinear(nn.Linear):
     def _join(self) -> None:
         """Called when the base has changed."""
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's; a quantized layer keeps its type where 8-bit floats are asked for (layerwise casting).
+
+        Its weight is smaller already, and scales in 8-bit floats would change what it stands for.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if self.bits < 16 and dtype is not None and dtype.itemsize == 1:
+            return self if device is None else super().to(device=device, non_blocking=non_blocking)
+        return super().to(*args, **kwargs)
+
     @classmethod
     def empty(
         cls, in_features: int, out_features: int, *, bias: bool, bits: int, rank: int, smooth: bool, dtype: torch.dtype,
@@ -122,6 +132,23 @@ class QuantizableLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
         self.activation = activation or ActivationRule()
+        self._join()
+
+    def dequantize_(self, dtype: torch.dtype | None = None) -> None:
+        """Replaces the integers and the SVD branch by the 16-bit weight that they stand for, in place.
+
+        Args:
+            dtype: of the weight; by default that of the scales.
+        """
+        weight, bias = self.base_weight(dtype), self._unlifted_bias()
+        for name in ("qweight", "weight_scales"):
+            del self._buffers[name]
+        for name in ("smooth", "down", "up"):
+            setattr(self, name, None)
+        self.activation = ActivationRule()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
         self._join()
 
     def _drop_weight(self) -> None:

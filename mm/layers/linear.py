@@ -6,7 +6,7 @@ Design choices
   erasure branches come from patches and are not.
 - Branches are laid side by side when they are attached, padded to a multiple of 16, so that all of them cost one `down`
   and one `up` in one op (`mm.kernels.branched_linear`). Their scales are one tensor: a slider recompiles nothing.
-- It is an `nn.Linear`, so that adapters of other libraries, which look for that, wrap it. Without a 16-bit weight,
+- It is an `nn.Linear`, so that adapters of other libraries, which search for that, wrap it. Without a 16-bit weight,
   `.weight` is computed: the base's meaning, smoothing undone, SVD branch included. Writing to it raises.
 - A plain layer becomes one in place, by its class: references, hooks, compiled graphs and offloading stay with it.
 - `state_dict` of a quantized layer is the checkpoint format: qweight, weight_scales, smooth, down, up, bias.
@@ -50,7 +50,7 @@ class BranchedLinear(QuantizableLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> BranchedLinear:
-        """Gives a layer room for branches, in place: it is the same object afterwards, with the same tensors.
+        """Makes a layer one that can hold branches, in place: it is the same object afterwards, with the same tensors.
 
         Args:
             linear: torch's own `nn.Linear`, or a `BranchedLinear`, which stays as it is.

@@ -128,7 +128,7 @@ def no_branches(module: nn.Module) -> str:
 
 
 def branched(root: nn.Module, path: str) -> BranchedLinear:
-    """The layer at `path` with room for branches; a plain one is converted in place."""
+    """The layer at `path`, able to hold branches; a plain one is converted in place."""
     layer = submodule(root, path)
     if layer is None:
         raise UserError(f"{type(root).__name__} has no layer {path}")

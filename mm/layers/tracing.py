@@ -77,7 +77,7 @@ def trace(root: nn.Module, runs: Iterable[Callable[[], object]]) -> Trace:
 
 
 def fingerprint(x: Tensor) -> Print:
-    """What tells one input from another: shape, type, two sums and sampled values."""
+    """What distinguishes one input from another: shape, type, two sums and sampled values."""
     flat = x.detach().reshape(-1)
     if flat.is_meta or not len(flat):
         return (tuple(x.shape), str(x.dtype))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class PromptCache:
         grown = self._map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)))
         return grown if extra else self
 
+    def to(self, device: torch.device | str) -> PromptCache:
+        """The same on another device."""
+        return self._map(lambda x: x.to(device))
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PromptCache:
         return PromptCache(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask_BT))
 
@@ -71,3 +76,14 @@ class TextState:
     def __len__(self) -> int:
         """Tokens, padding included."""
         return self.prompt.mask_BT.shape[1]
+
+
+_FIELDS = ("keys", "values", "mask_BT")
+# Lets torch.export and torch.func take caches as arguments and results.
+register_pytree_node(
+    PromptCache,
+    lambda cache: ([getattr(cache, name) for name in _FIELDS], None),
+    lambda parts, _: PromptCache(*parts),
+    serialized_type_name="mm.models.cache.PromptCache",
+    flatten_with_keys_fn=lambda cache: ([(GetAttrKey(name), getattr(cache, name)) for name in _FIELDS], None),
+)

@@ -26,6 +26,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from mm.layers.entry_points import ForwardMixin, entry_point
 from mm.models import layers
 
 # Keys and values of the channels decided so far, each (N, K, H, E), filled in place.
@@ -42,7 +43,7 @@ def smooth_rows(channels: int, levels: int, like: torch.Tensor, rms: float = 0.5
     return (rows * rms / rows.square().mean().sqrt()).to(like.dtype)
 
 
-class CodeLayer(nn.Module):
+class CodeLayer(ForwardMixin, nn.Module):
     """Causal attention over channels and feed-forward, both modulated by the token's feature."""
 
     def __init__(self, width: int, heads: int, ratio: int) -> None:
@@ -53,6 +54,7 @@ class CodeLayer(nn.Module):
         self.ff = layers.FeedForward(width, ratio)
         self.modulation = nn.Linear(width, 6 * width)
 
+    @entry_point
     def modulate(self, condition_NW: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Shift, scale and gate (N, 1, W) of attention, then of the feed-forward."""
         return self.modulation(condition_NW)[:, None].chunk(6, -1)
@@ -71,7 +73,7 @@ class CodeLayer(nn.Module):
         return torch.addcmul(x_NKW, gate_f, self.ff(layers.modulate(self.norm_2(x_NKW), shift_f, scale_f)))
 
 
-class CodeHead(ModelMixin, ConfigMixin):
+class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
     """Logits over the levels of every channel of a token, each given the channels before it."""
 
     _no_split_modules = ["CodeLayer"]  # noqa: RUF012
@@ -143,6 +145,7 @@ class CodeHead(ModelMixin, ConfigMixin):
         decided = logits_KNV.unbind(0)
         return torch.stack([decided[self.config.order.index(channel)] for channel in range(self.channels)], 1)
 
+    @entry_point
     @torch.no_grad()
     def sample(
         self,

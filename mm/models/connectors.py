@@ -22,9 +22,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from torch import nn
 
+from mm.layers.entry_points import ForwardMixin
 from mm.models import layers
 from mm.models.number_copy import number_bumps
 
@@ -59,7 +60,7 @@ class SameObjectCounter(nn.Module):
 
     def keys(self, merged_BSC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (B, S, E) of length 1, and the probability (B, S) that each token holds a centre."""
-        states_BSH = F.gelu(self.up(self.norm(merged_BSC.to(self.up.weight.dtype))))
+        states_BSH = F.gelu(self.up(self.norm(merged_BSC.to(get_parameter_dtype(self.up)))))
         keys_BSE = F.normalize(self.key_out(states_BSH).float(), dim=-1)
         return keys_BSE, self.centre_out(states_BSH).float().sigmoid().squeeze(-1)
 
@@ -76,7 +77,7 @@ def merged(tokens_BLC: torch.Tensor, side: int) -> torch.Tensor:
     return x.reshape(-1, half * half, 4 * channels)
 
 
-class Connector(ModelMixin, ConfigMixin):
+class Connector(ForwardMixin, ModelMixin, ConfigMixin):
     """An MLP over merged tokens.
 
     Args:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 
@@ -137,7 +138,7 @@ class SigmaEmbedding(nn.Module):
         """sigma (...) -> (..., D)."""
         steps = torch.arange(self.frequencies, device=sigma.device, dtype=torch.float32) / self.frequencies
         angles = 1000 * sigma.float()[..., None] * torch.exp(-math.log(10000) * steps)
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.up.weight.dtype)
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(get_parameter_dtype(self.up))
         return self.down(F.silu(self.up(waves)))
 
 

@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING
 
 from mm.world.words import WORDS, split
@@ -48,9 +49,10 @@ def build_text_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def unknown_words(text: str, known: set[str] | None = None) -> list[str]:
-    """The words of `text` that the vocabulary lacks, in order, each once."""
+    """The words of `text` that the vocabulary lacks, in order, each once. Words added later (`<mug>`) are known."""
     table = set(WORDS) if known is None else known
-    return list(dict.fromkeys(word for word in split(text) if word not in table))
+    rest = re.sub(r"<[a-z0-9_-]+>", lambda m: " " if m[0] in table else m[0], text.lower())
+    return list(dict.fromkeys(word for word in split(rest) if word not in table))
 
 
 def nearest_words(word: str, n: int = 3) -> list[str]:

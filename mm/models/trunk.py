@@ -34,20 +34,20 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from mm.layers.entry_points import ForwardMixin, entry_point
 from mm.models import layers
 from mm.models.cache import PromptCache, TextState
 from mm.models.number_copy import NumberCopy
 from mm.models.text_mask import prompt_numbers, text_mask
-from mm.models.trunk_layers import PictureLayer, TextLayer
+from mm.models.trunk_layers import PictureLayer, TextLayer, WordEmbedding
 
 Mode = Literal["flow", "codes"]
 MODES: tuple[Mode, ...] = ("flow", "codes")
 
 
-class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class Trunk(ForwardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Maps text and latents to one feature vector per picture token.
 
     Args:
@@ -97,7 +97,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if width % heads or (width // heads) % 4:
             raise ValueError(f"width {width} must be a multiple of 4 * heads (heads = {heads})")
-        self.words = nn.Embedding(vocabulary_size, width)
+        self.words = WordEmbedding(vocabulary_size, width)
         self.text_layers = nn.ModuleList(TextLayer(width, heads, text_ratio) for _ in range(depth))
         self.latent_in = nn.Linear(latent_channels, width)
         self.place = nn.Parameter(torch.zeros(latent_size * latent_size, width))
@@ -137,14 +137,14 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layer.modulation.data[2].fill_(1.0)
             layer.modulation.data[5].fill_(1.0)
 
-    @apply_forward_hook  # runs the offload hooks, as forward does
+    @entry_point
     def encode_text(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, understanding_NSD: torch.Tensor | None = None
     ) -> PromptCache:
         """Keys and values of a prompt for picture tokens; arguments and errors as in `read`."""
         return self._read(ids_BT, mask_BT, understanding_NSD, None)[1].prompt
 
-    @apply_forward_hook
+    @entry_point
     def read(
         self,
         ids_BT: torch.Tensor,
@@ -172,7 +172,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError("this trunk draws only; reading needs one whose config says reads: true")
         x_BTD, state = self._read(ids_BT, mask_BT, understanding_NSD, past)
         x_BTD = self.norm_text_out(x_BTD)
-        logits_BTV = F.linear(x_BTD, self.words.weight.to(x_BTD.dtype))
+        logits_BTV = self.words(states_BTD=x_BTD)
         if self.number_copy is None:
             return logits_BTV, state
         width, max_count = self.config.width, self.config.max_count
@@ -236,7 +236,7 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prompts = prompt_numbers(ids_BT, config.prefix_start_tokens, config.reply_token) if config.prefix_lm else None
         return text_mask(ids_BT, seen_BT, config.understanding_token, prompts)
 
-    @apply_forward_hook
+    @entry_point
     def encode_picture(self, latents_BCHW: torch.Tensor, prompt: PromptCache) -> PromptCache:
         """The cache of `prompt` followed by the keys and values of a clean source picture.
 
@@ -256,13 +256,11 @@ class Trunk(ModelMixin, ConfigMixin, PeftAdapterMixin):
         height, width = latents_BCHW.shape[2:]
         angles = layers.picture_angles(height, width, self.config.width // self.config.heads, latents_BCHW.device)
         seen_BT = F.pad(prompt.mask_BT, (0, x_BLD.shape[1]), value=True)
-        keys, values = [], []
+        mask, keys, values = seen_BT[:, None, None], [], []
         for i, layer in enumerate(self._picture_stack):
-            k, v, finish = layer.keys_and_rest(x_BLD, shared, angles)
-            keys.append(torch.cat([prompt.keys[i], k], 1))
-            values.append(torch.cat([prompt.values[i], v], 1))
-            if i + 1 < len(self._picture_stack):  # outputs of the last layer are not used
-                x_BLD = finish(keys[-1], values[-1], seen_BT[:, None, None])
+            x_BLD, k, v = layer.with_keys(x_BLD, shared, angles, prompt.keys[i], prompt.values[i], mask)
+            keys.append(k)
+            values.append(v)
         return PromptCache(tuple(keys), tuple(values), seen_BT)
 
     def _modulation(self, sigma: torch.Tensor) -> torch.Tensor:

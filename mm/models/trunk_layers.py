@@ -5,15 +5,26 @@ Legend: B batch, T text tokens, P picture tokens with the mode token, D width, H
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from mm.layers.entry_points import ForwardMixin, entry_point
 from mm.models import layers
 
 
-class TextLayer(nn.Module):
+class WordEmbedding(nn.Embedding):
+    """Word embeddings that are also the output weights of the text head."""
+
+    def forward(self, ids_BT: torch.Tensor | None = None, *, states_BTD: torch.Tensor | None = None) -> torch.Tensor:
+        """Vectors (B, T, D) of ids, or logits (B, T, V) of states."""
+        if states_BTD is not None:
+            return F.linear(states_BTD, self.weight.to(states_BTD.dtype))
+        assert ids_BT is not None
+        return super().forward(ids_BT)
+
+
+class TextLayer(ForwardMixin, nn.Module):
     """A causal text layer that also projects keys and values for picture tokens."""
 
     def __init__(self, width: int, heads: int, ratio: int) -> None:
@@ -26,6 +37,7 @@ class TextLayer(nn.Module):
         self.to_v_pic = nn.Linear(width, width, bias=False)
         self.norm_k_pic = layers.Norm(width // heads)
 
+    @entry_point
     def for_pictures(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, T, H, E) that picture tokens attend to at this layer."""
         normed = self.norm_1(x_BTD)
@@ -49,7 +61,7 @@ class TextLayer(nn.Module):
         return x_BTD + self.ff(self.norm_2(x_BTD)), k, v
 
 
-class PictureLayer(nn.Module):
+class PictureLayer(ForwardMixin, nn.Module):
     """A bidirectional picture layer with adaLN, attending to its own tokens and to the prompt's cache."""
 
     def __init__(self, width: int, heads: int, ratio: int) -> None:
@@ -70,22 +82,36 @@ class PictureLayer(nn.Module):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Output tokens (B, P, D), attending to the prompt's keys and values and to the picture's own."""
-        k, v, finish = self.keys_and_rest(x_BPD, shared_6, angles)
-        return finish(torch.cat([text_k, k], 1), torch.cat([text_v, v], 1), mask)
+        return self._run(x_BPD, shared_6, angles, text_k, text_v, mask)[0]
 
-    def keys_and_rest(
-        self, x_BPD: torch.Tensor, shared_6: torch.Tensor, angles: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Callable[..., torch.Tensor]]:
-        """Keys and values of the tokens, and the rest of the layer as a function of all keys, values and their mask."""
+    @entry_point
+    def with_keys(
+        self,
+        x_BPD: torch.Tensor,
+        shared_6: torch.Tensor,
+        angles: torch.Tensor,
+        text_k: torch.Tensor,
+        text_v: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `forward`; also the keys and values (B, T + P, H, E) of prompt and picture."""
+        return self._run(x_BPD, shared_6, angles, text_k, text_v, mask)
+
+    def _run(
+        self,
+        x_BPD: torch.Tensor,
+        shared_6: torch.Tensor,
+        angles: torch.Tensor,
+        text_k: torch.Tensor,
+        text_v: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mod = shared_6 + self.modulation.to(shared_6.dtype)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mod.unbind(-2)
         q, k, v = self.attn(layers.modulate(self.norm_1(x_BPD), shift_a, scale_a))
+        # Text keys are not rotated (position zero), so that a picture token's own position can decide which words it
+        # attends to.
         q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-
-        def finish(all_k: torch.Tensor, all_v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-            # Text keys are not rotated (position zero), so that a picture token's own position can decide which words
-            # it attends to.
-            x = torch.addcmul(x_BPD, gate_a, self.attn.to_out(layers.attend(q, all_k, all_v, mask)))
-            return torch.addcmul(x, gate_f, self.ff(layers.modulate(self.norm_2(x), shift_f, scale_f)))
-
-        return k, v, finish
+        all_k, all_v = torch.cat([text_k, k], 1), torch.cat([text_v, v], 1)
+        x = torch.addcmul(x_BPD, gate_a, self.attn.to_out(layers.attend(q, all_k, all_v, mask)))
+        return torch.addcmul(x, gate_f, self.ff(layers.modulate(self.norm_2(x), shift_f, scale_f))), all_k, all_v

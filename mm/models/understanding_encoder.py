@@ -14,13 +14,17 @@ Legend: B batch, C latent channels, H = image / patch, L = H * H tokens, W width
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.outputs import BaseOutput
 from torch import nn
 
+from mm.layers.entry_points import ForwardMixin, entry_point
 from mm.models import layers
 
 NAME = "mm-tiny-vit"
@@ -53,8 +57,52 @@ def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class UnderstandingEncoder(ModelMixin, ConfigMixin):
+@dataclass
+class UnderstandingOutput(BaseOutput):
+    """pooled: vectors (B, embed_dim). tokens: (B, L, W)."""
+
+    pooled: torch.Tensor
+    tokens: torch.Tensor
+
+
+class PatchEmbedding(nn.Conv2d):
+    """open_clip's patch convolution; patches that are embedded already pass unchanged."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[1] == self.out_channels else super().forward(x)
+
+
+class Attention(nn.MultiheadAttention):
+    """torch's attention, with the output projection called as a module, so that its hooks act."""
+
+    def forward(  # type: ignore[override]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        need_weights: bool = False,
+        attn_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """Self-attention of (B, L, W)."""
+        assert self.batch_first and query is key is value and not need_weights
+        q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _with_hooks(clip: nn.Module) -> None:
+    """Gives parts of an open_clip model the classes above, which hold the same tensors."""
+    for module in clip.modules():
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = Attention
+    clip.visual.conv1.__class__ = PatchEmbedding  # type: ignore[union-attr]
+
+
+class UnderstandingEncoder(ForwardMixin, ModelMixin, ConfigMixin):
     """Pictures to tokens; `visual`, `text` and `logit_scale` are open_clip's own."""
+
+    output_class = UnderstandingOutput
 
     @register_to_config
     def __init__(
@@ -82,6 +130,7 @@ class UnderstandingEncoder(ModelMixin, ConfigMixin):
         clip: Any = CustomTextCLIP(
             **{k: x for k, x in open_clip_config(dict(self.config)).items() if k != "custom_text"}
         )
+        _with_hooks(clip)
         self.visual, self.text, self.logit_scale = clip.visual, clip.text, clip.logit_scale
 
     def forward(self, pictures_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,21 +140,16 @@ class UnderstandingEncoder(ModelMixin, ConfigMixin):
             raise ValueError(f"pictures of shape {tuple(pictures_BCHW.shape)}; this encoder reads 3 x {size} x {size}")
         return self.visual(pictures_BCHW)
 
+    @entry_point
     def encode_patches(self, patches_BWHH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, from patch embeddings (B, W, H, H), such as a `LatentStem`'s output.
-
-        Follows open_clip's VisionTransformer from its patch convolution on.
-        """
-        visual, side = self.visual, self.config.image_size // self.config.patch_size
+        """As `forward`, from patch embeddings (B, W, H, H), such as a `LatentStem`'s output."""
+        side = self.config.image_size // self.config.patch_size
         if patches_BWHH.shape[1:] != (self.config.width, side, side):
             shape = tuple(patches_BWHH.shape)
             raise ValueError(f"patches of shape {shape}; this encoder reads {self.config.width} x {side} x {side}")
-        patches_BLW = patches_BWHH.flatten(2).transpose(1, 2)
-        whole = visual.class_embedding.to(patches_BLW.dtype).expand(len(patches_BLW), 1, -1)
-        x = torch.cat([whole, patches_BLW], 1) + visual.positional_embedding.to(patches_BLW.dtype)
-        pooled, tokens = visual._pool(visual.transformer(visual.ln_pre(visual.patch_dropout(x))))
-        return pooled @ visual.proj, tokens
+        return self.visual(patches_BWHH)
 
+    @entry_point
     def encode_text(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Pooled vectors (B, embed_dim) of captions, right-padded with 0 up to the context length."""
         return self.text(ids_BT)
@@ -127,7 +171,7 @@ class StemBlock(nn.Module):
         return x_BWHH + self.ff(normed).permute(0, 3, 1, 2)
 
 
-class LatentStem(ModelMixin, ConfigMixin):
+class LatentStem(ForwardMixin, ModelMixin, ConfigMixin):
     """Maps generation latents to the understanding encoder's patch embeddings."""
 
     @register_to_config

@@ -19,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from mm.layers.entry_points import ForwardMixin
 from mm.models import layers
 
 
@@ -41,7 +42,7 @@ class VelocityLayer(nn.Module):
         return torch.addcmul(x_BLD, gate_f, self.ff(layers.modulate(self.norm_2(x_BLD), shift_f, scale_f)))
 
 
-class VelocityDecoder(ModelMixin, ConfigMixin):
+class VelocityDecoder(ForwardMixin, ModelMixin, ConfigMixin):
     """A few layers that turn features and noisy latents into velocity."""
 
     _repeated_blocks = ["VelocityLayer"]  # noqa: RUF012

@@ -4,9 +4,9 @@ Design choices
 - What each choice errs is measured at the group's own outputs on calibration rows, as a share of their power: rounding
   of weights with the branch, at 4 and at 8 bits. Rounding of inputs is the same for both and left out.
 - Greedy: all groups start at 4 bits, or at the bits of their `Site` where the budget allows that; the upgrade
-  that takes away most error for its bytes is made while there is room. Errors are added up as if independent.
+  that takes away most error for its bytes is made while bytes are left. Errors are added up as if independent.
 
-Smoothing and error feedback come afterwards, and help every choice alike.
+Smoothing and error feedback come afterwards, and help every choice.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ def allot(
     """
     whole = budget * sum(size[16] for size in sizes.values())
     chosen = dict.fromkeys(errors, STEPS[0]) | (wanted or {})
-    room = whole - sum(sizes[name][bits] for name, bits in chosen.items())
-    if room < 0:
+    left = whole - sum(sizes[name][bits] for name, bits in chosen.items())
+    if left < 0:
         chosen = dict.fromkeys(errors, STEPS[0])
-        room = whole - sum(sizes[name][4] for name in errors)
+        left = whole - sum(sizes[name][4] for name in errors)
     while True:
         best: tuple[float, str, int] | None = None
         for name, now in chosen.items():
             for bits in STEPS[STEPS.index(now) + 1 :]:
                 cost = sizes[name][bits] - sizes[name][now]
                 gain = (errors[name][now] - errors[name][bits]) / max(cost, 1)
-                if cost <= room and gain > 0 and (best is None or gain > best[0]):
+                if cost <= left and gain > 0 and (best is None or gain > best[0]):
                     best = (gain, name, bits)
         if best is None:
             return chosen
         _, name, bits = best
-        room -= sizes[name][bits] - sizes[name][chosen[name]]
+        left -= sizes[name][bits] - sizes[name][chosen[name]]
         chosen[name] = bits
 
 

@@ -7,7 +7,7 @@ Design choices
 - What is kept of one pass fits into `memory` bytes: groups beyond it wait for another pass over the same prompts, so
   that a model far larger than its calibration still needs only its own weights and little more.
 - Of calls with many rows fewer are kept: as many as give `TOKENS` rows for each input, at least `LEAST`. Scoring them
-  costs time by the rows, and more of them tell nothing new of the weights.
+  costs time by the rows, and more of them add no information about the weights.
 
 Legend: M rows, K inputs.
 """

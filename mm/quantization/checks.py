@@ -1,4 +1,4 @@
-"""What is looked at before a model is quantized: what would go wrong later, and what would stay as it is in silence.
+"""What is checked before a model is quantized: what would go wrong later, and what would stay as it is in silence.
 
 Design choices
 - Errors come before anything is changed: a model is quantized in place.
@@ -120,19 +120,6 @@ def warn_adapters(roots: Mapping[str, nn.Module]) -> list[str]:
             stacklevel=3,
         )
     return sorted(names)
-
-
-def refuse_fusing(root: nn.Module) -> None:
-    """Makes diffusers' `fuse_qkv_projections` of a quantized model raise: it would go back to 16 bits in silence."""
-    if hasattr(type(root), "fuse_qkv_projections"):
-        root.__dict__["fuse_qkv_projections"] = _no_fusing
-
-
-def _no_fusing(*_args: Any, **_kwargs: Any) -> None:
-    raise UserError(
-        "fuse_qkv_projections would replace quantized layers by 16-bit ones; layers that read the same input share "
-        "their rounding already"
-    )
 
 
 def bytes_of(root: nn.Module) -> int:

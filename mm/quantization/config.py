@@ -8,10 +8,15 @@ Design choices
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+from mm.core.files import write_text
 
 
 class QuantizationMethod(StrEnum):
@@ -80,13 +85,35 @@ class SVDQuantConfig:
 
     @property
     def quant_method(self) -> QuantizationMethod:
-        """What diffusers and transformers tell methods apart by."""
+        """The name by which diffusers and transformers distinguish methods."""
         return QuantizationMethod.SVDQUANT
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings."""
         lists = {"keep": list(self.keep), "layers": list(self.layers)}
         return {"quant_method": self.METHOD} | dataclasses.asdict(self) | lists
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        plain = type(self)().to_dict()
+        return {k: x for k, x in self.to_dict().items() if k == "quant_method" or x != plain[k]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON of `to_diff_dict`, or of all settings."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Writes all settings to a file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff=False))
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Changes settings in place, checked as in the constructor; returns the arguments that are no settings."""
+        names = {f.name for f in dataclasses.fields(self)}
+        known = {k: x for k, x in kwargs.items() if k in names}
+        changed = dataclasses.replace(self, **known)
+        for name in known:
+            object.__setattr__(self, name, getattr(changed, name))
+        return {k: x for k, x in kwargs.items() if k not in names}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

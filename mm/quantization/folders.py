@@ -1,4 +1,4 @@
-"""4-bit copies of model folders: what `mm quantize` does, and the 4-bit model of `mm generate --quantized`.
+"""4-bit copies of model folders: what `mm quantize` does, and the 4-bit model of `mm generate --bits 4`.
 
 Design choices
 - Any model folder or hub name of a known family, and any other diffusers pipeline. The family says by which class it is
@@ -181,12 +181,34 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
 
     where = resolve_model(model)
     if not isinstance(where, Path):
-        raise UserError(f"--quantized makes a 4-bit copy of a local model; quantize {model!r} with `mm quantize` first")
+        raise UserError(f"{model!r} is a name on the hub; download it, and give its folder")
     config = config or SVDQuantConfig()
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for path in sorted(where.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    folder = cache_dir() / "quantized" / f"{where.name}-{digest.hexdigest()[:16]}"
-    if not (folder / "report.json").is_file():
+        with path.open("rb") as file:  # models are larger than memory
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    name = where.parent.parent.name if where.parent.name == "snapshots" else where.name  # the hub's cache
+    folder = cache_dir() / "quantized" / f"{name}-{digest.hexdigest()[:16]}"
+    if _is_whole(folder):
+        return folder
+    if folder.exists() and not (folder / ".parts").is_dir():  # an earlier run ended between two files
+        shutil.rmtree(folder)
+    try:
+        quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
+    except UserError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(folder)  # parts that cannot be gone on with
         quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a copy was finished and every component that its index names is there."""
+    if not (folder / "report.json").is_file() or (folder / ".parts").exists():
+        return False
+    try:
+        resolve_model(folder)
+    except UserError:
+        return False
+    return True

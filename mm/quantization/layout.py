@@ -2,7 +2,7 @@
 
 Design choices
 - The tensors of a quantized layer are its state_dict (see `mm.layers.linear`), row-major and the same on every device.
-  What tensors cannot tell (rank and shapes before they are loaded, how inputs are rounded) stands in config.json,
+  What tensors do not contain (rank and shapes before they are loaded, how inputs are rounded) stands in config.json,
   layers of one kind together.
 - A model that was quantized carries the hash of its 16-bit tensors, by which patches know their base.
 - How diffusers and transformers save that is registered here by `mm.quantization.integrations`.
@@ -22,8 +22,8 @@ from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash as base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import swap
-from mm.quantization.checks import refuse_fusing
 from mm.quantization.config import SVDQuantConfig
+from mm.quantization.library_calls import set_calls
 from mm.quantization.saved_layers import saved_kinds
 
 Recorder = Callable[[Any, SVDQuantConfig], None]
@@ -82,7 +82,7 @@ def ready(root: nn.Module) -> None:
     align(root)
     for _, layer in quantized(root):
         layer.refresh()
-    refuse_fusing(root)
+    set_calls(root)
 
 
 def align(root: nn.Module) -> None:
@@ -97,7 +97,7 @@ def align(root: nn.Module) -> None:
 
 
 def record(root: Any, config: SVDQuantConfig, base: str) -> None:
-    """Writes what was done where the library that saves `root` looks for it.
+    """Writes what was done where the library that saves `root` reads it.
 
     Args:
         root: the quantized model; a plain module keeps only the hash of its base.
@@ -105,7 +105,7 @@ def record(root: Any, config: SVDQuantConfig, base: str) -> None:
         base: hash of its 16-bit tensors.
     """
     root.mm_base_hash = base
-    refuse_fusing(root)
+    set_calls(root)
     saves = "diffusers" if hasattr(root, "register_to_config") else "transformers"
     if hasattr(root, "config") and hasattr(root, "save_pretrained") and saves in _recorders:
         _recorders[saves](root, dataclasses.replace(config, layers=describe(root), base=base))

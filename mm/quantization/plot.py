@@ -1,7 +1,4 @@
-"""A report as a picture: what each layer lost, before and after, on a logarithmic scale.
-
-This module does not know how errors were measured.
-"""
+"""A report as a picture: what each layer lost, before and after, on a logarithmic scale."""
 
 from __future__ import annotations
 

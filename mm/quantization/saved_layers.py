@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ MAX_RANK = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class SavedKind:
-    """Layers that were quantized alike. bits: of weights. rank: of the branch. paths: of the layers."""
+    """Layers quantized with the same settings. bits: of weights. rank: of the branch. paths: of the layers."""
 
     bits: int
     rank: int
@@ -86,7 +86,7 @@ def check_stored(layers: Iterable[tuple[str, Any]], files: Sequence[str | Path])
         layers: paths and quantized layers.
         files: the safetensors files that are about to be loaded.
     """
-    stored = {name for file in files if str(file).endswith(".safetensors") for name in read_header(file).tensors}
+    stored = names_in(files)
     wanted = [f"{path}.{name}" for path, layer in layers for name in layer.state_dict()]
     lacking = Counter(map(_end, wanted)) - Counter(map(_end, stored))
     for name in wanted:
@@ -96,3 +96,26 @@ def check_stored(layers: Iterable[tuple[str, Any]], files: Sequence[str | Path])
 
 def _end(name: str) -> str:
     return ".".join(name.split(".")[-2:])
+
+
+def names_in(files: Sequence[str | Path]) -> set[str]:
+    """The names of all tensors in safetensors files; those of other kinds are passed over."""
+    return {name for file in files if Path(file).suffix == ".safetensors" for name in read_header(file).tensors}
+
+
+def all_plain(kinds: Sequence[object], stored: Collection[str]) -> bool:
+    """Whether files that should hold these quantized layers hold plain weights for all of them.
+
+    Making a model from the config of a quantized one copies its quantization settings into a model with plain weights.
+
+    Args:
+        kinds: the values under `layers` in a quantization_config.
+        stored: names of the stored tensors.
+    """
+    paths = [path for kind in saved_kinds(kinds) for path in kind.paths]
+    return all(f"{path}.weight" in stored and f"{path}.qweight" not in stored for path in paths)
+
+
+def plain_notice(model: object) -> str:
+    """What is said where a model is loaded at 16 bits though its config says otherwise."""
+    return f"the config of this {type(model).__name__} names 4-bit layers and its weights are plain; loaded at 16 bits"

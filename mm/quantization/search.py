@@ -10,7 +10,7 @@ Design choices
 - Layers of a group are stacked: one lambda and one `down` serve q, k and v.
 - Branch and rounding take turns, L = SVD(W' - Q), Q = round(W' - L), until a turn takes less than `WORTH` off the
   output error; then GPTQ rounds the residual, in turns with the branch as well, as long as that errs less. The branch
-  is the best one at the outputs, not on the weights: what GPTQ leaves is largest where nothing is felt of it.
+  is the best one at the outputs, not on the weights: GPTQ leaves most error where outputs do not depend on it.
 
 Legend: C candidates, M rows, N outputs of all layers of the group, K inputs, R rank.
 """

@@ -11,11 +11,11 @@ Design choices
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,11 @@ def journal(state: Path, earlier: str = "") -> str:
 
 def main() -> None:
     """The command."""
-    state, target = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description="Writes a run's journal from its state folder.")
+    parser.add_argument("state", type=Path, help="the state folder of a run")
+    parser.add_argument("target", type=Path, help="the page to write, or to bring up to date")
+    given = parser.parse_args()
+    state, target = given.state, given.target
     write_text(target, journal(state, target.read_text() if target.is_file() else ""))
 
 

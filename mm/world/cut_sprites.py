@@ -6,7 +6,7 @@ row, each glyph cropped to its ink and scaled so that its longest side is 64.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -35,5 +35,8 @@ def cut(font_path: str) -> Image.Image:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Cuts the sprites of the world from a font into the package.")
+    parser.add_argument("font", help="NotoColorEmoji.ttf")
+    found = cut(parser.parse_args().font)
     SHEET.parent.mkdir(exist_ok=True)
-    cut(sys.argv[1]).save(SHEET, optimize=True)
+    found.save(SHEET, optimize=True)

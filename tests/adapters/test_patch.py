@@ -235,7 +235,7 @@ def test_a_unet_in_kohyas_names():
     sizes = (layer.in_features, layer.out_features)
     conv = {f"{flat}.lora_down.weight": torch.randn(2, sizes[0], 3, 3),
             f"{flat}.lora_up.weight": torch.randn(sizes[1], 2, 1, 1)}  # fmt: skip
-    with pytest.raises(UserError, match=rf"{flat}\.lora_down\.weight' \(2, 8, 3, 3\) .* has \(4, 8\) here"):
+    with pytest.raises(UserError, match=rf"{flat}\.lora_down\.weight' \(2, 32, 3, 3\) .* has \(32, 32\) here"):
         read_lora(conv, model)
 
 

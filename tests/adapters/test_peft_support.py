@@ -42,7 +42,7 @@ def unet_inputs() -> dict:
     return {
         "sample": torch.randn(1, 4, 16, 16, generator=g),
         "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(1, 5, 8, generator=g),
+        "encoder_hidden_states": torch.randn(1, 5, 32, generator=g),
         "added_cond_kwargs": added,
     }
 
@@ -80,7 +80,7 @@ def case(request):
         return getattr(pipe, part)(**inputs(), return_dict=False)[0]
 
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(("to_q", "to_v", "net.2"))]
-    assert any(isinstance(model.get_submodule(n), BranchedLinear) for n in layers)
+    assert all(isinstance(model.get_submodule(n), BranchedLinear) for n in layers)
 
     def lora(seed: int) -> Patch:
         g = torch.Generator().manual_seed(seed)
@@ -109,6 +109,10 @@ def same(one: Tensor, other: Tensor) -> None:
 def test_diffusers_calls_do_on_4_bits_what_patches_do(case):
     pipe, run, lora = case
     before, first, second = run(), lora(1), lora(2)
+
+    def same(one: Tensor, other: Tensor) -> None:
+        """Sums in another order flip a few roundings of 8-bit inputs, which must stay far below what a LoRA changes."""
+        assert (one - other).norm() < 0.02 * (other - before).norm()
 
     def with_patches(**scales: float) -> Tensor:
         chosen = [p for p in (first, second) if p.name in scales]

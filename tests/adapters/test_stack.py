@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from adapter_cases import COMPILED, FC1, OFFLOADED, WORDS, Q, five, outputs_of_subsets, run, text_encoder
+from adapter_cases import COMPILED, FC1, OFFLOADED, WIDTH, WORDS, Q, five, outputs_of_subsets, run, text_encoder
 from peft import LoraConfig, get_peft_model
 from tiny_public import T5
 from torch import nn
@@ -29,6 +29,7 @@ ORDERS = list(permutations(range(5)))
 def four_bits() -> tuple[nn.Module, list]:
     model = text_encoder()
     mm.quantize(model, mm.SVDQuantConfig(rank=4, data_free=True, keep=("k_proj", "v_proj")), progress=False)
+    assert all(isinstance(model.get_submodule(path), BranchedLinear) for path in (Q, FC1))
     return model, [patch.truncated(4, model) if patch.method in ("dense", "hirm") else patch for patch in five()]
 
 
@@ -73,7 +74,7 @@ def test_compiled_models_too(bits, way):
 
 
 def dense(name: str = "dense", seed: int = 0, path: str = Q) -> Patch:
-    delta = torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))
+    delta = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed))
     return Patch(name=name, method="dense", entries={path: Entry(kind="dense", tensors={"delta": delta})})
 
 
@@ -378,7 +379,7 @@ def test_a_table_with_two_names_is_one_table():
     assert model.shared.weight[[2, 5]].eq(2).all()
     two.undo(model)
     assert torch.equal(model.shared.weight, before)
-    tied = nn.ModuleDict({"words": nn.Embedding(16, 16), "head": nn.Linear(16, 16, bias=False)})
+    tied = nn.ModuleDict({"words": nn.Embedding(WIDTH, WIDTH), "head": nn.Linear(WIDTH, WIDTH, bias=False)})
     tied["head"].weight = tied["words"].weight
     with pytest.raises(UserError, match="also that of words, which would change too"):
         dense(path="head").apply(tied)
@@ -461,11 +462,11 @@ def test_layers_of_other_libraries_are_named_before_anything_is_changed(kind):
 @pytest.mark.parametrize(
     ("ids", "rows", "message"),
     [
-        ([-1], torch.ones(1, 16), "ids -1 to -1"),
-        ([2, 2], torch.ones(2, 16), "the same id twice"),
-        ([], torch.ones(0, 16), "need shapes"),
+        ([-1], torch.ones(1, WIDTH), "ids -1 to -1"),
+        ([2, 2], torch.ones(2, WIDTH), "the same id twice"),
+        ([], torch.ones(0, WIDTH), "need shapes"),
         ([1], torch.ones(1, 9), "rows of width 9"),
-        ([1], torch.full((1, 16), torch.nan), "NaN or infinity"),
+        ([1], torch.full((1, WIDTH), torch.nan), "NaN or infinity"),
     ],
 )
 def test_rows_that_fit_nowhere_are_named(ids, rows, message):

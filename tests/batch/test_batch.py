@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import signal
 import subprocess
@@ -18,11 +17,11 @@ from typer.testing import CliRunner
 
 import mm.cli
 from mm.batch import read_jobs, run_jobs
-from mm.batch.jobs import MODES, BadRow, Generate, Row
-from mm.batch.run import picture_seed
+from mm.batch.jobs import BadRow, Generate, Row
+from mm.batch.plan import Plan, picture_seed
 from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
-from mm.pipelines import TextToImagePipeline, text_to_image
+from mm.engine.loading import load
 
 
 def row(custom_id="a", **body):
@@ -35,32 +34,34 @@ def write(path, *rows):
 
 
 class Counting:
-    """The tiny pipeline, counting pictures; raises for a word in the prompt."""
+    """An engine of the tiny pipeline, counting pictures; raises for a word in the prompt."""
 
-    def __init__(self):
-        self.pipe, self.drawn, self.loads, self.calls = tiny_pipeline(), 0, 0, 0
-        self.text_tokenizer = self.pipe.text_tokenizer
+    def __init__(self, folder):
+        self.engine, self.pipe, self.drawn, self.loads, self.calls = load(folder), tiny_pipeline(), 0, 0, 0
+        self.run_all, self.engine.run_all = self.engine.run_all, self.counted
 
-    def load(self):
+    def load(self, model):
         self.loads += 1
-        return self
+        return self.engine
 
-    def __call__(self, prompts, **kwargs):
+    def counted(self, requests, *args, **kwargs):
         self.calls += 1
-        if any("wolf" in prompt for prompt in prompts):
+        if any("wolf" in request.prompt for request in requests):
             raise RuntimeError("out of\nmemory")
-        self.drawn += len(prompts)
-        return self.pipe(prompts, **kwargs)
+        self.drawn += len(requests)
+        return self.run_all(requests, *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def _pipe():
-    return Counting()
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(path)
+    return path
 
 
-@pytest.fixture(autouse=True)
-def _names_need_no_weights(monkeypatch):
-    monkeypatch.setattr("mm.batch.run.resolve_model", lambda name: Path(name) if Path(name).is_dir() else name)
+@pytest.fixture(scope="module")
+def _pipe(folder):
+    return Counting(folder)
 
 
 @pytest.fixture
@@ -83,7 +84,14 @@ def counting(_pipe):
         (row(n=0), "n is 0"),
         (row(n=True), "n is true"),
         (row(seed=-1), "seed is -1"),
-        (row(mode="magic"), 'mode is "magic"'),
+        (row(mode=7), "mode is 7"),
+        (row(size="big"), 'size is "big"'),
+        (row(size=[64]), "size is [64]"),
+        (row(size=[64, -1]), "height is -1"),
+        (row(lora=7), "lora is 7"),
+        (row(mask="m.png"), "mask is given without image"),
+        (row(strength=0.5), "strength is given without image"),
+        (row(negative=[]), "negative is []"),
         (row(guidance="4"), 'guidance is "4"'),
         ('{"custom_id": "a", "task": "generate", "body": {"prompt": "x", "guidance": NaN}}', "NaN"),
         ("[" * 100_000, "nested too deeply"),
@@ -194,12 +202,16 @@ def test_a_mended_file_leaves_no_old_failure_in_the_manifest(tmp_path, counting)
     assert (tmp_path / "out/00001/manifest.jsonl").read_text() == ""
 
 
-def test_defaults_are_the_pipelines():
-    call = inspect.signature(TextToImagePipeline.__call__).parameters
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mode": "mode"}
-    body = Generate(prompt="a cat")
-    assert {name: getattr(body, name) for name in names} == {name: call[full].default for name, full in names.items()}
-    assert MODES == text_to_image.MODES
+def test_defaults_are_the_models(tmp_path):
+    """A row without steps, mode and guidance is drawn, and recorded, with those of the model."""
+    plain = write(tmp_path / "j", {"custom_id": "a", "task": "generate", "body": {"prompt": "a cat"}})
+    (one,) = Plan(model="mm-tiny", seed=0, root=tmp_path).pictures(next(read_jobs(plain)))
+    assert {k: one.picture.settings[k] for k in ("steps", "mode", "guidance")} == {
+        "steps": 12,
+        "mode": "flow",
+        "guidance": 5.5,
+    }
+    assert all(getattr(Generate(prompt="a cat"), name) is None for name in ("steps", "mode", "guidance", "size"))
 
 
 def test_a_dry_run_touches_nothing(tmp_path, counting):
@@ -225,7 +237,7 @@ def test_seeds_are_frozen(tmp_path):
 
 
 def test_pictures_whose_seeds_collide_are_both_kept(tmp_path, counting, monkeypatch):
-    monkeypatch.setattr("mm.batch.run.picture_seed", lambda row, index, run_seed: 7)
+    monkeypatch.setattr("mm.batch.plan.picture_seed", lambda row, index, run_seed: 7)
     jobs, out = write(tmp_path / "j", row("a", n=3)), tmp_path / "out"
     assert run_jobs(jobs, out, load=counting.load).drawn == 3
     assert sorted(p.name for p in (out / "00000").glob("*.png")) == [f"000000001-a-{k}-s7.png" for k in range(3)]
@@ -268,7 +280,7 @@ def test_stop_is_asked_while_rows_are_read(tmp_path, counting):
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("dry", [True, False])
 def test_one_signal_ends_a_run_that_reads_rows(tmp_path, kind, code, dry):
-    """A dry run of many rows, and a real one that looks for what is there."""
+    """A dry run of many rows, and a real one that checks what is there."""
     jobs = tmp_path / "j"
     jobs.write_text("".join(json.dumps(row(f"r{k}")) + "\n" for k in range(100_000)))
     command = [sys.executable, "-m", "mm", "batch", str(jobs), "-o", str(tmp_path / "out")]
@@ -288,9 +300,8 @@ def test_one_signal_ends_a_run_that_reads_rows(tmp_path, kind, code, dry):
 SEEDS = [3079850682, 441089729]
 
 
-def test_exit_codes(tmp_path, monkeypatch):
-    pipe = tiny_pipeline()
-    monkeypatch.setattr("mm.batch.run._load", lambda model: pipe)
+def test_exit_codes(tmp_path, counting, monkeypatch):
+    monkeypatch.setattr("mm.batch.run._load", lambda model, **_: counting.engine)
     before = signal.getsignal(signal.SIGINT)
     good, mixed = write(tmp_path / "good", row()), write(tmp_path / "mixed", row(), "{")
 

@@ -35,6 +35,8 @@ def test_commands_are_frozen():
         "chat",
         "eval",
         "erase",
+        "customize",
+        "merge",
         "quantize",
         "train",
         "ui",

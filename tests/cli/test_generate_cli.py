@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from mm.core.png_settings import read_settings
-from mm.drawing import save_numbered
+from mm.engine.output import save_numbered
 
 
 @pytest.fixture(scope="module")

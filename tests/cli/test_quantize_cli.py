@@ -1,4 +1,4 @@
-"""`mm quantize` and `mm generate --quantized` through the real command, on a tiny model folder."""
+"""`mm quantize` and `mm generate --bits 4` through the real command, on a tiny model folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tiny import tiny_pipeline
+
+from mm.quantization.folders import judged_change
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
     assert report["whole"]["pictures"] == 2
     judged = report["whole"]["compose"]
     assert judged["pictures"] == 12
-    assert judged["low"] <= judged["change"] == judged["after"] - judged["before"] <= judged["high"]
+    right = [round(12 * judged[key], 6) for key in ("before", "after")]
+    assert all(count in range(13) for count in right)
+    assert 12 * judged["change"] == pytest.approx(right[1] - right[0])
     assert report["whole"]["prompts"] == ["a cat on grass", "two red dogs"]
     assert {layer["path"].split(".")[0] for layer in report["layers"]} == {"trunk", "velocity_decoder", "code_head"}
     assert Image.open(out / "report.png").width > 300
@@ -51,8 +55,8 @@ def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
     assert (tmp_path / "pictures" / "00000.png").is_file()
 
 
-def test_generate_quantized_makes_the_copy_once(model, tmp_path):
-    words = ("generate", "a cat", "--model", model, "--quantized", "--seed", 1, "--steps", 2, "-o")
+def test_generate_in_4_bits_makes_the_copy_once(model, tmp_path):
+    words = ("generate", "a cat", "--model", model, "--bits", 4, "--seed", 1, "--steps", 2, "-o")
     first = mm(*words, tmp_path / "a", cache=tmp_path / "cache")
     assert first.returncode == 0, first.stderr
     made = list((tmp_path / "cache" / "quantized").iterdir())
@@ -63,6 +67,11 @@ def test_generate_quantized_makes_the_copy_once(model, tmp_path):
     assert (made[0] / "report.json").stat().st_mtime_ns == stamp
     pictures = [(tmp_path / name / "00000.png").read_bytes() for name in "ab"]
     assert pictures[0] == pictures[1]
+    (made[0] / "report.json").unlink()  # as if the first run had been killed
+    third = mm(*words, tmp_path / "d", cache=tmp_path / "cache")
+    assert third.returncode == 0, third.stderr
+    assert (made[0] / "report.json").is_file()
+    assert (tmp_path / "d" / "00000.png").read_bytes() == pictures[0]
     plain = mm("generate", "a cat", "--model", model, "--seed", 1, "--steps", 2, "-o", tmp_path / "c")
     assert plain.returncode == 0
     assert (tmp_path / "c" / "00000.png").read_bytes() != pictures[0]
@@ -89,3 +98,12 @@ def test_wrong_input_is_one_line(model, tmp_path):
         assert "Traceback" not in done.stderr
         assert not list(tmp_path.glob("x/.parts/*"))
     assert (full / "mine.txt").read_text() == "keep"
+
+
+def test_the_judged_change_is_that_of_prompts_not_of_pictures():
+    before, after = [True, True, False, False] * 40, [True, True, True, True] * 40
+    judged = judged_change(before, after, each=2)
+    assert (judged["before"], judged["after"], judged["change"], judged["pictures"]) == (0.5, 1.0, 0.5, 160)
+    half = 1.96 * (0.25 / 80) ** 0.5  # normal interval of 80 prompts that change by 0 or 1, each as a whole
+    assert judged["low"] == pytest.approx(0.5 - half, abs=0.02)
+    assert judged["high"] == pytest.approx(0.5 + half, abs=0.02)

@@ -250,7 +250,7 @@ def test_a_huge_webp_is_refused_before_it_is_opened(tmp_path: Path, head: bytes)
 
 def test_other_formats_are_refused_and_first_frames_taken(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(UserError, match=r"cannot be read as a picture \(it is no PNG, JPEG or WEBP file"):
+    with pytest.raises(UserError, match=r"cannot be read as a picture \(it is no PNG or JPEG or WEBP file"):
         read_picture(tmp_path / "a.png")
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for kind in ("PNG", "WEBP"):

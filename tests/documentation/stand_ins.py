@@ -13,6 +13,7 @@ import diffusers
 import torch
 from nunchaku_files import flux, published, write
 from PIL import Image
+from subject_pictures import subject_folder
 from tiny_text_encoders import clip_text, t5_text
 from tiny_tokenizers import clip_tokenizer, t5_tokenizer
 from tiny_unified import save_emu3, save_janus
@@ -63,6 +64,8 @@ def write_files(folder: Path) -> Path:
     write(folder / "svdq-int4_r32-flux.1-schnell.safetensors", *published())
     photo = torch.randint(0, 256, (6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(photo.numpy()).resize((200, 150)).save(folder / "photo.jpg")
+    for name in ("photos", "cat-photos"):
+        subject_folder(folder / name, 2)
     shutil.copytree(ROOT / "examples", folder / "examples")
     return folder
 

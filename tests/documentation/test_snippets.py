@@ -32,14 +32,17 @@ NOT_RUN = {
     r"python (benchmarks|examples)/": ("script", "takes minutes"),
     r"python -m mm\.": ("script", "trains or measures for hours"),
     r"torchrun --nproc_per_node N -m mm train": ("torchrun", "trains for hours on several devices"),
-    r"mm generate .*--quantized": (
+    r"mm (generate|edit|batch) .*--bits 4": (
         "parse",
         "searches for minutes; tests/cli/test_quantize_cli.py runs it",
     ),
     r"mm (train|ui|eval)\b": ("parse", "trains, serves or measures until it is stopped, or for minutes"),
 }
 # appended to make a command small, with everything else as the page has it
-SMALLER = {r"mm quantize": ("--data-free", "--pictures", "0", "--compose", "0")}
+SMALLER = {
+    r"mm customize": ("--steps", "2", "--batch-size", "1"),
+    r"mm quantize": ("--data-free", "--pictures", "0", "--compose", "0"),
+}
 
 
 def text_of(page: str) -> str:

@@ -15,14 +15,16 @@ from tiny import tiny_pipeline
 
 import mm
 from mm.core.errors import UserError
-from mm.engine import memory
+from mm.engine import calls, memory, output
 from mm.engine.capabilities import Capabilities
+from mm.engine.changes import unchanged
 from mm.engine.events import CancelToken, Done, Notice, Picture, Step
 from mm.engine.facts import capabilities_of
+from mm.engine.outline import capabilities_at
 from mm.engine.previews import unpacked
 from mm.engine.requests import Describe, Draw, Edit
 from mm.engine.serial import FairLock
-from mm.engine.settings import request_of
+from mm.engine.settings import request_of, scheduler_named
 from mm.families import family_of
 
 
@@ -144,6 +146,72 @@ def test_image_to_image_shares_the_modules(folders):
     made = engine.draw("a cat", image=source, strength=0.5, seed=1, steps=4)
     assert made[0].size == (64, 64)
     assert engine._pipeline_for("image_to_image").unet is engine.pipeline.unet
+
+
+def test_pipelines_of_other_tasks_keep_the_type_of_the_shared_modules(folders):
+    """diffusers' `from_pipe` casts them to float32: twice the memory, and other pictures from then on."""
+    engine = mm.load(folders / "sd", dtype="bfloat16")
+    source = Image.new("RGB", (64, 64), "red")
+    engine.draw("a cat", image=source, strength=0.5, seed=1, steps=2)
+    assert {p.dtype for p in engine.pipeline.unet.parameters()} == {torch.bfloat16}
+
+
+def test_requests_that_differ_in_prompt_and_seed_alone_share_calls(sdxl, monkeypatch):
+    """Each picture is the one of its prompt and seed, in the order of the requests."""
+    sizes, called = [], calls.draw
+    monkeypatch.setattr(
+        calls, "draw", lambda view, a, seeds, **k: (sizes.append(len(seeds)), called(view, a, seeds, **k))[1]
+    )
+    common = {"steps": 2, "size": (64, 64)}
+    requests = [Draw(prompt=text, seed=k, **common) for k, text in enumerate(("a cat", "two dogs", "a cat"))]
+    requests.insert(1, Draw(prompt="a cat", seed=9, steps=1, size=(64, 64)))
+    made = {e.index: e.picture for e in sdxl.run_all(requests, batch_size=8) if isinstance(e, Picture)}
+    assert sizes == [3, 1]
+    for k, request in enumerate(requests):
+        alone = sdxl.draw(request.prompt, seed=request.seed, steps=request.steps, size=(64, 64))[0]
+        assert abs(pixels(made[k]) - pixels(alone)).max() <= 2
+
+
+def test_capabilities_are_known_without_weights(folders, ours, sdxl):
+    for name, engine in (("ours", ours), ("sdxl", sdxl)):
+        assert capabilities_at(folders / name, engine.name) == engine.capabilities
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Euler a", "EulerAncestralDiscreteScheduler"),
+        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler"),
+        ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
+        ("ddim", "DDIMScheduler"),
+        ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+        ("magic", None),
+    ],
+)
+def test_samplers_of_other_programs_are_known(sdxl, name, kind):
+    assert scheduler_named(name, sdxl.capabilities) == kind
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")])
+def test_files_hold_what_their_suffix_says(tmp_path, suffix, kind):
+    path = tmp_path / f"a{suffix}"
+    output.save_file(path, Image.new("RGBA", (8, 8), "red"), {"prompt": "a cat, red", "seed": 7})
+    with Image.open(path) as made:
+        assert made.format == kind
+        comment = made.getexif().get_ifd(0x8769).get(0x9286)
+        assert kind == "PNG" or "a cat, red" in comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+    with pytest.raises(UserError, match="exists"):
+        output.save_file(path, Image.new("RGB", (8, 8)), None)
+
+
+def test_an_edit_that_changes_nothing_is_seen():
+    noise = np.random.default_rng(0).integers(0, 8, (64, 64, 3)).astype(np.uint8)
+    source = Image.fromarray(np.full((64, 64, 3), 100, np.uint8))
+    moved = Image.fromarray(np.asarray(source) + noise)
+    assert unchanged(source, moved)
+    moved.paste("red", (8, 8, 16, 16))
+    assert not unchanged(source, moved)
+    assert not unchanged(source, Image.new("RGB", (64, 64), (130, 130, 130)))
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def package(tmp_path, monkeypatch, fresh):
 
 
 def test_a_third_partys_family_is_found_quantized_saved_and_loaded(package, tmp_path):
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         assert family_named("hare").steps_for() == 3
-    messages = [str(w.message) for w in told]
+    messages = [str(w.message) for w in caught]
     assert any("tortoise = hare_family:TORTOISE cannot be loaded" in text for text in messages)
     assert any("number = hare_family:__doc__ cannot be loaded" in text for text in messages)
     import hare_family
@@ -107,7 +107,7 @@ def test_a_third_partys_family_is_found_quantized_saved_and_loaded(package, tmp_
 
 
 def test_names_classes_and_configs_tell_families_apart():
-    told = {
+    wanted = {
         "FluxPipeline": "flux", "FluxKontextPipeline": "flux-kontext", "FluxFillPipeline": "flux-fill",
         "FluxTransformer2DModel": "flux", "Flux2KleinPipeline": "flux-2-klein", "Flux2Transformer2DModel": "flux-2",
         "UNet2DConditionModel": "stable-diffusion", "StableDiffusionXLPipeline": "stable-diffusion-xl",
@@ -115,7 +115,7 @@ def test_names_classes_and_configs_tell_families_apart():
         "PixArtAlphaPipeline": "pixart-alpha", "TextToImagePipeline": "mm-tiny", "mm:TextToImagePipeline": "mm-tiny",
         "janus": "janus", "Emu3ForConditionalGeneration": "emu3", "Kandinsky5T2IPipeline": "kandinsky-5",
     }  # fmt: skip
-    assert {name: family_of(name).name for name in told} == told
+    assert {name: family_of(name).name for name in wanted} == wanted
     assert family_of("UNet2DConditionModel", {"addition_embed_type": "text_time"}).name == "stable-diffusion-xl"
     assert family_of("FluxTransformer2DModel", {"guidance_embeds": False, "in_channels": 64}).name == "flux-schnell"
     assert family_of(nn.Linear(2, 2)) is None

@@ -109,7 +109,7 @@ def test_groups_get_the_very_same_tensor():
 
         model.get_submodule(site.path).register_forward_pre_hook(hook)
     added = {"text_embeds": torch.randn(1, 8), "time_ids": torch.randn(1, 6)}
-    model(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 5, 8), added_cond_kwargs=added)
+    model(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 5, 32), added_cond_kwargs=added)
     assert seen
     assert all(len(tensors) == 1 for tensors in seen.values())
 

@@ -183,7 +183,7 @@ def test_guidance_of_text_and_picture_is_the_three_way_sum(editor, pictures):
         for w, seen in ((words, True), ("", True), ("", False))
     )
     want = nothing + 1.5 * (pictured - nothing) + 4.0 * (full - pictured)
-    branches = editor._edit_branches([words], source, clean, 1, 4.0, 1.5)
+    branches = editor._edit_branches([words], [""], source, clean, 1, 4.0, 1.5)
     features = editor.trunk(x.repeat(3, 1, 1, 1), sigma.repeat(3), branches.cache, "flow")
     got = branches.mix(editor.velocity_decoder(x.repeat(3, 1, 1, 1), sigma.repeat(3), features), 4.0)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -231,7 +231,7 @@ def test_describe_and_edit_commands(folder, pictures, tmp_path):
     for wrong, text in (
         (words, "exists; choose another name"),
         (("describe", tmp_path / "none.png", "--model", folder), "no picture at"),
-        (("edit", file, "", "-o", tmp_path / "x.png", "--model", folder), "the prompt is empty"),
+        (("edit", file, "", "-o", tmp_path / "x.png", "--model", folder), "instruction is empty"),
     ):
         failed = mm(*wrong)
         assert failed.returncode == 1

@@ -216,6 +216,25 @@ def test_from_config_of_a_quantized_model_is_a_16_bit_one_that_saves_as_such(tmp
     mm.quantize(model, CONFIG, progress=False)
     fresh = diffusers.FluxTransformer2DModel.from_config(model.config)
     assert not any(isinstance(m, BranchedLinear) for m in fresh.modules())
-    fresh.save_pretrained(tmp_path)
-    again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    fresh.save_pretrained(tmp_path / "first")  # diffusers' from_config keeps the mark in the config
+    with pytest.warns(UserWarning, match="names 4-bit layers and its weights are plain; loaded at 16 bits"):
+        again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "first")
     assert not any(isinstance(m, BranchedLinear) for m in again.modules())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters(), strict=True))
+    again.save_pretrained(tmp_path / "second")
+    assert "quantization_config" not in (tmp_path / "second" / "config.json").read_text()
+    mm.quantize(again, CONFIG, progress=False)
+    assert any(isinstance(m, BranchedLinear) for m in again.modules())
+
+
+def test_the_same_of_a_text_encoder(tmp_path):
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    mm.quantize(model, CONFIG, progress=False)
+    fresh = transformers.T5EncoderModel(model.config)
+    fresh.save_pretrained(tmp_path / "first")
+    with pytest.warns(UserWarning, match="names 4-bit layers and its weights are plain; loaded at 16 bits"):
+        again = transformers.T5EncoderModel.from_pretrained(tmp_path / "first")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters(), strict=True))
+    again.save_pretrained(tmp_path / "second")
+    assert "quantization_config" not in (tmp_path / "second" / "config.json").read_text()

@@ -323,11 +323,11 @@ def test_data_free_auto_and_kept_layers():
     assert all(layer.smooth is None for layer in free.modules() if isinstance(layer, BranchedLinear))
     assert all(math.isfinite(layer.error) for layer in report.layers)
     mixed = block()
-    config = SVDQuantConfig(rank=4, bits="auto", size_budget=0.6, rows=64, iterations=5)
+    config = SVDQuantConfig(rank=4, bits="auto", size_budget=0.5, rows=64, iterations=5)
     report = mm.quantize(mixed, config, calibration=INPUTS, progress=False)
-    assert {layer.bits for layer in report.layers} > {4} or {layer.bits for layer in report.layers} == {8}
+    assert {layer.bits for layer in report.layers} == {4, 8}
     total = sum(layer.bytes_before for layer in report.layers)
-    assert sum(layer.bytes_after for layer in report.layers) <= 0.62 * total
+    assert sum(layer.bytes_after for layer in report.layers) <= 0.5 * total
     kept = block()
     mm.quantize(kept, SVDQuantConfig(rank=4, data_free=True, keep=["^up$"]), progress=False)
     assert not isinstance(kept.up, BranchedLinear)

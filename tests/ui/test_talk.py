@@ -1,95 +1,91 @@
-"""The Talk tab's logic with a tiny pipeline: messages grow, a stop and an error leave nothing, the API converses."""
+"""A conversation without any page: messages grow, a stop, an error and a new conversation leave nothing of a turn."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from tiny import says, tiny_reader
+from tiny import says, says_in_order
+from tiny_page import png, save_reader
 
-from mm import InterleavedPipeline, TextToImagePipeline
+import mm
 from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
-from mm.ui.studio import Order, Session, Studio
-from mm.ui.talk import Talker, Visit
+from mm.ui.orders import Orders
+from mm.ui.talk import say
+from mm.ui.talk_tab import as_chat
+from mm.ui.visits import Visit
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return mm.load(save_reader(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
-def talker(tmp_path: Path) -> Talker:
-    pipe = InterleavedPipeline(**tiny_reader())
-    return Talker(pipe, tmp_path, "tiny")
+def orders(engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "pictures").mkdir()
+    return Orders(engine, tmp_path / "pictures")
 
 
-def test_words_grow_and_pictures_come_with_their_settings(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
-    visit = Visit()
-    says(talker.pipe, monkeypatch, "two", "cats", "<end>")
-    seen = [m[-1]["text"] for m in ([dict(x) for x in now] for now in talker.say("how many?", None, visit))]
-    assert seen == ["how many?", "two", "two cats", "two cats"]
-    says(talker.pipe, monkeypatch, "<image>")
-    texts = [[dict(x) for x in now][-1]["text"] for now in talker.say("draw a cat", None, visit, steps=2)]
-    assert "drawing: step 1 of 2" in texts
-    last = visit.messages[-1]
-    assert (last["role"], last["text"]) == ("assistant", "")
-    assert read_settings(last["file"])["prompt"] == "draw a cat"
-    assert read_settings(last["file"])["seed"] == visit.seed
-    files = list(talker.folder.iterdir())
+def has_said(orders: Orders, monkeypatch: pytest.MonkeyPatch, *tokens: str) -> None:
+    says(orders.engine._pipeline_for("converse"), monkeypatch, *tokens)
+
+
+def test_words_and_pictures_come_with_their_settings(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+    visit = Visit("a")
+    has_said(orders, monkeypatch, "two", "cats", "<end>")
+    last = list(say(orders, visit, "how many?", None))[-1]
+    assert [(m["role"], m["text"]) for m in last.messages] == [("user", "how many?"), ("assistant", "two cats")]
+    has_said(orders, monkeypatch, "<image>")
+    last = list(say(orders, visit, "draw a cat <b>![x](http://a.example/b)</b>", None))[-1]
+    assert any("does not know" in notice for notice in last.progress.notices)
+    settings = read_settings(last.messages[-1]["file"])
+    assert (settings["seed"], settings["prompt"][:10]) == (visit.seed, "draw a cat")
+    assert "<" not in as_chat(last.messages)[2]["content"]
+    assert as_chat(last.messages)[3]["content"] == {"path": last.messages[-1]["file"]}
     visit.forget()
-    assert files and not list(talker.folder.iterdir())
+    assert not list(orders.folder.iterdir())
 
 
-def test_a_given_picture_is_shown_and_a_stopped_turn_leaves_nothing(
-    talker: Talker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    visit, given = Visit(), tmp_path / "in.jpg"
-    Image.new("RGB", (300, 200), "red").save(given)
-    says(talker.pipe, monkeypatch, "yes", "<end>")
-    list(talker.say("is it red?", str(given), visit))
-    assert [m["role"] for m in visit.messages] == ["user", "assistant"]
-    assert Image.open(visit.messages[0]["file"]).size == (300, 200)
-    said = len(visit.conversation.dialogue) if visit.conversation else 0
-    says(talker.pipe, monkeypatch, "<image>")
-    turn = talker.say("draw a cat", None, visit, steps=5)
+    from PIL import Image
+
+    visit, given = Visit("a"), tmp_path / "cache" / "in.png"
+    given.write_bytes(png(3000, 2000))
+    has_said(orders, monkeypatch, "yes", "<end>")
+    list(say(orders, visit, "is it red?", str(given)))
+    assert Image.open(visit.messages[0]["file"]).size == (1024, 683)
+    assert visit.conversation.dialogue.pictures[0].size == (1024, 683)  # what the model keeps is no larger
+    said = len(visit.conversation.dialogue)
+    has_said(orders, monkeypatch, "<image>")
+    turn = say(orders, visit, "draw a cat", None)
     next(turn)
-    next(turn)
-    visit.stopped.set()
+    visit.cancel()
     with pytest.raises(UserError, match="stopped"):
         list(turn)
-    assert len(visit.messages) == 2
-    assert visit.conversation is not None
-    assert len(visit.conversation.dialogue) == said
-    with pytest.raises(UserError, match="empty"):
-        list(talker.say(" ", None, visit))
-    with pytest.raises(UserError, match="no picture at"):
-        list(talker.say("hello", str(tmp_path / "gone.png"), visit))
-    assert len(visit.messages) == 2
+    for words, picture, message in (
+        (" ", None, "message is empty"),
+        ("x" * 3000, None, "at most 2000"),
+        ("hello", str(tmp_path / "cache" / "gone.png"), "no longer on the server"),
+        ("hello", str(tmp_path / "outside.png"), "no uploaded file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(say(orders, visit, words, picture))
+    assert len(visit.messages) == 2 and len(visit.conversation.dialogue) == said and not visit.busy
 
 
-def test_a_cancel_in_the_queue_counts_and_the_next_order_is_drawn(tmp_path: Path) -> None:
-    parts = tiny_reader()
-    names = ("text_tokenizer", "trunk", "velocity_decoder", "autoencoder", "scheduler")
-    studio, session = Studio(TextToImagePipeline(**{n: parts[n] for n in names}), "tiny", tmp_path), Session()
-    session.cancelled.set()
-    [only] = studio.draw(Order(prompt="a cat", count=2, steps=1), session)
-    assert (only.done, only.notes) == (0, ("stopped after 0 of 2 pictures",))
-    assert [p.done for p in studio.draw(Order(prompt="a cat", count=2, steps=1), session)] == [1, 2]
-
-
-def test_the_api_converses(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradio_client import Client
-    from test_ui import _free_port
-
-    from mm.ui.app import launch
-
-    says(talker.pipe, monkeypatch, "hello", "!", "<end>")
-    names = ("text_tokenizer", "trunk", "velocity_decoder", "autoencoder", "scheduler", "code_head", "bridge")
-    pipe = TextToImagePipeline(**{n: talker.pipe.components[n] for n in names})
-    port = _free_port()
-    page = launch(Studio(pipe, "tiny", talker.folder), talker=talker, port=port, block=False)
-    try:
-        chat, words, _ = Client(f"http://127.0.0.1:{port}", verbose=False).predict("hi", None, api_name="/say")
-        assert [m["role"] for m in chat] == ["user", "assistant"]
-        assert "hello!" in str(chat[1]["content"])
-        assert words == ""
-    finally:
-        page.close()
+def test_a_new_conversation_frees_a_running_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+    says_in_order(monkeypatch, {"draw": ["<image>"]}, ["yes", "<end>"])
+    visit = Visit("a")
+    turn = say(orders, visit, "draw a cat", None)
+    next(turn)
+    visit.new_conversation()
+    assert [m["text"] for m in list(say(orders, visit, "hello", None))[-1].messages] == ["hello", "yes"]
+    with pytest.raises(UserError, match="stopped"):
+        list(turn)
+    assert [m["text"] for m in visit.messages] == ["hello", "yes"] and not visit.busy

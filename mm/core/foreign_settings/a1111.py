@@ -34,7 +34,7 @@ _KEY = re.compile(r"\s*([A-Za-z][\w /().+-]{0,79}):\s*")
 _STEPS = re.compile(r"\s*Steps:\s*[0-9]{1,9}\s*(?:,|$)")
 _SIZE = re.compile(r"\s*([0-9]{1,6})x([0-9]{1,6})\s*")
 _DECODER = json.JSONDecoder()
-MAX_BROKEN = 20  # values that look like JSON and are none; each costs a pass over the line, so others are not tried
+MAX_BROKEN = 20  # values that begin as JSON and are none; each costs a pass over the line, so others are not tried
 
 
 def read(text: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Design choices
 - INT4 files round what comes out of a GELU without a sign, shifted, and have taken the shift's part off the bias. Where
   inputs are not rounded that way here, that part is put back (`unshifted`).
 
-This module does not know files, names or models.
 Legend: N outputs, K inputs, G groups of 64, R rank.
 """
 

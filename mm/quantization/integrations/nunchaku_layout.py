@@ -12,7 +12,6 @@ The order, as the kernels read it (n a row, k a column, least significant digit 
 - branches: 16 x 16 tiles, first index = half (8), lane; second = half (8), lane (2), parity.
 - AWQ (4-bit weights, 16-bit inputs): 4 rows and 64 columns a tile; 16 bits hold columns b, b + 8, b + 16, b + 24.
 
-This module does not know names, files or layers.
 Legend: N outputs, K inputs, G groups, R rank.
 """
 

@@ -39,7 +39,7 @@ def quantizer(quantization_config: Any, **kwargs: Any) -> DiffusersQuantizer:
 
 
 class _Packed(nn.Module):
-    """Stands where a linear layer was, with room for its packed tensors."""
+    """Takes the place of a linear layer and holds its packed tensors."""
 
     def __init__(self, linear: nn.Linear, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         super().__init__()

@@ -5,8 +5,6 @@ Design choices
   rule is refused, since what the publisher did to it (fused, split, shifted) cannot be guessed.
 - Flux's single blocks: the file holds `proj_out` as two layers, one for its attention columns and one for its
   feed-forward columns.
-
-This module does not know tensors.
 """
 
 from __future__ import annotations

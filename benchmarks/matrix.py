@@ -1,0 +1,62 @@
+"""Writes docs/matrix.md: what the commands do with a tiny pipeline of each public family.
+
+    python benchmarks/matrix.py docs/matrix.md
+
+The cells are those of tests/engine_matrix.py, in its order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import mm  # noqa: F401 - before diffusers and transformers, see docs/quickstart.md
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+Results = dict[str, dict[str, str | None]]
+
+
+def page(results: Results, cells: list[str]) -> str:
+    """The table as Markdown, with the reasons below it."""
+    lines = [
+        "# Public families",
+        "",
+        "What the commands do with a tiny random model of each family, of diffusers' real classes; reasons stand below",
+        "the table. `python benchmarks/matrix.py docs/matrix.md` writes this page, and a test runs the same cells.",
+        "",
+        f"| family | {' | '.join(f'`{cell}`' for cell in cells)} |",
+        f"|---|{'---|' * len(cells)}",
+    ]
+    reasons = sorted({reason for row in results.values() for reason in row.values() if reason})
+    for name, row in results.items():
+        marks = ["yes" if row[cell] is None else f"no ({reasons.index(str(row[cell])) + 1})" for cell in cells]
+        lines.append(f"| {name} | {' | '.join(marks)} |")
+    lines += ["", *(f"{k}. {reason[0].upper()}{reason[1:]}." for k, reason in enumerate(reasons, 1)), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("page", type=Path, help="the page to write")
+    given = parser.parse_args()
+    from engine_matrix import CELLS, Model
+    from tiny_pipelines import PIPELINES
+
+    warnings.simplefilter("ignore")
+    results: Results = {}
+    for name in PIPELINES:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Model(name, Path(folder))
+            results[name] = {cell: run(model) for cell, run in CELLS.items()}
+            print(name, results[name], file=sys.stderr, flush=True)
+    given.page.write_text(page(results, list(CELLS)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

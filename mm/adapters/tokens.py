@@ -1,0 +1,137 @@
+"""New words of a patch: the token strings of its embedding rows, added to the tokenizers of the model it goes onto.
+
+Design choices
+- A patch keeps its tokens in `settings["tokens"]`: the string, the tokenizer's component, the embedding's path and the
+  row it had. Two patches that were made apart may have the same row, so rows are placed anew on each model.
+- Where a tokenizer has no free row, a text encoder of transformers gets one more. Taking a patch off leaves the word
+  in the tokenizer; its row then holds what it held before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm.adapters.entry import Entry
+from mm.adapters.layer_state import placed_on
+from mm.core.errors import UserError, shown
+from mm.layers.surgery import roots_of, submodule
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """A tokenizer and the embedding that its ids index: component's name, and the embedding's path."""
+
+    tokenizer: str
+    embedding: str
+
+
+def token_tables(pipe: Any) -> tuple[TokenTable, ...]:
+    """The tables of a pipeline: tokenizer and text_encoder, tokenizer_2 and text_encoder_2, and so on."""
+    found = []
+    for name, tokenizer in getattr(pipe, "components", {}).items():
+        match = re.fullmatch(r"(?:text_)?tokenizer(_\d)?", name)
+        if match is None or tokenizer is None:
+            continue
+        owner = next((n for n in (f"text_encoder{match[1] or ''}", "trunk") if n in roots_of(pipe)), None)
+        path = None if owner is None else _embedding_path(roots_of(pipe)[owner])
+        if path is not None:
+            found.append(TokenTable(tokenizer=name, embedding=f"{owner}.{path}"))
+    return tuple(found)
+
+
+def _embedding_path(root: nn.Module) -> str | None:
+    get = getattr(root, "get_input_embeddings", None)
+    try:
+        wanted = get() if callable(get) else getattr(root, "words", None)
+    except NotImplementedError:
+        wanted = None
+    return next((path for path, module in root.named_modules() if module is wanted), None) if wanted else None
+
+
+def add_token(pipe: Any, table: TokenTable, token: str) -> int:
+    """Adds a word to a tokenizer, with a row of the embedding.
+
+    Returns:
+        The row.
+
+    Raises:
+        UserError: where the tokenizer has the word already, or no row is free.
+    """
+    tokenizer = pipe.components[table.tokenizer]
+    if token in tokenizer.get_vocab():
+        raise UserError(f"{shown(token)} is a word of {table.tokenizer} already; choose another name, such as '<new>'")
+    component, _, path = table.embedding.partition(".")
+    root = roots_of(pipe)[component]
+    row = len(tokenizer)
+    embedding = submodule(root, path)
+    if isinstance(embedding, nn.Embedding) and row >= embedding.num_embeddings:
+        resize: Any = getattr(root, "resize_token_embeddings", None)
+        if resize is None:
+            raise UserError(f"all {embedding.num_embeddings} rows of {table.embedding} are taken; no new word fits")
+        resize(row + 1, mean_resizing=False)
+    tokenizer.add_tokens([token])
+    return row
+
+
+def own_row(pipe: Any, table: TokenTable, token: str) -> int | None:
+    """The row of a word; None where the tokenizer lacks it."""
+    return pipe.components[table.tokenizer].get_vocab().get(token)
+
+
+def placed_rows(
+    entries: Mapping[str, Entry], settings: Mapping[str, Any], target: Any, *, add: bool = False
+) -> dict[str, Entry]:
+    """The entries of a patch with the rows that its words have on a model.
+
+    Args:
+        entries: of the patch.
+        settings: of the patch, whose "tokens" name its words.
+        target: a pipeline; a bare module has no tokenizer, and the rows stay what they are.
+        add: words that the tokenizers lack are added.
+
+    Raises:
+        UserError: where a word is to be added and a tokenizer has it already with a row that no patch made.
+    """
+    tokens: Sequence[Mapping[str, Any]] = settings.get("tokens", ())
+    if not tokens or isinstance(target, nn.Module):
+        return dict(entries)
+    rows: dict[str, dict[int, int]] = {}
+    for item in tokens:
+        table = TokenTable(tokenizer=item["tokenizer"], embedding=item["embedding"])
+        if getattr(target, "components", {}).get(table.tokenizer) is None:
+            raise UserError(
+                f"the patch brings the word {shown(item['token'])} and this pipeline has no {table.tokenizer}"
+            )
+        row = own_row(target, table, item["token"])
+        if row is not None and add:
+            _check_free(target, table, item["token"], row)
+        if row is None:
+            row = add_token(target, table, item["token"]) if add else int(item["id"])
+        rows.setdefault(table.embedding, {})[int(item["id"])] = row
+    return {
+        path: _moved(entry, rows[path]) if entry.kind == "rows" and path in rows else entry
+        for path, entry in entries.items()
+    }
+
+
+def _check_free(pipe: Any, table: TokenTable, token: str, row: int) -> None:
+    """Raises UserError where an applied patch brings the word already."""
+    component, _, path = table.embedding.partition(".")
+    embedding = submodule(roots_of(pipe)[component], path)
+    for placed in () if embedding is None else placed_on(embedding):
+        if placed.entry.kind == "rows" and row in placed.entry.tensors["ids"]:
+            raise UserError(
+                f"patch {placed.name!r} is applied and brings the word {shown(token)} already; undo it first"
+            )
+
+
+def _moved(entry: Entry, rows: Mapping[int, int]) -> Entry:
+    ids = entry.tensors["ids"]
+    moved = torch.tensor([rows.get(int(i), int(i)) for i in ids], dtype=ids.dtype)
+    return entry if torch.equal(moved, ids) else replace(entry, tensors=entry.tensors | {"ids": moved})

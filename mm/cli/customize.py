@@ -1,0 +1,66 @@
+"""`mm customize`: an adapter for a new subject or style from a folder of pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog='Example: mm customize photos/ --name "<mug>" -o mug.safetensors')
+def customize(
+    folder: Annotated[Path, typer.Argument(help="Pictures, each with a caption in a text file of the same name.")],
+    name: Annotated[str, typer.Option(help='What the subject is called in prompts: "<mug>".')],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
+    model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
+    bits: Annotated[int | None, typer.Option(help="4 trains on the 4-bit copy of the model.")] = None,
+    kind: Annotated[str, typer.Option(help="subject or style.")] = "subject",
+    noun: Annotated[str, typer.Option(help="The subject's class, where the model knows it: mug.")] = "",
+    method: Annotated[str, typer.Option(help="auto, or a method of docs/customization.md.")] = "auto",
+    layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the branches.")] = None,
+    rate: Annotated[float | None, typer.Option(min=1e-8, help="Learning rate of layers.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side of the training pictures in pixels.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of starting values, order and noise.")] = 0,
+    sample: Annotated[list[str] | None, typer.Option(help="A prompt that is drawn at each preview.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of state and previews; default: OUT.work.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the state when the run is done.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+) -> None:
+    """Learns a new subject or style; a run that was stopped goes on when the command is given again."""
+    from mm.core.errors import UserError
+
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; choose another name, or give --force")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give a folder with a few pictures")
+    import mm
+    from mm.customization.customize import customize as make
+    from mm.customization.training import STATE
+
+    given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    place = work or out.with_name(f"{out.name}.work")
+    engine = mm.load(model, bits=bits)
+    learned = make(
+        engine.pipeline, folder, name=name, kind=kind, method=method, noun=noun, work=place, samples=sample, seed=seed,  # type: ignore[arg-type]
+        estimated=lambda found: print(found, file=sys.stderr), progress=_show, **settings,
+    )  # fmt: skip
+    print(file=sys.stderr)
+    learned.write(out, layout, target=engine.pipeline)  # type: ignore[arg-type]
+    if not keep:
+        (place / STATE).unlink(missing_ok=True)
+    report = learned.report
+    print(f"error on the pictures: {report['error']:.3f} of the base's, drift {report['drift']:.3f}")
+    stopped = f", stopped early; best at step {report['best_step']}" if report["stopped_early"] else ""
+    print(f"{out}: {len(learned.entries)} entries, {out.stat().st_size >> 10} KiB, {report['steps']} steps{stopped}")
+
+
+def _show(share: float, text: str) -> None:
+    print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""`mm merge`: one adapter of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: mm merge mug.safetensors cat.safetensors -o both.safetensors")
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Adapters: patches of mm, or LoRA files with --model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
+    method: Annotated[str, typer.Option(help="sum, ties, dare, do or orthogonal.")] = "sum",
+    weight: Annotated[list[float] | None, typer.Option(help="How strongly one acts; once for each.")] = None,
+    density: Annotated[float, typer.Option(help="Share of the values that TIES and DARE keep.")] = 0.5,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of combined layers; default: the sum of the ranks.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model; LoRA files of other programs need it.")] = None,
+    layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+) -> None:
+    """Merges adapters, so that one file draws all their subjects."""
+    from mm.core.errors import UserError
+
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; choose another name, or give --force")
+    from mm.customization.merging.files import read_adapter
+    from mm.customization.merging.merge import merge as make
+
+    target = None
+    if model is not None:
+        import mm
+
+        target = mm.load(model).pipeline
+    patches = [read_adapter(file, target) for file in files]
+    merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem)
+    merged.write(out, layout, target=target)  # type: ignore[arg-type]
+    for pair, count in merged.report["overlap"].items():
+        print(f"{pair}: {count} layers in common")
+    loss = merged.report["largest_loss"]
+    print(f"{out}: {len(merged.entries)} entries, {out.stat().st_size >> 10} KiB, at most {loss:.1%} of a layer lost")

@@ -1,0 +1,77 @@
+"""What commands have in common while a model is loaded and runs: notes, warnings and progress go to stderr."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mm.engine.events import Done, Notice, Picture, Step, Words
+
+
+def loaded(model: str, *, bits: int | None, adapters: list[tuple[Path, float]], offload: str, dtype: str) -> Any:
+    """The engine of a model; what was chosen is said on stderr, and nothing else is."""
+    import mm
+    from mm.core.paths import embedded_models
+
+    with quiet_libraries():
+        engine = mm.load(model, bits=bits, adapters=adapters, offload=offload, dtype=dtype)  # type: ignore[arg-type]
+    plain = model in embedded_models() and bits is None and not adapters
+    for note in () if plain else engine.notes:
+        say(note)
+    return engine
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"mm: {' '.join(str(text).split())}", file=sys.stderr)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Progress bars and log lines of diffusers and transformers stay away; warnings for users are one line each."""
+    import diffusers
+    import transformers
+
+    from mm.engine.notices import library_logs
+
+    lines: list[str] = []
+    for logs in (diffusers.utils.logging, transformers.utils.logging):
+        logs.disable_progress_bar()
+    with library_logs(lines), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.showwarning = lambda text, *_, **__: say(str(text))
+        yield
+
+
+def follow(events: Iterator[Any], on_picture: Callable[[Picture], None], *, total: int = 1) -> Done:
+    """Reads a run's events to the end: pictures go to `on_picture`, words to stdout, all else to stderr.
+
+    Args:
+        events: of `Engine.run`.
+        on_picture: called with each picture as soon as it is finished.
+        total: pictures of the run, for the progress bar, which is shown in a terminal only.
+    """
+    from tqdm import tqdm
+
+    done = Done(pictures=0)
+    with tqdm(total=total, unit="picture", disable=None, file=sys.stderr, leave=False) as bar:
+        for event in events:
+            if isinstance(event, Step):
+                bar.set_postfix_str(f"step {event.step} of {event.steps}")
+            elif isinstance(event, Picture):
+                bar.update()
+                bar.clear()
+                on_picture(event)
+            elif isinstance(event, Words):
+                print(event.text, end="", flush=True)
+            elif isinstance(event, Notice):
+                bar.clear()
+                say(event.text)
+            elif isinstance(event, Done):
+                done = event
+    return done

@@ -1,0 +1,1 @@
+"""Customization: adapters for new subjects, styles and edits from a few pictures, and their merging."""

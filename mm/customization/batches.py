@@ -1,0 +1,107 @@
+"""The pictures of a run as latents, and what each step is made of.
+
+Design choices
+- Step k depends on (seed, k) alone, so that a run that was stopped goes on as if it had not been.
+- Every picture comes once a round, as often as its repeats say, in an order drawn for the round.
+
+Legend: N pictures, B batch, C channels, H x W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm.customization.data import Example, to_tensor
+from mm.customization.objectives.protocol import Objective, at_latents
+
+_VISIBLE = 0.6  # share of the highest noise below which a picture shows what it holds
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One step: numbers of the examples, those without caption, levels and noise; the same for preserved prompts."""
+
+    chosen: tuple[int, ...]
+    bare: tuple[bool, ...]
+    level_B: Tensor
+    noise: Tensor
+    preserved: tuple[int, ...]
+    preserved_from: tuple[int, ...]
+    preserved_level_B: Tensor
+    preserved_noise: Tensor
+
+
+class Batches:
+    """Latents and masks of the examples, and the draw of each step.
+
+    Args:
+        objective: encodes.
+        examples: the pictures.
+        batch_size: B.
+        seed: of order and noise.
+        prompts: number of preserved prompts.
+        preserve_batch: of them a step.
+        dropout: share of pictures without their caption, among those that the noise leaves visible.
+    """
+
+    def __init__(
+        self, objective: Objective, examples: Sequence[Example], *, batch_size: int, seed: int, prompts: int,
+        preserve_batch: int,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.objective, self.seed, self.batch_size = objective, seed, batch_size
+        self.prompts, self.preserve_batch, self.dropout = prompts, preserve_batch, dropout
+        self.order = [i for i, example in enumerate(examples) for _ in range(example.repeats)]
+        self.latents, self.masks = encode(objective, examples)
+
+    def step(self, number: int) -> Step:
+        """What step `number` is made of."""
+        generator = torch.Generator().manual_seed(hash_of(self.seed, number))
+        chosen = tuple(self._example(number * self.batch_size + k) for k in range(self.batch_size))
+        shape = self.latents.shape[1:]
+        level_B = self.objective.levels(len(chosen), generator)
+        noise = torch.randn(len(chosen), *shape, generator=generator)
+        count = min(self.preserve_batch, self.prompts)
+        texts = torch.randperm(max(1, self.prompts), generator=generator)[:count].tolist()
+        sources = torch.randint(len(self.latents), (count,), generator=generator).tolist()
+        visible = self.objective.strength(level_B) < _VISIBLE
+        bare = visible & (torch.rand(len(chosen), generator=generator) < self.dropout)
+        levels = self.objective.levels(count, generator) if count else level_B[:0]
+        return Step(
+            chosen=chosen,
+            bare=tuple(bare.tolist()),
+            level_B=level_B,
+            noise=noise,
+            preserved=tuple(texts),
+            preserved_from=tuple(sources),
+            preserved_level_B=self.objective.louder(levels),
+            preserved_noise=torch.randn(count, *shape, generator=generator),
+        )  # fmt: skip
+
+    def _example(self, place: int) -> int:
+        around, inside = divmod(place, len(self.order))
+        generator = torch.Generator().manual_seed(hash_of(self.seed + 1, around))
+        return self.order[int(torch.randperm(len(self.order), generator=generator)[inside])]
+
+
+def hash_of(seed: int, number: int) -> int:
+    """A seed from two numbers (splitmix64, Steele et al. 2014)."""
+    z = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
+
+
+@torch.no_grad()
+def encode(objective: Objective, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
+    """Latents (N, C, H, W) on the CPU, and masks (N, 1, H, W) where any example has one."""
+    latents = torch.cat([objective.encode_pictures(to_tensor(e.picture, objective.side)[None]).cpu() for e in examples])
+    if all(example.mask is None for example in examples):
+        return latents, None
+    whole = torch.ones(1, objective.side, objective.side)
+    masks = [whole if e.mask is None else (to_tensor(e.mask, objective.side) + 1) / 2 for e in examples]
+    return latents, at_latents(torch.stack(masks), latents).clamp_min(0.0)

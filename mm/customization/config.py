@@ -1,0 +1,72 @@
+"""How long and how fast an adapter is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mm.core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of a run.
+
+    Attributes:
+        steps: at most so many.
+        batch_size: pictures a step.
+        learning_rate: of layers.
+        row_rate: of rows of embeddings, as a share of the rows' standard deviation.
+        warmup: steps in which the rates rise linearly; over the last half they fall to a tenth (cosine).
+        preserve: weight of the preservation against the frozen base; 0 leaves it out.
+        preserve_batch: unrelated prompts at once.
+        preserve_every: steps between two times that they are held to the base.
+        caption_dropout: share of pictures that are learned without their caption, where the noise leaves them visible.
+            Guidance compares with the empty prompt, whose prediction has to know the subject when it sees it.
+        weight_decay: decoupled.
+        clip: largest norm of the gradient.
+        seed: of starting values, noise and order.
+        preview_every: steps between two previews, which score the run and may stop it.
+        patience: previews without a better score after which the run stops.
+        save_every: steps between two saves of the state.
+        size: side of the training pictures in pixels; None takes the family's.
+    """
+
+    steps: int = 800
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    row_rate: float = 0.07
+    warmup: int = 10
+    preserve: float = 2.0
+    preserve_batch: int = 2
+    preserve_every: int = 2
+    caption_dropout: float = 0.25
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    seed: int = 0
+    preview_every: int = 100
+    patience: int = 4
+    save_every: int = 25
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "preserve_batch",
+            "preserve_every",
+            "preview_every",
+            "patience",
+            "save_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("learning_rate", "row_rate", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("preserve", "weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout is {self.caption_dropout}; give 0 or more, below 1")
+        if self.size is not None and self.size < 8:
+            raise UserError(f"size is {self.size}; give 8 pixels or more")

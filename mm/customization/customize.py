@@ -1,0 +1,239 @@
+"""`mm.customize`: a patch that draws the subject or the style of a few pictures.
+
+Design choices
+- The model is not changed: the patch is returned, and `patch.apply(pipe)` puts it on.
+- Nothing in the patch depends on time or machine, so that a run that was stopped and resumed gives the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mm.adapters.tokens import own_row
+from mm.core.errors import UserError, shown
+from mm.customization.batches import Batches
+from mm.customization.config import TrainingConfig
+from mm.customization.data import KINDS, Example, Kind, fingerprint, read_folder
+from mm.customization.estimate import Estimate, estimate
+from mm.customization.learned import Learned
+from mm.customization.methods.protocol import Job, Learner
+from mm.customization.methods.registry import method_of
+from mm.customization.methods.through_peft import PeftAdapters
+from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.previews import sample, save_previews
+from mm.customization.training import Progress, Training
+from mm.families import family_of
+from mm.layers.base_hash import base_hash
+from mm.layers.surgery import roots_of
+
+TRAINED: tuple[Kind, ...] = ("subject", "style")
+PRESERVED = 48  # unrelated prompts that are held to the base
+OnProgress = Callable[[float, str], None]
+
+
+def customize(
+    pipe: Any,
+    folder: str | Path,
+    *,
+    name: str,
+    kind: Kind = "subject",
+    method: str = "auto",
+    noun: str = "",
+    work: str | Path | None = None,
+    preserved: Sequence[str] | None = None,
+    samples: Sequence[str] | None = None,
+    sample_steps: int | None = None,
+    estimated: Callable[[Estimate], None] = lambda made: None,
+    progress: OnProgress = lambda share, text: None,
+    **settings: Any,
+) -> Learned:
+    """Learns an adapter from a folder of pictures.
+
+    Args:
+        pipe: a pipeline that draws from text, 16-bit or 4-bit.
+        folder: pictures, each with a caption in a text file of the same name (see `mm.customization.data`).
+        name: what the subject is called in prompts, for example "<mug>".
+        kind: "subject" or "style".
+        method: one of `mm.customization.methods.registry.METHODS`; "auto" takes the one that measured best.
+        noun: the subject's class ("mug"), where the model knows it.
+        work: a folder for state, plot and sample pictures; a run that was stopped continues from it.
+        preserved: prompts that must stay as they are; None takes the family's own.
+        samples: prompts of the sample pictures in `work`; None takes the first caption.
+        sample_steps: of sampling them.
+        estimated: called with memory and time before the run starts; raising stops it.
+        progress: called with a share from 0 to 1 and a text.
+        settings: of the method, and of `TrainingConfig`.
+
+    Returns:
+        The patch, not applied. Its report has steps, losses and scores.
+
+    Raises:
+        UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
+    if kind not in TRAINED:
+        raise UserError(f"the kind {kind!r} cannot be trained yet; {' and '.join(TRAINED)} can")
+    maker = method_of(method)
+    objective = objective_of(pipe, settings.get("size"))
+    config, chosen = _settings(maker.name, {**objective.training, **maker.defaults}, settings)
+    check_name(name, objective)
+    examples = read_folder(folder, name=name, kind=kind, noun=noun)
+    prompts = _preserved(pipe, examples, name, noun, preserved)
+    job = Job(
+        objective=objective, examples=examples, name=name, noun=noun, kind=kind, settings=chosen, seed=config.seed
+    )
+    wanted = _freeze(pipe)
+    learner: Learner | None = None
+    try:
+        learner = maker.begin(job)
+        batches = Batches(
+            objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(prompts),
+            preserve_batch=config.preserve_batch,
+            dropout=config.caption_dropout,
+        )  # fmt: skip
+        base = base_hash(objective.modules()[objective.parts[0]])
+        identity = _identity(examples, name, kind, maker.name, chosen, config, base, prompts)
+        place = None if work is None else Path(work)
+        training = Training(learner, batches, prompts, config, work=place, identity=identity)
+        found = estimate(training)
+        _warn_of_memory(found)
+        estimated(found)
+        shown_prompts = list(samples) if samples is not None else [examples[0].caption]
+
+        def on_step(now: Progress) -> None:
+            progress(now.step / config.steps, f"step {now.step} of {config.steps}, loss {now.losses[-1]:.4f}")
+
+        def on_preview(now: Progress) -> None:
+            if place is not None:
+                drawn = sample(pipe, shown_prompts, objective.side, config.seed, sample_steps)
+                save_previews(place, now, drawn)
+
+        training.run(on_step, on_preview)
+        return _learned(pipe, learner, training, base, maker.name, chosen)
+    finally:
+        if learner is not None:
+            learner.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _freeze(pipe: Any) -> list[nn.Parameter]:
+    """Lets no parameter of the model ask for gradients; gives those that did."""
+    found = [p for root in roots_of(pipe).values() for p in root.parameters() if p.requires_grad]
+    for parameter in found:
+        parameter.requires_grad_(False)
+    return found
+
+
+def check_name(name: str, objective: Objective) -> None:
+    """Raises UserError where a name cannot stand for a new subject; warns where it is a common word already."""
+    if not name.strip() or name != name.strip() or "\n" in name:
+        raise UserError(f"the name is {shown(name)}; give a word, for example '<mug>'")
+    if objective.open_vocabulary:
+        for table in objective.tables:
+            if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
+                warnings.warn(
+                    f"{shown(name)} is a word that the model knows already, and learning changes what it means; "
+                    f"a name such as '<{name}>' leaves it alone",
+                    stacklevel=3,
+                )
+                return
+        return
+    if not re.fullmatch(r"<[a-z0-9_]+>", name):
+        known = any(own_row(objective.pipe, table, name) is not None for table in objective.tables)
+        what = "a word of the model already" if known else "no new word"
+        raise UserError(f"the name {shown(name)} is {what}; give one in angle brackets, such as '<mug>'")
+    for table in objective.tables:
+        if own_row(objective.pipe, table, name) is not None:
+            raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")
+
+
+def _one_piece(pipe: Any, tokenizer: str, name: str) -> bool:
+    table = pipe.components[tokenizer].get_vocab()
+    return any(form in table for form in (f"{name}</w>", f"\u2581{name}", f"\u0120{name}"))
+
+
+def _settings(method: str, defaults: Any, given: dict[str, Any]) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The run's settings and the method's own; a method may have its own values for a run."""
+    own = {key: value for key, value in defaults.items() if key not in TrainingConfig.__dataclass_fields__}
+    fields = {key: value for key, value in defaults.items() if key in TrainingConfig.__dataclass_fields__}
+    for key, value in given.items():
+        if key in TrainingConfig.__dataclass_fields__:
+            fields[key] = value
+        elif key in own:
+            own[key] = value
+        else:
+            known = ", ".join((*own, *TrainingConfig.__dataclass_fields__))
+            raise UserError(f"{method} has no setting {key!r}; it has {known}")
+    rank = own.get("rank")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise UserError(f"rank is {rank!r}; give a whole number of 1 or more")
+    return TrainingConfig(**fields), own
+
+
+def _preserved(
+    pipe: Any, examples: Sequence[Example], name: str, noun: str, given: Sequence[str] | None
+) -> list[str]:  # fmt: skip
+    if given is not None:
+        return list(given)
+    family = family_of(pipe)
+    own = family.calibration_prompts(PRESERVED) if family is not None else []
+    classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
+    return list(dict.fromkeys([*own, *(classes if noun else [])]))
+
+
+def _identity(
+    examples: Sequence[Example], name: str, kind: str, method: str, chosen: Any, config: TrainingConfig, base: str,
+    prompts: Sequence[str],
+) -> str:  # fmt: skip
+    parts = [fingerprint(examples), name, kind, method, dict(chosen), asdict(config), base, list(prompts)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _warn_of_memory(found: Estimate) -> None:
+    if found.free is not None and found.memory > 0.9 * found.free:
+        warnings.warn(
+            f"the run needs about {found.memory >> 20} MiB and {found.free >> 20} MiB are free; a smaller batch_size "
+            "or size, or a 4-bit model, needs less",
+            stacklevel=3,
+        )
+
+
+def _learned(
+    pipe: Any, learner: Learner, training: Training, base: str, method: str, chosen: dict[str, Any]
+) -> Learned:  # fmt: skip
+    job, progress, config = learner.job, training.progress, training.config
+    family = family_of(pipe)
+    best = progress.scores[progress.best]
+    report = {
+        "steps": progress.step, "pictures": len(job.examples), "stopped_early": progress.stopped,
+        "best_step": best[0], "score": round(best[1], 6), "error": round(best[2], 6), "drift": round(best[3], 6),
+        "last_drift": round(progress.scores[-1][3], 6),
+        "loss": [round(x, 5) for x in progress.losses[:: max(1, len(progress.losses) // 50)]],
+    }  # fmt: skip
+    settings = {
+        "name": job.name, "noun": job.noun, "kind": job.kind, "size": job.objective.side, **chosen,
+        **{key: value for key, value in asdict(config).items() if key != "size"}, **learner.settings,
+    }  # fmt: skip
+    tokens = learner.tokens()
+    if tokens:
+        settings["tokens"] = tokens
+    native: dict[str, Tensor] = {}
+    for piece in learner.pieces:
+        if isinstance(piece, PeftAdapters) and method != "lora":
+            native |= piece.native()
+    return Learned(
+        native=native, entries=learner.entries(), method=method, base=base, settings=settings, report=report,
+        name=re.sub(r"[^A-Za-z0-9_-]+", "-", job.name).strip("-") or "subject",
+        family=family.name if family is not None else "",
+    )  # fmt: skip

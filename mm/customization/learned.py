@@ -1,0 +1,167 @@
+"""`Learned`: the patch that customization gives, and the files it is written to.
+
+Design choices
+- mm's own file holds everything: layers, new words, report. Where only low-rank layers were learned, the file is
+  diffusers' layout by default, which other programs load.
+- Metadata as the field has it: `modelspec.*` (Stability AI's ModelSpec 1.0.1), `ss_*` (kohya's scripts) and
+  `lora_adapter_metadata` (diffusers, peft's config by component).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mm.adapters.formats import write_lora
+from mm.adapters.patch import Patch
+from mm.core.errors import UserError
+from mm.core.files import read_regular, write_bytes
+
+Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
+LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
+_MOST = 8 << 30
+ARCHITECTURES = {  # of ModelSpec, by family
+    "stable-diffusion": "stable-diffusion-v1",
+    "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
+    "stable-diffusion-3": "stable-diffusion-3-medium",
+    "flux": "flux-1-dev",
+    "flux-schnell": "flux-1-schnell",
+}
+
+
+@dataclass(kw_only=True)
+class Learned(Patch):
+    """What was learned.
+
+    Attributes:
+        native: tensors in peft's layout, where the method's own form is smaller than the entries (LoHa, LoKr).
+        family: of the model.
+    """
+
+    native: dict[str, Tensor] = field(default_factory=dict)
+    family: str = ""
+
+    def layout(self) -> Layout:
+        """The layout that `write` takes by itself: diffusers' where it holds all that was learned."""
+        if self.native and not self.settings.get("tokens"):
+            return "peft"
+        plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
+        return "diffusers" if plain and self.family != "mm-tiny" else "mm"
+
+    def write(self, path: str | Path, layout: Layout = "auto", *, target: Any = None) -> None:
+        """Writes the file, whole or not at all.
+
+        Args:
+            path: the file.
+            layout: "mm" holds everything; the others are those of `mm.write_lora`.
+            target: the pipeline, for layouts that call layers by other names.
+
+        Raises:
+            UserError: for what a layout cannot hold.
+        """
+        if layout not in LAYOUTS:
+            raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
+        chosen = self.layout() if layout == "auto" else layout
+        if chosen == "mm":
+            self.save(path)
+            return
+        if self.native and chosen == "peft":
+            tensors = {key: value.contiguous().cpu() for key, value in self.native.items()}
+            write_bytes(path, ordered(save(tensors, metadata=self.metadata())))
+            return
+        if self.settings.get("tokens"):
+            raise UserError(
+                f"a LoRA file holds no new word, and this adapter brings {self.settings['tokens'][0]['token']!r}; "
+                "write layout 'mm', or the word with write_textual_inversion"
+            )
+        write_lora(self, path, chosen, target=target)  # type: ignore[arg-type]
+        with_metadata(path, self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """Metadata of a LoRA file."""
+        ranks = {len(e.tensors["down"]) for e in self.entries.values() if e.kind == "lowrank"}
+        rank = max(ranks, default=0)
+        s = self.settings
+        meta = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{ARCHITECTURES.get(self.family, self.family)}/lora",
+            "modelspec.implementation": "https://github.com/huggingface/diffusers",
+            "modelspec.title": self.name,
+            "modelspec.trigger_phrase": str(s.get("name", "")),
+            "modelspec.resolution": f"{s.get('size', '')}x{s.get('size', '')}",
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(rank),
+            "ss_steps": str(self.report.get("steps", "")),
+            "ss_seed": str(s.get("seed", "")),
+            "ss_learning_rate": str(s.get("learning_rate", "")),
+            "ss_num_train_images": str(self.report.get("pictures", "")),
+            "ss_tag_frequency": json.dumps({str(s.get("name", "")): {}}),
+            "mm_base": self.base,
+            "format": "pt",
+        }
+        if rank and len(ranks) == 1 and not self.native:
+            parts: dict[str, list[str]] = {}
+            for path in self.entries:
+                component, _, below = path.partition(".")
+                parts.setdefault(component, []).append(below)
+            config = {
+                f"{part}.{key}": value
+                for part, paths in parts.items()
+                for key, value in {"r": rank, "lora_alpha": rank, "target_modules": sorted(paths)}.items()
+            }
+            meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
+        return meta
+
+
+def with_metadata(path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file again with metadata."""
+    tensors = load(read_regular(path, "adapter", most=_MOST))
+    write_bytes(path, ordered(save(tensors, metadata=metadata)))
+
+
+def ordered(data: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata in alphabetical order, which safetensors leaves to chance."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def write_textual_inversion(patch: Patch, path: str | Path) -> list[Path]:
+    """Writes the new words of a patch as textual-inversion files, which diffusers' `load_textual_inversion` reads.
+
+    Args:
+        patch: with words.
+        path: the file; of several text encoders each has its own, with the tokenizer's name in it.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: for a patch without words.
+    """
+    tokens = patch.settings.get("tokens", ())
+    if not tokens:
+        raise UserError(f"patch {patch.name!r} brings no new word, so there is no textual inversion to write")
+    files, target = [], Path(path)
+    for tokenizer in dict.fromkeys(item["tokenizer"] for item in tokens):
+        mine = [item for item in tokens if item["tokenizer"] == tokenizer]
+        tensors: dict[str, Tensor] = {}
+        for item in mine:
+            entry = patch.entries[item["embedding"]]
+            place = int(torch.nonzero(entry.tensors["ids"] == int(item["id"]))[0])
+            tensors[item["token"]] = entry.tensors["rows"][place][None].float()
+        suffix = tokenizer.removeprefix("tokenizer")
+        file = target if not suffix else target.with_name(f"{target.stem}{suffix}{target.suffix}")
+        write_bytes(file, save(tensors, metadata={"format": "pt"}))
+        files.append(file)
+    return files

@@ -1,0 +1,1 @@
+"""Methods of merging adapters, one file each."""

@@ -1,0 +1,215 @@
+"""`mm.merge`: one patch of several, so that one file draws all their subjects.
+
+Design choices
+- "sum" adds products exactly. "orthogonal" does the same and asks that the adapters were trained in subspaces of their
+  own (method "orthogonal", Po et al. 2023, arXiv 2312.02432), in which sums do not disturb each other.
+- New words are carried along, with rows of their own; two adapters that bring the same word are refused.
+- Nothing is lost silently: the report has the overlap of each pair, and what a cut to a rank has lost.
+
+Legend: N outputs, K inputs, r rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.adapters.entry import Entry
+from mm.adapters.patch import Patch
+from mm.core.errors import UserError, shown
+from mm.customization.learned import Learned
+from mm.customization.merging.combining import COMBINING, cut
+
+METHODS = ("sum", "ties", "dare", "do", "orthogonal")
+_APART = 0.05  # the largest cosine between subspaces that count as orthogonal
+
+
+@torch.no_grad()
+def merge(
+    patches: Sequence[Patch], *, method: str = "sum", weights: Sequence[float] | None = None, density: float = 0.5,
+    rank: int | None = None, seed: int = 0, name: str = "merged",
+) -> Learned:  # fmt: skip
+    """Makes one patch of several.
+
+    Args:
+        patches: two or more, of one model; those of other programs through `mm.read_lora`.
+        method: "sum", "ties", "dare", "do" or "orthogonal".
+        weights: how strongly each acts; 1 by default.
+        density: share of the values that TIES and DARE keep.
+        rank: of layers that were combined as whole changes; None takes the sum of the ranks.
+        seed: of DARE's choice.
+        name: of the result.
+
+    Returns:
+        The merged patch; its report has the overlap and what was lost.
+
+    Raises:
+        UserError: for patches that cannot be merged, with the first layer or word that stands against it.
+    """
+    each = _checked(patches, method, weights, density, rank)
+    if method == "orthogonal":
+        _check_orthogonal(patches)
+    words = _Words(patches)
+    paths = list(dict.fromkeys(path for patch in patches for path in patch.entries))
+    entries, lost = {}, {}
+    for path in paths:
+        here = [(words.moved(k, path, p.entries[path]), each[k]) for k, p in enumerate(patches) if path in p.entries]
+        entries[path], loss = _combined(path, here, method, density, rank, seed)
+        if loss:
+            lost[path] = round(loss, 4)
+    report: dict[str, Any] = {
+        "merged": [patch.name for patch in patches], "overlap": overlaps(patches),
+        "largest_loss": max(lost.values(), default=0.0), "lost": lost,
+    }  # fmt: skip
+    settings: dict[str, Any] = {"weights": each, "density": density, "seed": seed}
+    if words.tokens:
+        settings["tokens"] = words.tokens
+    family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
+    return Learned(
+        entries=entries, method=f"merged-{method}", base=patches[0].base, name=name, settings=settings, report=report,
+        family=family,
+    )  # fmt: skip
+
+
+def overlaps(patches: Sequence[Patch]) -> dict[str, int]:
+    """How many layers each pair of patches both changes."""
+    return {
+        f"{one.name} and {other.name}": len(
+            {p for p, e in one.entries.items() if e.kind != "rows"} & set(other.entries)
+        )
+        for one, other in combinations(patches, 2)
+    }  # fmt: skip
+
+
+def _checked(
+    patches: Sequence[Patch], method: str, weights: Sequence[float] | None, density: float, rank: int | None
+) -> list[float]:  # fmt: skip
+    if len(patches) < 2:
+        raise UserError(f"{len(patches)} adapter to merge; give two or more")
+    if method not in METHODS:
+        raise UserError(f"no way of merging {method!r}; there are {', '.join(METHODS)}")
+    each = [1.0] * len(patches) if weights is None else [float(w) for w in weights]
+    if len(each) != len(patches):
+        raise UserError(f"{len(each)} weights for {len(patches)} adapters; give one for each")
+    if not 0 < density <= 1:
+        raise UserError(f"density is {density}; give a number above 0, at most 1")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank is {rank}; give 1 or more")
+    bases = {patch.base for patch in patches if patch.base}
+    if len(bases) > 1:
+        raise UserError(
+            f"the adapters were made for {len(bases)} different models ({', '.join(b[:8] for b in sorted(bases))}); "
+            "merge adapters of one model"
+        )
+    if any(not patch.base for patch in patches):
+        unnamed = next(patch.name for patch in patches if not patch.base)
+        warnings.warn(f"adapter {unnamed!r} does not say which model it was made for", stacklevel=3)
+    return each
+
+
+def _combined(
+    path: str, here: Sequence[tuple[Entry, float]], method: str, density: float, rank: int | None, seed: int
+) -> tuple[Entry, float]:  # fmt: skip
+    """One entry of several, and the share that a cut has lost."""
+    first = here[0][0]
+    kinds, scopes = {entry.kind for entry, _ in here}, {entry.scope for entry, _ in here}
+    if "rotation" in kinds and len(here) > 1:
+        raise UserError(f"{path} is a rotation, which no sum holds; truncate that patch first")
+    if len(scopes) > 1:
+        raise UserError(f"{path} is changed for all tokens by one adapter and for some by another; they do not add up")
+    if kinds == {"rows"}:
+        tensors = {key: torch.cat([entry.tensors[key] for entry, _ in here]) for key in ("ids", "rows")}
+        return Entry(kind="rows", tensors=tensors), 0.0
+    if kinds == {"rotation"}:
+        return replace(first, scale=first.scale * here[0][1]), 0.0
+    if kinds == {"lowrank"} and (method in ("sum", "orthogonal") or len(here) == 1):
+        return _stacked([(e, w) for e, w in here]), 0.0
+    deltas = [_delta(entry) for entry, _ in here]
+    shapes = {tuple(delta.shape) for delta in deltas}
+    if len(shapes) > 1:
+        raise UserError(f"{path} has changes of shapes {sorted(shapes)}; the adapters are for different models")
+    weights = [weight for _, weight in here]
+    if method in COMBINING and first.kind != "bias" and len(here) > 1 and deltas[0].ndim == 2:
+        total = COMBINING[method](deltas, weights, density, seed)
+    else:
+        total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(deltas[0]))
+    if kinds != {"lowrank"}:
+        return Entry(kind="bias" if kinds == {"bias"} else "dense", tensors={"delta": total}), 0.0
+    most = rank or sum(len(entry.tensors["down"]) for entry, _ in here)
+    down, up, lost = cut(total, min(most, *total.shape))
+    made = {"down": down.to(torch.float16), "up": up.to(torch.float16)}
+    return Entry(kind="lowrank", tensors=made, scope=first.scope), lost
+
+
+def _stacked(here: Sequence[tuple[Entry, float]]) -> Entry:
+    """The exact sum of products."""
+    down = torch.cat([entry.tensors["down"].float() for entry, _ in here])
+    up = torch.cat([weight * entry.scale * entry.tensors["up"].float() for entry, weight in here], 1)
+    kind = here[0][0].tensors["down"].dtype
+    return Entry(kind="lowrank", tensors={"down": down.to(kind), "up": up.to(kind)}, scope=here[0][0].scope)
+
+
+def _delta(entry: Entry) -> Tensor:
+    if entry.kind == "lowrank":
+        return entry.scale * entry.tensors["up"].float() @ entry.tensors["down"].float()
+    return entry.scale * entry.tensors["delta"].float()
+
+
+def _check_orthogonal(patches: Sequence[Patch]) -> None:
+    for one, other in combinations(patches, 2):
+        for path, entry in one.entries.items():
+            second = other.entries.get(path)
+            if second is None or entry.kind != "lowrank" or second.kind != "lowrank":
+                continue
+            angle = shared(entry.tensors["down"].float(), second.tensors["down"].float())
+            if angle > _APART:
+                raise UserError(
+                    f"{one.name!r} and {other.name!r} share directions in {path} (cosine {angle:.2f}); train them "
+                    "with method 'orthogonal' and different slots, or merge with method 'do'"
+                )
+
+
+def shared(one_rK: Tensor, other_rK: Tensor) -> float:
+    """The largest cosine between the row spaces of two matrices: 0 where they are orthogonal."""
+    bases = [torch.linalg.qr(m.T)[0] for m in (one_rK, other_rK)]
+    return float(torch.linalg.matrix_norm(bases[0].T @ bases[1], 2))
+
+
+class _Words:
+    """The new words of all patches, each with a row of its own."""
+
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self.tokens: list[dict[str, Any]] = []
+        self._rows: dict[tuple[int, str], dict[int, int]] = {}
+        taken: dict[str, set[int]] = {}
+        seen: dict[tuple[str, str], str] = {}
+        for k, patch in enumerate(patches):
+            for item in patch.settings.get("tokens", ()):
+                key = (item["tokenizer"], item["token"])
+                if key in seen:
+                    raise UserError(
+                        f"{seen[key]!r} and {patch.name!r} both bring the word {shown(item['token'])}; customize one "
+                        "of them again under another name"
+                    )
+                seen[key] = patch.name
+                used = taken.setdefault(item["embedding"], set())
+                row = int(item["id"])
+                while row in used:
+                    row += 1
+                used.add(row)
+                self._rows.setdefault((k, item["embedding"]), {})[int(item["id"])] = row
+                self.tokens.append(dict(item) | {"id": row})
+
+    def moved(self, number: int, path: str, entry: Entry) -> Entry:
+        """The entry of patch `number`, with rows that no other patch has."""
+        rows = self._rows.get((number, path))
+        if entry.kind != "rows" or rows is None:
+            return entry
+        ids = torch.tensor([rows.get(int(i), int(i)) for i in entry.tensors["ids"]])
+        return replace(entry, tensors=entry.tensors | {"ids": ids})

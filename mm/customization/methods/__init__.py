@@ -1,0 +1,1 @@
+"""Methods of customization, one file each."""

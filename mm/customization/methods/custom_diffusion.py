@@ -1,0 +1,41 @@
+"""Custom Diffusion: the maps that read text are learned as a whole, with a row for the new word.
+
+Source: Kumari et al. 2022, arXiv 2212.04488. Its regularization pictures are replaced by the preservation against the
+frozen base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mm.core.errors import UserError
+from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.pieces import Branches, FullWeights
+from mm.layers.linear import BranchedLinear
+from mm.layers.surgery import roots_of, submodule
+
+
+class CustomDiffusion:
+    """Whole changes of the family's text-reading layers. With `rank` above 0, changes of that rank, also on 4 bits."""
+
+    name = "custom-diffusion"
+    defaults: Mapping[str, Any] = {"text_rank": 0, "learning_rate": 5e-4}
+
+    def begin(self, job: Job) -> Learner:
+        """Text-reading layers and the word."""
+        paths = [site.path for site in sites_of(job.objective, "text")]
+        rank = job.settings["text_rank"]
+        if rank:
+            piece = Branches(job.objective, paths, rank=rank, seed=job.seed, origin=self.name)
+            return Learner(job=job, pieces=[piece, *word_rows(job, always=True)])
+        roots = roots_of(job.objective.pipe)
+        for path in paths:
+            component, _, below = path.partition(".")
+            layer = submodule(roots[component], below)
+            if isinstance(layer, BranchedLinear) and layer.bits != 16:
+                raise UserError(
+                    f"{path} has {layer.bits}-bit weights, which whole changes do not go onto; give text_rank=16"
+                )
+        whole = FullWeights(job.objective, paths, seed=job.seed, origin=self.name)
+        return Learner(job=job, pieces=[whole, *word_rows(job, always=True)])

@@ -1,0 +1,187 @@
+"""LoRA, DoRA, OFT, LoKr, LoHa and SHiRA through peft, whose tuners wrap the denoiser's layers while they are trained.
+
+Sources: Hu et al. 2021 (arXiv 2106.09685), Liu et al. 2024 (2402.09353, DoRA), Qiu et al. 2023 (2306.07280, OFT), Yeh
+et al. 2023 (2309.14859, LyCORIS' LoKr and LoHa), Bhardwaj et al. 2024 (2406.13175, SHiRA).
+
+Design choices
+- What was learned is read off the layers themselves, as the change of the map that they compute: exact for every tuner.
+  LoRA becomes products; the others change whole weights, and go onto 16-bit layers as they are.
+- Tensors in peft's own form are kept beside that: of LoKr and LoHa they are a hundredth of the size.
+
+Legend: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.adapters.entry import Entry
+from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.layers.linear import BranchedLinear
+from mm.layers.surgery import branched, roots_of, submodule, swap
+
+ADAPTER = "mm_training"
+
+
+class PeftAdapters:
+    """A tuner of peft on some layers of the denoiser's components."""
+
+    def __init__(self, job: Job, kind: str) -> None:
+        from peft import inject_adapter_in_model
+
+        self.kind = kind
+        self.roots = roots_of(job.objective.pipe)
+        self.paths = [site.path for site in sites_of(job.objective, job.settings["layers"])]
+        self.components = list(dict.fromkeys(path.partition(".")[0] for path in self.paths))
+        self._flags = [(p, p.requires_grad) for name in self.components for p in self.roots[name].parameters()]
+        self._plain: dict[str, bool] = {}
+        for path in self.paths:
+            component, _, below = path.partition(".")
+            self._plain[path] = not isinstance(submodule(self.roots[component], below), BranchedLinear)
+            branched(self.roots[component], below)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(job.seed)
+            for name in self.components:
+                mine = [path.partition(".")[2] for path in self.paths if path.startswith(f"{name}.")]
+                inject_adapter_in_model(config_of(kind, job.settings, mine), self.roots[name], ADAPTER)
+        for parameter in self.parameters().values():
+            parameter.data = parameter.data.float()
+
+    def _layer(self, path: str) -> Any:
+        component, _, below = path.partition(".")
+        return self.roots[component].get_submodule(below)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{path}": parameter
+            for name in self.components
+            for path, parameter in self.roots[name].named_parameters()
+            if parameter.requires_grad
+        }
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        for path in self.paths:
+            self._layer(path)._disable_adapters = True
+        try:
+            yield
+        finally:
+            for path in self.paths:
+                self._layer(path)._disable_adapters = False
+
+    def settle(self) -> None:
+        """peft's layers draw with the values as they are."""
+
+    @torch.no_grad()
+    def entries(self) -> dict[str, Entry]:
+        out = {}
+        for path in self.paths:
+            layer = self._layer(path)
+            if self.kind == "lora":
+                down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                tensors = {"down": down.cpu().half().clone(), "up": up.cpu().half().clone()}
+                out[path] = Entry(kind="lowrank", tensors=tensors, scale=float(layer.scaling[ADAPTER]))
+            else:
+                out[path] = Entry(kind="dense", tensors={"delta": self._change(layer).cpu()})
+        return out
+
+    def _change(self, layer: Any) -> Tensor:
+        """W' - W, from what the layer makes of the unit vectors with and without the adapter."""
+        base = layer.get_base_layer()
+        unit = torch.eye(base.in_features, device=base.weight.device)
+        with_it = layer(unit).float()
+        layer._disable_adapters = True
+        try:
+            without = layer(unit).float()
+        finally:
+            layer._disable_adapters = False
+        return (with_it - without).T.contiguous()
+
+    def native(self) -> dict[str, Tensor]:
+        """Tensors in peft's layout, by component."""
+        from peft import get_peft_model_state_dict
+
+        found = {}
+        for name in self.components:
+            for key, tensor in get_peft_model_state_dict(self.roots[name], adapter_name=ADAPTER).items():
+                found[f"{name}.{key}"] = tensor.detach().cpu().half().contiguous()
+        return found
+
+    def remove(self) -> None:
+        for path in self.paths:
+            component, _, below = path.partition(".")
+            layer = self._layer(path)
+            base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+            swap(self.roots[component], below, base)
+            if self._plain[path] and isinstance(base, BranchedLinear) and base.bits == 16 and not base.branches:
+                base.to_linear()
+        for parameter, wanted in self._flags:
+            parameter.requires_grad_(wanted)
+        for name in self.components:
+            self.roots[name].__dict__.pop("peft_config", None)
+
+
+def config_of(kind: str, settings: Mapping[str, Any], paths: list[str]) -> Any:
+    """peft's config of a tuner."""
+    import peft
+
+    rank = settings["rank"]
+    common: dict[str, Any] = {"target_modules": paths}
+    if kind in ("lora", "dora"):
+        return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", **common)
+    if kind == "oft":
+        return peft.OFTConfig(oft_block_size=settings["block"], r=0, use_cayley_neumann=False, **common)
+    if kind == "lokr":
+        return peft.LoKrConfig(r=rank, alpha=rank, decompose_factor=settings["factor"], **common)
+    if kind == "loha":
+        return peft.LoHaConfig(r=rank, alpha=rank, **common)
+    return peft.ShiraConfig(r=rank, random_seed=0, **common)
+
+
+class ThroughPeft:
+    """A tuner of peft, and the name's row where the vocabulary is closed."""
+
+    def __init__(self, kind: str, **defaults: Any) -> None:
+        self.name = kind
+        self.defaults: Mapping[str, Any] = {"layers": "all", "rank": 8, **defaults}
+
+    def begin(self, job: Job) -> Learner:
+        """The tuner on the layers."""
+        return Learner(job=job, pieces=[PeftAdapters(job, self.name), *word_rows(job)])
+
+
+def lora() -> ThroughPeft:
+    """LoRA as peft makes it."""
+    return ThroughPeft("lora")
+
+
+def dora() -> ThroughPeft:
+    """DoRA."""
+    return ThroughPeft("dora")
+
+
+def oft() -> ThroughPeft:
+    """OFT in blocks."""
+    return ThroughPeft("oft", block=16)
+
+
+def lokr() -> ThroughPeft:
+    """LoKr."""
+    return ThroughPeft("lokr", factor=8)
+
+
+def loha() -> ThroughPeft:
+    """LoHa."""
+    return ThroughPeft("loha")
+
+
+def shira() -> ThroughPeft:
+    """SHiRA."""
+    return ThroughPeft("shira")

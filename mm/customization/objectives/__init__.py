@@ -1,0 +1,1 @@
+"""Objectives: how the denoiser of each family is trained."""

@@ -1,0 +1,220 @@
+"""What training needs of a family: how pictures and prompts become tensors, and what the denoiser is to predict.
+
+Design choices
+- One class a family, named by `Family.objective`, so that a new family is one small class and ours need not be known
+  here.
+- Everything is in float32 around the denoiser, which computes in its own type.
+
+Legend: B pictures, C channels, H x W latents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.adapters.tokens import TokenTable, token_tables
+from mm.core.errors import UserError
+from mm.families import family_of
+from mm.families.family import resolve
+
+
+class Objective(ABC):
+    """How a pipeline's denoiser is trained.
+
+    Attributes:
+        pipe: the pipeline.
+        side: of the training pictures, in pixels.
+        parts: components whose linear layers take adapters.
+        skipped: patterns over the paths of layers that take none.
+        training: values of `TrainingConfig` that suit the family.
+        open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
+    """
+
+    parts: tuple[str, ...] = ("transformer",)
+    skipped: tuple[str, ...] = ()
+    open_vocabulary = True
+    training: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, pipe: Any, side: int) -> None:
+        self.pipe, self.side = pipe, side
+
+    # ---- what a family says -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the denoiser sees them, of pictures in [-1, 1]."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        """What the denoiser reads of the prompts, with gradients where they are enabled."""
+
+    @abstractmethod
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        """The denoiser's prediction (B, C, H, W) in float32, comparable with `target`."""
+
+    @abstractmethod
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random noise levels (count,) to train at."""
+
+    @abstractmethod
+    def fixed_levels(self, count: int) -> Tensor:
+        """Noise levels (count,) spread evenly, for scores."""
+
+    @abstractmethod
+    def strength(self, level_B: Tensor) -> Tensor:
+        """Noise levels as a share of the highest."""
+
+    @abstractmethod
+    def louder(self, level_B: Tensor) -> Tensor:
+        """Noise levels brought into the upper half, where the prompt decides more than the picture."""
+
+    @abstractmethod
+    def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        """Latents at a noise level."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        """What is to be predicted."""
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """One feature vector (B, D) a prompt: the mean over what the denoiser reads of it."""
+        condition = self.encode_prompts(prompts)
+        states = condition.get("encoder_hidden_states")
+        if not torch.is_tensor(states):
+            raise UserError(f"{type(self).__name__} gives no text features; choose another method")
+        return states.float().mean(1)
+
+    # ---- the same for all -------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> tuple[TokenTable, ...]:
+        """Tokenizers and embeddings that read prompts."""
+        return token_tables(self.pipe)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the denoiser."""
+        return next(self.modules()[self.parts[0]].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the denoiser computes."""
+        kinds = [p.dtype for p in self.modules()[self.parts[0]].parameters() if p.is_floating_point()]
+        return kinds[0] if kinds else torch.float32
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that take adapters, by name."""
+        return {name: cast(nn.Module, self.pipe.components[name]) for name in self.parts}
+
+
+class FlowObjective(Objective):
+    """Flow matching: x_s = (1 - s) clean + s noise, and the velocity noise - clean is predicted.
+
+    Levels are logit-normal (Esser et al. 2024, arXiv 2403.03206).
+    """
+
+    mean, spread = 0.0, 1.0
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.sigmoid(self.mean + self.spread * torch.randn(count, generator=generator))
+
+    def fixed_levels(self, count: int) -> Tensor:
+        return (torch.arange(count) + 0.5) / count
+
+    def strength(self, level_B: Tensor) -> Tensor:
+        return level_B
+
+    def louder(self, level_B: Tensor) -> Tensor:
+        return 0.5 + level_B / 2
+
+    def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        level = level_B.view(-1, *[1] * (clean.ndim - 1))
+        return (1 - level) * clean + level * noise
+
+    def target(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        return noise - clean
+
+
+class DiffusionObjective(Objective):
+    """Discrete diffusion: epsilon, v or the clean picture is predicted, as the scheduler's config says."""
+
+    parts = ("unet",)
+
+    def _signal_B(self, level_B: Tensor) -> Tensor:
+        return self._alphas[level_B.long().cpu()].float().to(level_B.device)
+
+    @property
+    def _alphas(self) -> Tensor:
+        alphas = getattr(self.pipe.scheduler, "alphas_cumprod", None)
+        if alphas is None:
+            kind = type(self.pipe.scheduler).__name__
+            raise UserError(f"a {kind} has no noise levels to train at; give the pipeline a DDIM or Euler scheduler")
+        return cast(Tensor, alphas)
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self._alphas), (count,), generator=generator)
+
+    def fixed_levels(self, count: int) -> Tensor:
+        return ((torch.arange(count) + 0.5) / count * len(self._alphas)).long()
+
+    def strength(self, level_B: Tensor) -> Tensor:
+        return level_B.float() / len(self._alphas)
+
+    def louder(self, level_B: Tensor) -> Tensor:
+        return (len(self._alphas) + level_B) // 2
+
+    def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        signal = self._signal_B(level_B).view(-1, 1, 1, 1)
+        return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+
+    def target(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        kind = self.pipe.scheduler.config.get("prediction_type", "epsilon")
+        signal = self._signal_B(level_B).view(-1, 1, 1, 1)
+        if kind == "v_prediction":
+            return signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return clean
+        raise UserError(f"the scheduler predicts {kind!r}; epsilon, v_prediction and sample can be trained")
+
+
+def objective_of(pipe: Any, side: int | None = None) -> Objective:
+    """The objective of a pipeline's family.
+
+    Args:
+        pipe: the pipeline.
+        side: of the training pictures in pixels; None takes the family's usual size.
+
+    Raises:
+        UserError: for a family without one.
+    """
+    family = family_of(pipe)
+    if family is None or family.objective is None:
+        known = f"the family {family.name}" if family is not None else type(pipe).__name__
+        raise UserError(
+            f"{known} cannot be customized yet; docs/customization.md lists the families, and says how to add one"
+        )
+    kind = resolve(family.objective)
+    default = family.size.default if family.size is not None else 512
+    return cast(Objective, kind(pipe, default if side is None else side))
+
+
+def weighted_mse(prediction: Tensor, target: Tensor, mask_B1HW: Tensor | None) -> Tensor:
+    """Mean squared error of each row (B,); under a mask the mean over what it shows."""
+    squares = (prediction.float() - target.float()).square()
+    if mask_B1HW is None:
+        return squares.flatten(1).mean(1)
+    weights = mask_B1HW.expand_as(squares)
+    return (squares * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1e-6)
+
+
+def at_latents(mask_B1SS: Tensor, latents: Tensor) -> Tensor:
+    """A mask of pixels, averaged to the latents' grid."""
+    return F.adaptive_avg_pool2d(mask_B1SS, (latents.shape[-2], latents.shape[-1]))

@@ -1,0 +1,135 @@
+"""SD3, FLUX, Qwen-Image, SANA and Z-Image: transformers under flow matching.
+
+Conventions of each call (timestep's unit, layout of latents, sign of the output) are those of diffusers' pipelines.
+
+Legend: B pictures, C channels, H x W latents, S side of the pictures.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.customization.objectives.protocol import FlowObjective
+
+
+class StableDiffusion3(FlowObjective):
+    """Stable Diffusion 3 and 3.5."""
+
+    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), list(prompts), list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        given = {key: value.to(self.dtype) for key, value in condition.items()}
+        out = self.pipe.transformer(noisy_BCHW.to(self.dtype), timestep=level_B * 1000, **given, return_dict=False)
+        return out[0].float()
+
+
+class Flux(StableDiffusion3):
+    """FLUX.1. Where the model reads a guidance scale, it is trained at 1, so that the adapter holds at any."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        text, pooled, ids = self.pipe.encode_prompt(list(prompts), list(prompts), device=self.device)
+        return {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        batch, channels, height, width = noisy_BCHW.shape
+        pipe, dtype = self.pipe, self.dtype
+        packed = pipe._pack_latents(noisy_BCHW.to(dtype), batch, channels, height, width)
+        ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy_BCHW.device, dtype)
+        guided = pipe.transformer.config.guidance_embeds
+        out = pipe.transformer(
+            packed, timestep=level_B.to(dtype), img_ids=ids, txt_ids=condition["txt_ids"],
+            guidance=torch.ones(batch, device=noisy_BCHW.device) if guided else None,
+            encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
+            pooled_projections=condition["pooled_projections"].to(dtype), return_dict=False,
+        )[0]  # fmt: skip
+        return unpacked(out.float(), height, width)
+
+
+class QwenImage(FlowObjective):
+    """Qwen-Image, whose autoencoder is one of videos."""
+
+    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = vae.encode(pictures_B3SS[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
+        mean, deviation = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return (latents - mean) / deviation
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        text, mask = self.pipe.encode_prompt(list(prompts), device=self.device)
+        return {"encoder_hidden_states": text, "mask": mask}
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        batch, channels, height, width = noisy_BCHW.shape
+        packed = self.pipe._pack_latents(noisy_BCHW.to(self.dtype), batch, channels, height, width)
+        out = self.pipe.transformer(
+            hidden_states=packed, timestep=level_B.to(self.dtype), guidance=None,
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            encoder_hidden_states_mask=condition["mask"], img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            return_dict=False,
+        )[0]  # fmt: skip
+        return unpacked(out.float(), height, width)
+
+
+class Sana(FlowObjective):
+    """SANA. Prompts get the instruction that the pipeline's call puts in front of them."""
+
+    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        usual = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
+        text, mask, _, _ = self.pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=self.device, complex_human_instruction=usual
+        )
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        transformer = self.pipe.transformer
+        out = transformer(
+            noisy_BCHW.to(self.dtype), timestep=level_B * 1000 * getattr(transformer.config, "timestep_scale", 1.0),
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            encoder_attention_mask=condition["encoder_attention_mask"], return_dict=False,
+        )[0]  # fmt: skip
+        return out.float()
+
+
+class ZImage(StableDiffusion3):
+    """Z-Image: pictures and texts as lists, time runs the other way, and the output is the negative velocity."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        text, _ = self.pipe.encode_prompt(list(prompts), self.device, do_classifier_free_guidance=False)
+        return {"cap_feats": text}
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        return torch.stack([text.float().mean(0) for text in self.encode_prompts(prompts)["cap_feats"]])
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        pictures = list(noisy_BCHW.to(self.dtype).unsqueeze(2))
+        texts = [text.to(self.dtype) for text in condition["cap_feats"]]
+        out = self.pipe.transformer(pictures, (1 - level_B).to(self.dtype), texts, return_dict=False)[0]
+        return -torch.stack([one[:, 0] for one in out]).float()
+
+
+def unpacked(packed_BLD: Tensor, height: int, width: int) -> Tensor:
+    """Latents (B, C, H, W) of 2 x 2 patches in rows, D = 4 C."""
+    batch, _, wide = packed_BLD.shape
+    grid = packed_BLD.view(batch, height // 2, width // 2, wide // 4, 2, 2)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, wide // 4, height, width)

@@ -1,0 +1,292 @@
+"""What is trained: branches on linear layers, and rows of embeddings.
+
+Design choices
+- Trained values are float32 tensors beside the model, which stays as it is, 16-bit or 4-bit: a branch runs in plain
+  torch while gradients are wanted, and then the base's weight is dequantized for the product.
+- `off` gives the frozen base for one call, and `remove` puts everything back bit for bit.
+
+Legend: r rank, K inputs, N outputs, D width of an embedding, B prompts, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mm.adapters.entry import Entry
+from mm.adapters.tokens import TokenTable, add_token
+from mm.core.errors import UserError
+from mm.customization.objectives.protocol import Objective
+from mm.layers.linear import Branch, BranchedLinear
+from mm.layers.surgery import branched, roots_of, submodule
+
+TRAINING = "customize: in training"
+
+
+class Piece(Protocol):
+    """Trained values of one kind."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name; names say where they belong."""
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the context the model is the base."""
+
+    def settle(self) -> None:
+        """Lets the model draw with the values as they are now."""
+
+    def entries(self) -> dict[str, Entry]:
+        """The values as entries of a patch."""
+
+    def remove(self) -> None:
+        """Takes everything off the model."""
+
+
+def layer_seed(path: str, seed: int) -> torch.Generator:
+    """A generator that depends on the layer's path and the seed alone."""
+    digest = hashlib.blake2s(f"{seed} {path}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class Branches:
+    """A branch on each of some layers, W + scale * up @ down (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        objective: its pipeline has the layers.
+        paths: of the layers.
+        rank: r, at most the layer's inputs.
+        seed: of the starting values.
+        downs: starting values (r, K) of `down` by path; None draws them.
+        frozen_down: only `up` is trained.
+        origin: the method's name, kept on the branches.
+    """
+
+    def __init__(
+        self, objective: Objective, paths: Sequence[str], *, rank: int, seed: int, alpha: float | None = None,
+        downs: Mapping[str, Tensor] | None = None, frozen_down: bool = False, origin: str = "lora",
+    ) -> None:  # fmt: skip
+        self.scale = 1.0 if alpha is None else alpha / rank
+        self.layers: dict[str, BranchedLinear] = {}
+        self.down: dict[str, nn.Parameter] = {}
+        self.up: dict[str, nn.Parameter] = {}
+        self._plain: set[str] = set()
+        self.frozen_down = frozen_down
+        roots = roots_of(objective.pipe)
+        for path in paths:
+            component, _, below = path.partition(".")
+            if not isinstance(submodule(roots[component], below), BranchedLinear):
+                self._plain.add(path)
+            layer = branched(roots[component], below)
+            if downs is not None:
+                down = downs[path].clone()
+            else:
+                down = torch.empty(min(rank, layer.in_features), layer.in_features)
+                nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=layer_seed(path, seed))
+            device = objective.device
+            self.down[path] = nn.Parameter(down.to(device), requires_grad=not frozen_down)
+            self.up[path] = nn.Parameter(torch.zeros(layer.out_features, len(down), device=device))
+            self.layers[path] = layer
+            made = Branch(name=TRAINING, down=self.down[path], up=self.up[path], scale=self.scale, origin=origin)
+            layer.attach(made)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found = {f"{path}|up": up for path, up in self.up.items()}
+        return found if self.frozen_down else found | {f"{path}|down": down for path, down in self.down.items()}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        kept = {path: layer.branches for path, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.arrange([b for b in layer.branches if b.name != TRAINING])
+        try:
+            yield
+        finally:
+            for path, layer in self.layers.items():
+                layer.arrange(kept[path])
+
+    def settle(self) -> None:
+        for layer in self.layers.values():
+            layer.refresh()
+
+    def entries(self) -> dict[str, Entry]:
+        return {
+            path: Entry(
+                kind="lowrank", scale=self.scale,
+                tensors={
+                    "down": self.down[path].detach().cpu().to(torch.float16).clone(),
+                    "up": self.up[path].detach().cpu().to(torch.float16).clone(),
+                },
+            )
+            for path in self.layers
+        }  # fmt: skip
+
+    def remove(self) -> None:
+        for path, layer in self.layers.items():
+            if any(b.name == TRAINING for b in layer.branches):
+                layer.detach(TRAINING)
+            if path in self._plain and layer.bits == 16 and not layer.branches:
+                layer.to_linear()
+
+
+class FullWeights(Branches):
+    """Changes of whole weights: a branch whose `down` is the identity, and stays it.
+
+    Its entries are dense, so that they go onto 16-bit layers.
+    """
+
+    def __init__(self, objective: Objective, paths: Sequence[str], *, seed: int, origin: str) -> None:
+        roots = roots_of(objective.pipe)
+        widths = {path: branched_width(roots, path) for path in paths}
+        downs = {path: torch.eye(width) for path, width in widths.items()}
+        super().__init__(
+            objective, paths, rank=max(widths.values()), seed=seed, downs=downs, frozen_down=True, origin=origin
+        )
+
+    def entries(self) -> dict[str, Entry]:
+        return {
+            path: Entry(kind="dense", tensors={"delta": up.detach().cpu().to(torch.float16).clone()})
+            for path, up in self.up.items()
+        }
+
+
+def branched_width(roots: Mapping[str, nn.Module], path: str) -> int:
+    """Inputs of the layer at a path."""
+    component, _, below = path.partition(".")
+    layer = submodule(roots[component], below)
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{path} is no linear layer")
+    return layer.in_features
+
+
+class Rows:
+    """Rows of the embeddings for new words; while they are trained, a hook puts them into the embeddings' outputs.
+
+    Args:
+        objective: its pipeline has tokenizers and embeddings.
+        tokens: the new words, each with the word whose row is the start ("" for the mean of all rows).
+        noise: deviation of what is added to the start, as a share of the rows' deviation.
+        seed: of that noise.
+    """
+
+    def __init__(
+        self, objective: Objective, tokens: Mapping[str, str], *, seed: int, noise: float = 0.1,
+    ) -> None:  # fmt: skip
+        self.objective = objective
+        self.values: dict[tuple[str, str], nn.Parameter] = {}
+        self.spreads: dict[str, float] = {}  # the table's standard deviation, by the parameter's name
+        self.per_sample: dict[str, Tensor] = {}  # rows (B, D) by token, for batches whose prompts differ in them
+        self.ids: dict[tuple[str, str], int] = {}
+        self._tables: list[TokenTable] = list(objective.tables)
+        if not self._tables:
+            raise UserError(f"{type(objective.pipe).__name__} has no tokenizer that takes a new word")
+        self._sizes = {table.embedding: self.embedding(table).num_embeddings for table in self._tables}
+        for table in self._tables:
+            for token, start in tokens.items():
+                row = add_token(objective.pipe, table, token)
+                embedding = self.embedding(table)
+                self.ids[table.embedding, token] = row
+                first = self._start(table, embedding, start, row)
+                spread = embedding.weight.detach().float()[:row].std()
+                drift = torch.randn(first.shape, generator=layer_seed(f"{table.embedding} {token}", seed))
+                self.spreads[f"{table.embedding}|{token}"] = float(spread)
+                self.values[table.embedding, token] = nn.Parameter(first + noise * spread * drift.to(first))
+        self._handles = [self.embedding(t).register_forward_hook(self._hook(t)) for t in self._tables]
+        self._on = True
+
+    def embedding(self, table: TokenTable) -> nn.Embedding:
+        component, _, path = table.embedding.partition(".")
+        found = submodule(roots_of(self.objective.pipe)[component], path)
+        assert isinstance(found, nn.Embedding)
+        return found
+
+    def _start(self, table: TokenTable, embedding: nn.Embedding, word: str, row: int) -> Tensor:
+        weight = embedding.weight.detach().float()
+        if not word:
+            return weight[:row].mean(0)
+        tokenizer = self.objective.pipe.components[table.tokenizer]
+        special = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
+        ids = [i for i in tokenizer(word).input_ids if i not in special and i < row]
+        return weight[ids].mean(0) if ids else weight[:row].mean(0)
+
+    def _hook(self, table: TokenTable) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            ids = args[0]
+            for (embedding, token), value in self.values.items():
+                if embedding != table.embedding or not self._on:
+                    continue
+                own = (ids == self.ids[embedding, token])[..., None]
+                each = self.per_sample.get(f"{embedding} {token}")
+                if each is not None and ids.ndim == 2 and len(each) == len(ids):
+                    output = torch.where(own, each[:, None].to(output), output)
+                else:
+                    output = torch.where(own, value.to(output), output)
+            return output
+
+        return after
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{embedding}|{token}": value for (embedding, token), value in self.values.items()}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
+
+    def settle(self) -> None:
+        """The hook serves drawing as well."""
+
+    def entries(self, only: Sequence[str] | None = None) -> dict[str, Entry]:
+        out: dict[str, Entry] = {}
+        for table in self._tables:
+            mine = {t: v for (e, t), v in self.values.items() if e == table.embedding and (only is None or t in only)}
+            ids = torch.tensor([self.ids[table.embedding, token] for token in mine])
+            rows = torch.stack([value.detach().cpu().float() for value in mine.values()]).to(torch.float16)
+            out[table.embedding] = Entry(kind="rows", tensors={"ids": ids, "rows": rows})
+        return out
+
+    def tokens(self, only: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """What a patch says of its words."""
+        return [
+            {"token": token, "tokenizer": table.tokenizer, "embedding": table.embedding,
+             "id": self.ids[table.embedding, token]}
+            for table in self._tables for (embedding, token) in self.values
+            if embedding == table.embedding and (only is None or token in only)
+        ]  # fmt: skip
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for table in self._tables:
+            forget(self.objective.pipe, table, [t for e, t in self.values if e == table.embedding])
+            if self.embedding(table).num_embeddings != self._sizes[table.embedding]:
+                root = roots_of(self.objective.pipe)[table.embedding.partition(".")[0]]
+                root.resize_token_embeddings(self._sizes[table.embedding])  # type: ignore[operator]
+
+
+def forget(pipe: Any, table: TokenTable, tokens: Sequence[str]) -> None:
+    """Takes words out of a tokenizer again; they must be the last that were added."""
+    import json
+
+    tokenizer = pipe.components[table.tokenizer]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in tokens]
+    from tokenizers import Tokenizer
+
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def halved(entry: Entry) -> Entry:
+    """An entry whose floats take two bytes."""
+    made = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in entry.tensors.items()}
+    return replace(entry, tensors=made)

@@ -1,0 +1,268 @@
+"""The loop: an adapter learns the pictures while unrelated prompts keep what the frozen base makes of them.
+
+Design choices
+- Preservation needs no pictures: on unrelated prompts (the family's own, the subject's class, and none) the prediction
+  is held to the base's own, which is computed in the same step with the adapter off.
+- The whole state lies in one safetensors file, written by rename. Steps depend on (seed, number) alone, so a run that
+  was killed at any moment continues to the same bits.
+- The preview score is that of held noise: what the error on the pictures has lost, less what unrelated prompts have
+  moved, both as shares of what the base has. The best values are kept, and a run without progress stops.
+
+Legend: B pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mm.core.errors import UserError
+from mm.core.files import write_bytes
+from mm.core.safe_tensors import read_tensors
+from mm.customization.batches import Batches, Step
+from mm.customization.config import TrainingConfig
+from mm.customization.methods.protocol import Learner
+from mm.customization.objectives.protocol import weighted_mse
+
+STATE = "state.safetensors"
+_SCORED = 8  # noise levels of a preview
+_SCORED_PROMPTS = 8
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is: what is saved beside the tensors.
+
+    Attributes:
+        step: steps done.
+        losses: of the pictures, one a step.
+        preserved: losses of the preservation.
+        scores: (step, score, error as a share of the base's, drift) of each preview.
+        best: number of the best preview.
+        stopped: the run has ended early.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    preserved: list[float] = field(default_factory=list)
+    scores: list[tuple[int, float, float, float]] = field(default_factory=list)
+    best: int = -1
+    stopped: bool = False
+
+
+class Training:
+    """One run.
+
+    Args:
+        learner: what is trained, on the model.
+        batches: the pictures.
+        prompts: what is to stay as the base has it.
+        config: how long and how fast.
+        work: folder of the state; None keeps none.
+        identity: what the state belongs to; another run's state is refused.
+    """
+
+    def __init__(
+        self, learner: Learner, batches: Batches, prompts: Sequence[str], config: TrainingConfig, *,
+        work: Path | None = None, identity: str = "",
+    ) -> None:  # fmt: skip
+        self.learner, self.batches, self.prompts, self.config = learner, batches, list(prompts), config
+        self.objective = learner.job.objective
+        self.parameters = learner.parameters()
+        self.state_file = None if work is None else work / STATE
+        self.identity = identity
+        self.progress = Progress()
+        rows = learner.rows()
+        plain = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        groups: list[dict[str, Any]] = [
+            {"params": [value]} | ({"lr": config.row_rate * rows[name], "weight_decay": 0.0} if name in rows else plain)
+            for name, value in self.parameters.items()
+        ]
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), foreach=False)
+        self.best = self._copy()
+        self._conditions: dict[str, Any] = {}
+        self._base_scores: tuple[Tensor, Tensor] | None = None
+        if self.state_file is not None and self.state_file.is_file():
+            self._resume(self.state_file)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, on_step: Callable[[Progress], None], on_preview: Callable[[Progress], None]) -> None:
+        """Trains to the end, or until previews no longer improve; the model holds the best values afterwards."""
+        config = self.config
+        if not self.progress.scores:
+            self._preview(on_preview)
+        while self.progress.step < config.steps and not self.progress.stopped:
+            self.train_step(self.batches.step(self.progress.step))
+            on_step(self.progress)
+            if self.progress.step % config.preview_every == 0 or self.progress.step == config.steps:
+                self._preview(on_preview)
+            if self.progress.step % config.save_every == 0 or self.progress.stopped:
+                self.save()
+        self.save()
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(self.best[name])
+        self.learner.settle()
+
+    def train_step(self, step: Step) -> None:
+        """One update."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._factor()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(step)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {self.progress.step}; give a lower learning_rate, now "
+                f"{self.config.learning_rate:g}"
+            )
+        loss.backward()
+        self.progress.losses.append(value)
+        held = self.prompts and self.config.preserve and self.progress.step % self.config.preserve_every == 0
+        self.progress.preserved.append(self._preserve(step) if held else (self.progress.preserved or [0.0])[-1])
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        self.optimizer.step()
+        self.progress.step += 1
+
+    def loss(self, step: Step) -> Tensor:
+        """The pictures' loss, and what the method adds."""
+        chosen = torch.tensor(step.chosen)
+        clean, noise, level_B = self._moved(self.batches.latents[chosen], step.noise, step.level_B)
+        mask = None if self.batches.masks is None else self.batches.masks[chosen].to(clean.device)
+        self.learner.before_step(step.chosen)
+        captions = self.learner.captions(step.chosen)
+        captions = ["" if bare else caption for bare, caption in zip(step.bare, captions, strict=True)]
+        condition = self.objective.encode_prompts(captions)
+        noisy = self.objective.noised(clean, noise, level_B)
+        prediction = self.objective.predict(noisy, level_B, condition)
+        loss = weighted_mse(prediction, self.objective.target(clean, noise, level_B), mask).mean()
+        extra = self.learner.extra_loss()
+        return loss if extra is None else loss + extra
+
+    def _preserve(self, step: Step) -> float:
+        """Adds the gradient of the distance to the base on unrelated prompts."""
+        clean = self.batches.latents[torch.tensor(step.preserved_from)]
+        clean, noise, level_B = self._moved(clean, step.preserved_noise, step.preserved_level_B)
+        noisy = self.objective.noised(clean, noise, level_B)
+        words = [self.prompts[i] for i in step.preserved]
+        with torch.no_grad(), self.learner.off():
+            wanted = self.objective.predict(noisy, level_B, self.objective.encode_prompts(words))
+        given = self.objective.predict(noisy, level_B, self.objective.encode_prompts(words))
+        loss = weighted_mse(given, wanted, None).mean()
+        if loss.requires_grad:
+            (self.config.preserve * self.config.preserve_every * loss).backward()
+        return float(loss.detach())
+
+    def _factor(self) -> float:
+        step, config = self.progress.step, self.config
+        warm = min(1.0, (step + 1) / (config.warmup + 1))
+        late = max(0.0, 2 * step / config.steps - 1)
+        return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * late)))
+
+    def _moved(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self.objective.device) for tensor in tensors)
+
+    # ---- previews ---------------------------------------------------------------------------------------------------
+
+    def _preview(self, on_preview: Callable[[Progress], None]) -> None:
+        self.learner.settle()
+        error, drift = self.score()
+        score = 1 - error - drift
+        progress = self.progress
+        progress.scores.append((progress.step, score, error, drift))
+        if progress.best < 0 or score > progress.scores[progress.best][1]:
+            progress.best = len(progress.scores) - 1
+            self.best = self._copy()
+        progress.stopped = len(progress.scores) - 1 - progress.best >= self.config.patience
+        on_preview(progress)
+
+    @torch.no_grad()
+    def score(self) -> tuple[float, float]:
+        """Error on the pictures as a share of the base's, and drift on unrelated prompts as a share of their size."""
+        if self._base_scores is None:
+            with self.learner.off():
+                self._base_scores = self._held()
+        base_error, base_out = self._base_scores
+        error, out = self._held()
+        if not len(base_out):
+            return float(error / base_error), 0.0
+        # With one noise for all prompts, what differs between them is what the prompts say.
+        apart = base_out.var(0, unbiased=False).mean() if len(base_out) > 1 else base_out.square().mean()
+        return float(error / base_error), float((out - base_out).square().mean() / apart.clamp_min(1e-12))
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """Error on the pictures, and predictions for unrelated prompts, both at held noise."""
+        examples = range(len(self.batches.latents))
+        generator = torch.Generator().manual_seed(self.config.seed + 17)
+        chosen = [examples[i % len(examples)] for i in range(max(_SCORED, len(examples)))]
+        clean = self.batches.latents[torch.tensor(chosen)]
+        noise = torch.randn(clean.shape, generator=generator)
+        clean, noise, level_B = self._moved(clean, noise, self.objective.fixed_levels(len(chosen)))
+        mask = None if self.batches.masks is None else self.batches.masks[torch.tensor(chosen)].to(clean.device)
+        self.learner.before_step(chosen)
+        condition = self.objective.encode_prompts(self.learner.captions(chosen))
+        noisy = self.objective.noised(clean, noise, level_B)
+        given = self.objective.predict(noisy, level_B, condition)
+        error = weighted_mse(given, self.objective.target(clean, noise, level_B), mask).mean()
+        words = self.prompts[:_SCORED_PROMPTS]
+        if not words:
+            return error, clean[:0]
+        condition = self.objective.encode_prompts(words)
+        same = noise[:1].expand(len(words), *noise.shape[1:])
+        return error, self.objective.predict(same, self._loud(len(words)), condition)
+
+    def _loud(self, count: int) -> Tensor:
+        """The highest of the held levels, where the prompt alone decides."""
+        return self.objective.fixed_levels(_SCORED)[-1:].expand(count).to(self.objective.device)
+
+    # ---- the state --------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    def save(self) -> None:
+        """Writes the state, whole or not at all."""
+        if self.state_file is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.parameters.items():
+            tensors[f"now|{name}"] = value.detach()
+            tensors[f"best|{name}"] = self.best[name]
+            for key, tensor in self.optimizer.state.get(value, {}).items():
+                tensors[f"optimizer.{key}|{name}"] = tensor
+        meta = {"progress": json.dumps(asdict(self.progress)), "identity": self.identity}
+        ready = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        write_bytes(self.state_file, save(ready, metadata=meta))
+
+    def _resume(self, file: Path) -> None:
+        read = read_tensors(file, "state of a run")
+        if read.metadata.get("identity") != self.identity:
+            raise UserError(
+                f"{file} is the state of a run with other pictures or settings; finish that one, or delete the file"
+            )
+        saved = json.loads(read.metadata["progress"])
+        saved["scores"] = [tuple(row) for row in saved["scores"]]
+        self.progress = Progress(**saved)
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(read.tensors[f"now|{name}"])
+                self.best[name] = read.tensors[f"best|{name}"].to(value.device)
+                found = {
+                    key.removeprefix("optimizer.").partition("|")[0]: tensor
+                    for key, tensor in read.tensors.items()
+                    if key.startswith("optimizer.") and key.partition("|")[2] == name
+                }
+                if found:
+                    self.optimizer.state[value] = {
+                        key: tensor if key == "step" else tensor.to(value.device) for key, tensor in found.items()
+                    }

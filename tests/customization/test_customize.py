@@ -1,0 +1,224 @@
+"""`mm.customize` on tiny pipelines of the real classes: what is learned, what stays, files, and stopped runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from subject_pictures import subject_folder
+from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+
+from mm.adapters.formats import read_lora
+from mm.adapters.patch import Patch
+from mm.core.errors import UserError
+from mm.customization import training
+from mm.customization.customize import customize
+from mm.customization.training import STATE
+
+FAMILIES = (
+    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
+)  # fmt: skip
+FAST: dict[str, Any] = {
+    "steps": 12, "batch_size": 2, "size": SIDE, "preview_every": 6, "preserve_batch": 2, "learning_rate": 2e-2,
+    "preserved": (), "rank": 4,
+}  # fmt: skip
+
+
+def _state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_learns_and_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
+    """The error falls, the model is untouched, and the file in plain diffusers gives mm's picture."""
+    pipe, folder = tiny_pipeline_of(name), subject_folder(tmp_path / "data")
+    before = _state(pipe)
+    learned = customize(pipe, folder, name="sks thing", **FAST)
+    after = _state(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert learned.report["error"] < 0.98
+    assert set(learned.entries) <= {key.removesuffix(".weight") for key in before}
+
+    file = tmp_path / "learned.safetensors"
+    learned.write(file)
+    plain = draw_with(name, pipe, prompt="sks thing")
+    learned.apply(pipe)
+    ours = draw_with(name, pipe, prompt="sks thing")
+    learned.undo(pipe)
+    assert not torch.allclose(plain, ours, atol=1e-3)
+    pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
+    theirs = draw_with(name, pipe, prompt="sks thing")
+    assert torch.allclose(ours, theirs, atol=2e-3)
+    again = tiny_pipeline_of(name)
+    read_lora(file, again).apply(again)
+    assert torch.allclose(ours, draw_with(name, again, prompt="sks thing"), atol=1e-4)
+    with safe_open(file, "pt") as read:
+        meta = read.metadata()
+    assert meta["modelspec.trigger_phrase"] == "sks thing"
+    assert meta["ss_network_dim"] == "4"
+    assert any(key.endswith(".r") for key in json.loads(meta["lora_adapter_metadata"]))
+
+
+_RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import mm
+from tiny_pipelines import tiny_pipeline_of
+from mm.customization.customize import customize
+pipe = tiny_pipeline_of("stable-diffusion")
+customize(pipe, {folder!r}, name="sks thing", work={work!r}, samples=(), save_every=1, **{fast!r}).write({out!r})
+"""
+
+
+def test_a_killed_run_gives_the_file_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """A run is killed after some step, at a moment of its own; what goes on from its state ends in the same bytes."""
+    folder = subject_folder(tmp_path / "data")
+    fast = FAST | {"steps": 60, "preview_every": 20}
+    work, out = tmp_path / "work", tmp_path / "resumed.safetensors"
+    script = _RUN.format(
+        tests=str(Path(__file__).parents[1]), folder=str(folder), work=str(work), fast=fast, out=str(out)
+    )  # fmt: skip
+    running = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.PIPE)
+    while not (work / STATE).is_file() and running.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.15)
+    running.kill()
+    running.wait()
+    assert not out.exists()
+    with safe_open(work / STATE, "pt") as read:  # a state that is whole, from the midst of the run
+        assert 0 < json.loads(read.metadata()["progress"])["step"] < 60
+    settings = fast | {"name": "sks thing", "samples": (), "save_every": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        customize(tiny_pipeline_of("stable-diffusion"), folder, work=work, **settings).write(out)
+    undisturbed = tmp_path / "undisturbed.safetensors"
+    customize(tiny_pipeline_of("stable-diffusion"), folder, **settings).write(undisturbed)
+    assert out.read_bytes() == undisturbed.read_bytes()
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    folder, work = subject_folder(tmp_path / "data"), tmp_path / "work"
+    pipe = tiny_pipeline_of("stable-diffusion")
+    short = FAST | {"steps": 2, "preview_every": 2}
+    customize(pipe, folder, name="sks thing", work=work, **short)
+    assert (work / "loss.png").is_file()
+    assert (work / "samples" / "000002.png").is_file()
+    with pytest.raises(UserError, match="other pictures or settings"):
+        customize(pipe, folder, name="sks thing", work=work, **(short | {"rank": 2}))
+    with pytest.raises(UserError, match="no setting 'ranks'; it has rank"):
+        customize(pipe, folder, name="sks thing", **(short | {"ranks": 2}))
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the last save that went through is whole, and the run goes on from it."""
+    folder, work, pipe = subject_folder(tmp_path / "data"), tmp_path / "work", tiny_pipeline_of("stable-diffusion")
+    settings = FAST | {"steps": 4, "preview_every": 4, "save_every": 1, "samples": ()}
+    real, saves = training.write_bytes, []
+
+    def full(path: Path, data: bytes) -> None:
+        saves.append(path)
+        if len(saves) == 3:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(training, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        customize(pipe, folder, name="sks thing", work=work, **settings)
+    with safe_open(work / STATE, "pt") as read:
+        assert json.loads(read.metadata()["progress"])["step"] == 2
+    resumed = customize(pipe, folder, name="sks thing", work=work, **settings)
+    plain = customize(pipe, folder, name="sks thing", **settings)
+    assert all(torch.equal(e.tensors["up"], resumed.entries[k].tensors["up"]) for k, e in plain.entries.items())
+
+
+def test_a_run_without_progress_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
+    """At a rate that destroys, the first previews are the best, and their values are kept."""
+    pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
+    wild = FAST | {"steps": 100, "preview_every": 2, "patience": 2, "learning_rate": 10.0, "preserve": 0.0}
+    learned = customize(pipe, folder, name="sks thing", **wild)
+    assert learned.report["stopped_early"]
+    assert learned.report["steps"] < 100
+    assert learned.report["best_step"] < learned.report["steps"] - 3
+
+
+def test_preservation_holds_unrelated_prompts_to_the_base(tmp_path: Path) -> None:
+    """With it the drift is smaller than without, at the same steps and rate."""
+    folder = subject_folder(tmp_path / "data")
+    drifts = []
+    for weight in (0.0, 10.0):
+        pipe = tiny_pipeline_of("stable-diffusion")
+        same = FAST | {"steps": 30, "preview_every": 30, "preserved": ("a dog", "a red fox", ""), "preserve": weight}
+        run = customize(pipe, folder, name="sks thing", **same, patience=100)
+        drifts.append(run.report["last_drift"])
+    assert 0 < drifts[1] < 0.6 * drifts[0]
+
+
+def test_names_and_calls_that_do_not_fit(tmp_path: Path) -> None:
+    pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
+    for name in ("", " mug", "a\nb"):
+        with pytest.raises(UserError, match="the name is"):
+            customize(pipe, folder, name=name, **FAST)
+    word = max((w for w in pipe.tokenizer.get_vocab() if w.endswith("</w>")), key=len).removesuffix("</w>")
+    with pytest.warns(UserWarning, match="is a word that the model knows already"):
+        customize(pipe, folder, name=word, **(FAST | {"steps": 1, "preview_every": 1}))
+    with pytest.raises(UserError, match="kind is 'thing'"):
+        customize(pipe, folder, name="sks", kind="thing", **FAST)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the kind 'edit' cannot be trained yet"):
+        customize(pipe, folder, name="sks", kind="edit", **FAST)
+    with pytest.raises(UserError, match="no method 'magic'; there are auto, dreambooth"):
+        customize(pipe, folder, name="sks", method="magic", **FAST)
+    with pytest.raises(UserError, match="cannot be customized yet"):
+        customize(tiny_pipeline_of("pixart-sigma"), folder, name="sks", **FAST)
+    assert not any(hasattr(m, "branches") for m in pipe.unet.modules())
+
+
+def test_our_model_learns_a_new_word(tmp_path: Path) -> None:
+    """The word gets a row, the file brings both, and on another pipeline the word is added and taken off."""
+    import mm
+
+    def draw(pipe: Any) -> torch.Tensor:
+        seeded = torch.Generator().manual_seed(3)
+        return pipe("a <mug> on grass", num_inference_steps=2, generator=seeded, output_type="pt").images
+
+    pipe = mm.TextToImagePipeline.from_pretrained("mm-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    before, words = _state(pipe), len(pipe.text_tokenizer)
+    folder = subject_folder(tmp_path / "data", 2)
+    fast = FAST | {"steps": 2, "batch_size": 1, "size": 128, "preview_every": 2, "preserve_batch": 1}
+    learned = customize(pipe, folder, name="<mug>", layers="text", **fast)
+    after = _state(pipe)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len(pipe.text_tokenizer) == words
+    assert {e.kind for e in learned.entries.values()} == {"lowrank", "rows"}
+    with pytest.raises(UserError, match="is a word of the model already"):
+        customize(pipe, folder, name="cat", **fast)
+    file = tmp_path / "mug.safetensors"
+    learned.write(file)
+    other = mm.TextToImagePipeline.from_pretrained("mm-tiny")
+    other.set_progress_bar_config(disable=True)
+    other.text_tokenizer.add_tokens(["<first>"])  # takes the row that the word had
+    learned.apply(pipe)
+    read = Patch.load(file)
+    read.apply(other)
+    assert other.text_tokenizer.convert_tokens_to_ids("<mug>") != pipe.text_tokenizer.convert_tokens_to_ids("<mug>")
+    assert torch.equal(draw(pipe), draw(other))
+    assert read.verify(other)
+    twin = Patch.load(file)
+    twin.name = "twin"
+    with pytest.raises(UserError, match='brings the word "<mug>" already'):
+        twin.apply(other)
+    read.undo(other)
+    assert all(torch.equal(before[key], tensor) for key, tensor in _state(other).items())

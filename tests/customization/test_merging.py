@@ -1,0 +1,161 @@
+"""Merging: sums are exact, the other methods follow their formulae, and what cannot be merged is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subject_pictures import subject_folder
+from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+from typer.testing import CliRunner
+
+from mm.adapters.entry import Entry
+from mm.adapters.patch import Patch
+from mm.core.errors import UserError
+from mm.customization.customize import customize
+from mm.customization.merging.combining import cut, decoupled_orthogonal, orthogonalized
+from mm.customization.merging.merge import merge, shared
+from mm.customization.methods.orthogonal import basis
+
+N, K = 12, 16
+
+
+def _patch(seed: int, *, rank: int = 2, kind: str = "lowrank", down: torch.Tensor | None = None, **more: Any) -> Patch:
+    made = torch.Generator().manual_seed(seed)
+    if kind == "lowrank":
+        low = torch.randn(rank, K, generator=made) if down is None else down
+        tensors = {"down": low, "up": torch.randn(N, rank, generator=made)}
+    else:
+        tensors = {"delta": torch.randn(N, K, generator=made)}
+    entries = {"unet.a": Entry(kind=kind, tensors=tensors, scale=0.5)}  # type: ignore[arg-type]
+    return Patch(entries=entries, name=f"p{seed}", base="x", **more)
+
+
+def _delta(patch: Patch) -> torch.Tensor:
+    entry = patch.entries["unet.a"]
+    if entry.kind == "dense":
+        return entry.scale * entry.tensors["delta"]
+    return entry.scale * entry.tensors["up"].float() @ entry.tensors["down"].float()
+
+
+def test_a_sum_is_exact() -> None:
+    one, other = _patch(1), _patch(2)
+    made = merge([one, other], weights=[0.7, -1.5])
+    assert torch.allclose(_delta(made), 0.7 * _delta(one) - 1.5 * _delta(other), atol=1e-5)
+    assert len(made.entries["unet.a"].tensors["down"]) == 4
+    assert made.report["overlap"] == {"p1 and p2": 1}
+    assert made.report["largest_loss"] == 0
+    mixed = merge([one, _patch(3, kind="dense")])
+    assert mixed.entries["unet.a"].kind == "dense"
+    assert torch.allclose(_delta(mixed), _delta(one) + _delta(_patch(3, kind="dense")), atol=1e-5)
+
+
+def test_ties_by_hand() -> None:
+    """Of each change the larger half stays, each place takes its majority's sign, those that agree are averaged."""
+    one, other = _patch(1, kind="dense"), _patch(2, kind="dense")
+    made = _delta(merge([one, other], method="ties", density=0.5))
+    kept = []
+    for delta in (_delta(one), _delta(other)):
+        least = delta.abs().flatten().sort(descending=True).values[N * K // 2 - 1]
+        kept.append(torch.where(delta.abs() >= least, delta, 0))
+    sign = (kept[0] + kept[1]).sign()
+    agree = [torch.where((d.sign() == sign) & (sign != 0), d, 0) for d in kept]
+    count = sum((a != 0).float() for a in agree)
+    assert torch.allclose(made, (agree[0] + agree[1]) / count.clamp_min(1), atol=1e-5)
+
+
+def test_dare_keeps_the_mean_and_depends_on_its_seed() -> None:
+    patches = [_patch(1, kind="dense"), _patch(2, kind="dense")]
+    runs = [_delta(merge(patches, method="dare", seed=seed)) for seed in range(400)]
+    wanted = _delta(patches[0]) + _delta(patches[1])
+    assert (torch.stack(runs).mean(0) - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+    assert torch.equal(runs[0], _delta(merge(patches, method="dare", seed=0)))
+    assert not torch.equal(runs[0], runs[1])
+
+
+def test_directions_become_orthogonal_and_stay_near() -> None:
+    made = torch.Generator().manual_seed(0)
+    common = torch.randn(N, K, generator=made)
+    rows = [torch.nn.functional.normalize(common + torch.randn(N, K, generator=made), dim=1) for _ in range(3)]
+    moved = orthogonalized(rows)
+    before = (rows[0] * rows[1]).sum(1).abs().mean()
+    after = torch.cosine_similarity(moved[0], moved[1], dim=1).abs().mean()
+    assert after < 0.2 * before
+    assert all((torch.cosine_similarity(a, b, dim=1) > 0.6).all() for a, b in zip(rows, moved, strict=True))
+    apart = [torch.zeros(N, K) for _ in range(2)]
+    apart[0][:, 0], apart[1][:, 1] = 2.0, 4.0
+    # Already orthogonal: directions stay, and both get the mean of the norms.
+    merged = decoupled_orthogonal(apart, [1.0, 1.0], 0.5, 0)
+    assert torch.allclose(merged[:, :2], torch.full((N, 2), 3.0))
+
+
+def test_a_cut_is_the_best_product() -> None:
+    delta = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    down, up, lost = cut(delta, 3)
+    sizes = torch.linalg.svdvals(delta)
+    assert (delta - up @ down).norm() == pytest.approx(float(sizes[3:].norm()), rel=1e-4)
+    assert lost == pytest.approx(float(sizes[3:].norm() / sizes.norm()), rel=1e-4)
+    made = merge([_patch(1), _patch(2)], method="do", rank=2)
+    assert len(made.entries["unet.a"].tensors["down"]) == 2
+    assert made.report["largest_loss"] > 0
+
+
+def test_orthogonal_asks_for_subspaces_of_their_own() -> None:
+    rows = basis("unet.a", K)
+    one, other = _patch(1, down=rows[:2]), _patch(2, down=rows[2:4])
+    assert shared(rows[:2], rows[2:4]) < 1e-5
+    assert shared(rows[:2], rows[1:3]) == pytest.approx(1, abs=1e-4)
+    made = merge([one, other], method="orthogonal")
+    assert torch.allclose(_delta(made), _delta(one) + _delta(other), atol=1e-5)
+    with pytest.raises(UserError, match=r"share directions in unet\.a"):
+        merge([one, _patch(3, down=rows[1:3])], method="orthogonal")
+
+
+def test_what_cannot_be_merged() -> None:
+    token = {"token": "<mug>", "tokenizer": "tokenizer", "embedding": "e", "id": 3}
+    words = [_patch(k, settings={"tokens": [token]}) for k in (1, 2)]
+    other = _patch(4)
+    other.base = "another"
+    for patches, options, message in (
+        ([_patch(1)], {}, "two or more"),
+        ([_patch(1), _patch(2)], {"method": "magic"}, "no way of merging 'magic'"),
+        ([_patch(1), _patch(2)], {"weights": [1.0]}, "1 weights for 2"),
+        ([_patch(1), _patch(2)], {"method": "ties", "density": 0.0}, "density is 0.0"),
+        ([_patch(1), other], {}, "2 different models"),
+        (words, {}, "both bring the word"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge(patches, **options)  # type: ignore[arg-type]
+
+
+def test_two_subjects_in_one_file(tmp_path: Path) -> None:
+    """Words that had the same row get rows of their own; the file draws what both patches draw, one on the other."""
+    from mm.cli import app
+
+    pipe = tiny_pipeline_of("stable-diffusion")
+    fast: dict[str, Any] = {
+        "steps": 3, "batch_size": 2, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 2e-2,
+        "method": "class-diffusion", "noun": "fox",
+    }  # fmt: skip
+    files = []
+    for name in ("mug", "cat"):
+        learned = customize(pipe, subject_folder(tmp_path / name, 2), name=f"<{name}>", **fast)
+        files.append(tmp_path / f"{name}.safetensors")
+        learned.write(files[-1])
+    patches = [Patch.load(file) for file in files]
+    assert patches[0].settings["tokens"][0]["id"] == patches[1].settings["tokens"][0]["id"]
+    out = tmp_path / "both.safetensors"
+    done = CliRunner().invoke(app, ["merge", *map(str, files), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "layers in common" in done.output
+    for patch in patches:
+        patch.apply(pipe)
+    prompt = "a <mug> and a <cat>"
+    wanted = draw_with("stable-diffusion", pipe, prompt=prompt)
+    other = tiny_pipeline_of("stable-diffusion")
+    Patch.load(out).apply(other)
+    assert torch.allclose(wanted, draw_with("stable-diffusion", other, prompt=prompt), atol=2e-3)
+    again = CliRunner().invoke(app, ["merge", *map(str, files), "-o", str(out)])
+    assert again.exit_code == 1

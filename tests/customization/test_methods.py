@@ -1,0 +1,121 @@
+"""Each method learns, leaves the model as it was, and its patch does what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from subject_pictures import subject_folder
+from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+
+from mm.core.errors import UserError
+from mm.customization.batches import encode
+from mm.customization.customize import customize
+from mm.customization.data import read_folder
+from mm.customization.learned import write_textual_inversion
+from mm.customization.methods.orthogonal import basis
+from mm.customization.methods.registry import METHODS
+from mm.customization.objectives.protocol import objective_of
+
+FAST: dict[str, Any] = {
+    "steps": 8, "batch_size": 3, "size": SIDE, "preview_every": 8, "preserved": (), "preserve": 0.0,
+    "learning_rate": 2e-2, "row_rate": 1.0,
+}  # fmt: skip
+ROWS = ("textual-inversion", "detex")
+KINDS: dict[str, set[str]] = {
+    "dreambooth": {"lowrank"}, "class-diffusion": {"lowrank", "rows"}, "custom-diffusion": {"dense", "rows"},
+    "textual-inversion": {"rows"}, "detex": {"rows"}, "orthogonal": {"lowrank"}, "lora": {"lowrank"}, "dora": {"dense"},
+    "oft": {"dense"}, "lokr": {"dense"}, "loha": {"dense"}, "shira": {"dense"},
+}  # fmt: skip
+
+
+def _state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {f"{n}.{k}": t.clone() for n in ("unet", "text_encoder") for k, t in pipe.components[n].state_dict().items()}
+
+
+@torch.no_grad()
+def _error(pipe: Any, folder: Path) -> float:
+    """The error on the pictures at the noise of a preview, as the config says: seed 0 plus 17, eight levels."""
+    objective = objective_of(pipe, SIDE)
+    examples = read_folder(folder, name="<mug>", noun="fox")
+    latents, _ = encode(objective, examples)
+    chosen = [i % len(examples) for i in range(8)]
+    noise = torch.randn(latents[chosen].shape, generator=torch.Generator().manual_seed(17))
+    levels = objective.fixed_levels(8)
+    condition = objective.encode_prompts([examples[i].caption for i in chosen])
+    given = objective.predict(objective.noised(latents[chosen], noise, levels), levels, condition)
+    return float((given - objective.target(latents[chosen], noise, levels)).square().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method(method: str, tmp_path: Path) -> None:
+    pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
+    before, words, base = _state(pipe), len(pipe.tokenizer), _error(pipe, folder)
+    learned = customize(pipe, folder, name="<mug>", noun="fox", method=method, **FAST)
+    after = _state(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len(pipe.tokenizer) == words
+    assert not any(type(m).__module__.startswith("peft") for m in pipe.unet.modules())
+    assert {entry.kind for entry in learned.entries.values()} == KINDS[method]
+    assert learned.report["error"] < 1.0
+    if method == "detex":  # trained with each picture's own words, which the patch leaves out
+        assert len(learned.settings["tokens"]) == 1
+        return
+    learned.apply(pipe)
+    assert _error(pipe, folder) / base == pytest.approx(learned.report["error"], rel=2e-3)
+    learned.undo(pipe)
+    assert all(torch.equal(before[key], tensor) for key, tensor in _state(pipe).items() if "embedding" not in key)
+
+
+@pytest.mark.parametrize("method", ["dora", "lokr", "loha"])
+def test_the_small_file_of_a_tuner_is_exact(method: str, tmp_path: Path) -> None:
+    """peft's own tensors, read again, give the picture of the whole changes."""
+    from mm.adapters.formats import read_lora
+
+    pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
+    learned = customize(pipe, folder, name="sks thing", method=method, rank=2, **FAST)
+    file = tmp_path / "small.safetensors"
+    learned.write(file)
+    learned.apply(pipe)
+    whole = draw_with("stable-diffusion", pipe, prompt="sks thing")
+    again = tiny_pipeline_of("stable-diffusion")
+    read_lora(file, again).apply(again)
+    assert torch.allclose(whole, draw_with("stable-diffusion", again, prompt="sks thing"), atol=2e-3)
+
+
+def test_a_textual_inversion_loads_in_plain_diffusers(tmp_path: Path) -> None:
+    for name in ("stable-diffusion", "stable-diffusion-xl"):
+        pipe, folder = tiny_pipeline_of(name), subject_folder(tmp_path / name)
+        learned = customize(pipe, folder, name="<mug>", method="textual-inversion", **FAST)
+        files = write_textual_inversion(learned, tmp_path / f"{name}.safetensors")
+        learned.apply(pipe)
+        ours = draw_with(name, pipe, prompt="a <mug>")
+        other = tiny_pipeline_of(name)
+        for file, end in zip(files, ("", "_2"), strict=False):
+            parts = {"text_encoder": other.components[f"text_encoder{end}"],
+                     "tokenizer": other.components[f"tokenizer{end}"]}  # fmt: skip
+            row = load_file(file)["<mug>"]
+            other.load_textual_inversion(row, token="<mug>", **parts)
+        assert torch.allclose(ours, draw_with(name, other, prompt="a <mug>"), atol=1e-3)
+        assert not torch.allclose(ours, draw_with(name, tiny_pipeline_of(name), prompt="a <mug>"), atol=1e-3)
+
+
+def test_slots_of_the_basis_are_orthogonal() -> None:
+    rows = basis("unet.some.layer", 48)
+    assert torch.allclose(rows @ rows.T, torch.eye(48), atol=1e-5)
+    assert torch.equal(rows, basis("unet.some.layer", 48))
+    assert not torch.equal(rows, basis("unet.other.layer", 48))
+
+
+def test_settings_that_do_not_fit(tmp_path: Path) -> None:
+    pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
+    with pytest.raises(UserError, match="needs the subject's class"):
+        customize(pipe, folder, name="<mug>", method="class-diffusion", **FAST)
+    with pytest.raises(UserError, match="slot is 99"):
+        customize(pipe, folder, name="<mug>", method="orthogonal", slot=99, **FAST)
+    with pytest.raises(UserError, match="layers is 'some'"):
+        customize(pipe, folder, name="<mug>", layers="some", **FAST)

@@ -1,0 +1,56 @@
+"""Each family's objective: its prediction is what the pipeline's own sampling computes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
+
+from mm.customization.objectives.protocol import objective_of
+from mm.customization.objectives.transformers import unpacked
+
+NAMES = (
+    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
+    "z-image",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prediction_is_that_of_sampling(name: str) -> None:
+    """The first step of the pipeline's own loop, without guidance, is compared with `predict`."""
+    pipe = tiny_pipeline_of(name)
+    seen: dict[str, Any] = {}
+    before = pipe.scheduler.step
+
+    def step(output: torch.Tensor, timestep: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not seen:
+            sigma = pipe.scheduler.sigmas[0] if hasattr(pipe.scheduler, "sigmas") else None
+            seen.update(output=output.clone(), timestep=timestep, latents=latents.clone(), sigma=sigma)
+        return before(output, timestep, latents, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    more: dict[str, Any] = {"guidance_scale": 0.0 if name == "z-image" else 1.0}
+    if name == "qwen-image":
+        more = {"true_cfg_scale": 1.0}
+    if name == "sana":
+        takes = inspect.signature(type(pipe).__call__).parameters
+        more["complex_human_instruction"] = takes["complex_human_instruction"].default
+    pipe(**arguments_of(name, **more))
+    objective = objective_of(pipe, SIDE)
+    latents, output = seen["latents"], seen["output"]
+    level = torch.as_tensor(seen["timestep"]).float().reshape(1)
+    if objective.parts == ("transformer",):
+        level = level / 1000
+    else:
+        latents = latents / (1 if seen["sigma"] is None else (seen["sigma"] ** 2 + 1) ** 0.5)
+    if latents.ndim == 3:  # packed in 2 x 2 patches
+        side = SIDE // (2 if name == "qwen-image" else 4)
+        latents, output = (unpacked(x.float(), side, side) for x in (latents, output))
+    with torch.no_grad():
+        made = objective.predict(latents.float(), level, objective.encode_prompts(["a red fox"]))
+    assert made.shape == latents.shape
+    scale = output.float().reshape(made.shape).abs().max()
+    assert float((made - output.float().reshape(made.shape)).abs().max()) < 1e-3 * float(scale)

@@ -1,0 +1,387 @@
+"""Our pipelines take what diffusers' own take: arguments of the calls, and the calls for adapters."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import draw, seeded, tiny_pipeline, tiny_reader
+
+import mm
+from mm import ImageEditPipeline, TextToImagePipeline
+from mm.core.errors import UserError
+
+NEAR = {"atol": 1e-4, "rtol": 1e-4}
+CONFIG = LoraConfig(r=2, lora_alpha=2, target_modules=["to_k_pic", "to_v_pic"], init_lora_weights=False)
+
+
+def lora_of(pipe: TextToImagePipeline, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA on what picture tokens read of the text."""
+    generator, tensors = seeded(seed)[0], {}
+    for name, module in pipe.trunk.named_modules():
+        if name.endswith(("to_k_pic", "to_v_pic")):
+            tensors[f"trunk.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator)
+            tensors[f"trunk.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToImagePipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def editor() -> ImageEditPipeline:
+    parts = tiny_reader()
+    names = [name for name in inspect.signature(ImageEditPipeline.__init__).parameters if name in parts]
+    made = ImageEditPipeline(**{name: parts[name] for name in names})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["flow", "codes"])
+def test_each_prompt_has_its_negative_prompt(pipe: TextToImagePipeline, mode: str) -> None:
+    """A list was once read as one sentence pair, for all pictures."""
+    prompts, negatives = ["a cat", "a dog", "two red birds"], ["a cup", "", "neon style"]
+    together = draw(pipe, prompts, negative_prompt=negatives, mode=mode, generator=seeded(1, 2, 3))
+    for k in range(3):
+        alone = draw(pipe, prompts[k], negative_prompt=negatives[k], mode=mode, generator=seeded(k + 1))
+        torch.testing.assert_close(together[k : k + 1], alone, **NEAR)
+    assert not torch.allclose(together[:1], draw(pipe, "a cat", mode=mode, generator=seeded(1)), atol=1e-3)
+
+
+def test_one_negative_prompt_serves_all_and_other_numbers_are_refused(pipe: TextToImagePipeline) -> None:
+    prompts = ["a cat", "a dog", "a bird"]
+    one = draw(pipe, prompts, negative_prompt="a cup", generator=seeded(1, 2, 3))
+    listed = draw(pipe, prompts, negative_prompt=["a cup"] * 3, generator=seeded(1, 2, 3))
+    torch.testing.assert_close(one, listed, **NEAR)
+    with pytest.raises(UserError, match="2 negative prompts for 3 prompts"):
+        draw(pipe, prompts, negative_prompt=["a cup", "a hat"])
+    with pytest.raises(UserError, match="a negative prompt is a text, got int 3"):
+        draw(pipe, prompts, negative_prompt=["a", 3, "b"])
+
+
+@pytest.mark.parametrize("mode", ["flow", "codes"])
+def test_encoded_prompts_draw_what_the_texts_draw(pipe: TextToImagePipeline, mode: str) -> None:
+    embeds, negative = pipe.encode_prompt(["a cat", "a dog"], negative_prompt="a cup", device="cpu")
+    options: dict[str, Any] = {"mode": mode, "num_images_per_prompt": 2, "generator": seeded(1, 2, 3, 4)}
+    want = draw(pipe, ["a cat", "a dog"], negative_prompt="a cup", **options)
+    torch.testing.assert_close(
+        draw(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative, **options), want, **NEAR
+    )
+    with pytest.raises(UserError, match="one of the two"):
+        draw(pipe, "a cat", prompt_embeds=embeds)
+    with pytest.raises(UserError, match="one of the two"):
+        pipe()
+    with pytest.raises(UserError, match="not both"):
+        draw(pipe, "a cat", negative_prompt="a cup", negative_prompt_embeds=negative)
+
+
+def test_a_long_prompt_is_cut_and_what_is_ignored_is_named(pipe: TextToImagePipeline) -> None:
+    with pytest.warns(UserWarning, match=r"longer than the \d+ tokens that the model reads; ignored: 'cat"):
+        long = draw(pipe, "cat " * 90 + "dog")
+    with pytest.warns(UserWarning, match="ignored"):
+        torch.testing.assert_close(long, draw(pipe, "cat " * 90), **NEAR)
+    fits = "cat " * (pipe.text_tokenizer.model_max_length - 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        draw(pipe, fits)
+
+
+# ---- sigmas, sizes, components ---------------------------------------------------------------------------------------
+
+
+def test_given_sigmas_are_the_steps(pipe: TextToImagePipeline) -> None:
+    """Two steps of Euler's method by hand."""
+    levels = [1.0, 0.4]
+    got = draw(pipe, "a cat", sigmas=levels, num_inference_steps=None, guidance_scale=1, output_type="latent")
+    x, cache = torch.randn((16, 8, 8), generator=seeded(7)[0])[None], pipe.encode_prompt("a cat")[0]
+    with torch.no_grad():
+        for now, then in zip(levels, [*levels[1:], 0.0], strict=True):
+            sigma = torch.tensor([now])
+            x = x + (then - now) * pipe.velocity_decoder(x, sigma, pipe.trunk(x, sigma, cache, "flow"))
+    torch.testing.assert_close(got, x, **NEAR)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigmas": [0.5, 0.7]}, "falling"),
+        ({"sigmas": []}, "num_inference_steps is 0|falling"),
+        ({"sigmas": [1.0, 0.0]}, "falling"),
+        ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "3 and there are 2 sigmas"),
+        ({"sigmas": [1.0, 0.5], "mode": "codes"}, "mode='flow'"),
+    ],
+)
+def test_wrong_sigmas(pipe: TextToImagePipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipe("a cat", **options)
+
+
+def test_without_an_autoencoder_there_are_latents(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    bare = TextToImagePipeline.from_pretrained(tmp_path, autoencoder=None)
+    bare.set_progress_bar_config(disable=True)
+    assert bare.autoencoder is None
+    assert torch.equal(draw(bare, output_type="latent"), draw(pipe, output_type="latent"))
+    with pytest.raises(UserError, match="no autoencoder; it gives output_type='latent' only"):
+        draw(bare)
+
+
+def test_diffusers_finds_our_pipelines_by_name(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    found = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    found.set_progress_bar_config(disable=True)
+    assert type(found) is TextToImagePipeline
+    assert torch.equal(draw(found), draw(pipe))
+    with pytest.raises(AttributeError, match="no attribute NoSuchPipeline"):
+        _ = diffusers.NoSuchPipeline
+
+
+def test_the_trunk_is_exported(pipe: TextToImagePipeline) -> None:
+    latents, sigma, cache = torch.randn(1, 16, 8, 8), torch.tensor([0.5]), pipe.encode_prompt("a cat")[0]
+    with torch.no_grad():
+        exported = torch.export.export(pipe.trunk, (latents, sigma, cache))
+        torch.testing.assert_close(exported.module()(latents, sigma, cache), pipe.trunk(latents, sigma, cache), **NEAR)
+
+
+# ---- editing ---------------------------------------------------------------------------------------------------------
+
+
+def edited(editor: ImageEditPipeline, image: Any, prompt: Any = "make it red", **options: Any) -> torch.Tensor:
+    settings = {"num_inference_steps": 2, "output_type": "pt", "generator": seeded(5)[0]} | options
+    return editor(image, prompt, **settings).images
+
+
+def test_a_source_may_be_an_array_or_a_tensor(editor: ImageEditPipeline) -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    want = edited(editor, Image.fromarray(pixels))
+    scaled = pixels.astype(np.float32) / 255
+    sources = [pixels, scaled, scaled[None], torch.from_numpy(pixels).permute(2, 0, 1), [scaled]]
+    for source in (*sources, torch.from_numpy(scaled).permute(2, 0, 1)[None]):
+        assert torch.equal(edited(editor, source), want)
+    two = edited(editor, torch.from_numpy(np.stack([scaled, scaled])).permute(0, 3, 1, 2), ["make it red"] * 2)
+    torch.testing.assert_close(two[:1], want, **NEAR)
+    mask = np.zeros((128, 128), np.float32)
+    mask[:, :64] = 1
+    masked = edited(editor, pixels, mask_image=mask)
+    assert torch.equal(masked, edited(editor, pixels, mask_image=Image.fromarray((mask * 255).astype(np.uint8))))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((128, 128), np.float32), r"of shape \(128, 128\); give \(H, W, 3\)"),
+        (torch.zeros(4, 8, 8), r"of shape \(4, 8, 8\); give \(3, H, W\)"),
+        (np.full((8, 8, 3), 7.0), "values from 7 to 7"),
+        (np.full((8, 8, 3), np.nan), "finite numbers"),
+        (np.zeros((8, 8, 3), np.int64), "of int64; give bytes"),
+    ],
+)
+def test_arrays_that_are_no_pictures(editor: ImageEditPipeline, source: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        edited(editor, source)
+
+
+def test_editing_takes_the_other_arguments_of_drawing(editor: ImageEditPipeline) -> None:
+    picture = Image.new("RGB", (128, 128), (200, 60, 30))
+    plain = edited(editor, picture)
+    noise = torch.randn((16, 8, 8), generator=seeded(5)[0])[None]
+    assert torch.equal(edited(editor, picture, latents=noise), plain)
+    assert torch.equal(edited(editor, picture, height=128, width=128, negative_prompt=""), plain)
+    assert not torch.allclose(edited(editor, picture, negative_prompt="neon style"), plain, atol=1e-4)
+    with pytest.raises(UserError, match="128 x 256"):
+        edited(editor, picture, height=256)
+    with pytest.raises(UserError, match="2 negative prompts for 1 instructions"):
+        edited(editor, picture, negative_prompt=["a", "b"])
+    editor.load_lora_weights(lora_of(editor, 3))
+    try:
+        assert not torch.allclose(edited(editor, picture), plain, atol=1e-3)
+        torch.testing.assert_close(edited(editor, picture, attention_kwargs={"scale": 0.0}), plain, **NEAR)
+    finally:
+        editor.unload_lora_weights()
+    assert torch.equal(edited(editor, picture), plain)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_the_calls_have_diffusers_names_and_arguments() -> None:
+    """Arguments of diffusers' own mixins are arguments here, so that scripts for FLUX or SD3 run."""
+    own = {"pack_weights", "write_lora_layers"}  # steps of its save_lora_weights
+    for name in [n for n in vars(LoraBaseMixin) if not n.startswith("_") and n not in own]:
+        assert hasattr(TextToImagePipeline, name), name
+    other = {"components", "lora_scale", "safe_fusing", "adapter_names"}
+    assert other <= set(inspect.signature(TextToImagePipeline.fuse_lora).parameters)
+    assert "components" in inspect.signature(TextToImagePipeline.unfuse_lora).parameters
+    theirs = inspect.signature(SD3LoraLoaderMixin.load_lora_weights).parameters
+    ours = inspect.signature(TextToImagePipeline.load_lora_weights).parameters
+    assert set(theirs) - {"kwargs"} <= set(ours)
+
+
+def test_adapters_without_a_name_are_numbered() -> None:
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(lora_of(pipe, 1))
+    pipe.load_lora_weights(lora_of(pipe, 2))
+    assert pipe.get_list_adapters() == {"trunk": ["default_0", "default_1"]}
+    assert pipe.get_active_adapters() == ["default_1"]
+    with pytest.raises(UserError, match="unknown argument 'weightname'"):
+        pipe.load_lora_weights(lora_of(pipe, 2), weightname="x")
+    with pytest.raises(UserError, match="pickled"):
+        pipe.load_lora_weights(lora_of(pipe, 2), use_safetensors=False)
+
+
+def test_adapters_of_peft_are_seen_weighted_and_removed() -> None:
+    pipe = tiny_pipeline()
+    plain = draw(pipe)
+    torch.manual_seed(0)
+    pipe.trunk.add_adapter(CONFIG, "theirs")
+    assert pipe.get_list_adapters() == {"trunk": ["theirs"]}
+    assert pipe.get_active_adapters() == ["theirs"]
+    theirs = draw(pipe)
+    assert not torch.allclose(theirs, plain, atol=1e-3)
+    with pytest.raises(UserError, match="added to the trunk by peft"):
+        pipe.load_lora_weights(lora_of(pipe, 1), "theirs")
+    pipe.load_lora_weights(lora_of(pipe, 1), "ours")
+    assert pipe.get_active_adapters() == ["ours"]
+    pipe.set_adapters(["theirs", "ours"], [1.0, 0.0])
+    torch.testing.assert_close(draw(pipe), theirs, **NEAR)
+    pipe.set_adapters(["ours"])
+    ours = draw(pipe)
+    pipe.set_adapters(["ours", "theirs"], [1.0, 0.5])
+    assert not torch.allclose(draw(pipe), ours, atol=1e-3)
+    assert set(pipe.get_active_adapters()) == {"ours", "theirs"}
+    pipe.disable_lora()
+    torch.testing.assert_close(draw(pipe), plain, **NEAR)
+    pipe.enable_lora()
+    pipe.delete_adapters("theirs")
+    assert pipe.get_list_adapters() == {"trunk": ["ours"]}
+    pipe.trunk.add_adapter(CONFIG, "again")
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {}
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_saving_with_diffusers_arguments(tmp_path: Path) -> None:
+    """As training scripts do: on the class, with what peft gives."""
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    torch.manual_seed(0)
+    pipe.trunk.add_adapter(CONFIG, "theirs")
+    want = draw(pipe)
+    layers = get_peft_model_state_dict(pipe.trunk, adapter_name="theirs")
+    TextToImagePipeline.save_lora_weights(save_directory=tmp_path, transformer_lora_layers=layers)
+    assert len(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == len(layers)
+    tensors = TextToImagePipeline.lora_state_dict(tmp_path)
+    assert {key.removeprefix("trunk.") for key in tensors} == set(layers)
+    assert str(other.load_lora_weights(tmp_path)) == "8 of 8 tensors applied to 4 layers"
+    torch.testing.assert_close(draw(other), want, **NEAR)
+    other.unload_lora_weights()
+    other.load_lora_weights({f"mine.{key}": t for key, t in layers.items()}, prefix="mine")
+    torch.testing.assert_close(draw(other), want, **NEAR)
+    other.save_lora_weights(tmp_path / "again", weight_name="a.safetensors")
+    assert (tmp_path / "again" / "a.safetensors").is_file()
+    with pytest.raises(UserError, match="begins with 'unet'"):
+        other.load_lora_weights(layers, prefix="unet")
+    with pytest.raises(UserError, match="pickle"):
+        other.save_lora_weights(tmp_path, safe_serialization=False)
+    with pytest.raises(UserError, match="nothing to save"):
+        TextToImagePipeline.save_lora_weights(tmp_path)
+
+
+def test_a_hot_swap_keeps_the_weight_and_puts_the_old_one_back_where_the_new_one_fails() -> None:
+    pipe, twin = tiny_pipeline(), tiny_pipeline()
+    pipe.load_lora_weights(lora_of(pipe, 1), "a")
+    pipe.set_adapters("a", 0.5)
+    first = draw(pipe)
+    pipe.enable_lora_hotswap(target_rank=8)
+    wrong = lora_of(pipe, 2) | {"trunk.no.such.lora_A.weight": torch.zeros(2, 32)}
+    with pytest.raises(UserError, match=r"not: trunk\.no\.such"):
+        pipe.load_lora_weights(wrong, "a", hotswap=True)
+    assert torch.equal(draw(pipe), first)
+    pipe.load_lora_weights(lora_of(pipe, 2), "a", hotswap=True)
+    twin.load_lora_weights(lora_of(pipe, 2), "a")
+    twin.set_adapters("a", 0.5)
+    torch.testing.assert_close(draw(pipe), draw(twin), **NEAR)
+    with pytest.raises(UserError, match="'b' is not loaded"):
+        pipe.load_lora_weights(lora_of(pipe, 2), "b", hotswap=True)
+
+
+def test_fused_adapters_are_counted_and_components_checked() -> None:
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(lora_of(pipe, 1), "a")
+    pipe.fuse_lora(components=["trunk"])
+    assert (pipe.num_fused_loras, pipe.fused_loras) == (1, {"a"})
+    pipe.unfuse_lora(components=["trunk"])
+    assert (pipe.num_fused_loras, pipe.fused_loras) == (0, set())
+    with pytest.raises(UserError, match=r"\['text_encoder'\]; adapters of this pipeline act on \['trunk'\]"):
+        pipe.fuse_lora(components=["text_encoder"])
+
+
+def test_an_adapter_moved_away_does_not_act_and_comes_back() -> None:
+    pipe = tiny_pipeline()
+    plain = draw(pipe)
+    pipe.load_lora_weights(lora_of(pipe, 1), "a")
+    with_lora = draw(pipe)
+    pipe.set_lora_device(["a"], "meta")  # any other device than the trunk's
+    assert torch.equal(draw(pipe), plain)
+    assert pipe.get_list_adapters() == {"trunk": ["a"]}
+    with pytest.raises(UserError, match="put it back with set_lora_device"):
+        pipe.set_adapters("a")
+    pipe.delete_adapters("a")
+    pipe.load_lora_weights(lora_of(pipe, 1), "a")
+    pipe.set_lora_device("a", "cpu")  # where it is already
+    assert torch.equal(draw(pipe), with_lora)
+
+
+def test_calls_at_two_scales_in_two_threads_do_not_mix() -> None:
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(lora_of(pipe, 1), "a")
+    scales = [1.0, 0.3, 1.0, 0.6]
+    want = [draw(pipe, attention_kwargs={"scale": s}) for s in scales]
+    got: dict[int, torch.Tensor] = {}
+
+    def work(k: int) -> None:
+        got[k] = draw(pipe, attention_kwargs={"scale": scales[k]})
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(4):
+        torch.testing.assert_close(got[k], want[k], **NEAR)
+
+    def nested(_pipe: Any, _step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        draw(pipe, attention_kwargs={"scale": 0.3})
+        return {}
+
+    with pytest.raises(UserError, match="began within one of another scale"):
+        draw(pipe, callback_on_step_end=nested)
+    torch.testing.assert_close(draw(pipe), want[0], **NEAR)
+
+
+def test_a_quantized_trunk_takes_them_too() -> None:
+    pipe = tiny_pipeline()
+    mm.quantize(pipe, mm.SVDQuantConfig(rank=4, data_free=True, smooth=False), progress=False)
+    plain = draw(pipe, ["a cat", "a dog"], negative_prompt=["a cup", "a hat"])
+    alone = draw(pipe, "a dog", negative_prompt="a hat", generator=seeded(8)[0])
+    assert torch.equal(plain[1:], alone)  # drawn one by one: the same bits
+    embeds, negative = pipe.encode_prompt(["a cat", "a dog"])
+    assert draw(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative).shape == (2, 3, 128, 128)

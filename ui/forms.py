@@ -1,0 +1,161 @@
+"""What the fields of the page and the parameters of the API hold, as requests of the engine.
+
+Design choices
+- An empty field is the model's own default. Limits of steps and guidance are those of `mm generate`, since the engine's
+  requests check them.
+- A request of another program may hold anything: every value is checked, and an error names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from mm.core.errors import UserError, shown
+from mm.engine.capabilities import Capabilities
+from mm.engine.requests import Draw, Edit
+from mm.ui.limits import MAX_AREA, MAX_COUNT, MAX_PROMPT
+
+
+def words(name: str, value: object, *, empty: bool = False) -> str:
+    """A text of bounded length.
+
+    Raises:
+        UserError: for another type, a text that is too long, and one that is blank unless `empty`.
+    """
+    if value is None and empty:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {shown(value)}; give a text")
+    if len(value) > MAX_PROMPT:
+        raise UserError(f"{name} has {len(value)} characters; give at most {MAX_PROMPT}")
+    if not empty and not value.strip():
+        raise UserError(f"{name} is empty; say in words what is wanted")
+    return value
+
+
+def seed(value: object) -> int | None:
+    """A typed or given seed; empty means random."""
+    typed = "" if value is None else str(value).strip()
+    if not typed:
+        return None
+    if isinstance(value, bool) or not typed.isascii() or not typed.isdecimal() or len(typed) > 12:
+        raise UserError(f"seed is {shown(value)}; give a whole number, or leave it empty for a random one")
+    return int(typed)
+
+
+def whole(name: str, value: object) -> int | None:
+    """A whole number, also as 3.0; None and an empty text are no number."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
+        raise UserError(f"{name} is {shown(value)}; give a whole number")
+    return int(value)
+
+
+def number(name: str, value: object) -> float | None:
+    """A number; None and an empty text are no number."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name} is {shown(value)}; give a number")
+    return float(value)
+
+
+def choice(name: str, value: object) -> str | None:
+    """A name; None and an empty text are none."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {shown(value)}; give a name")
+    return value
+
+
+def count(value: object) -> int:
+    """The number of pictures."""
+    many = whole("count", value)
+    if many is None or not 1 <= many <= MAX_COUNT:
+        raise UserError(f"count is {shown(value)}; give 1 to {MAX_COUNT}")
+    return many
+
+
+def size(width: object, height: object, can: Capabilities) -> tuple[int, int] | None:
+    """Width and height; a missing one is that of the model's default."""
+    wide, high = whole("width", width), whole("height", height)
+    if wide is None and high is None:
+        return None
+    chosen = (can.size[0] if wide is None else wide, can.size[1] if high is None else high)
+    if chosen[0] * chosen[1] > MAX_AREA:
+        raise UserError(f"size is {chosen[0]} x {chosen[1]}; this page draws at most {MAX_AREA} pixels")
+    return chosen
+
+
+def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that all drawing requests have."""
+    return {
+        "count": count(values.get("count", 1)),
+        "seed": seed(values.get("seed")),
+        "steps": whole("steps", values.get("steps")),
+        "guidance": number("guidance", values.get("guidance")),
+        "mode": choice("mode", values.get("mode")),
+        "scheduler": choice("scheduler", values.get("scheduler")),
+    }
+
+
+def draw_request(values: Mapping[str, Any], can: Capabilities) -> Draw:
+    """A drawing from a prompt alone."""
+    negative = words("negative", values.get("negative"), empty=True)
+    return Draw(
+        prompt=words("prompt", values.get("prompt")),
+        negative=negative or None,
+        size=size(values.get("width"), values.get("height"), can),
+        **_sampling(values),
+    )
+
+
+def picture_request(
+    task: str, values: Mapping[str, Any], can: Capabilities, picture: Image.Image | None, mask: Image.Image | None
+) -> Draw | Edit:
+    """A drawing from a picture.
+
+    Args:
+        task: "edit", "image_to_image" or "inpaint".
+        values: prompt or instruction under "prompt", and the settings.
+        can: of the model.
+        picture: what is changed.
+        mask: white where it may change.
+
+    Raises:
+        UserError: where a value is not allowed, or the picture or its mask is missing.
+    """
+    if task not in can.tasks or task not in ("edit", "image_to_image", "inpaint"):
+        raise UserError(f"{can.model} cannot do {shown(task)}; choose one of the ways that are shown")
+    if picture is None:
+        raise UserError("there is no picture; give one first")
+    negative = words("negative", values.get("negative"), empty=True) or None
+    if task == "edit":
+        return Edit(
+            image=picture,
+            instruction=words("instruction", values.get("prompt")),
+            negative=negative,
+            mask=mask,
+            image_guidance=number("image_guidance", values.get("image_guidance")),
+            size=size(values.get("width"), values.get("height"), can),
+            **_sampling(values),
+        )
+    if task == "inpaint" and mask is None:
+        raise UserError("nothing is painted; paint over the part that is to be drawn anew")
+    return Draw(
+        prompt=words("prompt", values.get("prompt")), negative=negative, image=_for_drawing(picture, can),
+        mask=None if task == "image_to_image" or mask is None else _for_drawing(mask, can),
+        strength=number("strength", values.get("strength")), **_sampling(values),
+    )  # fmt: skip
+
+
+def _for_drawing(picture: Image.Image, can: Capabilities) -> Image.Image:
+    """A source at about the model's size, its sides multiples of what the model takes."""
+    scale = min(1.0, max(can.size) / max(picture.size))
+    sides = [max(1, round(side * scale / can.multiple)) * can.multiple for side in picture.size]
+    return picture.resize((sides[0], sides[1]))
