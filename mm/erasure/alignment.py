@@ -92,5 +92,19 @@ def matched(pipe: Any, target: str, anchor: str, length: int) -> tuple[list[int]
     return [*range(first), *[first + i for i in range(len(pads))]], [*ends, *pads]
 
 
+def moved(places: Sequence[int], template: int, length: int) -> list[int]:
+    """Places behind a template of so many features; those beyond the `length` features are the last one's."""
+    return [min(place + template, length - 1) for place in places]
+
+
+def shared_head(pipe: Any, target: str, anchor: str, length: int) -> int:
+    """How many tokens two prompts have in common before they first differ; 0 where their tokens are not known."""
+    old, new = tokens_of(pipe, target, length), tokens_of(pipe, anchor, length)
+    if old is None or new is None:
+        return 0
+    both = zip(_without_pad(old.ids), _without_pad(new.ids), strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), 0)
+
+
 def _without_pad(ids: Sequence[int]) -> list[int]:
     return [i for i in ids if i != PAD]

@@ -47,7 +47,7 @@ class Embeddings:
             return out
         if key not in self.rows:
             self.rows[key] = torch.zeros(*ids.shape, out.shape[-1], requires_grad=True)
-            self.sizes[key] = float(table.weight.detach().float().square().mean().sqrt())  # type: ignore[operator, union-attr]
+            self.sizes[key] = float(table.weight.detach().float().square().mean().sqrt())  # type: ignore[operator]
         if tuple(ids.shape) != tuple(self.rows[key].shape[:2]):
             return out
         return out + (self.sizes[key] * self.rows[key]).to(out.dtype)

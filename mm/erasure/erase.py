@@ -9,6 +9,7 @@ Design choices
 from __future__ import annotations
 
 import difflib
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from torch import nn
 
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
-from mm.erasure.alignment import matched
+from mm.erasure.alignment import matched, moved, shared_head
 from mm.erasure.concepts import Concept, Contexts, contexts_of, parse
 from mm.erasure.features import record
 from mm.erasure.margin import margins
@@ -97,11 +98,12 @@ def erase(
     each = max(FEWEST, PAIRS // len(concepts))
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
-    features, groups = _features(pipe, layers, pairs, others)
+    features, groups, template = _features(pipe, layers, pairs, others)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
         pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength, pairs=pairs,
-        retained=others, base=_base(pipe, layers), targets=len(concepts), settings=chosen,
+        retained=others, template=template, base=_base(pipe, layers), targets=len(concepts),
+        settings=chosen,
         progress=lambda share, text: progress(0.3 + 0.7 * share, text),
     )  # fmt: skip
     made = maker.make(job)
@@ -190,23 +192,43 @@ def _retained(
 
 def _features(
     pipe: Any, layers: dict[str, nn.Linear], pairs: Sequence[tuple[str, str]], others: Sequence[str]
-) -> tuple[dict[str, Features], list[list[str]]]:
+) -> tuple[dict[str, Features], list[list[str]], int]:
     """Features of each group of layers, from pairs of prompts and from prompts that stay."""
     read = record(pipe, layers, [*[p for p, _ in pairs], *[a for _, a in pairs], *others])
     groups, n = groups_of(layers, read), len(pairs)
     length = max(len(x) for x in read[groups[0][0]])  # pipelines that pad to the longest prompt pad each call apart
     match = [matched(pipe, t, a, length) for t, a in pairs]
     own = [matched(pipe, p, p, length)[0] for p in others]
+    shift = _template(pipe, pairs, read[groups[0][0]], length)
     out = {}
     for group in groups:
         x = read[group[0]]
-        wanted = torch.cat([x[n + i][new] for i, (_, new) in enumerate(match)]).double()
+        wanted = torch.cat([x[n + i][moved(new, shift, len(x[n + i]))] for i, (_, new) in enumerate(match)]).double()
         out[group[0]] = Features(
-            target_TD=torch.cat([x[i][old] for i, (old, _) in enumerate(match)]).double(),
+            target_TD=torch.cat([x[i][moved(old, shift, len(x[i]))] for i, (old, _) in enumerate(match)]).double(),
             anchor_TD=wanted,
-            retained_RD=torch.cat([*[x[2 * n + i][places] for i, places in enumerate(own)], wanted]).double(),
+            retained_RD=torch.cat(
+                [*[x[2 * n + i][moved(p, shift, len(x[2 * n + i]))] for i, p in enumerate(own)], wanted]
+            ).double(),
         )
-    return out, groups
+    return out, groups, shift
+
+
+def _template(pipe: Any, pairs: Sequence[tuple[str, str]], features: Sequence[torch.Tensor], length: int) -> int:
+    """How many features a pipeline's template puts before the prompt's own (Lumina's system prompt, chat templates).
+
+    A causal encoder gives target and anchor the same features until their tokens differ. Where that happens later than
+    in the prompts themselves, the difference is the template. In an encoder that reads in both directions all features
+    differ, and there is none to find.
+    """
+    found = []
+    for i, (target, anchor) in enumerate(pairs):
+        old, new = features[i], features[len(pairs) + i]
+        both = min(len(old), len(new))
+        gap = (old[:both] - new[:both]).abs().amax(1) > 1e-4 * old.abs().max()
+        if bool(gap.any()):
+            found.append(max(0, int(gap.nonzero()[0]) - shared_head(pipe, target, anchor, length)))
+    return statistics.median_low(found) if found else 0
 
 
 def _base(pipe: Any, layers: Any) -> str:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.families import family_of
 
 CHUNK = 64  # prompts in one call
+SMALL = 64  # pixels a side, or the nearest that the family draws
 # Arguments of some pipelines that would put words around the prompt (SANA), or choose another size (PixArt, SANA).
 PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False}
 
@@ -89,6 +91,9 @@ def draw_once(pipe: Any, prompts: list[str]) -> Any:
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1, "output_type": "latent"}
     given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)} | PLAIN
+    family = family_of(pipe)
+    if family is not None and family.size is not None:  # text does not depend on the picture's size
+        given |= dict.fromkeys(("height", "width"), family.size.nearest(SMALL))
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

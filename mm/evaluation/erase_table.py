@@ -75,15 +75,16 @@ def main() -> None:
     parser.add_argument("--target", action="append", help="concepts; default wolf")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="default: all")
     parser.add_argument("--attack", action="append", choices=NAMES, help="default: all")
-    parser.add_argument("--quantize", action="append", help="names of quantizations; default int4")
+    parser.add_argument("--quantize", action="append", help="names of quantizations; default int4, none for no re-test")
     parser.add_argument("--limit", type=int, default=8, help="prompts of each role")
     given = parser.parse_args()
     config = EraseConfig(
         targets=tuple(given.target or ("wolf",)), each=given.limit, attacks=tuple(given.attack or NAMES),
-        quantize=tuple(given.quantize or ("int4",)),
+        quantize=tuple(q for q in given.quantize or ("int4",) if q != "none"),
     )  # fmt: skip
     reports: dict[str, Any] = read_object(given.json, "results") if given.json.is_file() else {}
-    pipe, judge, kept = TextToImagePipeline.from_pretrained("mm-tiny"), Judge.from_pretrained(), {}
+    pipe, judge = TextToImagePipeline.from_pretrained("mm-tiny"), Judge.from_pretrained()
+    kept: dict[str, Any] = {}
     for method in given.method or METHODS:
         if method not in reports:
             reports[method] = measure(pipe, judge, method, config, kept)

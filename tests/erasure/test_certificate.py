@@ -112,7 +112,7 @@ def test_quantized_copies_are_measured_and_the_model_is_not_changed(pipe, patch)
     judge = lambda pictures: [seen("cat") for _ in pictures]  # noqa: E731
     found = patch.verify(pipe, judge=judge, each=1, num_inference_steps=1, quantization={"bf16": halve}, pictures=False)
     assert got[0] is not pipe
-    assert set(found.quantized["bf16"]) == {"base", "rates"}
+    assert set(found.quantized["bf16"]) == {"base", "rates", "baked"}
     assert found.quantized["bf16"]["rates"]["UA"]["score"] == 0.0
     assert torch.equal(draw(pipe), before)
 

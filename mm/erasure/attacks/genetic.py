@@ -77,7 +77,7 @@ class Genetic:
         for _ in range(self.generations):
             group = self._ranked(pipe, layer, aim, group)
             parents = group[: self.population // 4]
-            children = []
+            children: list[list[str]] = []
             while len(children) < self.population - len(parents):
                 one, other = rng.sample(parents, 2)
                 cut = rng.randrange(1, self.length)

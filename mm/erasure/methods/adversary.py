@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mm.adapters.patch import Patch
-from mm.erasure.alignment import matched
+from mm.erasure.alignment import matched, moved
 from mm.erasure.embeddings import Embeddings, distance
 from mm.erasure.gradients import outputs
 from mm.erasure.methods.protocol import Job
@@ -62,6 +62,7 @@ def adversarial_features(
         rows, goals = [], []
         for i, (target, anchor) in enumerate(pairs):
             here, there = matched(pipe, target, anchor, read[path].shape[1])
+            here, there = (moved(places, job.template, read[path].shape[1]) for places in (here, there))
             rows.append(read[path][i][here])
             goals.append(anchors[path][n + i][there])
         x, goal = (torch.cat(parts).detach().double().cpu() for parts in (rows, goals))

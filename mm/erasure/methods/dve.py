@@ -75,7 +75,8 @@ class DVE:
         starts = [(a, min(a + CHUNK, b)) for b0, b in ((0, half), (half, 2 * half), (2 * half, len(prompts)))
                   for a in range(b0, b, CHUNK)]  # fmt: skip
         for start, stop in starts:
-            chunk, seen = list(prompts[start:stop]), {path: [] for path in sites}  # type: dict[str, list[Tensor]]
+            chunk = list(prompts[start:stop])
+            seen: dict[str, list[Tensor]] = {path: [] for path in sites}
             handles = [layer.register_forward_pre_hook(_keeper(seen[path])) for path, layer in sites.items()]
             try:
                 predict(job.pipe, chunk, seed=start % half if start < 2 * half else start, step=steps - 1, steps=steps)

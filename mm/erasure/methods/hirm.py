@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
-from mm.erasure.alignment import matched
+from mm.erasure.alignment import matched, moved
 from mm.erasure.gradients import LowRank, descend, outputs
 from mm.erasure.methods.esd import sampled
 from mm.erasure.methods.protocol import Job, Made
@@ -63,6 +63,7 @@ class HiRM:
             size = old[path].float().square().mean().clamp_min(1e-30)
             for i, (target, anchor) in enumerate(pairs):
                 here, there = matched(job.pipe, target, anchor, old[path].shape[1])
+                here, there = (moved(x, job.template, old[path].shape[1]) for x in (here, there))
                 gap = new[path][i][here] - old[path][m + i][there]
                 total.append(gap.float().square().mean() / size / n)
             still = (new[path][n:m] - old[path][n:m]).float().square().mean() / size

@@ -24,6 +24,7 @@ class Job:
         weights: effective weights (base plus branches) by path, (N, D), float64.
         pairs: prompts with a target, each with the same prompt that has the anchor in its place.
         retained: prompts that must not change.
+        template: features that the pipeline's template puts before the prompt's own.
         base: the hash of the component that holds the layers.
         targets: number of concepts; each counts as much as one alone would.
         strength: 1 replaces the target by the anchor; less leaves a share of it.
@@ -38,6 +39,7 @@ class Job:
     weights: Mapping[str, Tensor]
     pairs: Sequence[tuple[str, str]] = ()
     retained: Sequence[str] = ()
+    template: int = 0
     base: str = ""
     strength: float = 1.0
     targets: int = 1
