@@ -42,8 +42,8 @@ def scenes_of(subject: str, grounds: tuple[str, ...] = GROUNDS) -> list[Scene]:
     scenes = []
     for ground in grounds:
         size = rng.choice((44, 52, 60))
-        spot = {"x": rng.choice(stops(size)), "y": rng.choice(stops(size))}
-        scenes.append(Scene(sprites=(Sprite(object=subject, size=size, **spot),), background=ground))
+        x, y = rng.choice(stops(size)), rng.choice(stops(size))
+        scenes.append(Scene(sprites=(Sprite(object=subject, x=x, y=y, size=size),), background=ground))
     return scenes
 
 
@@ -104,7 +104,7 @@ def true_scenes(subject: str, prompts: list[Ask]) -> list[Scene]:
         style = ask.style or v.DEFAULT_STYLE
         ground = ask.background or ("plain" if not v.shows_background(style) else rng.choice(v.BACKGROUNDS))
         size = max(44, v.smallest_sprite(style))
-        sprites = (Sprite(object=subject, x=32, y=64, size=size),)
+        sprites: tuple[Sprite, ...] = (Sprite(object=subject, x=32, y=64, size=size),)
         if ask.companion:
             sprites = (*sprites, Sprite(object=ask.companion, x=96, y=64, size=size))
         scenes.append(Scene(sprites=sprites, background=ground, style=style))
