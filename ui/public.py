@@ -26,7 +26,7 @@ def for_page(engine: Engine) -> Engine:
 def last_part(path: str) -> str:
     """The name of a file or folder; a name on the Hugging Face hub stays whole."""
     parts = PurePath(path).parts
-    return path if len(parts) <= 2 and not PurePath(path).is_absolute() else parts[-1]
+    return path if len(parts) <= 2 and not PurePath(path).is_absolute() else PurePath(path).name
 
 
 def without_folders(text: str) -> str:

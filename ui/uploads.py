@@ -127,7 +127,7 @@ def read_painted(given: object, side: int) -> tuple[Image.Image | None, Image.Im
     for layer in layers:
         painted = read_upload(layer, side, what="mask")
         if painted is not None and painted.mode == "RGBA":
-            alpha = painted.getchannel("A").point(lambda value: 255 if value > 32 else 0)
+            alpha = painted.getchannel("A").point([0] * 33 + [255] * 223)
             mask = ImageChops.lighter(mask, alpha.resize(picture.size))
     return picture.convert("RGB"), mask if mask.getbbox() else None
 

@@ -2,7 +2,7 @@
 
 Design choices:
 - A row that cannot be used never stops the others. It becomes a `BadRow` whose error names the value and what to do.
-- Rows are told apart by custom_id, never by prompt: the first row with an id has it, later ones are bad.
+- Rows are identified by custom_id, never by prompt: the first row with an id has it, later ones are bad.
 - Ids become parts of file names, so the few characters that no file system and no path takes otherwise are allowed.
 - JSON is read strictly: no NaN, no key given twice, no field that would be ignored in silence.
 - What a model takes (words, sizes, modes) is checked against the model by `mm.batch.plan`, and the row fails with its

@@ -183,7 +183,7 @@ def picture_seed(row: Row, index: int, run_seed: int) -> int:
     """The seed of picture `index` of a row."""
     if row.body.seed is not None:
         return row.body.seed + index
-    # the id comes last and whole numbers hold no colon, so that no two triples read alike
+    # the id comes last and whole numbers hold no colon, so that no two triples read the same
     digest = hashlib.sha256(f"{run_seed}:{index}:{row.custom_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
 

@@ -126,10 +126,10 @@ def run_jobs(
         report.stopped = True
         return report
 
-    def tell() -> None:
+    def report() -> None:
         on_progress(Progress(total=report.total, drawn=report.drawn, skipped=report.skipped, failed=report.failed))
 
-    tell()
+    report()
     if dry_run:
         return report
     try:
@@ -141,7 +141,7 @@ def run_jobs(
             on_drawing()
             for batch in batches:
                 _draw_batch(models, batch, store, report, stop)
-                tell()
+                report()
     except _StoppedError:
         report.stopped = True
     finally:
@@ -158,7 +158,7 @@ def _root(root: str | Path | None, jobs: str | Path) -> Path:
 
 
 def _asking(rows: Iterable[_Kind], stop: Callable[[], bool]) -> Iterator[_Kind]:
-    """The rows, with a look at `stop` before each."""
+    """The rows, with a check of `stop` before each."""
     for row in rows:
         if stop():
             raise _StoppedError
@@ -210,7 +210,8 @@ class _Models:
     """Loads a model when its first picture is drawn; adapters go on and come off without loading it again."""
 
     def __init__(self, load: Callable[[str], Engine]) -> None:
-        self.load, self.name, self.adapters = load, "", ()  # type: tuple[Any, str, Adapters]
+        self.load, self.name = load, ""
+        self.adapters: Adapters = ()
         self.engine: Any = None
 
     def get(self, one: Planned) -> Engine:

@@ -4,8 +4,6 @@ Design choices:
 - Everything is looked up now: a module that is there, a flag the CPU names, a file that lies in weights/. Versions come
   from the installed metadata, so that only torch is imported (it alone knows the devices).
 - `report` is plain data for `--json` and for bug reports; `lines` is its text form.
-
-It does not know how fast a model is: `benchmarks/` measure that.
 """
 
 from __future__ import annotations
@@ -198,7 +196,7 @@ def _cpu_notes(processor: dict[str, Any]) -> Iterator[str]:
     if processor["threads"] < processor["cores"]:
         yield f"torch uses {processor['threads']} of {processor['cores']} cores: see OMP_NUM_THREADS."
     if not features:
-        return  # the system does not tell, so nothing can be said of it
+        return  # the system does not say, so nothing is printed of it
     if not features & {"avx512_fp16", "asimdhp"}:
         yield "This CPU has no float16 arithmetic: float16 is many times slower than float32; use bfloat16 or float32."
     if not features & {"avx512_bf16", "amx_bf16", "bf16"}:
@@ -215,7 +213,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"device    {machine['default']}{gpus and f': {gpus}'}; torch is built for {machine['torch_built_for']}"
     yield f"type      {machine['computes_in']}: {machine['why']}"
     yield f"cpu       {processor['name']}, {processor['cores']} cores, {processor['threads']} threads"
-    yield f"features  {' '.join(processor['features']) or 'not told here'}; torch uses {processor['torch_uses']}"
+    yield f"features  {' '.join(processor['features']) or 'not known here'}; torch uses {processor['torch_uses']}"
     busy = facts["threads"]
     load = "" if busy["load"] is None else f"; load {busy['load']:.1f} on {busy['cores']} cores"
     yield f"threads   {busy['waiting']}{load}"

@@ -35,19 +35,24 @@ class Piece(Protocol):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name; names say where they belong."""
+        ...
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within the context the model is the base."""
+        ...
 
     def settle(self) -> None:
         """Lets the model draw with the values as they are now."""
+        ...
 
     def entries(self) -> dict[str, Entry]:
         """The values as entries of a patch."""
+        ...
 
     def remove(self) -> None:
         """Takes everything off the model."""
+        ...
 
 
 def layer_seed(path: str, seed: int) -> torch.Generator:

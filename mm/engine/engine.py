@@ -240,14 +240,14 @@ class Engine:
         for group in grouped(requests, size, mixed=self._mixed, mixed_negatives=not own):
             if cancel.cancelled:
                 break
-            places, alike = [at for at, _ in group], [request for _, request in group]
+            places, together = [at for at, _ in group], [request for _, request in group]
             try:
                 with self._turn, notices:
-                    made = self._call(alike, places, cancel, emit, previews)
+                    made = self._call(together, places, cancel, emit, previews)
             except calls.RunCancelledError:
                 break
-            batch = batch_of(alike)
-            for k, (at, request, image) in enumerate(zip(places, alike, made, strict=True)):
+            batch = batch_of(together)
+            for k, (at, request, image) in enumerate(zip(places, together, made, strict=True)):
                 assert request.seed is not None
                 settings = settings_of(request, self.capabilities, self.name, request.seed, image) | self._facts
                 settings |= {"batch": [batch, k]} if batch > 1 else {}

@@ -166,7 +166,7 @@ def _size(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> dict[st
 
 
 def _native_side(pipe: Any) -> int | None:
-    """The side in pixels by the denoiser's config and the autoencoder's scale; None where they do not tell."""
+    """The side in pixels by the denoiser's config and the autoencoder's scale; None where they do not say."""
     scale = getattr(pipe, "vae_scale_factor", None)
     for name in ("unet", "transformer"):
         sample = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)

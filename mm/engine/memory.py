@@ -109,11 +109,11 @@ def choose_offload(needed: int, largest: int, free: int) -> tuple[Offload, str]:
         largest: bytes of the largest component.
         free: bytes that are free on the device.
     """
-    room = free - max(GIB // 2, needed // 5)
+    usable = free - max(GIB // 2, needed // 5)
     sizes = f"{needed / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB free"
-    if needed <= room:
+    if needed <= usable:
         return "none", f"everything fits on the device ({sizes})"
-    if largest <= room:
+    if largest <= usable:
         return (
             "model",
             f"one component at a time fits on the device ({sizes}, the largest part {largest / GIB:.1f} GiB)",

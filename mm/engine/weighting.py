@@ -123,11 +123,11 @@ def _is_clip(tokenizer: Any) -> bool:
 
 def _chunks(tokenizer: Any, texts: Sequence[str]) -> int:
     """How many times CLIP's length the longest text takes."""
-    room = tokenizer.model_max_length - 2
+    chunk = tokenizer.model_max_length - 2
     longest = max((len(tokenizer(t, add_special_tokens=False, verbose=False).input_ids) for t in texts), default=0)
-    needed = max(1, math.ceil(longest / room))
+    needed = max(1, math.ceil(longest / chunk))
     if needed > MAX_CHUNKS:
-        text = f"the prompt has {longest} tokens; {MAX_CHUNKS * room} are read, the rest is left out"
+        text = f"the prompt has {longest} tokens; {MAX_CHUNKS * chunk} are read, the rest is left out"
         warnings.warn(text, stacklevel=3)
     return min(MAX_CHUNKS, needed)
 

@@ -50,7 +50,7 @@ class Tokens:
 
 
 def tokens_of(pipe: Any, prompt: str, length: int) -> Tokens | None:
-    """The tokens of a prompt among `length` text features; None where the pipeline's tokenizers do not tell.
+    """The tokens of a prompt among `length` text features; None where the pipeline's tokenizers do not say.
 
     Pipelines pad to a fixed length (CLIP 77, T5 256 or 512), to a multiple, or not at all; some put the sequences of
     several text encoders one behind the other (SD3: CLIP's 77 tokens, then T5's). CLIP's padding counts: CLIP models

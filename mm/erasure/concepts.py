@@ -75,7 +75,7 @@ class Contexts(Protocol):
         ...
 
     def candidates(self) -> Sequence[str]:
-        """Concepts among which neighbours and anchors are looked for."""
+        """Concepts among which neighbours and anchors are searched."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Common concepts among which neighbours and anchors of a target are looked for, in models that know plain English."""
+"""Common concepts among which neighbours and anchors of a target are searched, in models that know plain English."""
 
 from __future__ import annotations
 

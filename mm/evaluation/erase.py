@@ -51,9 +51,7 @@ class EraseConfig:
     targets: concepts, as `mm.erase` takes them. how: each alone, all in one patch, or in stacked patches. method and
     options: of `mm.erase`. split: prompts for tuning or for reporting. each: prompts of each role (twice as many of
     retained concepts). composition: prompts a task, 0 for none. quantize: names of `mm.evaluation.quantizers`. attacks:
-    names of
-    `mm.evaluation.erase_attacks`. patch_bits: widths of the
-    patch's own tensors. steps, mode: of the pictures.
+    names of `mm.evaluation.erase_attacks`. patch_bits: widths of the patch's own tensors. steps, mode: of the pictures.
     """
 
     targets: tuple[str, ...] = (*OBJECTS, *STYLES)

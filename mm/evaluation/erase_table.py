@@ -24,8 +24,11 @@ RATES = {"UA": "UA", "IRA": "IRA", "CRA": "CRA", "wording": "wording", "lookalik
 
 def measure(pipe: Any, judge: Any, method: str, config: EraseConfig, kept: dict[str, Any]) -> dict[str, Any]:
     """One row: the report of a method on the config's targets."""
-    options = {"method": method} | {name: getattr(config, name) for name in ("targets", "each", "attacks", "quantize")}
-    return evaluate_erase(pipe, judge, EraseConfig(**options, seed=config.seed), kept=kept)
+    chosen = EraseConfig(
+        method=method, targets=config.targets, each=config.each, attacks=config.attacks, quantize=config.quantize,
+        seed=config.seed,
+    )  # fmt: skip
+    return evaluate_erase(pipe, judge, chosen, kept=kept)
 
 
 def row(report: Mapping[str, Any]) -> dict[str, str]:

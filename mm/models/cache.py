@@ -85,5 +85,5 @@ register_pytree_node(
     lambda cache: ([getattr(cache, name) for name in _FIELDS], None),
     lambda parts, _: PromptCache(*parts),
     serialized_type_name="mm.models.cache.PromptCache",
-    flatten_with_keys_fn=lambda cache: ([(GetAttrKey(name), getattr(cache, name)) for name in _FIELDS], None),
+    flatten_with_keys_fn=lambda cache: ([(GetAttrKey(k), getattr(cache, k)) for k in _FIELDS], None),  # pyright: ignore[reportArgumentType]
 )

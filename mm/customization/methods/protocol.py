@@ -116,6 +116,7 @@ class Method(Protocol):
 
     def begin(self, job: Job) -> Learner:
         """Puts what is trained onto the model."""
+        ...
 
 
 def sites_of(objective: Objective, layers: str) -> list[Site]:

@@ -40,7 +40,7 @@ class DVE:
     }  # fmt: skip
 
     def make(self, job: Job) -> Made:
-        """Features of all steps count alike."""
+        """Features of all steps have the same weight."""
         s, sites = job.settings, picture_sites(job.pipe)
         pairs, kept = list(job.pairs)[: s["prompts"]], list(job.retained)[: s["prompts"]]
         read = self._features(job, sites, [*[t for t, _ in pairs], *[a for _, a in pairs], *kept])
