@@ -126,10 +126,10 @@ def run_jobs(
         report.stopped = True
         return report
 
-    def report() -> None:
+    def announce() -> None:
         on_progress(Progress(total=report.total, drawn=report.drawn, skipped=report.skipped, failed=report.failed))
 
-    report()
+    announce()
     if dry_run:
         return report
     try:
@@ -141,7 +141,7 @@ def run_jobs(
             on_drawing()
             for batch in batches:
                 _draw_batch(models, batch, store, report, stop)
-                report()
+                announce()
     except _StoppedError:
         report.stopped = True
     finally:
