@@ -59,7 +59,7 @@ def _snapshot(home: Path, name: str) -> Path:
 def write_files(folder: Path) -> Path:
     """Files that pages read, by the names that the pages use."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(("style", "subject")):
+    for seed, name in enumerate(("style", "subject", "flux-style")):
         _flux_lora(seed, folder, f"{name}.safetensors")
     write(folder / "svdq-int4_r32-flux.1-schnell.safetensors", *published())
     photo = torch.randint(0, 256, (6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
