@@ -87,8 +87,8 @@ __getattr__ = loader(
     "mm",
     {
         "ImageEditPipeline": "pipelines.image_edit",
-        "Patch": "adapters.patch",
         "InterleavedPipeline": "pipelines.interleaved",
+        "Patch": "adapters.patch",
         "SVDQuantConfig": "quantization.config",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",

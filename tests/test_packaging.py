@@ -19,6 +19,7 @@ PUBLIC = {
     "mm": [
         "ImageEditPipeline",
         "InterleavedPipeline",
+        "Patch",
         "SVDQuantConfig",
         "TextToImagePipeline",
         "UnderstandingPipeline",
@@ -92,7 +93,7 @@ def test_public_names_are_frozen_and_load(package):
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(
         AttributeError,
-        match=r"no attribute 'Pipeline'; it offers ImageEditPipeline, InterleavedPipeline, SVDQuantConfig",
+        match=r"no attribute 'Pipeline'; it offers ImageEditPipeline, InterleavedPipeline, Patch, SVDQuantConfig",
     ):
         mm.Pipeline  # noqa: B018
 

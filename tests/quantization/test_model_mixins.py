@@ -173,9 +173,8 @@ def test_copies(case: Any) -> None:
 def test_gradient_checkpointing_gives_the_gradients_of_without(case: Any) -> None:
     model, _ = case
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    inputs = MODELS[
-        {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3"}.get(type(model).__name__, "sdxl")
-    ]
+    names = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3", "UNet2DConditionModel": "sdxl"}
+    inputs = MODELS[names[type(model).__name__]][1]
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
