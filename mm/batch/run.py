@@ -28,7 +28,7 @@ from mm.batch.plan import Adapters, Plan, Planned
 from mm.batch.store import Picture, Store
 from mm.core.errors import UserError
 from mm.core.png_settings import png_bytes
-from mm.engine.events import CancelToken, Notice, Step
+from mm.engine.events import CancelToken, Event, Notice, Step
 from mm.engine.events import Picture as Drawn
 
 if TYPE_CHECKING:
@@ -282,13 +282,16 @@ def _warnings(engine: Engine, one: Planned) -> list[str]:
 def _draw(engine: Engine, batch: list[Planned], stop: Callable[[], bool]) -> tuple[list[Drawn], list[str]]:
     """The pictures of a call in order, and what it warned of."""
     token, made, notices = CancelToken(), {}, []
-    for event in engine.run_all([one.request() for one in batch], token, batch_size=len(batch)):
+
+    def keep(event: Event) -> None:
         if isinstance(event, Drawn):
             made[event.index] = event
         elif isinstance(event, Notice):
             notices.append(event.text)
         elif isinstance(event, Step) and stop():
             token.cancel()
+
+    engine.run_all([one.request() for one in batch], token, batch_size=len(batch)).each(keep)
     if len(made) < len(batch):
         raise _StoppedError
     return [made[k] for k in range(len(batch))], notices

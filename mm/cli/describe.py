@@ -63,7 +63,8 @@ def _answers(engine: Any, opened: dict[Path, Any], questions: list[str]) -> list
     for path, picture in opened.items():
         warned: set[str] = set()
         for question in questions or (None,):
-            events = list(engine.run(Describe(image=picture, question=question)))
+            events: list[Any] = []
+            engine.run(Describe(image=picture, question=question)).each(events.append)
             notices = {event.text for event in events if isinstance(event, Notice)}
             for text in sorted(notices - warned):
                 say(f"{path}: {text}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.engine.events import Done, Notice, Picture, Step, Words
+from mm.engine.running import Run
 
 
 def loaded(model: str, *, bits: int | None, adapters: list[tuple[Path, float]], offload: str, dtype: str) -> Any:
@@ -48,11 +49,11 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
-def follow(events: Iterator[Any], on_picture: Callable[[Picture], None], *, total: int = 1) -> Done:
+def follow(events: Run, on_picture: Callable[[Picture], None], *, total: int = 1) -> Done:
     """Reads a run's events to the end: pictures go to `on_picture`, words to stdout, all else to stderr.
 
     Args:
-        events: of `Engine.run`.
+        events: of `Engine.run`; worked on in this thread.
         on_picture: called with each picture as soon as it is finished.
         total: pictures of the run, for the progress bar, which is shown in a terminal only.
     """
@@ -60,7 +61,9 @@ def follow(events: Iterator[Any], on_picture: Callable[[Picture], None], *, tota
 
     done = Done(pictures=0)
     with tqdm(total=total, unit="picture", disable=None, file=sys.stderr, leave=False) as bar:
-        for event in events:
+
+        def show(event: Any) -> None:
+            nonlocal done
             if isinstance(event, Step):
                 bar.set_postfix_str(f"step {event.step} of {event.steps}")
             elif isinstance(event, Picture):
@@ -74,4 +77,6 @@ def follow(events: Iterator[Any], on_picture: Callable[[Picture], None], *, tota
                 say(event.text)
             elif isinstance(event, Done):
                 done = event
+
+        events.each(show)
     return done

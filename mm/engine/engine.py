@@ -1,18 +1,17 @@
 """`Engine`: a loaded model that takes requests and yields events.
 
 Design choices
-- `run` is a generator: a worker thread draws, the caller reads events. A caller that stops reading cancels the run.
+- `run` gives a `Run`: an iterator over events, for which a worker thread draws, or `each`, which draws in the caller's
+  thread. A caller that stops reading cancels the run.
 - Runs share the model. They take turns call by call (`FairLock`), so a small order waits for one batch of a large one.
 - Nothing of a run is kept on the pipeline: each call gets a view with a scheduler of its own.
 """
 
 from __future__ import annotations
 
-import queue
 import secrets
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from mm.engine.capabilities import VERBS, Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, Step, Words
 from mm.engine.notices import Notices
 from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
+from mm.engine.running import Emit, Run
 from mm.engine.serial import FairLock
 from mm.engine.settings import batch_of, settings_of
 from mm.engine.views import call_parameters, view_of
 from mm.engine.weighting import weighed
 
-Emit = Callable[[Event], None]
 _NO_SPACE = frozenset(".,;:?!")  # pieces of an answer that follow the last word directly
 
 
@@ -85,7 +84,7 @@ class Engine:
         self._mixed, self._own_batches = mixed, own_batches
         self._turn = FairLock()
 
-    def run(self, request: Request, cancel: CancelToken | None = None, *, previews: bool = False) -> Iterator[Event]:
+    def run(self, request: Request, cancel: CancelToken | None = None, *, previews: bool = False) -> Run:
         """Does what a request asks for.
 
         Args:
@@ -93,15 +92,15 @@ class Engine:
             cancel: stops the run within one step; finished pictures are kept.
             previews: whether `Preview` events come after steps, where the family has a map from latents to colours.
 
-        Yields:
-            Events in order; the last one is `Done`.
+        Returns:
+            Events in order; the last one is `Done`. `each` reads them without a thread.
 
         Raises:
             UserError: for a request that this model cannot do.
         """
         self.capabilities.check(request)
         token = cancel or CancelToken()
-        return self._events(lambda emit: self._work(request, token, emit, previews), token)
+        return Run(lambda emit: self._work(request, token, emit, previews), token)
 
     def run_all(
         self,
@@ -110,7 +109,7 @@ class Engine:
         *,
         batch_size: int = 1,
         previews: bool = False,
-    ) -> Iterator[Event]:
+    ) -> Run:
         """Pictures of several requests as one run; those that differ in prompt and seed alone share calls.
 
         Args:
@@ -119,7 +118,7 @@ class Engine:
             batch_size: the most pictures of a call; changes no picture.
             previews: as in `run`.
 
-        Yields:
+        Returns:
             Events in order; `index` counts the pictures of all requests.
 
         Raises:
@@ -130,15 +129,18 @@ class Engine:
             self.capabilities.check(request)
         token = cancel or CancelToken()
         singles = [one for request in requests for one in _singles(request)]
-        return self._events(lambda emit: self._draw(singles, batch_size, token, emit, previews), token)
+        return Run(lambda emit: self._draw(singles, batch_size, token, emit, previews), token)
 
     def draw(self, prompt: str, **settings: Any) -> list[Any]:
         """The pictures of `Draw(prompt=prompt, **settings)` as PIL images, in order."""
-        return [event.picture for event in self.run(Draw(prompt=prompt, **settings)) if isinstance(event, Picture)]
+        events: list[Event] = []
+        self.run(Draw(prompt=prompt, **settings)).each(events.append)
+        return [event.picture for event in events if isinstance(event, Picture)]
 
     def describe(self, image: Any, question: str | None = None) -> str:
         """The answer to a question about a picture, or its description."""
-        events = self.run(Describe(image=image, question=question))
+        events: list[Event] = []
+        self.run(Describe(image=image, question=question)).each(events.append)
         return "".join(event.text for event in events if isinstance(event, Words))
 
     @property
@@ -183,29 +185,6 @@ class Engine:
             UserError: where the model cannot converse.
         """
         return self.pipeline_for("converse").start()
-
-    def _events(self, work: Callable[[Emit], None], token: CancelToken) -> Iterator[Event]:
-        """Runs `work` in a thread and yields what it emits; its exception is raised here."""
-        events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
-
-        def body() -> None:
-            try:
-                work(events.put)
-            except BaseException as error:
-                events.put(error)
-            finally:
-                events.put(None)
-
-        thread = threading.Thread(target=body, name="mm-run", daemon=True)
-        thread.start()
-        try:
-            while (event := events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            token.cancel() if thread.is_alive() else None
-            thread.join()
 
     def _work(self, request: Request, cancel: CancelToken, emit: Emit, previews: bool) -> None:
         notices = Notices(emit)
