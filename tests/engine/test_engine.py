@@ -105,6 +105,31 @@ def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(request, name):
     assert len(engine.draw("a cat", seed=1, steps=1, **size)) == 1  # the engine draws on
 
 
+def test_each_draws_in_the_callers_thread_what_reading_gives(ours):
+    request = Draw(prompt="a cat", seed=3, count=2, steps=2)
+    read, called = list(ours.run(request)), []
+    threads = set()
+
+    def keep(event):
+        threads.add(threading.get_ident())
+        called.append(event)
+
+    ours.run(request).each(keep)
+    assert threads == {threading.get_ident()}
+    assert [type(event) for event in called] == [type(event) for event in read]
+    pictures = ([e for e in events if isinstance(e, Picture)] for events in (read, called))
+    for one, other in zip(*pictures, strict=True):
+        assert np.array_equal(np.asarray(one.picture), np.asarray(other.picture))
+        assert one.settings == other.settings
+
+    def refuse(event):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        ours.run(request).each(refuse)
+    assert len(ours.draw("a cat", seed=3, steps=2)) == 1  # the turn was given back
+
+
 def test_who_stops_reading_cancels(ours):
     run = ours.run(Draw(prompt="a cat", seed=1, steps=30, count=50))
     next(run)

@@ -22,6 +22,7 @@ from tiny_page import call, free_port, png, save_reader, served, upload
 import mm
 from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
+from mm.engine.running import Run
 from mm.ui import limits
 
 
@@ -250,17 +251,17 @@ def test_files_and_headers(app) -> None:
 
 def test_an_order_is_stopped_when_its_stream_is_closed(app, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one whose answer nobody ever asks for, after a short while."""
-    at, _, engine = app
+    at = app[0]
     steps: list[float] = []
-    inner = type(engine)._events
+    inner = Run._threaded
 
-    def counted(self, work, token):
-        for event in inner(self, work, token):
+    def counted(self):
+        for event in inner(self):
             if type(event).__name__ == "Step":
                 steps.append(time.monotonic())
             yield event
 
-    monkeypatch.setattr(type(engine), "_events", counted)
+    monkeypatch.setattr(Run, "_threaded", counted)
     begun = call(at, "draw", "a cat", 1, 16, 1000, read=False).json()["event_id"]
     with httpx.stream("GET", f"{at}/gradio_api/call/draw/{begun}", timeout=60) as stream:
         for _ in stream.iter_lines():
@@ -304,7 +305,7 @@ def test_an_error_of_the_code_is_not_sent(app, monkeypatch: pytest.MonkeyPatch, 
     def broken(*args, **options):
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(type(app[2]), "_events", broken)
+    monkeypatch.setattr(Run, "_threaded", broken)
     answer = call(app[0], "draw", "a cat").text
     assert "the model failed" in answer and "secret" not in answer
     assert "/secret/path" in capfd.readouterr().err

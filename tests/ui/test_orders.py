@@ -17,6 +17,7 @@ from mm.core.png_settings import read_settings
 from mm.engine.events import CancelToken
 from mm.engine.prompts import expand
 from mm.engine.requests import Draw
+from mm.engine.running import Run
 from mm.ui.guard import Readers, trim
 from mm.ui.orders import Orders, keep_all
 from mm.ui.public import for_page, settings_for_page, without_folders
@@ -58,14 +59,14 @@ def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(
     orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token, late = CancelToken(), []
-    inner = type(orders.engine)._events
+    inner = Run._threaded
 
-    def counted(self, work, token):
-        for event in inner(self, work, token):
+    def counted(self):
+        for event in inner(self):
             late.extend([event] * (type(event).__name__ == "Step" and token.cancelled))
             yield event
 
-    monkeypatch.setattr(type(orders.engine), "_events", counted)
+    monkeypatch.setattr(Run, "_threaded", counted)
     for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=30), token):
         if len(now.kept) == 1:
             token.cancel()
