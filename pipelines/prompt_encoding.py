@@ -156,7 +156,10 @@ def tokenize(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers and mask (B, T), T a multiple of 32."""
-    words = tokenizer(list(prompts), padding=True, truncation=True, pad_to_multiple_of=_STEP, return_tensors="pt")
+    fitting = [
+        cut(prompt, tokenizer) for prompt in prompts
+    ]  # the library refuses to cut and to pad to a multiple at once
+    words = tokenizer(fitting, padding=True, pad_to_multiple_of=_STEP, return_tensors="pt")
     return words.input_ids.to(device), words.attention_mask.bool().to(device)
 
 
