@@ -156,9 +156,7 @@ def tokenize(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers and mask (B, T), T a multiple of 32."""
-    fitting = [
-        cut(prompt, tokenizer) for prompt in prompts
-    ]  # the library refuses to cut and to pad to a multiple at once
+    fitting = [cut(prompt, tokenizer) for prompt in prompts]  # truncation and padding to a multiple exclude each other
     words = tokenizer(fitting, padding=True, pad_to_multiple_of=_STEP, return_tensors="pt")
     return words.input_ids.to(device), words.attention_mask.bool().to(device)
 
