@@ -49,7 +49,7 @@ def _embedding_path(root: nn.Module) -> str | None:
     get = getattr(root, "get_input_embeddings", None)
     try:
         wanted = get() if callable(get) else getattr(root, "words", None)
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' answer for a model without an input embedding
         wanted = None
     return next((path for path, module in root.named_modules() if module is wanted), None) if wanted else None
 
