@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,34 @@ def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
         with pytest.raises(UserError, match=message):
             list(say(orders, visit, words, picture))
     assert len(visit.messages) == 2 and len(visit.conversation.dialogue) == said and not visit.busy
+
+
+def test_a_stop_before_the_first_word_ends_when_the_turn_is_undone(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn has begun and says nothing for a while: the visit is free only once the conversation is as before."""
+    pipe, visit = orders.engine._pipeline_for("converse"), Visit("a")
+    has_said(orders, monkeypatch, "yes", "<end>")
+    list(say(orders, visit, "is it red?", None))
+    said, real = len(visit.conversation.dialogue), pipe.turn
+
+    def slow(*arguments, **options):
+        with contextlib.closing(real(*arguments, **options)) as events:
+            first = next(events)
+            time.sleep(0.5)
+            yield first
+            yield from events
+
+    monkeypatch.setattr(pipe, "turn", slow)
+    has_said(orders, monkeypatch, "<image>")
+    turn = say(orders, visit, "draw a cat", None)
+    next(turn)
+    while len(visit.conversation.dialogue) == said:
+        time.sleep(0.005)
+    visit.cancel()
+    with pytest.raises(UserError, match="stopped"):
+        list(turn)
+    assert len(visit.conversation.dialogue) == said
 
 
 def test_a_new_conversation_frees_a_running_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
