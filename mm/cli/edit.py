@@ -33,6 +33,7 @@ def edit(
     size: shared.SizeOption = None,
     scheduler: shared.SchedulerOption = None,
     model: shared.ModelOption = "mm-tiny",
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -56,7 +57,7 @@ def edit(
         "mode": mode.value if mode else None, "size": shared.size(size), "options": shared.settings(more),
     }  # fmt: skip
     Edit(**given)  # wrong values fail before a model is loaded
-    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
     engine = loading.engine()
     request = Edit(**given, scheduler=shared.scheduler(scheduler, engine.capabilities))
     made: list[Picture] = []

@@ -41,6 +41,7 @@ def generate(
         Path | None, typer.Option(help="Folder of NAME.txt for __NAME__, an alternative a line.")
     ] = None,
     model: Annotated[str | None, typer.Option(help=f"{shared.MODEL_HELP} Default: mm-tiny.")] = None,
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -67,6 +68,6 @@ def generate(
         Job(
             changes=changes, scheduler=scheduler, image=image, mask=mask, like=like, matrix=matrix, wildcards=wildcards,
             out=out, force=force, batch_size=batch_size, metadata=metadata, model=model,
-            loading={"bits": bits, "adapters": lora, "offload": offload, "dtype": dtype},
+            loading={"base": base, "bits": bits, "adapters": lora, "offload": offload, "dtype": dtype},
         )
     )  # fmt: skip

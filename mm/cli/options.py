@@ -60,6 +60,10 @@ def _gone(given: bool) -> None:
 
 MODEL_HELP = "An embedded model, a folder, a .safetensors checkpoint, or a hub name."
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="For a .safetensors checkpoint: the model that gives configs and the parts that the file lacks."),
+]
 BitsOption = Annotated[
     Bits | None,
     typer.Option(
@@ -105,6 +109,7 @@ class Loading:
     adapters: list[str] | None = None
     offload: OffloadTo = OffloadTo.auto
     dtype: Dtype = Dtype.auto
+    base: str | None = None
 
     def engine(self, adapters: list[tuple[Path, float]] | None = None, bits: int | None = None) -> Any:
         """Loads the model and says on stderr what was chosen.
@@ -122,8 +127,14 @@ class Loading:
         files = [adapter(text) for text in self.adapters or ()] or adapters or []
         if not Path(self.model).expanduser().is_file():
             resolve_model(self.model)  # a wrong name fails before seconds of imports
-        wanted = int(self.bits) if self.bits is not None else bits
-        return loaded(self.model, bits=wanted, adapters=files, offload=self.offload.value, dtype=self.dtype.value)
+        return loaded(
+            self.model,
+            bits=int(self.bits) if self.bits is not None else bits,
+            adapters=files,
+            offload=self.offload.value,
+            dtype=self.dtype.value,
+            base=self.base,
+        )
 
 
 def adapter(text: str) -> tuple[Path, float]:
