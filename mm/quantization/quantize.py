@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def quantize(
         checks.check_model(name, root)
         refuse_patched(root, name)
     if calibration is not None and not callable(calibration):
-        calibration = list(calibration)
+        calibration = cast("Calibration", list(calibration))  # read more than once
     runs = [] if config.data_free else _runs(target, calibration, config)
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
