@@ -19,7 +19,7 @@ from typing import Any
 
 from mm.core.errors import UserError
 from mm.engine import calls
-from mm.engine.arguments import arguments_of, grouped, size_of
+from mm.engine.arguments import arguments_of, grouped, size_of, unbinned
 from mm.engine.attaching import Adapter, attach_all, detach, facts_of
 from mm.engine.batching import rounds_activations
 from mm.engine.capabilities import VERBS, Capabilities, task_of
@@ -260,7 +260,8 @@ class Engine:
                     emit(Preview(index=at, picture=image))
 
         view = view_of(pipe, first.scheduler)
-        arguments = arguments_of(requests, can, call_parameters(view), one_negative=self._own_batches)
+        takes = call_parameters(view)
+        arguments = unbinned(view, takes) | arguments_of(requests, can, takes, one_negative=self._own_batches)
         arguments |= weighed(view, arguments)
         seeds = [request.seed or 0 for request in requests]
         return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
