@@ -124,7 +124,7 @@ class Capabilities:
                 f"fast leaves out guidance that no longer matters, and {self.model} computes none that could be left "
                 "out; leave fast out"
             )
-        task = "converse" if isinstance(request, Turn) else task_of(request)
+        task = task_of(request)
         if task not in self.fast_tasks:
             served = ", ".join(name.replace("_", " ") for name in self.fast_tasks)
             raise UserError(f"{self.model} is fast in these tasks only: {served}; leave fast out")
@@ -181,7 +181,7 @@ VERBS = {
 }
 
 
-def task_of(request: Request) -> str:
+def task_of(request: Request | Sampling) -> str:
     """The task that a request is for."""
     if isinstance(request, Draw):
         return "inpaint" if request.mask is not None else "image_to_image" if request.image is not None else "draw"

@@ -30,6 +30,5 @@ def less_work(view: Any, arguments: dict[str, Any], settings: Mapping[str, Any] 
         with adaptive_guidance(view, AdaptiveGuidance(**settings)) as report:
             yield
         if not report.guided:
-            warnings.warn(
-                f"fast: {type(view).__name__} computed no guidance here, so nothing was left out", stacklevel=3
-            )
+            text = f"fast: {type(view).__name__} computed no guidance here, so nothing was left out"
+            warnings.warn(text, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Adaptive Guidance: which pictures still need the unconditional prediction, and what stands for it where it is left out.
+"""Adaptive Guidance: which pictures still need the unconditional prediction, and what replaces it elsewhere.
 
 Design choices
 - Castillo et al. 2023 (arXiv 2312.12487): classifier-free guidance changes little once the conditional and the

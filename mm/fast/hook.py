@@ -66,12 +66,12 @@ def adaptive_guidance(pipe: Any, settings: AdaptiveGuidance | None = None) -> It
         UserError: The pipeline has no denoiser or scheduler, or guides by other than two predictions a step.
     """
     names = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     if not names or not hasattr(scheduler, "step"):
         raise UserError(f"{type(pipe).__name__} has no denoiser and scheduler that guidance could be left out of")
     watch = _Watch(settings or AdaptiveGuidance(), type(pipe).__name__)
     inner = {name: getattr(pipe, name) for name in names}
-    own = {name: vars(scheduler)[name] for name in ("step", "set_timesteps") if name in vars(scheduler)}
+    own: dict[str, Any] = {name: vars(scheduler)[name] for name in ("step", "set_timesteps") if name in vars(scheduler)}
     step, restart = scheduler.step, scheduler.set_timesteps
     # set past diffusers' __setattr__, which would write the stand-in into the pipeline's config
     pipe.__dict__.update({name: _Denoiser(module, watch) for name, module in inner.items()})
