@@ -24,6 +24,7 @@ from mm.engine.attaching import Adapter, attach_all, detach, facts_of
 from mm.engine.batching import rounds_activations
 from mm.engine.capabilities import VERBS, Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, RunCancelledError, Step, Words
+from mm.engine.faster import less_work
 from mm.engine.notices import Notices
 from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
 from mm.engine.running import Emit, Run
@@ -242,6 +243,8 @@ class Engine:
         """Whether each picture needs a call of its own to be the same at any batch size."""
         if self._own_batches:
             return False
+        if any(request.fast is not False for request in requests):  # a threshold decides, by the last bits too
+            return True
         return any(request.image is not None for request in requests) or rounds_activations(self.pipeline)
 
     def _call(
@@ -264,7 +267,8 @@ class Engine:
         arguments = unbinned(view, takes) | arguments_of(requests, can, takes, one_negative=self._own_batches)
         arguments |= weighed(view, arguments)
         seeds = [request.seed or 0 for request in requests]
-        return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
+        with less_work(view, arguments, can.fast_of(first)):
+            return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 
     def _converse(self, request: Turn, cancel: CancelToken, emit: Emit, notices: Notices) -> None:
         """A turn: words and pictures as the pipeline gives them."""
