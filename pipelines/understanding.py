@@ -1,8 +1,8 @@
 """`UnderstandingPipeline`: questions about pictures, and descriptions.
 
 Design choices
-- A question may have any wording: it is parsed into a query, which is answered by questions that the model was trained on
-  (`mm.world.asking`). A question in a trained wording about something that is there goes to the model as it is.
+- A question may have any wording: it is parsed into a query, which is answered by questions that the model was trained
+  on (`mm.world.asking`). A question in a trained wording about something that is there goes to the model as it is.
 - A question that is not understood gets a reply that says so, and a warning; no answer is empty.
 - Understanding tokens are part of the trunk's text, in the same format as in training (`mm.models.dialogue`), and the
   text head answers word by word. Decoding is greedy, so that an answer is repeatable.

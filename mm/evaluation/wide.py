@@ -3,7 +3,7 @@
 Design choices
 - A wording is a line of JSON: its kind and a sentence with slots ("how many {some} do you count?"). The sampler of its
   kind fills the slots for a scene and says which replies are right, from the scene itself and never from a reading.
-- `prompts/wordings.jsonl` is for reporting: it was written before the reader of questions and never used to change it.
+- `prompts/wordings.jsonl` is for reporting: written before the reader of questions, and never used to change it.
   `prompts/wordings-tune.jsonl` is for choosing. Scenes are held-out compositions, or seen ones for tuning.
 - A reply is right where it begins with the right word; lists and descriptions are compared as sets of objects. An honest
   reply that a question is not understood is right for the kind "outside" alone.
@@ -94,7 +94,11 @@ def _about(name: str, number: int) -> Slots:
     """The slots of a thing that is named with an article."""
     one = number == 1
     the = f"the {name if one else v.PLURALS[name]}"
-    words = {"the": the, "is": "is", "does": "does", "has": "has"} if one else {"the": the, "is": "are", "does": "do", "has": "have"}
+    words = (
+        {"the": the, "is": "is", "does": "does", "has": "has"}
+        if one
+        else {"the": the, "is": "are", "does": "do", "has": "have"}
+    )
     return words | {"a": _a(name), "some": v.PLURALS[name], "one": name}
 
 
@@ -174,7 +178,10 @@ def _tint(scene: Scene, rng: random.Random, fixed: Slots) -> Asked | None:
 
 def _not_tint(scene: Scene, rng: random.Random, fixed: Slots) -> Asked | None:
     made = _tint(scene, rng, fixed)
-    return None if made is None else (made[0], lambda said: made[1](said.replace("yes", "-").replace("no", "yes", 1).replace("-", "no")))
+    if made is None:
+        return None
+    slots, is_so = made
+    return slots, lambda said: said.startswith(("yes", "no")) and not is_so(said)
 
 
 def _singles(scene: Scene) -> list[Group]:
@@ -218,7 +225,9 @@ def _is_style(scene: Scene, rng: random.Random, fixed: Slots) -> Asked:
     return {"style": asked}, _yes(asked == scene.style)
 
 
-def _shown(make: Callable[[Scene, random.Random, Slots], Asked | None]) -> Callable[[Scene, random.Random, Slots], Asked | None]:
+def _shown(
+    make: Callable[[Scene, random.Random, Slots], Asked | None],
+) -> Callable[[Scene, random.Random, Slots], Asked | None]:
     return lambda scene, rng, fixed: make(scene, rng, fixed) if v.shows_background(scene.style) else None
 
 
@@ -229,13 +238,13 @@ def _is_ground(scene: Scene, rng: random.Random, fixed: Slots) -> Asked | None:
 
 def _daytime(scene: Scene, rng: random.Random, fixed: Slots) -> Asked | None:
     night = scene.background == "night"
-    return ({}, _yes(not night)) if night or rng.random() < 0.3 and scene.background != "plain" else None
+    return ({}, _yes(not night)) if night or (rng.random() < 0.3 and scene.background != "plain") else None
 
 
 def _time(scene: Scene, rng: random.Random, fixed: Slots) -> Asked | None:
     night = scene.background == "night"
     right = _begins("night" if night else "day")
-    return ({}, right) if night or rng.random() < 0.3 and scene.background != "plain" else None
+    return ({}, right) if night or (rng.random() < 0.3 and scene.background != "plain") else None
 
 
 def _list(scene: Scene, rng: random.Random, fixed: Slots) -> Asked:
@@ -279,8 +288,9 @@ def _most(scene: Scene, rng: random.Random, fixed: Slots) -> Asked | None:
 
 def _joined(test: Callable[[bool, bool], bool]) -> Callable[[Scene, random.Random, Slots], Asked]:
     def sample(scene: Scene, rng: random.Random, fixed: Slots) -> Asked:
-        first = rng.random() < 0.3
-        a, b, x, y = _two(scene, rng) if not first else (*(absent := _absent_pair(scene, rng)), 0, 0)
+        a, b, x, y = _two(scene, rng)
+        if rng.random() < 0.3:
+            (a, b), x, y = _absent_pair(scene, rng), 0, 0
         return _pair_slots(a, b), _yes(test(x > 0, y > 0))
 
     return sample

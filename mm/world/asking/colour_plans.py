@@ -39,7 +39,7 @@ def _facts_and_style() -> Generator[list[str], list[str], tuple[Facts, str]]:
 
 
 def _subject(query: Query, facts: Facts, topic: str | None) -> list[Thing]:
-    """What a question is about; for "it" and "they", the only object or the topic of the conversation, or everything."""
+    """What a question is about; for "it" and "they", the topic of the conversation, or everything that is there."""
     if query.things:
         return list(query.things)
     names = list(dict.fromkeys(g.object for g in facts.groups))
@@ -100,7 +100,7 @@ def is_colour(query: Query, topic: str | None) -> Plan:
         return "no"
     said = "yes" if holds != query.negated else "no"
     verb = "it is" if len(things) == 1 and not things[0].plural else "they are"
-    return f"{said}, {verb} {replies.listed(facts_said)}" if query.negated else said
+    return f"{said}, {verb} {replies.listed(facts_said)}" if query.negated or query.explicit else said
 
 
 def which_colour(query: Query, topic: str | None) -> Plan:
@@ -108,7 +108,7 @@ def which_colour(query: Query, topic: str | None) -> Plan:
     facts, style = yield from _facts_and_style()
     if (hidden := _no_colours(style)) is not None:
         return hidden
-    wanted = query.things[0].objects if query.things else v.ALL_OBJECTS
+    wanted = {name for thing in query.things for name in thing.objects} or set(v.ALL_OBJECTS)
     there = [g for g in facts.groups if g.object in wanted]
     held = [g for g in there if in_colour(g, query.value)]
     if query.relation == "count":

@@ -1,4 +1,4 @@
-"""How many of each thing a picture shows, by trained questions and the description; parts of `mm.world.asking.plans`."""
+"""How many of each thing a picture shows, by trained questions and the description."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Brings a question into one spelling: no contractions, no polite openings, no tags at the end.
 
 Design choices
-- "isn't there a cat?" asks whether there is one, "there isn't a cat?" and "is there no cat?" whether there is none. So a
-  contracted negation at the beginning is marked (`soft`) and removed, any other becomes the word "not".
+- "isn't there a cat?" asks whether there is one, "there isn't a cat?" and "is there no cat?" whether there is none. So
+  a contracted negation at the beginning is marked (`soft`) and removed; any other becomes the word "not".
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _TAG = re.compile(
 )
 _OPENINGS = re.compile(
     r"^(?:please|kindly|hey|hi|hello|ok|okay|well|so|now|and|but|then|also|tell me|let me know|say|do you know"
-    r"|(?:can|could|would|will) you (?:please |kindly |also )*(?=(?:tell|show|say|name|list|count|describe|check|explain"
-    r"|give|let|caption|mention|identify|find out)\b)"
+    r"|(?:can|could|would|will) you (?:please |kindly |also )*(?=(?:tell|show|say|name|list|count|describe|check"
+    r"|explain|give|let|caption|mention|identify|find out)\b)"
     r"|(?:do|would) you (?:think|say|agree)(?: that)?|i(?:'d| would|) (?:like|want|need|wish)(?: to (?:know|see|hear))"
     r"|i(?: am|) (?:wonder|wondering|curious)|(?:is|isn't) it (?:true|right|correct|so|the case) that|am i right that"
-    r"|i (?:think|believe|guess)(?: that)?|check|find out|(?:if|whether)(?= )|that(?= the| there)|about)\b[\s,:]*"
+    r"|i (?:think|believe|guess)(?: that)?|check|find out|(?:if|whether)(?= )|that(?= the| there))\b[\s,:]*"
 )
 
 

@@ -32,7 +32,8 @@ _SINGULAR_CATEGORIES = frozenset(
     "animal creature beast critter vehicle thing object item element fruit instrument".split()
 )
 _RELATIONS = {
-    "left of": r"(?:to |on |at |towards )?(?:the )?left(?:[ -]hand)?(?: side)? (?:of|from)|(?:further|farther|more) (?:to the )?left than",
+    "left of": r"left(?= or right (?:of|from))|(?:to |on |at )?(?:the )?left(?:[ -]hand)?(?: side)? (?:of|from)"
+    r"|(?:further|farther|more) (?:to the )?left than",
     "right of": r"(?:to |on |at |towards )?(?:the )?right(?:[ -]hand)?(?: side)? (?:of|from)"
     r"|(?:further|farther|more) (?:to the )?right than",
     "above": r"above|over(?! all)|(?:on )?(?:the )?top of|atop|(?:higher|further up)(?: up)?(?: than)?",
@@ -50,7 +51,7 @@ _STYLES = {
 }
 _GROUNDS = {
     "day": r"day[ -]?time|daylight|(?:the |a )?day|(?:bright|light)(?: outside| out)?",
-    "night": r"(?:under |at |in |during )?(?:the |a )?night(?:[ -]?time| sky)?|dark(?:ness)?(?: outside| out)?|midnight|nocturnal",
+    "night": r"(?:under |at |in |during )?(?:the |a )?night(?:[ -]?time| sky)?|dark(?:ness)?(?: outside)?|midnight",
     "snow": r"snow(?:y|ing|fall|-covered)?(?: landscape| ground)?|winter(?:y)?|wintry",
     "beach": r"beach|sand|sandy|sea|seaside|seashore|shore|coast|ocean",
     "grass": r"grass|grassy|meadow|lawn|(?:green )?field|grassland",
@@ -61,7 +62,8 @@ _PICTURE = (
     r"(?:picture|image|photo|photograph|pic|drawing|scene|painting|illustration|artwork|canvas|frame|shot|graphic)"
 )
 _FIXED: tuple[tuple[str, str], ...] = (
-    (r"(?:the )?time of (?:the )?day|(?:day or night|night or day)(?:time)?", "T"),
+    (r"(?:the )?time of (?:the )?day|(?:day|night)(?:[ -]?time)? or (?:day|night)(?:[ -]?time)?", "T"),
+    (r"(?:did you|have you) (?:draw|drawn|paint|make|create)", ""),
     (r"how (?:many|much)", "howmany"),
     (r"going on|happening", "goingon"),
     (r"pine trees?", "pines"),
@@ -70,6 +72,7 @@ _FIXED: tuple[tuple[str, str], ...] = (
     (r"(?:fewer|less) than(?= (?:zero|one|two|three|four|five|six|\d+)\b)", "fewerthan"),
     (r"at least", "atleast"),
     (r"at most", "atmost"),
+    (r"left|right hand|leftmost|rightmost|top|bottom|middle|cent(?:er|re)|corners?|edges?", "side"),
     (r"(?:next|close) to|beside|near|between|in front of|inside|touching|around(?= the)|beyond", "elsewhere"),
     (r"(?:the |this |that |these |those |your |my |our |an? )?(?:whole |given |entire )?" + _PICTURE + "s?", "P"),
 )
@@ -86,8 +89,9 @@ FILLER = frozenset(
     altogether overall together please kindly maybe perhaps so well right correct true fine yes like kind kinds sort
     sorts type types use used using covered cover covers consist consists during outside up down let mention identify
     coloured colored look come comes used called call art artistic made only alone big small little large beautiful
-    name list enumerate caption describe explain give answer question true order case both either painted drawn done
-    rendered created produced depicted but and or not no per""".split()
+    name list enumerate caption describe explain give answer question order case both either painted drawn done
+    rendered created produced
+    depicted taken write detail detailed briefly short did drew but and or not no per""".split()
 )
 OPERATORS = frozenset(
     """what which where how who why when whose howmany number count counts amount quantity total colour color colours
@@ -95,7 +99,7 @@ OPERATORS = frozenset(
     surroundings environment landscape ground location behind description depict depicts goingon contents without lack
     lacks lacking free missing absent neither nor never none more less fewer most same equal equally outnumber
     outnumbers numerous greater larger asmany morethan fewerthan atleast atmost elsewhere empty else besides except
-    different many season weather""".split()
+    different many season weather side""".split()
 )
 _SKIPPED = frozenset("any some single big small little large".split())
 _ARTICLES = frozenset("a an the any some no of many these those this that".split())
@@ -181,7 +185,7 @@ def clause_of(text: str, extra: frozenset[str] = frozenset()) -> Clause:
             row.append(symbol[2].replace("_", " "))
             out.words.append(symbol[1])
         elif word in NOUNS or word in extra:
-            _add_thing(out, *NOUNS.get(word, (word, False)))
+            _add_thing(out, word, *NOUNS.get(word, (word, False)))
         elif word in _COLOURS:
             out.colours.append(_COLOURS[word])
             out.words.append("C")
@@ -206,10 +210,12 @@ def _is_pronoun(tokens: list[str], at: int) -> bool:
     )
 
 
-def _add_thing(out: Clause, name: str, plural: bool) -> None:
+def _add_thing(out: Clause, word: str, name: str, plural: bool) -> None:
     """Appends a thing with the colour, the number and the negation just before it."""
     colour = count = None
     bound, negated = "exactly", False
+    if word == "nothing":
+        negated = True
     while out.words:
         last = out.words[-1]
         if last == "C" and colour is None:

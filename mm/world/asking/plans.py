@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from mm.world import vocabulary as v
 from mm.world.asking import colour_plans, replies
 from mm.world.asking import trained as t
-from mm.world.asking.counting import Plan, counts, covered, facts_of, ground_shows
+from mm.world.asking.counting import Plan, counts, covered, facts_of, ground_shows, in_colour
 from mm.world.asking.query import Query, Thing, Unread
 
 Ask = Callable[[list[int], list[str]], list[str]]
@@ -83,8 +83,11 @@ def _describe(query: Query, topic: str | None) -> Plan:
 def _list(query: Query, topic: str | None) -> Plan:
     (thing,) = query.things
     facts = yield from facts_of()
-    if not query.value:
-        return replies.listed([replies.phrase(g) for g in facts.groups if g.object in thing.objects])
+    named = [replies.phrase(g) for g in facts.groups if g.object in thing.objects]
+    if query.ground and not (yield from _on_ground(query.ground)):
+        return "nothing"
+    if query.value in ("", "about"):
+        return replies.listed(named) if named or not query.value else replies.no_thing(thing)
     others = [g for g in facts.groups if g.object not in thing.objects]
     if query.value == "else":
         return replies.listed([replies.phrase(g) for g in others], "nothing else")
@@ -135,6 +138,9 @@ def _meets(number: int, thing: Thing) -> bool:
 
 
 def _count(query: Query, topic: str | None) -> Plan:
+    if query.value == "kinds":
+        facts = yield from facts_of()
+        return replies.number_word(len({g.object for g in facts.named(*query.things[0].objects)}))
     numbers = yield from counts(query.things, query.trained)
     if query.ground and not (yield from _on_ground(query.ground)):
         return "none"
@@ -149,6 +155,8 @@ def _count(query: Query, topic: str | None) -> Plan:
 
 def _compare(query: Query, topic: str | None) -> Plan:
     a, b = yield from counts(query.things)
+    if query.value.endswith(" by"):
+        return replies.number_word(max(b - a if query.value == "fewer by" else a - b, 0))
     holds = {"more": a > b, "fewer": a < b, "same": a == b}[query.value]
     return _yes_no(holds, query)
 
@@ -164,11 +172,12 @@ def _most(query: Query, topic: str | None) -> Plan:
 
 def _missing(things: Sequence[Thing], said: Sequence[str]) -> Generator[list[str], list[str], Thing | None]:
     """The first thing that is absent, by the answers to whether each is there and by the description."""
-    doubtful = [thing for thing, answer in zip(things, said, strict=True) if answer.strip(" .") == "no"]
+    doubtful = [x for x, answer in zip(things, said, strict=True) if answer.strip(" .") == "no" or x.colour is not None]
     if not doubtful:
         return None
     facts = yield from facts_of()
-    return next((thing for thing in doubtful if not facts.named(thing.name)), None)
+    there = [[g for g in facts.named(thing.name) if in_colour(g, thing.colour)] for thing in doubtful]
+    return next((thing for thing, held in zip(doubtful, there, strict=True) if not held), None)
 
 
 def _position(query: Query, topic: str | None) -> Plan:
@@ -187,6 +196,19 @@ def _position(query: Query, topic: str | None) -> Plan:
     if not query.negated:
         return said
     return "no" if said.strip(" .") == "yes" else "yes"
+
+
+def _which_relation(query: Query, topic: str | None) -> Plan:
+    first, second = query.things
+    relations = [name for name in v.RELATIONS if name in query.value]
+    questions = [t.position(first.name, relation, second.name) for relation in relations]
+    *there, one, two = yield [t.existence(first.name), t.existence(second.name), *questions]
+    absent = yield from _missing(query.things, there)
+    if absent is not None:
+        return replies.no_thing(absent)
+    return replies.listed(
+        [r for r, said in zip(relations, (one, two), strict=True) if said.strip(" .") == "yes"], "neither"
+    )
 
 
 def _which(query: Query, topic: str | None) -> Plan:
@@ -260,7 +282,8 @@ def _time(query: Query, topic: str | None) -> Plan:
 
 _PLANS: dict[str, Callable[[Query, str | None], Plan]] = {
     "describe": _describe, "list": _list, "exist": _exist, "count": _count, "compare": _compare, "most": _most,
-    "position": _position, "which": _which, "where": _where, "style": _style, "is style": _is_style,
+    "position": _position, "which": _which, "which relation": _which_relation, "where": _where, "style": _style,
+    "is style": _is_style,
     "background": _background, "is ground": _is_ground, "time": _time, "colour": colour_plans.colour,
     "is colour": colour_plans.is_colour, "which colour": colour_plans.which_colour, "colours": colour_plans.colours,
     "same colour": colour_plans.same_colour,

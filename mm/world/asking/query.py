@@ -17,7 +17,19 @@ CATEGORIES: dict[str, tuple[str, ...]] = v.CATEGORIES | {
 }
 KINDS = (
     *("describe", "list", "exist", "count", "colour", "is colour", "which colour", "colours", "same colour"),
-    *("position", "which", "where", "style", "is style", "background", "is ground", "time", "compare", "most"),
+    *(
+        "position",
+        "which",
+        "which relation",
+        "where",
+        "style",
+        "is style",
+        "background",
+        "is ground",
+        "time",
+        "compare",
+        "most",
+    ),
 )
 Kind = str
 Bound = Literal["exactly", "at least", "at most", "more than", "fewer than"]
@@ -56,8 +68,8 @@ class Query:
     Args:
         kind: One of `KINDS`.
         things: What it is about; empty where it says "it" or "they", or asks about the whole picture.
-        value: A colour, style, background or the sign of a comparison ("more", "fewer", "same").
-        relation: One of `vocabulary.RELATIONS`.
+        value: A detail of the kind: a colour, style, background or the sign of a comparison ("more", "fewer", "same").
+        relation: One of `vocabulary.RELATIONS`; "count" where a number of coloured things is asked for.
         ground: A background that is also asked for ("are there cats on the grass?").
         join: How several things are meant: all of them, any of them, or none.
         negated: The question asks whether it is not so.
@@ -82,7 +94,7 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unread:
-    """A question that was not understood: `word` is the first word that is not known, with `thing` in a noun's place."""
+    """A question that was not understood: `word` is the first unknown word, and `thing` whether it is a noun."""
 
     word: str | None = None
     thing: bool = False
