@@ -1,0 +1,43 @@
+"""Questions in any wording as queries, with a warning for each that is not understood."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mm.core.errors import UserError
+from mm.world.asking.parse import parse_question
+from mm.world.asking.query import Query, Unread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CALLER = 4  # frames from here to who called the pipeline: __call__, and torch.no_grad's around it
+
+
+def added_names(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """Names of things that were added to a tokenizer after its training, such as "<mug>"."""
+    return frozenset(tokenizer.get_added_vocab()) - frozenset(tokenizer.all_special_tokens)
+
+
+def read_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Query | Unread]:
+    """The query of each question; warns of those that are not understood.
+
+    Raises:
+        UserError: Where there is no question, or one is empty or no text.
+    """
+    if not questions:
+        raise UserError('there is no question in the list; ask one, for example ["how many cats are there?"]')
+    names = added_names(tokenizer)
+    out: list[Query | Unread] = []
+    for question in questions:
+        if not isinstance(question, str):
+            raise UserError(f"a question is a text, got {type(question).__name__} {question!r}")
+        if not question.strip():
+            raise UserError("the prompt is empty; ask about the picture, for example 'how many cats are there?'")
+        out.append(read := parse_question(question, names))
+        if isinstance(read, Unread):
+            why = "" if read.word is None else f": the model does not know the word {read.word!r}"
+            warnings.warn(f"the question {question.strip()[:80]!r} is not understood{why}", stacklevel=_CALLER)
+    return out
