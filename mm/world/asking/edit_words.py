@@ -69,7 +69,7 @@ class Seen:
         for group in self.groups:
             numbers[group.object] = numbers.get(group.object, 0) + group.count
         several = [name for name, number in numbers.items() if number > 1]
-        if self.topic in numbers:
+        if self.topic in numbers and not (plural and several and numbers[str(self.topic)] == 1):
             return str(self.topic), numbers[str(self.topic)]
         if plural and len(several) == 1:
             return several[0], numbers[several[0]]
@@ -105,7 +105,7 @@ def change_of(line: str, seen: Seen, extra: frozenset[str] = frozenset()) -> Cha
         return Refused(reply="I cannot change sizes, turn things or filter a picture. I can recolour, add, remove, replace and "
                        "move things, and change the style or the background.")  # fmt: skip
     found = clause_of(re.sub(r"\b(?:the )?colou?r of\b|\bcolou?rs?\b(?= (?:to|into|be))", "", line), extra)
-    for rule in (_restyle, _ground, _remove, _replace, _add, _recolour, _move):
+    for rule in (_restyle, _ground, _of_many, _remove, _replace, _add, _recolour, _move):
         change = rule(line, found, seen)
         if change is not None:
             return change
@@ -140,6 +140,18 @@ def _ground(line: str, found: Clause, seen: Seen) -> Change | None:
         return None
     ground = "sky" if found.grounds[0] == "day" else found.grounds[0]
     return Change(words=f"change the background to {ground}", topic=seen.topic)
+
+
+def _of_many(line: str, found: Clause, seen: Seen) -> Refused | None:
+    """ "make them red" of a cat and a dog: the model changes one kind of thing at a time."""
+    names = list(dict.fromkeys(group.object for group in seen.groups))
+    named = [thing for thing in found.things if thing.name not in CATEGORIES]
+    if named or len(names) < 2 or not re.search(r"\b(?:them|they|these|those|all|everything|both)\b", line):
+        return None
+    if re.search(r"\b(?:them|they|these|those)\b", line) and seen.pronoun(True) is not None:
+        return None
+    which = " or ".join(f"the {name}" for name in names)
+    return Refused(reply=f"I change one kind of thing at a time: {which}?")
 
 
 def _remove(line: str, found: Clause, seen: Seen) -> Change | None:
