@@ -1,13 +1,12 @@
 """`InterleavedPipeline`: a conversation of words and pictures, in and out.
 
 Design choices
-- A turn's words decide what it wants (`mm.world.asking.intents`): a new picture, a change of the last picture, an answer
-  about it, or a short reply without any picture.
-- The model reads only what matters for the turn: a new picture is drawn from its own words, as
-  `TextToImagePipeline` draws it; a change from the last picture and the instruction, as `ImageEditPipeline` makes it; an
-  answer comes from the last picture and the question. The trunk was trained on conversations of two pictures. In longer
-  ones it mistook "draw ..." for a change of the last picture (docs/research-log.md). So a conversation may be of any
-  length.
+- The words of a turn decide what it wants (`mm.world.asking.intents`): a new picture, a change of the last picture, an
+  answer about it, or a short reply without any picture.
+- The model reads only what matters for the turn. A new picture is drawn from its own words, as `TextToImagePipeline`
+  does; a change is made from the last picture and the instruction, as `ImageEditPipeline` does; an answer comes from
+  the last picture and the question. The trunk was trained on conversations of two pictures, and in longer ones it
+  mistook "draw ..." for a change of the last picture. So a conversation may now be of any length.
 - "it" is resolved before the model reads the words, from what the last picture shows and what was mentioned last.
 - A drawn picture is read from its latents, without decoding; pictures from the user pass through the understanding
   encoder.
@@ -52,7 +51,7 @@ from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world.asking import small_talk
 from mm.world.asking.counting import facts_of
-from mm.world.asking.edit_words import Change, Refused, change_of
+from mm.world.asking.edit_words import Refused, change_of
 from mm.world.asking.intents import Intent, intent_of
 from mm.world.asking.phrases import clause_of
 from mm.world.asking.plans import is_absent, plan, run

@@ -5,8 +5,8 @@ Design choices
   kind fills the slots for a scene and says which replies are right, from the scene itself and never from a reading.
 - `prompts/wordings.jsonl` is for reporting. It was written before the reader of questions and never used to change
   it; `prompts/wordings-tune.jsonl` is for choosing. Scenes are held-out compositions, or seen ones for tuning.
-- A reply is right where it begins with the right word; lists and descriptions are compared as sets of objects. An honest
-  reply that a question is not understood is right for the kind "outside" alone.
+- A reply is right where it begins with the right word; lists and descriptions are compared as sets of objects. The
+  honest reply that a question is not understood is right for the kind "outside" alone.
 - The score is the mean over kinds, so that kinds with many wordings do not dominate.
 """
 

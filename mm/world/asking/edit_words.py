@@ -23,13 +23,20 @@ from mm.world.scene import Group
 _SIDES = {"left": "left", "right": "right", "top": "top", "bottom": "bottom", "up": "top", "upwards": "top"}
 _SIDES |= {"down": "bottom", "downwards": "bottom"}
 _VERBS = (
-    r"(?:add|put|place|insert|include|remove|delete|erase|drop|get rid of|take|make|turn|paint|colou?r|recolou?r|dye|tint|change|replace"
-    r"|swap|exchange|move|shift|bring|set|switch|let|give|convert|transform|restyle|redo|render|draw|keep|use|rotate|flip|mirror"
+    r"(?:add|put|place|insert|include|remove|delete|erase|drop|get rid of|take|make|turn|paint|colou?r"
+    r"|recolou?r|dye|tint|change|replace"
+    r"|swap|exchange|move|shift|bring|set|switch|let|give|convert|transform|restyle|redo|render|draw|keep|use"
+    r"|rotate|flip|mirror"
     r"|resize|scale|enlarge|shrink|zoom|crop|blur|sharpen|brighten|darken)"
 )
 _CANNOT = (
-    r"\b(?:bigger|smaller|larger|taller|thinner|wider|huge|tiny|rotate|rotated|flip|mirror|resize|scale|enlarge|shrink|zoom|crop"
+    r"\b(?:bigger|smaller|larger|taller|thinner|wider|huge|tiny|rotate|rotated|flip|mirror|resize|scale|enlarge"
+    r"|shrink|zoom|crop"
     r"|blur|sharpen|brighten|darken|upside down|transparent)\b"
+)
+CANNOT = (
+    "I cannot change sizes, turn things or filter a picture. I can recolour, add, remove, replace and move things, and "
+    "change the style or the background."
 )
 _REMOVE = r"^(?:remove|delete|erase|drop|get rid of|take (?:away|out|off)|take|lose|without|no more)\b"
 
@@ -84,7 +91,8 @@ def is_edit(line: str) -> bool:
     return bool(
         re.match(rf"{_VERBS}\b|without\b|no more\b", line)
         or re.search(
-            r"\b(?:should|must|shall|ought to) (?:be|go|stand|look|have|not)\b|\b(?:want|like) (?:it|them|this|the \w+)\b",
+            r"\b(?:should|must|shall|ought to) (?:be|go|stand|look|have|not)\b|\b(?:want|like) (?:it|them|this"
+            r"|the \w+)\b",
             line,
         )
         or re.fullmatch(r"(?:in|as|at|on|under|by|against)\b.*|(?:it|them|this)? ?(?:but )?(?:in|at|on)\b.*", line)
@@ -102,8 +110,7 @@ def change_of(line: str, seen: Seen, extra: frozenset[str] = frozenset()) -> Cha
         extra: Names that the model was given after its training.
     """
     if re.search(_CANNOT, line):
-        return Refused(reply="I cannot change sizes, turn things or filter a picture. I can recolour, add, remove, replace and "
-                       "move things, and change the style or the background.")  # fmt: skip
+        return Refused(reply=CANNOT)
     found = clause_of(re.sub(r"\b(?:the )?colou?r of\b|\bcolou?rs?\b(?= (?:to|into|be))", "", line), extra)
     for rule in (_restyle, _ground, _of_many, _remove, _replace, _add, _recolour, _move):
         change = rule(line, found, seen)
@@ -192,10 +199,8 @@ def _add(line: str, found: Clause, seen: Seen) -> Change | None:
     if not verb or not found.things or found.things[0].name in CATEGORIES:
         return None
     new = found.things[0]
-    begins = re.match(
-        rf"(?:\w+ )+?(?:the|this|that|those|these|it|them) (?:\w+ )?(?:{re.escape(new.name)}|{v.PLURALS.get(new.name, '-')})\b",
-        line,
-    )
+    noun = f"(?:{re.escape(new.name)}|{v.PLURALS.get(new.name, '-')})"
+    begins = re.match(rf"(?:\w+ )+?(?:the|this|that|those|these|it|them) (?:\w+ )?{noun}\b", line)
     if begins and verb[0] not in ("add", "insert", "include"):
         return None  # "put the cat on the left" moves what is there
     if found.relations:

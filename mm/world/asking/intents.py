@@ -19,30 +19,42 @@ from mm.world.asking.query import Unread
 from mm.world.asking.small_talk import NO_PICTURE, UNCLEAR, small_talk, without_greeting
 
 _FIRST = (
-    r"^(?:please|kindly|now|then|next|also|and|but|so|ok|okay|well|just|actually|instead|maybe|great|this time|for once|hey"
-    r"|(?:can|could|would|will) you(?: please| kindly| now| also)*|i (?:would like|want|need) you to|let us|let's|try to|go on and|you can"
+    r"^(?:please|kindly|now|then|next|also|and|but|so|ok|okay|well|just|actually|instead|maybe|great|this time"
+    r"|for once|hey"
+    r"|(?:can|could|would|will) you(?: please| kindly| now| also)*|i (?:would like|want|need) you to|let us"
+    r"|let's|try to|go on and|you can"
     r"|would you mind|do|after that|finally|first)[\s,:]+"
 )
-_LAST = r"[\s,]+(?:please|now|thanks|thank you|for me|then|too|as well|if you can|will you|would you|again please|right now)$"
+_LAST = (
+    r"[\s,]+(?:please|now|thanks|thank you|for me|then|too|as well|if you can|will you|would you|again please"
+    r"|right now)$"
+)
 _DRAW = r"^(?:draw|sketch|illustrate|generate|create|produce|design|imagine)\b(?: (?:me|us|now))*\s*"
 _SHOW = (
-    r"^(?:paint|make|show|give|render|do)(?: me| us)?\s+(?={new})|^(?:i(?: would|'d)? (?:want|like|need|wish)(?: to (?:see|have))?"
-    r"|let me see|let me have|how about|what about|show me|give me|can i (?:have|see|get)|could i (?:have|see|get)|may i (?:have|see))\s+(?={new})"
+    r"^(?:paint|make|show|give|render|do)(?: me| us)?\s+(?={new})|^(?:i(?: would|'d)? (?:want|like|need"
+    r"|wish)(?: to (?:see|have))?"
+    r"|let me see|let me have|how about|what about|show me|give me|can i (?:have|see|get)|could i (?:have|see"
+    r"|get)|may i (?:have|see))\s+(?={new})"
 )
 _NEW = r"(?:an?|one|two|three|four|five|six|some|several|many|[1-9]\d*|another)\b(?! (?:look|question|hint|moment))"
 _SHOW = _SHOW.replace("{new}", _NEW)
 _AGAIN = (
-    r"(?:draw |make |show |give |do |try |paint )?(?:me )?(?:(?:it|that|this|the same|them)? ?(?:again|once more|one more time|anew)"
-    r"|another(?: one| picture| version| try)?|one more|(?:a )?(?:different|new) one|redo(?: it| that)?|the same(?: again)?|more|try again"
+    r"(?:draw |make |show |give |do |try |paint )?(?:me )?(?:(?:it|that|this|the same|them)? ?(?:again"
+    r"|once more|one more time|anew)"
+    r"|another(?: one| picture| version| try)?|one more|(?:a )?(?:different|new) one|redo(?: it| that)?"
+    r"|the same(?: again)?|more|try again"
     r"|(?:an)?other one)"
 )
 _UNDO = (
-    r"undo(?: (?:it|that|this|the (?:last|previous)(?: (?:one|change|edit|step))?|last))*|(?:go|step|take (?:it|that|me)|bring it|change it)"
-    r" back(?: (?:to|one) .*)?|revert(?: (?:it|that))?|back|restore (?:it|the (?:last|previous|old).*)|cancel (?:that|it|the last.*)"
+    r"undo(?: (?:it|that|this|the (?:last|previous)(?: (?:one|change|edit|step))?|last))*|(?:go|step|take (?:it"
+    r"|that|me)|bring it|change it)"
+    r" back(?: (?:to|one) .*)?|revert(?: (?:it|that))?|back|restore (?:it|the (?:last|previous|old).*)"
+    r"|cancel (?:that|it|the last.*)"
     r"|(?:show|give)(?: me)? the (?:previous|last|old) (?:one|picture|image)(?: again)?|never ?mind"
 )
 _ASKS = (
-    r"^(?:what|which|where|how|who|why|when|whose|is|are|was|were|do|does|did|has|have|can|could|will|would|am|isn't|aren't|doesn't|don't"
+    r"^(?:what|which|where|how|who|why|when|whose|is|are|was|were|do|does|did|has|have|can|could|will|would|am"
+    r"|isn't|aren't|doesn't|don't"
     r"|can't|describe|count|name|list|tell|say|explain|any|caption|identify|find|whats|hows)\b"
 )
 _EDITED = r"\b(?:in|to|into) (?:the |this )?(?:picture|image|scene|drawing)\b|\bhere\b|\bthe (?:{})\b"

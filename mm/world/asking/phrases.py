@@ -100,11 +100,10 @@ FILLER = frozenset(
 OPERATORS = frozenset(
     """what which where how who why when whose howmany number count counts amount quantity total colour color colours
     colors hue hues shade shades tint tints style styles technique medium background backdrop setting scenery
-    surroundings environment landscape ground location behind description depict depicts goingon contents content summarize summarise summary report coloured
-    colored without lack
-    lacks lacking free missing absent neither nor never none more less fewer most same equal equally outnumber
-    outnumbers numerous greater larger asmany morethan fewerthan atleast atmost elsewhere empty else besides except
-    different many season weather side""".split()
+    surroundings environment landscape ground location behind description depict depicts goingon contents content
+    summarize summarise summary report coloured colored without lack lacks lacking free missing absent neither nor
+    never none more less fewer most same equal equally outnumber outnumbers numerous greater larger asmany
+    morethan fewerthan atleast atmost elsewhere empty else besides except different many season weather side""".split()
 )
 _SKIPPED = frozenset("any some single big small little large".split())
 _ARTICLES = frozenset("a an the any some no of many these those this that".split())

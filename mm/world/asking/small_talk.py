@@ -17,7 +17,10 @@ SAY_WHAT = f"Say what to draw, for example {EXAMPLES.split(',')[0]}."
 
 _NAME = r"(?:mm|mm-tiny|there|you|friend|everyone|again|all|computer|bot|assistant)"
 _VERY = r"(?:very|really|so|pretty|quite|absolutely|just|too)"
-_PRAISE = r"nice|good|great|cool|awesome|amazing|wonderful|excellent|perfect|beautiful|lovely|super|fantastic|brilliant|neat|cute|well done"
+_PRAISE = (
+    r"nice|good|great|cool|awesome|amazing|wonderful|excellent|perfect|beautiful|lovely|super|fantastic|brilliant"
+    r"|neat|cute|well done"
+)
 _GREETING = rf"(?:hello|hi|hiya|hey|howdy|greetings|yo|good (?:morning|evening|afternoon|day|night))(?: {_NAME})*"
 _REPLIES: tuple[tuple[str, str], ...] = (
     (_GREETING, HELLO),
@@ -28,14 +31,18 @@ _REPLIES: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:good ?bye|bye|bye bye|see you(?: later| soon)?|farewell|that is all|i am done|quit|exit|stop)", "Goodbye!"),
     (
-        r"(?:who|what) (?:are|r) (?:you|u)|what is your name|do you have a name|are you (?:an? )?(?:ai|bot|robot|human|person"
+        r"(?:who|what) (?:are|r) (?:you|u)|what is your name|do you have a name|are you (?:an? )?(?:ai|bot"
+        r"|robot|human|person"
         r"|model|machine|real|alive)|(?:introduce|tell me about|describe) yourself|who is this",
         f"I am mm, a small model that draws and reads pictures. {CAN_DO}",
     ),
     (
-        r"help(?: me)?|what (?:can|do) (?:you|i|we) (?:do|say|draw|ask|know|type|write)(?: here| for me)?|how (?:do|does|can) "
-        r"(?:this|it|you|i) (?:work|use this|use it|start|begin)|what (?:should|shall|could) i (?:do|say|ask|type|draw|write)"
-        r"|(?:what are )?(?:the |your )?(?:instructions|commands|options|abilities|skills)|can you help(?: me)?|i need help"
+        r"help(?: me)?|what (?:can|do) (?:you|i|we) (?:do|say|draw|ask|know|type|write)(?: here| for me)?"
+        r"|how (?:do|does|can) "
+        r"(?:this|it|you|i) (?:work|use this|use it|start|begin)|what (?:should|shall|could) i (?:do|say|ask"
+        r"|type|draw|write)"
+        r"|(?:what are )?(?:the |your )?(?:instructions|commands|options|abilities|skills)|can you help(?: me)?"
+        r"|i need help"
         r"|what now|what else can you do|are you there",
         CAN_DO,
     ),
@@ -45,18 +52,22 @@ _REPLIES: tuple[tuple[str, str], ...] = (
     ),
     (r"nice to meet you|pleased to meet you", HELLO),
     (
-        rf"(?:(?:that|this|it|they|you)(?: is| are| was| looks?)? )?(?:{_VERY} )*(?:an? )?(?:{_PRAISE})(?: (?:job|work|one|picture|cat|"
-        rf"drawing|enough|indeed|thanks|thank you))*|i (?:{_VERY} )?(?:like|love) (?:it|this|that|them)(?: {_VERY})*|wow|haha|lol|bravo",
+        rf"(?:(?:that|this|it|they|you)(?: is| are| was"
+        rf"| looks?)? )?(?:{_VERY} )*(?:an? )?(?:{_PRAISE})(?: (?:job|work|one|picture|cat|"
+        rf"drawing|enough|indeed|thanks|thank you))*|i (?:{_VERY} )?(?:like|love) (?:it|this|that"
+        rf"|them)(?: {_VERY})*|wow|haha|lol|bravo",
         "Thank you!",
     ),
     (
-        r"(?:(?:that|this|it|you)(?: is| are| was| looks?)? )?(?:very |all |so )?(?:wrong|bad|ugly|awful|terrible|not (?:right|good|it"
+        r"(?:(?:that|this|it|you)(?: is| are| was| looks?)? )?(?:very |all |so )?(?:wrong|bad|ugly|awful"
+        r"|terrible|not (?:right|good|it"
         r"|correct|nice|what i (?:asked|wanted|meant|said)(?: for)?))|i do not like (?:it|this|that|them)|oh no",
         "I am sorry. Say what to change, or ask for a new picture.",
     ),
     (r"(?:i am )?(?:so )?(?:sorry|excuse me|pardon)(?: me)?", "No problem. What can I draw for you?"),
     (
-        r"(?:ok|okay|yes|yeah|yep|no|nope|sure|fine|alright|all right|right|i see|hm+|um+|maybe|good|got it|understood|test|testing)",
+        r"(?:ok|okay|yes|yeah|yep|no|nope|sure|fine|alright|all right|right|i see|hm+|um+|maybe|good|got it"
+        r"|understood|test|testing)",
         "What can I draw or change for you?",
     ),
     (
@@ -74,7 +85,8 @@ def small_talk(line: str) -> str | None:
 def without_greeting(line: str) -> str:
     """The line without a greeting, a thank you or a praise before the rest."""
     found = re.match(
-        rf"(?:{_GREETING}|thanks|thank you|great|nice|cool|good|perfect|wow|sorry|ok|okay|yes|no|well|right)\s*[,.!;:-]+\s*(?=\w)",
+        rf"(?:{_GREETING}|thanks|thank you|great|nice|cool|good|perfect|wow|sorry|ok|okay|yes|no|well"
+        rf"|right)\s*[,.!;:-]+\s*(?=\w)",
         line,
     )
     return line[found.end() :] if found else line
