@@ -349,7 +349,7 @@ def evaluate_wide(
     config: UnderstandConfig,
     *,
     wordings: Path | None = None,
-    each: int = 12,
+    each: int = 6,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -378,6 +378,7 @@ def evaluate_wide(
         "all questions": every,
         "ceiling": 1.0,
         "n": len(asked),
+        "wordings": len({question.wording.say for question in asked}),
         "tasks": tasks,
         "wrong": wrong,
         "settings": asdict(config) | {"wordings": path.name, "each": each} | (settings or {}),
