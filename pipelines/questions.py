@@ -13,7 +13,7 @@ from mm.world.asking.query import Query, Unread
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CALLER = 4  # frames from here to who called the pipeline: __call__, and torch.no_grad's around it
+_CALLER = 6  # frames from here to who called the pipeline
 
 
 def added_names(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
@@ -29,15 +29,17 @@ def read_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerFast)
     """
     if not questions:
         raise UserError('there is no question in the list; ask one, for example ["how many cats are there?"]')
-    names = added_names(tokenizer)
-    out: list[Query | Unread] = []
-    for question in questions:
-        if not isinstance(question, str):
-            raise UserError(f"a question is a text, got {type(question).__name__} {question!r}")
-        if not question.strip():
-            raise UserError("the prompt is empty; ask about the picture, for example 'how many cats are there?'")
-        out.append(read := parse_question(question, names))
-        if isinstance(read, Unread):
-            why = "" if read.word is None else f": the model does not know the word {read.word!r}"
-            warnings.warn(f"the question {question.strip()[:80]!r} is not understood{why}", stacklevel=_CALLER)
-    return out
+    return [read_question(question, tokenizer) for question in questions]
+
+
+def read_question(question: str, tokenizer: PreTrainedTokenizerFast) -> Query | Unread:
+    """The query of a question; warns where it is not understood. Raises UserError where it is empty or no text."""
+    if not isinstance(question, str):
+        raise UserError(f"a question is a text, got {type(question).__name__} {question!r}")
+    if not question.strip():
+        raise UserError("the question is empty (the prompt is empty); ask for example 'how many cats are there?'")
+    read = parse_question(question, added_names(tokenizer))
+    if isinstance(read, Unread):
+        why = "" if read.word is None else f": the model does not know the word {read.word!r}"
+        warnings.warn(f"the question {question.strip()[:80]!r} is not understood{why}", stacklevel=_CALLER)
+    return read

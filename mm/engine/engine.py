@@ -289,7 +289,7 @@ class Engine:
                 elif event.kind == "step":
                     emit(Step(step=event.step, steps=event.steps, first=pictures, count=1))
                 elif event.picture is not None:
-                    used = seed + request.conversation.pictures - 1
+                    used = seed if event.seed is None else event.seed
                     settings = settings_of(request, self.capabilities, self.name, used, event.picture)
                     emit(Picture(index=pictures, seed=used, picture=event.picture, settings=settings | self._facts))
                     pictures += 1

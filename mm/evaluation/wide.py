@@ -3,9 +3,9 @@
 Design choices
 - A wording is a line of JSON: its kind and a sentence with slots ("how many {some} do you count?"). The sampler of its
   kind fills the slots for a scene and says which replies are right, from the scene itself and never from a reading.
-- `prompts/wordings.jsonl` is for reporting: written before the reader of questions, and never used to change it.
-  `prompts/wordings-tune.jsonl` is for choosing. Scenes are held-out compositions, or seen ones for tuning.
-- A reply is right where it begins with the right word; lists and descriptions are compared as sets of objects. An
+- `prompts/wordings.jsonl` is for reporting. It was written before the reader of questions and never used to change
+  it; `prompts/wordings-tune.jsonl` is for choosing. Scenes are held-out compositions, or seen ones for tuning.
+- A reply is right where it begins with the right word; lists and descriptions are compared as sets of objects. The
   honest reply that a question is not understood is right for the kind "outside" alone.
 - The score is the mean over kinds, so that kinds with many wordings do not dominate.
 """
@@ -349,7 +349,7 @@ def evaluate_wide(
     config: UnderstandConfig,
     *,
     wordings: Path | None = None,
-    each: int = 12,
+    each: int = 6,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -378,6 +378,7 @@ def evaluate_wide(
         "all questions": every,
         "ceiling": 1.0,
         "n": len(asked),
+        "wordings": len({question.wording.say for question in asked}),
         "tasks": tasks,
         "wrong": wrong,
         "settings": asdict(config) | {"wordings": path.name, "each": each} | (settings or {}),

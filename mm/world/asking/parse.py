@@ -20,13 +20,15 @@ from mm.world.asking.phrases import Clause, clause_of
 from mm.world.asking.query import CATEGORIES, Query, Thing, Unread
 from mm.world.asking.trained import trained
 
-_COLOUR_WORDS = ("colour", "color", "hue", "shade", "tint", "tints")
+_COLOUR_WORDS = ("coloured", "colored", "colour", "color", "hue", "shade", "tint", "tints")
 _COLOURS_WORDS = ("colours", "colors", "hues", "shades")
 _GROUND_WORDS = ("background", "backdrop", "setting", "scenery", "surroundings", "environment", "landscape", "location")
 _COUNT_WORDS = ("howmany", "number", "count", "counts", "amount", "quantity", "total")
 _STYLE_WORDS = ("style", "styles", "technique", "medium")
 _MADE = ("drawn", "painted", "rendered", "made", "done", "created", "depicted")
 _LISTS = ("what", "which", "name", "list", "enumerate", "identify", "mention", "tell", "show", "describe", "give")
+_DESCRIPTIONS = ("describe", "caption", "description", "depict", "depicts", "goingon", "contents", "content", "explain")
+_DESCRIPTIONS += ("summarize", "summarise", "summary", "report")
 _NEGATIONS = (
     "no",
     "not",
@@ -196,6 +198,7 @@ def _number(found: Clause, plain: Plain) -> Query | None:
     things = tuple(found.things) or (Thing(name="things", plural=True),)
     if found.numbers:  # "is the number of cats two?"
         things = (replace(things[0], count=found.numbers[0]),)
+    if any(thing.count is not None for thing in things) and not found.has("howmany", "what", "which"):
         return Query(kind="exist", things=things, negated=_negated(found))
     how = "kinds" if found.has("kinds", "sorts", "types", "different") else ""
     return Query(kind="count", things=things, value=how, ground=_ground_of(found))
@@ -234,18 +237,18 @@ def _list(found: Clause, plain: Plain) -> Query | None:
         not found.things and found.grounds and found.has("what") and not found.has(*_COLOUR_WORDS)
     ):  # "what is on the grass?"
         return Query(kind="list", things=(Thing(name="things"),), ground=_ground_of(found))
-    if len(found.things) != 1 or found.things[0].name not in CATEGORIES or not found.has(*_LISTS):
+    if len(found.things) != 1 or found.things[0].name not in CATEGORIES or not found.has(*_LISTS, "N"):
         return None
     thing = found.things[0]
     if thing.name == "things" and found.has("describe", "goingon", "contents", "description", "explain"):
         return Query(kind="describe")
+    if plain.text.startswith("everything"):  # "everything you see"
+        return Query(kind="describe")
     wanted = found.has("what", "which", "name", "list", "enumerate", "identify", "mention", "describe")
-    begins = found.words[0] in ("tell", "show", "give", "N")
-    return (
-        None
-        if _negated(found) or not (wanted or begins)
-        else Query(kind="list", things=(thing,), ground=_ground_of(found))
-    )
+    begins = found.words[0] in ("tell", "show", "give")
+    if _negated(found) or not (wanted or begins):
+        return None
+    return Query(kind="list", things=(thing,), ground=_ground_of(found))
 
 
 def _else(found: Clause, plain: Plain) -> Query | None:
@@ -277,8 +280,14 @@ def _exist(found: Clause, plain: Plain) -> Query | None:
     explicit = negated or plain.soft
     if found.has("neither") or ("nor" in found.words):
         return Query(kind="exist", things=things, join="none", explicit=True)
-    if len(things) > 1 and all(t.negated for t in things):
+    if len(things) > 1 and found.has("no", "lack", "lacks", "lacking", "missing", "absent", "without", "free", "none"):
         return Query(kind="exist", things=things, join="none", explicit=True)
+    if len(things) > 1 and any(t.negated for t in things):  # "no cat and no dog", "no cats or dogs"
+        return Query(kind="exist", things=things, join="none", explicit=True)
+    if found.numbers:  # "are the cats two?"
+        if len(things) > 1 or things[0].count is not None:
+            return None
+        things = (replace(things[0], count=found.numbers[0]),)
     join = "any" if "or" in found.words else "all"
     if join == "any" and re.match(r"(?:is|are) (?:it|this|that|they|these) |(?:(?:a|an|the) )?N\b", found.line):
         return Query(kind="exist", things=things, join="either")
@@ -292,7 +301,7 @@ def _is_vague(things: tuple[Thing, ...]) -> bool:
 def _describe(found: Clause, plain: Plain) -> Query | None:
     if found.things or found.colours or found.grounds or found.numbers:
         return None
-    asked = found.has("describe", "caption", "description", "depict", "depicts", "goingon", "contents", "explain")
+    asked = found.has(*_DESCRIPTIONS)
     vague = found.has("what") and not found.has("how", "which", *_NEGATIONS)
     told = found.words[:1] in (["tell"], ["show"], ["say"]) or found.line in ("P", "about P", "describe")
     return Query(kind="describe") if asked or vague or told else None

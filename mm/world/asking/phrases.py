@@ -70,6 +70,9 @@ _FIXED: tuple[tuple[str, str], ...] = (
     (r"the same (?:number|amount|count) of|equally many|as many|as much", "asmany"),
     (r"more than(?= (?:zero|one|two|three|four|five|six|\d+)\b)", "morethan"),
     (r"(?:fewer|less) than(?= (?:zero|one|two|three|four|five|six|\d+)\b)", "fewerthan"),
+    (r"(?P<n>zero|one|two|three|four|five|six|\d+) or more", r"atleast \g<n>"),
+    (r"(?P<n>zero|one|two|three|four|five|six|\d+) or (?:less|fewer)", r"atmost \g<n>"),
+    (r"in front of (?:us|me|you)", ""),
     (r"at least", "atleast"),
     (r"at most", "atmost"),
     (r"left|right hand|leftmost|rightmost|top|bottom|middle|cent(?:er|re)|corners?|edges?", "side"),
@@ -91,15 +94,16 @@ FILLER = frozenset(
     coloured colored look come comes used called call art artistic made only alone big small little large beautiful
     name list enumerate caption describe explain give answer question order case both either painted drawn done
     rendered created produced
-    depicted taken write detail detailed briefly short did drew but and or not no per""".split()
+    depicted taken write detail detailed briefly short did drew
+    recognise recognize compared often coloured colored but and or not no per""".split()
 )
 OPERATORS = frozenset(
     """what which where how who why when whose howmany number count counts amount quantity total colour color colours
     colors hue hues shade shades tint tints style styles technique medium background backdrop setting scenery
-    surroundings environment landscape ground location behind description depict depicts goingon contents without lack
-    lacks lacking free missing absent neither nor never none more less fewer most same equal equally outnumber
-    outnumbers numerous greater larger asmany morethan fewerthan atleast atmost elsewhere empty else besides except
-    different many season weather side""".split()
+    surroundings environment landscape ground location behind description depict depicts goingon contents content
+    summarize summarise summary report coloured colored without lack lacks lacking free missing absent neither nor
+    never none more less fewer most same equal equally outnumber outnumbers numerous greater larger asmany
+    morethan fewerthan atleast atmost elsewhere empty else besides except different many season weather side""".split()
 )
 _SKIPPED = frozenset("any some single big small little large".split())
 _ARTICLES = frozenset("a an the any some no of many these those this that".split())

@@ -13,6 +13,7 @@ Design choices
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 from mm.world import vocabulary as v
 from mm.world.asking import colour_plans, replies
@@ -20,6 +21,7 @@ from mm.world.asking import trained as t
 from mm.world.asking.counting import Plan, counts, covered, facts_of, ground_shows, in_colour
 from mm.world.asking.query import Query, Thing, Unread
 
+T = TypeVar("T")
 Ask = Callable[[list[int], list[str]], list[str]]
 _PHRASES = {"sky": "in the sky", "night": "at night", "grass": "on grass", "beach": "on the beach"}
 _PHRASES |= {"snow": "in the snow", "plain": "on a plain background"}
@@ -39,7 +41,7 @@ def plan(query: Query | Unread, topic: str | None = None) -> Plan:
     return reply.strip() or replies.NO_ANSWER
 
 
-def run(plans: Sequence[Plan], ask: Ask) -> list[str]:
+def run(plans: Sequence[Generator[list[str], list[str], T]], ask: Ask) -> list[T]:
     """Runs plans to their ends.
 
     Args:
@@ -47,9 +49,9 @@ def run(plans: Sequence[Plan], ask: Ask) -> list[str]:
         ask: Is given plan numbers and questions, pairwise, and returns the model's answers.
 
     Returns:
-        A reply for each plan.
+        The result of each plan, a reply for instance.
     """
-    said: list[str] = [""] * len(plans)
+    said: dict[int, T] = {}
     waiting: dict[int, list[str]] = {}
 
     def advance(i: int, answers: list[str] | None) -> None:
@@ -66,7 +68,7 @@ def run(plans: Sequence[Plan], ask: Ask) -> list[str]:
         answers = iter(ask(rows, [question for questions in now.values() for question in questions]))
         for i, questions in now.items():
             advance(i, [next(answers) for _ in questions])
-    return said
+    return [said[i] for i in range(len(plans))]
 
 
 def _yes_no(holds: bool, query: Query, because: str = "") -> str:
@@ -168,6 +170,12 @@ def _most(query: Query, topic: str | None) -> Plan:
     first = (a > b) != (query.value == "fewer")
     thing = query.things[0 if first else 1]
     return v.PLURALS.get(thing.name, thing.name)
+
+
+def is_absent(thing: Thing) -> Generator[list[str], list[str], bool]:
+    """Whether a picture does not show a thing."""
+    said = yield [t.existence(thing.name)]
+    return (yield from _missing([thing], said)) is not None
 
 
 def _missing(things: Sequence[Thing], said: Sequence[str]) -> Generator[list[str], list[str], Thing | None]:
