@@ -46,8 +46,8 @@ SETTINGS: dict[str, dict[str, Call]] = {
     },
     "codes": {
         "full": {},
-        "fewer steps (18)": {"num_inference_steps": 18},
-        "confident neighbours": {"fast": {"steps": 32, "full_every": 1}},
+        "fewer steps (20)": {"num_inference_steps": 20},
+        "confident neighbours, 32 steps at most": {"fast": {"steps": 32, "full_every": 1}},
         "local steps, every second": {"fast": {"steps": 32, "confidence": None, "full_every": 2}},
         "fast": {"fast": True},
     },
@@ -134,7 +134,7 @@ def seconds(pipe: TextToImagePipeline, mode: str, names: list[str], rounds: int,
     found: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         draw(pipe, [(prompts[0], 1)] * count, mode, SETTINGS[mode][name], count)  # warm
-    for number, prompt in enumerate(prompts):
+    for prompt in prompts:
         jobs = [(prompt, picture_seed(0, prompt.id, k)) for k in range(count)]
         for name in names:
             start = time.perf_counter()

@@ -5,6 +5,8 @@ Design choices
 - Confident neighbours (as in LocalLeap): what a masked token will be is often certain once a token beside it is known.
   At each step the masked neighbours of known and of planned tokens are sampled, too. Those whose codes are likely
   enough stay, so that fewer steps are left. Each picture has its own count of steps.
+- Revisions draw tokens again that were not sure: a random quarter of the picture as in `code_filling`, but taken from
+  those tokens alone, so that fewer revisions reach each of them.
 - Local steps (ReCAP, arXiv 2505.19089): between two full steps only those tokens pass the trunk that are sampled now or
   changed at the step before (`mm.models.local_steps`).
 
@@ -13,6 +15,7 @@ Legend: B pictures, L tokens, K channels, V levels, D features, M tokens sampled
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 
 import torch
@@ -23,7 +26,7 @@ from mm.models.trunk import Trunk
 from mm.pipelines.fast import FastCodes
 from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
 from mm.pipelines.run_state import Run, StepCallback
-from mm.pipelines.sampling import code_steps, gumbel_noise, masked_steps, revisions
+from mm.pipelines.sampling import CodeStep, code_steps, gumbel_noise, masked_steps, revisions
 from mm.tokenizers import Bridge
 
 _DECIDING = 8  # channels, in the order of decisions, whose probabilities say how sure a token is
@@ -50,6 +53,7 @@ class _Filling:
         self.gumbel_BLKV = gumbel_noise(generators, (tokens, channels, bridge.config.levels)).to(device)
         self.codes_BLK = torch.zeros(pictures, tokens, channels, dtype=torch.int64, device=device)
         self.known_BL = torch.zeros(pictures, tokens, dtype=torch.bool)
+        self.log_BL = torch.full((pictures, tokens), -math.inf)  # how likely the codes of each token were
         self.latents = torch.zeros(pictures, channels, height, width, device=device)
         self._cache: PictureCache | None = None
         self._age = 0  # steps since the last full one
@@ -63,12 +67,13 @@ class _Filling:
         codes_MK, log_MK = self.code_head.sample_with_likelihood(
             features_MD, self.gumbel_BLKV[row_M, token_M], temperature=heat * self.run.temperature
         )
-        keep_M = now_BL[row_M, token_M]
+        log_M, keep_M = log_MK[:, :_DECIDING].mean(1).cpu(), now_BL[row_M, token_M]
         if self.settings.confidence is not None:
-            keep_M = keep_M | (log_MK[:, :_DECIDING].mean(1) > self.settings.confidence).cpu()
+            keep_M = keep_M | (log_M > self.settings.confidence)
         row_M, token_M = row_M[keep_M], token_M[keep_M]
         self.codes_BLK[row_M, token_M] = codes_MK[keep_M.to(codes_MK.device)]
         self.known_BL[row_M, token_M] = True
+        self.log_BL[row_M, token_M] = log_M[keep_M]
         self._changed_BL = torch.zeros_like(self.known_BL)
         self._changed_BL[row_M, token_M] = True
         codes_BKHW = self.codes_BLK.transpose(1, 2).unflatten(-1, self.shape)
@@ -112,9 +117,10 @@ def code_leaping(
     assert isinstance(settings, FastCodes)
     tokens = shape[0] * shape[1]
     plan = list(code_steps(generators, tokens, steps))
-    revising = plan[len(plan) - revisions(steps) :]
-    order_BL = torch.cat([step.now_BN for step in plan[: len(plan) - len(revising)]], 1)
-    left = masked_steps(tokens, steps - revisions(steps))
+    count = revisions(steps)
+    revising = plan[len(plan) - count :]
+    order_BL = torch.cat([step.now_BN for step in plan[: len(plan) - count]], 1)
+    left = masked_steps(tokens, steps - count)
     filling = _Filling(trunk, code_head, bridge, shape, generators, branches, run, settings)
     near_LL = neighbours(shape)
     run.num_timesteps, done = len(plan), 0
@@ -131,7 +137,10 @@ def code_leaping(
     for step in revising:
         if run.interrupt:
             break
-        filling.draw(step.masked_BL, step.masked_BL, torch.zeros_like(step.masked_BL), step.heat)
+        now_BL = revised(step, filling.log_BL, settings.confidence)
+        if not now_BL.any():  # every token is sure
+            continue
+        filling.draw(now_BL, now_BL, torch.zeros_like(now_BL), step.heat)
         filling.latents, done = on_step(done, done, filling.latents), done + 1
         yield done
     return filling.latents
@@ -151,6 +160,22 @@ def planned(order_BL: torch.Tensor, known_BL: torch.Tensor, left: Sequence[int])
         if masked:
             target = next(count for count in left if count < masked)
             now_L[order_L[~known_L[order_L]][: masked - target]] = True
+    return now_BL
+
+
+def revised(step: CodeStep, log_BL: torch.Tensor, confidence: float | None) -> torch.Tensor:
+    """The tokens (B, L) that a revision draws again: as many as planned, of those that were not sure.
+
+    Args:
+        step: The planned revision.
+        log_BL: How likely the codes of each token were.
+        confidence: Above it a token is sure; None takes the planned tokens.
+    """
+    if confidence is None or step.order_BL is None:
+        return step.masked_BL
+    now_BL = torch.zeros_like(step.masked_BL)
+    for now_L, order_L, log_L in zip(now_BL, step.order_BL, log_BL, strict=True):
+        now_L[order_L[log_L[order_L] <= confidence][: step.now_BN.shape[1]]] = True
     return now_BL
 
 

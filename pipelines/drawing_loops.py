@@ -99,7 +99,7 @@ def code_filling(
     codes_BLK = torch.zeros(len(generators), height * width, channels, dtype=torch.int64, device=device)
     latents = torch.zeros(len(generators), channels, height, width, device=device)
     run.num_timesteps = len(plan)
-    for i, (masked_BL, now_BN, known, heat) in enumerate(plan):
+    for i, (masked_BL, now_BN, known, heat, _) in enumerate(plan):
         if run.interrupt:
             break
         masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)

@@ -88,13 +88,13 @@ class FastCodes:
 
     Args:
         steps: Sampling steps where a call gives none; the last of them revise.
-        confidence: A token beside a known one is drawn with the step's own where the mean log-probability of its codes
-            exceeds this (as in LocalLeap); None draws the planned tokens alone.
+        confidence: A token is sure where the mean log-probability of its codes exceeds this. Sure tokens beside known
+            ones are drawn with the step's own (as in LocalLeap), and are not revised. None: none is sure.
         full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
     """
 
-    steps: int = 24
-    confidence: float | None = -0.05
+    steps: int = 20
+    confidence: float | None = -0.4
     full_every: int = 1
 
     def __post_init__(self) -> None:

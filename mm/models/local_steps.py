@@ -83,13 +83,14 @@ class LocalSteps:
         """
         trunk: Trunk = self
         x_BPD, sigma = trunk._picture_tokens(latents_BCHW, masked_BL.float(), "codes", masked_BL)
-        row_B1, at_BN = torch.arange(len(x_BPD), device=x_BPD.device)[:, None], places_BN + 1  # the mode token is first
+        # the mode token is first, and always computed: it sees every change
+        row_B1, at_BN = torch.arange(len(x_BPD), device=x_BPD.device)[:, None], F.pad(places_BN + 1, (1, 0))
         x_BND, shared = x_BPD[row_B1, at_BN], trunk._modulation(sigma[row_B1, at_BN])
         angles = _angles(trunk, latents_BCHW)[at_BN]
         stored_BN = at_BN + cache.keys[0].shape[1] - x_BPD.shape[1]
         for i, layer in enumerate(trunk._picture_stack):
             x_BND = layer.with_stored(x_BND, shared, angles, cache.keys[i], cache.values[i], cache.mask, stored_BN)
-        return trunk.norm_out(x_BND)
+        return trunk.norm_out(x_BND)[:, 1:]
 
 
 def _angles(trunk: Trunk, latents_BCHW: torch.Tensor) -> torch.Tensor:
