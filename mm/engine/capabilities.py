@@ -15,6 +15,7 @@ from mm.core.errors import UserError
 from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn, shown
 from mm.families.family import resolve
 
+ADAPTIVE = "mm.fast.guidance:adaptive_settings"  # a `Capabilities.fast` that acts on guidance alone
 TASKS = ("draw", "image_to_image", "inpaint", "edit", "describe", "converse")
 
 
@@ -69,8 +70,11 @@ class Capabilities:
         return request.mode or (self.modes[0] if self.modes else None)
 
     def steps_of(self, request: Sampling) -> int | None:
-        """Steps of a request: its own, or the default of its mode."""
-        return request.steps if request.steps is not None else self.steps.get(self.mode(request) or "")
+        """Steps of a request: its own, those of `fast`, or the default of its mode."""
+        if request.steps is not None:
+            return request.steps
+        own = (self.fast_of(request) or {}).get("steps")
+        return own if own is not None else self.steps.get(self.mode(request) or "")
 
     def guidance_of(self, request: Sampling) -> float | None:
         """Guidance of a request: its own, or the model's default."""
@@ -134,7 +138,7 @@ class Capabilities:
                 f"model; leave fast out, or give {self.negative_needs} and a negative prompt as well"
             )
         guidance = self.guidance_of(request)
-        if guidance is not None and guidance <= 1 and not self.negative_needs:
+        if self.fast == ADAPTIVE and guidance is not None and guidance <= 1 and not self.negative_needs:
             raise UserError(f"fast leaves out guidance, and guidance is {guidance:g} (off); leave fast out")
 
     def _check_negative(self, request: Draw | Edit) -> None:

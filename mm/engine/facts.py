@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mm.engine.capabilities import Capabilities
+from mm.engine.capabilities import ADAPTIVE, Capabilities
 from mm.engine.views import call_parameters, schedulers_for
 from mm.families.family import Family, resolve
 from mm.fast.hook import DENOISERS
@@ -22,8 +22,6 @@ FAMILY_TASKS: Mapping[str, str] = {
     "converse": "conversation",
 }
 
-
-ADAPTIVE = "mm.fast.guidance:adaptive_settings"
 
 # Pipelines that fail for reasons of their own, with the reason.
 UNUSABLE: Mapping[str, str] = {

@@ -14,26 +14,34 @@ from itertools import accumulate
 from mm.core.errors import UserError
 
 
-def refresh_steps(similarity: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
+def refresh_steps(
+    similarity: Sequence[Sequence[float]], count: int, weights: Sequence[float] | None = None
+) -> tuple[int, ...]:
     """The `count` steps at which to compute features, so that sharing them costs the least similarity.
 
     Args:
         similarity: S, of all pairs of steps; row l and column j.
         count: How many of the steps compute features; the first always does.
+        weights: What an error at each step counts; None: all the same.
 
     Returns:
         The steps in ascending order, from 0.
 
     Raises:
-        UserError: S is not square, or there are fewer steps than `count`.
+        UserError: S is not square, there are fewer steps than `count`, or not as many weights.
     """
     n = len(similarity)
     if any(len(row) != n for row in similarity):
         raise UserError(f"similarity has {n} rows of {sorted({len(row) for row in similarity})} values; give a square")
     if not 1 <= count <= n:
         raise UserError(f"count is {count}; give 1 to {n}, the number of steps")
+    if weights is not None and len(weights) != n:
+        raise UserError(f"{len(weights)} weights for {n} steps; give one for each")
+    counts = [1.0] * n if weights is None else weights
     # lost[j][i - j - 1]: what steps j to i - 1 lose by using the features of step j
-    lost = [list(accumulate(1 - similarity[step][start] for step in range(start, n))) for start in range(n)]
+    lost = [
+        list(accumulate(counts[step] * (1 - similarity[step][start]) for step in range(start, n))) for start in range(n)
+    ]
     best = [0.0] + [math.inf] * n  # C_{k-1}[i]: the first i steps are served by k - 1 refreshes
     chosen: list[list[int]] = []
     for _ in range(count):
