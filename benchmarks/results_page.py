@@ -4,8 +4,8 @@
 
 `runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json,
 understand-wide.json (`--wide`), edit.json, chat.json (the commands of those names), ett.json and encoders.json
-(`mm.training.studies`), generate.json, linear.json and quantized.json (`benchmarks/`). Where one is missing,
-the page keeps the section of an earlier report.
+(`mm.training.studies`), generate.json, linear.json and quantized.json (`benchmarks/`). Where one is missing, the page
+keeps what it said: the section of an earlier report.
 """
 
 from __future__ import annotations

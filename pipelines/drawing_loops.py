@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 
-from mm.families.mm_tiny import GUIDANCE
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.pipelines.guidance import GuidanceBranches
+from mm.pipelines.flow_velocity import FlowVelocity
+from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
 from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import code_steps, gumbel_noise
 from mm.tokenizers import Bridge
-
-# Share of `guidance_scale - 1` that is applied in codes mode, where features are mixed: the default becomes 3 there.
-CODES_GUIDANCE = 2 / (GUIDANCE - 1)
 
 
 def flow_steps(
@@ -62,18 +59,21 @@ def flow_steps(
     # Schedulers that draw noise of their own draw each picture's from its generator, too.
     own_noise = "generator" in inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": list(generators)} if own_noise else {}
+    step_velocity = FlowVelocity(
+        trunk, velocity_decoder, branches, run, [_sigma(scheduler, t) for t in scheduler.timesteps]
+    )
     for i, timestep in enumerate(scheduler.timesteps):
         if run.interrupt:
             break
-        repeated = latents.repeat(len(branches), 1, 1, 1)
-        sigma = (timestep / scheduler.config.num_train_timesteps).float().expand(len(repeated))
-        features = trunk(repeated.to(trunk.dtype), sigma, branches.cache, "flow")
-        velocity = velocity_decoder(repeated.to(velocity_decoder.dtype), sigma, features).float()
-        velocity = branches.mix(velocity, run.guidance_scale)
+        velocity = step_velocity(i, latents)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
         latents = on_step(i, timestep, latents)
         yield i + 1
     return latents
+
+
+def _sigma(scheduler: Any, timestep: Any) -> torch.Tensor:
+    return (timestep / scheduler.config.num_train_timesteps).float()
 
 
 def code_filling(
@@ -99,7 +99,7 @@ def code_filling(
     codes_BLK = torch.zeros(len(generators), height * width, channels, dtype=torch.int64, device=device)
     latents = torch.zeros(len(generators), channels, height, width, device=device)
     run.num_timesteps = len(plan)
-    for i, (masked_BL, now_BN, known, heat) in enumerate(plan):
+    for i, (masked_BL, now_BN, known, heat, _) in enumerate(plan):
         if run.interrupt:
             break
         masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)

@@ -3,6 +3,7 @@
 Design choices
 - Noise levels are those of the drawing stage: logit-normal, and a share near pure noise, where the layout is decided.
 - The vocabulary is closed, so a new subject gets a word of its own: one of the rows that were kept free.
+- An edit's source enters as in `ImageEditPipeline`: as understanding tokens and as clean latents.
 - Layers of the text side that also read (self-attention, feed-forward) take no adapter, so that reading stays as it is.
 
 Legend: B pictures, C channels, H x W latents, S side of the pictures.
@@ -10,14 +11,16 @@ Legend: B pictures, C channels, H x W latents, S side of the pictures.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mm.customization.objectives.protocol import FlowObjective
+from mm.customization.objectives.protocol import Edits, FlowObjective
 from mm.models.cache import PromptCache
+from mm.world.edits import KINDS, sample_edit
 
 
 class TrunkObjective(FlowObjective):
@@ -45,6 +48,21 @@ class TrunkObjective(FlowObjective):
         # Without the padding that sampling adds: it is masked, and would cost a fifth of a step.
         words = self.pipe.text_tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.device)
         return self.pipe.trunk.encode_text(words.input_ids, words.attention_mask.bool())
+
+    @property
+    def edits(self) -> Edits:  # type: ignore[override]
+        """Whether the pipeline holds what reads source pictures."""
+        return "also" if getattr(self.pipe, "understanding_encoder", None) is not None else "no"
+
+    def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> PromptCache:
+        encoder, connector = self.pipe.understanding_encoder, self.pipe.understanding_connector
+        with torch.no_grad():
+            tokens = connector(encoder(pictures_B3SS.to(encoder.dtype))[1].to(connector.dtype))
+        return self.pipe._prompt_cache(instructions, tokens, latents_BCHW)
+
+    def kept_instructions(self, count: int) -> list[str]:
+        rng = random.Random("instructions that stay")
+        return list(dict.fromkeys(sample_edit(rng, KINDS[k % len(KINDS)]).instruction for k in range(count)))
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         cache = self.encode_prompts(prompts)

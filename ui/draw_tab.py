@@ -44,6 +44,9 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
                 )
     if can.modes:
         fields["mode"] = gr.Radio(list(can.modes), value=can.modes[0], label="Mode")
+    served = sized or set(can.fast_tasks) >= {"edit", "image_to_image", "inpaint"} & set(can.tasks)
+    if can.fast and served and not can.negative_needs:
+        fields["fast"] = gr.Checkbox(False, label="Fast: leave out work that changes a picture little")
     if can.negative and not can.negative_needs:
         fields["negative"] = gr.Textbox(
             label="Negative prompt", placeholder=can.negative_default or None, max_length=MAX_PROMPT, lines=1
@@ -169,6 +172,7 @@ class DrawTab:
             "prompt": asked.prompt, "negative": asked.negative or "", "width": size[0], "height": size[1],
             "seed": "" if asked.seed is None else str(asked.seed), "steps": self.can.steps_of(asked),
             "guidance": self.can.guidance_of(asked), "mode": self.can.mode(asked), "scheduler": asked.scheduler or "",
+            "fast": asked.fast is not False,
         }  # fmt: skip
         return [values.get(name, gr.skip()) for name in self.fields]
 
@@ -202,6 +206,8 @@ def _same_kind(field: Any, value: Any) -> Any:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         fits = fits and (low is None or value >= low) and (high is None or value <= high)
         return value if fits else gr.skip()
+    if isinstance(field, gr.Checkbox):
+        return value if isinstance(value, bool) else gr.skip()
     if isinstance(field, gr.Radio | gr.Dropdown):
         return value if value in [key for _, key in field.choices] else gr.skip()
     return gr.skip()

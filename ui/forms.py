@@ -64,6 +64,13 @@ def number(name: str, value: object) -> float | None:
     return float(value)
 
 
+def flag(name: str, value: object) -> bool:
+    """Yes or no; None is no."""
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{name} is {shown(value)}; give true or false")
+    return bool(value)
+
+
 def choice(name: str, value: object) -> str | None:
     """A name; None and an empty text are none."""
     if value is None or value == "":
@@ -101,6 +108,7 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
         "guidance": number("guidance", values.get("guidance")),
         "mode": choice("mode", values.get("mode")),
         "scheduler": choice("scheduler", values.get("scheduler")),
+        "fast": flag("fast", values.get("fast")),
     }
 
 

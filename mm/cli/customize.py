@@ -1,4 +1,4 @@
-"""`mm customize`: an adapter for a new subject or style from a folder of pictures."""
+"""`mm customize`: an adapter for a new subject, style or edit from a folder of pictures, or a slider."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog='Example: mm customize photos/ --name "<mug>" -o mug.safetensors')
 def customize(
-    folder: Annotated[Path, typer.Argument(help="Pictures, each with a caption in a text file of the same name.")],
-    name: Annotated[str, typer.Option(help='What the subject is called in prompts: "<mug>".')],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Pictures, or pairs of an edit, with captions in text files."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help='What the subject is called in prompts: "<mug>". A slider needs none.')
+    ] = "",
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
     bits: Annotated[int | None, typer.Option(help="4 trains on the 4-bit copy of the model.")] = None,
-    kind: Annotated[str, typer.Option(help="subject or style.")] = "subject",
+    kind: Annotated[str, typer.Option(help="subject, style, edit or slider.")] = "subject",
     noun: Annotated[str, typer.Option(help="The subject's class, where the model knows it: mug.")] = "",
+    positive: Annotated[str, typer.Option(help='Of a slider: where a scale above 0 moves to: "a red {}".')] = "",
+    negative: Annotated[str, typer.Option(help='Of a slider: where a scale below 0 moves to: "a blue {}".')] = "",
+    neutral: Annotated[str, typer.Option(help="Of a slider: what is moved; default: the words that both share.")] = "",
+    subject: Annotated[list[str] | None, typer.Option(help="Of a slider: what {} stands for; may be repeated.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Of a slider: how far a scale of 1 moves.")] = None,
     method: Annotated[str, typer.Option(help="auto, or a method of docs/customization.md.")] = "auto",
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most.")] = None,
@@ -33,27 +43,34 @@ def customize(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the state when the run is done.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
 ) -> None:
-    """Learns a new subject or style; a run that was stopped goes on when the command is given again."""
+    """Learns a new subject, style, edit or slider; a run that was stopped goes on when the command is given again."""
     from mm.core.errors import UserError
 
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another name, or give --force")
-    if not folder.is_dir():
+    if folder is not None and not folder.is_dir():
         raise UserError(f"{folder} is no folder; give a folder with a few pictures")
-    import mm
+    from mm.customization.customize import check_call
     from mm.customization.customize import customize as make
+    from mm.customization.sliders import prompts_of
     from mm.customization.training import STATE
+
+    asked = bool(positive or negative or neutral or subject or strength is not None)
+    prompts = prompts_of(positive, negative, neutral, subject or (), strength) if asked else None
+    check_call(kind, folder, name, prompts)
+    import mm
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     place = work or out.with_name(f"{out.name}.work")
     engine = mm.load(model, bits=bits)
+    pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
     learned = make(
-        engine.pipeline, folder, name=name, kind=kind, method=method, noun=noun, work=place, samples=sample, seed=seed,  # type: ignore[arg-type]
-        estimated=lambda found: print(found, file=sys.stderr), progress=_show, **settings,
+        pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
+        seed=seed, estimated=lambda found: print(found, file=sys.stderr), progress=_show, **settings,
     )  # fmt: skip
     print(file=sys.stderr)
-    learned.write(out, layout, target=engine.pipeline)  # type: ignore[arg-type]
+    learned.write(out, layout, target=pipe)  # type: ignore[arg-type]
     if not keep:
         (place / STATE).unlink(missing_ok=True)
     report = learned.report

@@ -28,6 +28,7 @@ class TrainingConfig:
         preview_every: steps between two previews, which score the run and may stop it.
         patience: previews without a better score after which the run stops.
         save_every: steps between two saves of the state.
+        slider_pictures: that the base draws for a slider without a folder.
         size: side of the training pictures in pixels; None takes the family's.
     """
 
@@ -46,6 +47,7 @@ class TrainingConfig:
     preview_every: int = 100
     patience: int = 4
     save_every: int = 25
+    slider_pictures: int = 16
     size: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class TrainingConfig:
             "preview_every",
             "patience",
             "save_every",
+            "slider_pictures",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")

@@ -1,4 +1,4 @@
-"""`mm.customize`: a patch that draws the subject or the style of a few pictures.
+"""`mm.customize`: a patch that draws the subject or style of a few pictures, edits as they do, or is a slider.
 
 Design choices
 - The model is not changed: the patch is returned, and `patch.apply(pipe)` puts it on.
@@ -12,10 +12,12 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from mm.adapters.tokens import own_row
@@ -24,30 +26,32 @@ from mm.customization.batches import Batches
 from mm.customization.config import TrainingConfig
 from mm.customization.data import KINDS, Example, Kind, fingerprint, read_folder
 from mm.customization.estimate import Estimate, estimate
+from mm.customization.goals import goal_of
 from mm.customization.learned import Learned
 from mm.customization.methods.protocol import Job, Learner
 from mm.customization.methods.registry import method_of
 from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
-from mm.customization.previews import sample, save_previews
+from mm.customization.previews import draw, save_previews, sheet_of
+from mm.customization.sliders import SliderPrompts
 from mm.customization.training import Progress, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import roots_of
 
-TRAINED: tuple[Kind, ...] = ("subject", "style")
 PRESERVED = 48  # unrelated prompts that are held to the base
 OnProgress = Callable[[float, str], None]
 
 
 def customize(
     pipe: Any,
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
-    name: str,
+    name: str = "",
     kind: Kind = "subject",
     method: str = "auto",
     noun: str = "",
+    prompts: SliderPrompts | None = None,
     work: str | Path | None = None,
     preserved: Sequence[str] | None = None,
     samples: Sequence[str] | None = None,
@@ -56,18 +60,21 @@ def customize(
     progress: OnProgress = lambda share, text: None,
     **settings: Any,
 ) -> Learned:
-    """Learns an adapter from a folder of pictures.
+    """Learns an adapter from a folder of pictures, or from two prompts.
 
     Args:
-        pipe: a pipeline that draws from text, 16-bit or 4-bit.
-        folder: pictures, each with a caption in a text file of the same name (see `mm.customization.data`).
-        name: what the subject is called in prompts, for example "<mug>".
-        kind: "subject" or "style".
+        pipe: a pipeline that draws from text, 16-bit or 4-bit; of an edit one that takes a source picture.
+        folder: pictures, each with a caption in a text file of the same name (see `mm.customization.data`); pairs of
+            pictures with instructions of an edit. A slider needs none.
+        name: what the subject, style or edit is called in prompts, for example "<mug>"; of a slider the patch's name.
+        kind: "subject", "style", "edit" (pairs before and after) or "slider" (two prompts, a scale on both sides of 0).
         method: one of `mm.customization.methods.registry.METHODS`; "auto" takes dreambooth.
         noun: the subject's class ("mug"), where the model knows it.
+        prompts: of a slider.
         work: a folder for state, plot and sample pictures; a run that was stopped continues from it.
-        preserved: prompts that must stay as they are; None takes the family's own.
-        samples: prompts of the sample pictures in `work`; None takes the first caption.
+        preserved: prompts that must stay as they are, instructions of an edit; None takes the family's own.
+        samples: prompts of the sample pictures in `work`; None takes the first caption. A slider draws its neutral
+            prompt at the scales -1, 0 and 1.
         sample_steps: of sampling them.
         estimated: called with memory and time before the run starts; raising stops it.
         progress: called with a share from 0 to 1 and a text.
@@ -79,16 +86,16 @@ def customize(
     Raises:
         UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
-    if kind not in TRAINED:
-        raise UserError(f"the kind {kind!r} cannot be trained yet; {' and '.join(TRAINED)} can")
+    check_call(kind, folder, name, prompts)
     maker = method_of(method)
-    objective = objective_of(pipe, settings.get("size"))
+    objective = objective_of(pipe, settings.get("size"), edit=kind == "edit")
     config, chosen = _settings(maker.name, {**objective.training, **maker.defaults}, settings)
-    check_name(name, objective)
-    examples = read_folder(folder, name=name, kind=kind, noun=noun)
-    prompts = _preserved(pipe, examples, name, noun, preserved)
+    if kind == "slider":
+        name = name or "slider"
+    else:
+        check_name(name, objective)
+    examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
+    kept = _preserved(objective, examples, name, noun, kind, preserved)
     job = Job(
         objective=objective, examples=examples, name=name, noun=noun, kind=kind, settings=chosen, seed=config.seed
     )
@@ -96,35 +103,88 @@ def customize(
     learner: Learner | None = None
     try:
         learner = maker.begin(job)
+        goal = goal_of(learner, prompts)
         batches = Batches(
-            objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(prompts),
-            preserve_batch=config.preserve_batch,
-            dropout=config.caption_dropout,
+            objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
+            preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
         )  # fmt: skip
         base = base_hash(objective.modules()[objective.parts[0]])
-        identity = _identity(examples, name, kind, maker.name, chosen, config, base, prompts)
+        of_slider = None if prompts is None else asdict(prompts)
+        identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, of_slider)
         place = None if work is None else Path(work)
-        training = Training(learner, batches, prompts, config, work=place, identity=identity)
+        training = Training(learner, batches, kept, config, goal=goal, work=place, identity=identity)
         found = estimate(training)
         _warn_of_memory(found)
         estimated(found)
-        shown_prompts = list(samples) if samples is not None else [examples[0].caption]
 
         def on_step(now: Progress) -> None:
             progress(now.step / config.steps, f"step {now.step} of {config.steps}, loss {now.losses[-1]:.4f}")
 
         def on_preview(now: Progress) -> None:
             if place is not None:
-                drawn = sample(pipe, shown_prompts, objective.side, config.seed, sample_steps)
-                save_previews(place, now, drawn)
+                save_previews(place, now, sheet_of(_samples(learner, samples, sample_steps)))
 
         training.run(on_step, on_preview)
-        return _learned(pipe, learner, training, base, maker.name, chosen)
+        return _learned(pipe, learner, training, base, maker.name, chosen | ({} if of_slider is None else of_slider))
     finally:
         if learner is not None:
             learner.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def check_call(kind: str, folder: str | Path | None, name: str, prompts: SliderPrompts | None) -> None:
+    """Raises UserError where what is given does not suit the kind; nothing is loaded for it."""
+    if kind not in KINDS:
+        raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
+    if kind == "slider":
+        if prompts is None:
+            raise UserError("a slider is made of two prompts; give positive and negative, such as 'a small cat'")
+        return
+    if prompts is not None:
+        raise UserError(f"two prompts make a slider, and the kind is {kind!r}; give kind='slider'")
+    if folder is None:
+        raise UserError(f"the kind {kind} is learned from pictures; give a folder with a few")
+    if not name:
+        raise UserError(f"the name is ''; give a word for the {kind}, for example '<mug>'")
+
+
+def _examples(
+    objective: Objective, folder: str | Path | None, name: str, kind: Kind, noun: str, prompts: SliderPrompts | None,
+    config: TrainingConfig, steps: int | None, progress: OnProgress,
+) -> list[Example]:  # fmt: skip
+    """The pictures of the folder; of a slider without one, pictures that the base draws of its neutral prompts."""
+    if folder is not None:
+        return read_folder(folder, name=name, kind=kind, noun=noun)
+    assert prompts is not None
+    words = [triple[0] for triple in prompts.triples()]
+    count = max(config.slider_pictures, len(words))
+    examples = []
+    for k in range(count):
+        progress(0.0, f"picture {k + 1} of {count}")
+        caption = words[k % len(words)]
+        picture = draw(objective.pipe, caption, side=objective.side, seed=config.seed + k, steps=steps)
+        examples.append(Example(path=Path(f"{k}.png"), caption=caption, picture=picture.convert("RGB")))
+    return examples
+
+
+def _samples(learner: Learner, samples: Sequence[str] | None, steps: int | None) -> list[Image.Image]:
+    """The sample pictures of a preview."""
+    job = learner.job
+    first, objective = job.examples[0], job.objective
+    prompts = [first.caption] if samples is None else samples
+    made = []
+    for prompt in prompts:
+        for scale in (-1.0, 0.0, 1.0) if job.kind == "slider" else (None,):
+            with nullcontext() if scale is None else learner.at(scale):
+                learner.settle()
+                made.append(
+                    draw(
+                        objective.pipe, prompt, side=objective.side, seed=job.seed, steps=steps,
+                        source=first.before if job.kind == "edit" else None,
+                    )
+                )  # fmt: skip
+    return made
 
 
 def _freeze(pipe: Any) -> list[nn.Parameter]:
@@ -182,21 +242,25 @@ def _settings(method: str, defaults: Any, given: dict[str, Any]) -> tuple[Traini
 
 
 def _preserved(
-    pipe: Any, examples: Sequence[Example], name: str, noun: str, given: Sequence[str] | None
+    objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: str, given: Sequence[str] | None
 ) -> list[str]:  # fmt: skip
     if given is not None:
         return list(given)
-    family = family_of(pipe)
+    if kind == "edit":
+        return objective.kept_instructions(PRESERVED)
+    family = family_of(objective.pipe)
     own = family.calibration_prompts(PRESERVED) if family is not None else []
+    if kind == "slider":
+        return own
     classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
     return list(dict.fromkeys([*own, *(classes if noun else [])]))
 
 
 def _identity(
     examples: Sequence[Example], name: str, kind: str, method: str, chosen: Any, config: TrainingConfig, base: str,
-    prompts: Sequence[str],
+    prompts: Sequence[str], slider: dict[str, Any] | None,
 ) -> str:  # fmt: skip
-    parts = [fingerprint(examples), name, kind, method, dict(chosen), asdict(config), base, list(prompts)]
+    parts = [fingerprint(examples), name, kind, method, dict(chosen), asdict(config), base, list(prompts), slider]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

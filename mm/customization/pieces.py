@@ -117,6 +117,21 @@ class Branches:
             for path, layer in self.layers.items():
                 layer.arrange(kept[path])
 
+    @contextmanager
+    def at(self, scale: float) -> Iterator[None]:
+        """Within the context the branches act `scale` times; where they are off, they stay off."""
+        for layer in self.layers.values():
+            self._rescale(layer, scale)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                self._rescale(layer, 1.0)
+
+    def _rescale(self, layer: BranchedLinear, scale: float) -> None:
+        if any(b.name == TRAINING for b in layer.branches):
+            layer.set_scale(TRAINING, scale * self.scale)
+
     def settle(self) -> None:
         for layer in self.layers.values():
             layer.refresh()

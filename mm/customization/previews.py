@@ -55,26 +55,33 @@ def _smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
 
 
 @torch.no_grad()
-def sample(pipe: Any, prompts: Sequence[str], side: int, seed: int, steps: int | None) -> Image.Image | None:
-    """Pictures of prompts side by side, drawn by the pipeline as the model is now; None for no prompts."""
-    if not prompts:
-        return None
+def draw(
+    pipe: Any, prompt: str, *, side: int, seed: int, steps: int | None = None, source: Image.Image | None = None
+) -> Image.Image:  # fmt: skip
+    """A picture of a prompt, or of an instruction and a source, drawn by the pipeline as the model is now."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"output_type": "pil", "height": side, "width": side}
     if steps is not None:
         given["num_inference_steps"] = steps
+    if source is not None:
+        given["image"] = source
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        pictures = [
-            pipe(
-                prompt=prompt, generator=torch.Generator().manual_seed(seed),
-                **{key: value for key, value in given.items() if key in takes},
-            ).images[0]
-            for prompt in prompts
-        ]  # fmt: skip
+        picture = pipe(
+            prompt=prompt, generator=torch.Generator().manual_seed(seed),
+            **{key: value for key, value in given.items() if key in takes},
+        ).images[0]  # fmt: skip
     finally:
         pipe.set_progress_bar_config(**quiet)
+    assert isinstance(picture, Image.Image)
+    return picture
+
+
+def sheet_of(pictures: Sequence[Image.Image]) -> Image.Image | None:
+    """Pictures side by side; None for no pictures."""
+    if not pictures:
+        return None
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
     left = 0
     for picture in pictures:

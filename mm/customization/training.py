@@ -29,6 +29,7 @@ from mm.core.files import write_bytes
 from mm.core.safe_tensors import read_tensors
 from mm.customization.batches import Batches, Step
 from mm.customization.config import TrainingConfig
+from mm.customization.goals import Goal, Noised
 from mm.customization.methods.protocol import Learner
 from mm.customization.objectives.protocol import weighted_mse
 
@@ -66,16 +67,18 @@ class Training:
         batches: the pictures.
         prompts: what is to stay as the base has it.
         config: how long and how fast.
+        goal: what is learned of a batch; None learns the pictures under their captions.
         work: folder of the state; None keeps none.
         identity: what the state belongs to; another run's state is refused.
     """
 
     def __init__(
         self, learner: Learner, batches: Batches, prompts: Sequence[str], config: TrainingConfig, *,
-        work: Path | None = None, identity: str = "",
+        goal: Goal | None = None, work: Path | None = None, identity: str = "",
     ) -> None:  # fmt: skip
         self.learner, self.batches, self.prompts, self.config = learner, batches, list(prompts), config
         self.objective = learner.job.objective
+        self.goal = goal if goal is not None else Goal(learner)
         self.parameters = learner.parameters()
         self.state_file = None if work is None else work / STATE
         self.identity = identity
@@ -138,16 +141,9 @@ class Training:
 
     def loss(self, step: Step) -> Tensor:
         """The pictures' loss, and what the method adds."""
-        chosen = torch.tensor(step.chosen)
-        clean, noise, level_B = self._moved(self.batches.latents[chosen], step.noise, step.level_B)
-        mask = None if self.batches.masks is None else self.batches.masks[chosen].to(clean.device)
         self.learner.before_step(step.chosen)
-        captions = self.learner.captions(step.chosen)
-        captions = ["" if bare else caption for bare, caption in zip(step.bare, captions, strict=True)]
-        condition = self.objective.encode_prompts(captions)
-        noisy = self.objective.noised(clean, noise, level_B)
-        prediction = self.objective.predict(noisy, level_B, condition)
-        loss = weighted_mse(prediction, self.objective.target(clean, noise, level_B), mask).mean()
+        noised = self._noised(step.chosen, step.bare, step.noise, step.level_B, self.progress.step)
+        loss = self.goal.errors(noised).mean()
         extra = self.learner.extra_loss()
         return loss if extra is None else loss + extra
 
@@ -156,14 +152,23 @@ class Training:
         clean = self.batches.latents[torch.tensor(step.preserved_from)]
         clean, noise, level_B = self._moved(clean, step.preserved_noise, step.preserved_level_B)
         noisy = self.objective.noised(clean, noise, level_B)
-        words = [self.prompts[i] for i in step.preserved]
+        words, beside = [self.prompts[i] for i in step.preserved], step.preserved_from
         with torch.no_grad(), self.learner.off():
-            wanted = self.objective.predict(noisy, level_B, self.objective.encode_prompts(words))
-        given = self.objective.predict(noisy, level_B, self.objective.encode_prompts(words))
+            wanted = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
+        with self.goal.acting(self.progress.step):
+            given = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
         loss = weighted_mse(given, wanted, None).mean()
         if loss.requires_grad:
             (self.config.preserve * self.config.preserve_every * loss).backward()
         return float(loss.detach())
+
+    def _noised(
+        self, chosen: Sequence[int], bare: Sequence[bool], noise: Tensor, level_B: Tensor, number: int | None
+    ) -> Noised:  # fmt: skip
+        index = torch.tensor(list(chosen))
+        clean, noise, level_B = self._moved(self.batches.latents[index], noise, level_B)
+        mask = None if self.batches.masks is None else self.batches.masks[index].to(clean.device)
+        return Noised(chosen=chosen, bare=bare, clean=clean, noise=noise, level_B=level_B, mask=mask, number=number)
 
     def _factor(self) -> float:
         step, config = self.progress.step, self.config
@@ -207,20 +212,15 @@ class Training:
         examples = range(len(self.batches.latents))
         generator = torch.Generator().manual_seed(self.config.seed + 17)
         chosen = [examples[i % len(examples)] for i in range(max(_SCORED, len(examples)))]
-        clean = self.batches.latents[torch.tensor(chosen)]
-        noise = torch.randn(clean.shape, generator=generator)
-        clean, noise, level_B = self._moved(clean, noise, self.objective.fixed_levels(len(chosen)))
-        mask = None if self.batches.masks is None else self.batches.masks[torch.tensor(chosen)].to(clean.device)
+        noise = torch.randn(len(chosen), *self.batches.latents.shape[1:], generator=generator)
         self.learner.before_step(chosen)
-        condition = self.objective.encode_prompts(self.learner.captions(chosen))
-        noisy = self.objective.noised(clean, noise, level_B)
-        given = self.objective.predict(noisy, level_B, condition)
-        error = weighted_mse(given, self.objective.target(clean, noise, level_B), mask).mean()
+        noised = self._noised(chosen, [False] * len(chosen), noise, self.objective.fixed_levels(len(chosen)), None)
+        error = self.goal.errors(noised).mean()
         words = self.prompts[:_SCORED_PROMPTS]
         if not words:
-            return error, clean[:0]
-        condition = self.objective.encode_prompts(words)
-        same = noise[:1].expand(len(words), *noise.shape[1:])
+            return error, noised.clean[:0]
+        condition = self.goal.condition(words, [examples[i % len(examples)] for i in range(len(words))])
+        same = noised.noise[:1].expand(len(words), *noise.shape[1:])
         return error, self.objective.predict(same, self._loud(len(words)), condition)
 
     def _loud(self, count: int) -> Tensor:

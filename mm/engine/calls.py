@@ -16,14 +16,10 @@ from typing import Any
 import torch
 
 from mm.core.errors import UserError
-from mm.engine.events import CancelToken
+from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
 
 OnStep = Callable[[int, Any], None]  # number of the step from 0, and the latents where the pipeline offers them
-
-
-class RunCancelledError(Exception):
-    """Leaves a pipeline in the middle of a picture."""
 
 
 def draw(

@@ -39,7 +39,7 @@ FLUX = Family(
 SCHNELL = replace(FLUX, name="flux-schnell", config={"guidance_embeds": False}, steps=4, guidance=None)
 KONTEXT = replace(
     FLUX,
-    objective=None,
+    objective="mm.customization.objectives.transformers:Kontext",
     name="flux-kontext",
     pipelines={
         "text_to_image": "FluxKontextPipeline",

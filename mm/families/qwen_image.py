@@ -53,7 +53,7 @@ QWEN = Family(
 )
 EDIT = replace(
     QWEN,
-    objective=None,
+    objective="mm.customization.objectives.transformers:QwenImageEdit",
     name="qwen-image-edit",
     pipelines={"edit": "QwenImageEditPipeline", "inpaint": "QwenImageEditInpaintPipeline"},
     more_pipelines=("QwenImageEditPlusPipeline",),

@@ -176,8 +176,10 @@ def test_names_and_calls_that_do_not_fit(tmp_path: Path) -> None:
         customize(pipe, folder, name=word, **(FAST | {"steps": 1, "preview_every": 1}))
     with pytest.raises(UserError, match="kind is 'thing'"):
         customize(pipe, folder, name="sks", kind="thing", **FAST)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="the kind 'edit' cannot be trained yet"):
+    with pytest.raises(UserError, match="StableDiffusionPipeline takes no source picture"):
         customize(pipe, folder, name="sks", kind="edit", **FAST)
+    with pytest.raises(UserError, match="the kind subject is learned from pictures"):
+        customize(pipe, name="sks", **FAST)
     with pytest.raises(UserError, match="no method 'magic'; there are auto, dreambooth"):
         customize(pipe, folder, name="sks", method="magic", **FAST)
     with pytest.raises(UserError, match="cannot be customized yet"):

@@ -18,7 +18,7 @@ from mm.core.errors import UserError
 from mm.engine import calls, memory, output
 from mm.engine.capabilities import Capabilities
 from mm.engine.changes import unchanged
-from mm.engine.events import CancelToken, Done, Notice, Picture, Step
+from mm.engine.events import CancelToken, Done, Notice, Picture, RunCancelledError, Step
 from mm.engine.facts import capabilities_of
 from mm.engine.outline import capabilities_at
 from mm.engine.previews import unpacked
@@ -303,6 +303,18 @@ def test_waiting_runs_come_in_order():
     for thread in threads:
         thread.join()
     assert order == list(range(5))
+
+
+def test_a_run_that_waits_is_cancelled_at_once_and_leaves_the_queue():
+    lock, token = FairLock(), CancelToken()
+    with lock:
+        threading.Timer(0.1, token.cancel).start()
+        with pytest.raises(RunCancelledError), lock.turn(token):
+            pass
+        assert not lock._waiting
+    with lock.turn(CancelToken()):
+        assert lock._taken
+    assert not lock._taken
 
 
 def _take(lock: FairLock, order: list, k: int) -> None:

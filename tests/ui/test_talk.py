@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,31 @@ def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
         with pytest.raises(UserError, match=message):
             list(say(orders, visit, words, picture))
     assert len(visit.messages) == 2 and visit.conversation == before and not visit.busy
+
+
+def test_a_stop_before_the_first_word_ends_when_the_turn_is_undone(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn has begun and says nothing for a while: the visit is free only once the model works no more."""
+    pipe, visit = orders.engine._pipeline_for("converse"), Visit("a")
+    real, begun, ended = pipe.turn, threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        try:
+            begun.set()
+            time.sleep(0.5)
+            yield from real(*arguments, **options)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(pipe, "turn", slow)
+    turn = say(orders, visit, "draw a cat", None)
+    next(turn)
+    assert begun.wait(10)
+    visit.cancel()
+    with pytest.raises(UserError, match="stopped"):
+        list(turn)
+    assert ended.is_set() and visit.conversation.turns == 0
 
 
 def test_a_new_conversation_frees_a_running_one(orders: Orders) -> None:

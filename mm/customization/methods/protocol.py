@@ -14,7 +14,7 @@ from mm.adapters.entry import Entry
 from mm.core.errors import UserError
 from mm.customization.data import Example, Kind
 from mm.customization.objectives.protocol import Objective
-from mm.customization.pieces import Piece, Rows
+from mm.customization.pieces import Branches, Piece, Rows
 from mm.families.sites import find_sites
 from mm.layers.sites import Site
 
@@ -46,7 +46,7 @@ class Job:
     @property
     def needs_word(self) -> bool:
         """Whether the name has to become a word of the tokenizer."""
-        return not self.objective.open_vocabulary
+        return not self.objective.open_vocabulary and self.kind != "slider"
 
 
 @dataclass(kw_only=True)
@@ -87,6 +87,24 @@ class Learner:
         with ExitStack() as stack:
             for piece in self.pieces:
                 stack.enter_context(piece.off())
+            yield
+
+    def check_scales(self) -> None:
+        """Raises UserError where something trained does not scale to both sides of zero."""
+        other = next((piece for piece in self.pieces if not isinstance(piece, Branches)), None)
+        if other is not None:
+            raise UserError(
+                f"a slider is scaled to both sides of zero, which {type(other).__name__} are not; choose the method "
+                "dreambooth or orthogonal"
+            )
+
+    @contextmanager
+    def at(self, scale: float) -> Iterator[None]:
+        """Within the context the adapter acts `scale` times."""
+        with ExitStack() as stack:
+            for piece in self.pieces:
+                if isinstance(piece, Branches):
+                    stack.enter_context(piece.at(scale))
             yield
 
     def settle(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ from mm.adapters.tokens import TokenTable, token_tables
 from mm.core.errors import UserError
 from mm.families import family_of
 from mm.families.family import resolve
+
+Edits = Literal["no", "also", "only"]
+INSTRUCTIONS: tuple[str, ...] = (
+    "make it night", "turn it into a watercolor", "add a dog", "remove the person", "make the sky red",
+    "change the season to winter", "make it a pencil drawing", "add snow", "put a hat on the person",
+    "make it black and white", "replace the car with a bicycle", "blur the background",
+)  # fmt: skip
 
 
 class Objective(ABC):
@@ -33,6 +40,7 @@ class Objective(ABC):
         parts: components whose linear layers take adapters.
         skipped: patterns over the paths of layers that take none.
         training: values of `TrainingConfig` that suit the family.
+        edits: "no", "also" or "only": whether the pipeline changes a source picture.
         open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
     """
 
@@ -40,6 +48,7 @@ class Objective(ABC):
     skipped: tuple[str, ...] = ()
     open_vocabulary = True
     training: ClassVar[Mapping[str, Any]] = {}
+    edits: Edits = "no"
 
     def __init__(self, pipe: Any, side: int) -> None:
         self.pipe, self.side = pipe, side
@@ -53,6 +62,14 @@ class Objective(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         """What the denoiser reads of the prompts, with gradients where they are enabled."""
+
+    def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
+        """What the denoiser reads of instructions and source pictures, given in [-1, 1] and as clean latents."""
+        raise UserError(f"{type(self.pipe).__name__} takes no source picture")
+
+    def kept_instructions(self, count: int) -> list[str]:
+        """Instructions whose results stay as they are while an edit is learned; at most `count`."""
+        return list(INSTRUCTIONS[:count])
 
     @abstractmethod
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
@@ -185,15 +202,16 @@ class DiffusionObjective(Objective):
         raise UserError(f"the scheduler predicts {kind!r}; epsilon, v_prediction and sample can be trained")
 
 
-def objective_of(pipe: Any, side: int | None = None) -> Objective:
+def objective_of(pipe: Any, side: int | None = None, *, edit: bool = False) -> Objective:
     """The objective of a pipeline's family.
 
     Args:
         pipe: the pipeline.
         side: of the training pictures in pixels; None takes the family's usual size.
+        edit: whether pairs of pictures are learned.
 
     Raises:
-        UserError: for a family without one.
+        UserError: for a family without one, and for a pipeline that takes no source picture, or always one.
     """
     family = family_of(pipe)
     if family is None or family.objective is None:
@@ -203,7 +221,15 @@ def objective_of(pipe: Any, side: int | None = None) -> Objective:
         )
     kind = resolve(family.objective)
     default = family.size.default if family.size is not None else 512
-    return cast(Objective, kind(pipe, default if side is None else side))
+    made = cast(Objective, kind(pipe, default if side is None else side))
+    if edit and made.edits == "no":
+        raise UserError(
+            f"{type(pipe).__name__} takes no source picture, so no edit can be learned; give an editing pipeline "
+            "(mm.ImageEditPipeline, FluxKontextPipeline, QwenImageEditPipeline)"
+        )
+    if not edit and made.edits == "only":
+        raise UserError(f"{type(pipe).__name__} draws from a source picture only; it learns kind='edit' alone")
+    return made
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, mask_B1HW: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""SD3, FLUX, Qwen-Image, SANA and Z-Image: transformers under flow matching.
+"""SD3, FLUX, Qwen-Image, SANA and Z-Image, and the editing models among them: transformers under flow matching.
 
 Conventions of each call (timestep's unit, layout of latents, sign of the output) are those of diffusers' pipelines.
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mm.customization.objectives.protocol import FlowObjective
@@ -49,14 +50,30 @@ class Flux(StableDiffusion3):
         pipe, dtype = self.pipe, self.dtype
         packed = pipe._pack_latents(noisy_BCHW.to(dtype), batch, channels, height, width)
         ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy_BCHW.device, dtype)
+        length = packed.shape[1]
+        if "source" in condition:  # clean latents behind the noisy ones, told apart by the first coordinate
+            source = condition["source"].to(dtype)
+            packed = torch.cat([packed, pipe._pack_latents(source, batch, channels, height, width)], 1)
+            behind = ids.clone()
+            behind[..., 0] = 1
+            ids = torch.cat([ids, behind])
         guided = pipe.transformer.config.guidance_embeds
         out = pipe.transformer(
             packed, timestep=level_B.to(dtype), img_ids=ids, txt_ids=condition["txt_ids"],
             guidance=torch.ones(batch, device=noisy_BCHW.device) if guided else None,
             encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
             pooled_projections=condition["pooled_projections"].to(dtype), return_dict=False,
-        )[0]  # fmt: skip
+        )[0][:, :length]  # fmt: skip
         return unpacked(out.float(), height, width)
+
+
+class Kontext(Flux):
+    """FLUX.1 Kontext: the source's latents behind the noisy ones. Without a source it draws as FLUX.1 does."""
+
+    edits = "also"
+
+    def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
+        return self.encode_prompts(instructions) | {"source": latents_BCHW}
 
 
 class QwenImage(FlowObjective):
@@ -78,13 +95,30 @@ class QwenImage(FlowObjective):
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         batch, channels, height, width = noisy_BCHW.shape
         packed = self.pipe._pack_latents(noisy_BCHW.to(self.dtype), batch, channels, height, width)
+        length, shapes = packed.shape[1], [(1, height // 2, width // 2)]
+        if "source" in condition:
+            source = condition["source"].to(self.dtype)
+            packed = torch.cat([packed, self.pipe._pack_latents(source, batch, channels, height, width)], 1)
+            shapes = shapes * 2
         out = self.pipe.transformer(
             hidden_states=packed, timestep=level_B.to(self.dtype), guidance=None,
             encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
-            encoder_hidden_states_mask=condition["mask"], img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            encoder_hidden_states_mask=condition["mask"], img_shapes=[shapes] * batch,
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0][:, :length]  # fmt: skip
         return unpacked(out.float(), height, width)
+
+
+class QwenImageEdit(QwenImage):
+    """Qwen-Image-Edit: the source's latents behind the noisy ones, and the source picture in the prompt."""
+
+    edits = "only"
+
+    def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
+        bytes_BSS3 = ((pictures_B3SS.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        sources = [Image.fromarray(picture.numpy()) for picture in bytes_BSS3]
+        text, mask = self.pipe.encode_prompt(image=sources, prompt=list(instructions), device=self.device)
+        return {"encoder_hidden_states": text, "mask": mask, "source": latents_BCHW}
 
 
 class Sana(FlowObjective):

@@ -37,8 +37,8 @@ _SHOW = (
     r"|get)|may i (?:have|see))\s+(?={new})"
 )
 _NEW = (
-    r"(?:an?|one|two|three|four|five|six|some|several|many|[1-9]\d*|another) (?=[a-z<])(?!look|question|hint"
-    r"|moment|more)"
+    r"(?:(?:an?|one|two|three|four|five|six|some|several|many|[1-9]\d*|another) (?=[a-z0-9<])"
+    r"(?!look|question|hint|moment|more)|(?:pixel art|watercolou?r|neon lights) of )"
 )
 _SHOW = _SHOW.replace("{new}", _NEW)
 _AGAIN = (
