@@ -51,7 +51,7 @@ from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world.asking import small_talk
 from mm.world.asking.counting import facts_of
-from mm.world.asking.edit_words import Refused, change_of
+from mm.world.asking.edit_words import Refused, change_of, steps_of
 from mm.world.asking.intents import Intent, intent_of
 from mm.world.asking.phrases import clause_of
 from mm.world.asking.plans import is_absent, plan, run
@@ -190,29 +190,40 @@ class InterleavedPipeline(ImageEditPipeline):
             yield from _said(intent.reply)
 
     def _draw_new(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
-        """Draws a new picture, as `TextToImagePipeline` does."""
-        (prompt,) = check_prompts([words], self.text_tokenizer)
+        """Draws a new picture, as `TextToImagePipeline` does; "..., then add a dog" changes it after that."""
+        first, *changes = steps_of(words, drawn=True)
+        (prompt,) = check_prompts([first], self.text_tokenizer)
         branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
         yield from self._drawn(now, branches, how)
-        named = clause_of(words.lower(), added_names(self.text_tokenizer)).things
-        now.drawn, now.topic = words, named[0].name if named else None
+        named = clause_of(first.lower(), added_names(self.text_tokenizer)).things
+        now.drawn, now.topic = first, named[0].name if named else None
+        for change in changes:
+            yield from self._edit_last(now, change, how)
 
     def _edit_last(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
-        """Changes the last picture, or says why that is not possible."""
-        facts = self._described(now, how.max_words)
-        source = now.shown[-1]
-        change = change_of(words, now.seen, added_names(self.text_tokenizer))
-        if isinstance(change, Refused):
-            yield from _said(change.reply)
+        """Changes the last picture step by step, or says why that is not possible; then none of the steps is made."""
+        steps, names = steps_of(words), added_names(self.text_tokenizer)
+        self._described(now, how.max_words)
+        changes = [change_of(step, now.seen, names) for step in steps]
+        refused = next((change for change in changes if isinstance(change, Refused)), None)
+        if refused is not None:
+            yield from _said(refused.reply)
             return
-        target = None if change.target is None else Thing(name=change.target)
-        if target is not None and not facts.named(target.name):
-            if self._run(source, is_absent(target), how.max_words):
-                yield from _said(f"T{no_thing(target)[1:]}, so nothing was changed.")
+        for step in steps:
+            facts = self._described(now, how.max_words)
+            change = change_of(step, now.seen, names)
+            if isinstance(change, Refused):  # after an earlier step, which changed what "it" can be
+                yield from _said(change.reply)
                 return
-        (instruction,) = check_prompts([change.words], self.text_tokenizer)
-        yield from self._drawn(now, self._change_branches(instruction, source, how.scale), how)
-        now.topic = change.topic
+            target = None if change.target is None else Thing(name=change.target)
+            source = now.shown[-1]
+            if target is not None and not facts.named(target.name):
+                if self._run(source, is_absent(target), how.max_words):
+                    yield from _said(f"T{no_thing(target)[1:]}, so nothing was changed.")
+                    return
+            (instruction,) = check_prompts([change.words], self.text_tokenizer)
+            yield from self._drawn(now, self._change_branches(instruction, source, how.scale), how)
+            now.topic = change.topic
 
     def _undo(self, now: Conversation) -> Iterator[Event]:
         """Goes back to the picture before the last one, and shows it."""

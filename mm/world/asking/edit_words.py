@@ -4,14 +4,14 @@ Design choices
 - Each kind of edit is recognized by its phrases, found as in questions: "it should be blue", "could you color the cat
   blue" and "blue, please" are all "make the cat blue".
 - "it" and "them" stand for the thing that was mentioned last, where it is in the picture, or for its only thing.
-- An instruction of an edit verb that fits no kind goes to the model as it is; a change that cannot be made (a size, a
-  rotation) is `Refused`.
+- An instruction that fits no kind, or holds more than its kind uses, is `Refused` with what can be changed. None is
+  carried out in part. `steps_of` splits several in one sentence.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mm.world import vocabulary as v
@@ -20,6 +20,12 @@ from mm.world.asking.query import CATEGORIES, Thing
 from mm.world.captions import article
 from mm.world.scene import Group
 
+# Words of instructions that name nothing in the picture.
+_EDIT_WORDS = frozenset(
+    """make turn paint recolour recolor dye change remove delete erase drop rid away add put insert replace swap
+    exchange move shift bring switch convert transform restyle redo render draw keep use want prefer need instead
+    another more again back off go top bottom left right upwards downwards its should must be new into""".split()
+)
 _SIDES = {"left": "left", "right": "right", "top": "top", "bottom": "bottom", "up": "top", "upwards": "top"}
 _SIDES |= {"down": "bottom", "downwards": "bottom"}
 _VERBS = (
@@ -29,15 +35,15 @@ _VERBS = (
     r"|rotate|flip|mirror"
     r"|resize|scale|enlarge|shrink|zoom|crop|blur|sharpen|brighten|darken)"
 )
+CAN_CHANGE = (
+    "I can recolour, add, remove, replace and move things, and change the style or the background, for example "
+    '"make the cat blue", "add an owl above it" or "make it a sketch".'
+)
 _CANNOT = (
     r"\b(?:bigger|smaller|larger|taller|thinner|wider|huge|tiny|rotate|rotated|flip|mirror|resize|scale|enlarge"
-    r"|shrink|zoom|crop"
-    r"|blur|sharpen|brighten|darken|upside down|transparent)\b"
+    r"|shrink|zoom|crop|blur|sharpen|brighten|darken|upside down|transparent)\b"
 )
-CANNOT = (
-    "I cannot change sizes, turn things or filter a picture. I can recolour, add, remove, replace and move things, and "
-    "change the style or the background."
-)
+CANNOT = f"I cannot change sizes, turn things or filter a picture. {CAN_CHANGE}"
 _REMOVE = r"^(?:remove|delete|erase|drop|get rid of|take (?:away|out|off)|take|lose|without|no more)\b"
 
 
@@ -86,19 +92,50 @@ class Seen:
         return None
 
 
+def steps_of(line: str, *, drawn: bool = False) -> list[str]:
+    """The steps of a line: "make it blue and put it in the snow" holds two.
+
+    With `drawn`, the first step says what to draw, and only "then" and marks begin another.
+    """
+    words = "and then|then" if drawn else "and then|then|and also|and"
+    comma = "" if drawn else r"|\s*,\s*"
+    apart = rf"(?:\s*[;.]\s*|\s*,?\s*\b(?:{words})\s+{comma})(?=(?:also )?{_VERBS}\b)"
+    return [part for part in re.split(apart, line) if part]
+
+
 def is_edit(line: str) -> bool:
     """Whether a line is worded as a change: it begins with a verb of change, or says how something should be."""
-    return bool(
-        re.match(rf"{_VERBS}\b|without\b|no more\b", line)
-        or re.search(
-            r"\b(?:should|must|shall|ought to) (?:be|go|stand|look|have|not)\b|\b(?:want|like) (?:it|them|this"
-            r"|the \w+)\b",
-            line,
-        )
-        or re.fullmatch(r"(?:in|as|at|on|under|by|against)\b.*|(?:it|them|this)? ?(?:but )?(?:in|at|on)\b.*", line)
-        or re.fullmatch(r"(?:and |also |but |with )+(?:an?|one|another)\b.*", line)
-        or re.fullmatch(r"(?:now |then |but )*(?:in )?(?:" + "|".join(v.COLOURS) + r")(?: instead| now)?", line)
-    )
+    colours = "|".join(v.COLOURS)
+    if re.match(rf"{_VERBS}\b|without\b|no (?:more|background)\b|(?:one|two|three|another|some|a few)? ?more\b", line):
+        return not re.match(r"(?:more|draw)$", line)
+    if re.search(rf"\b(?:should|must|shall|ought to)\b.*\b(?:be|go|stand|have|not|disappear|{colours})\b", line):
+        return True
+    if re.search(r"\b(?:want|like|prefer|need) (?:it|them|this|the \w+)\b|\binstead\b", line):
+        return True
+    if re.fullmatch(r"(?:in|as|at|on|under|by|against)\b.*|(?:it|them|this)? ?(?:but )?(?:in|at|on)\b.*", line):
+        return True
+    if re.fullmatch(r"(?:and |also |but |with )+(?:an?|one|another)\b.*", line):
+        return True
+    if re.fullmatch(rf"(?:can|could|may) (?:it|they|the \w+) be (?:in )?(?:{colours})", line):
+        return True
+    found = clause_of(line)  # "neon style", "blue", "the same at night"
+    rest = set(found.words) - {
+        "S",
+        "G",
+        "C",
+        "style",
+        "same",
+        "the",
+        "P",
+        "but",
+        "in",
+        "it",
+        "them",
+        "a",
+        "as",
+        "background",
+    }
+    return not rest and not found.unknown and found.has("S", "G", "C") and not found.things
 
 
 def change_of(line: str, seen: Seen, extra: frozenset[str] = frozenset()) -> Change | Refused:
@@ -108,15 +145,27 @@ def change_of(line: str, seen: Seen, extra: frozenset[str] = frozenset()) -> Cha
         line: In lower case, without marks and polite openings.
         seen: What the picture shows.
         extra: Names that the model was given after its training.
+
+    Returns:
+        The change, or why there is none. An instruction is never carried out in part.
     """
+    line = re.sub(r"^(?:add )?(one|two|three|four|another|some) more\b", r"add \1", line)
     if re.search(_CANNOT, line):
         return Refused(reply=CANNOT)
-    found = clause_of(re.sub(r"\b(?:the )?colou?r of\b|\bcolou?rs?\b(?= (?:to|into|be))", "", line), extra)
-    for rule in (_restyle, _ground, _of_many, _remove, _replace, _add, _recolour, _move):
+    found = clause_of(re.sub(r"\b(?:the )?colou?rs? of\b|\bcolou?rs?\b(?= (?:to|into|be))", "", line), extra)
+    for word, thing in found.unknown:
+        if thing or word not in _EDIT_WORDS:
+            return Refused(reply=f"I do not know {'what' if thing else 'the word'} {_named(word, thing)}. {CAN_CHANGE}")
+    symbols = {word for word in found.words if word in set("NCRSGT#")}
+    for rule, uses in _RULES:
         change = rule(line, found, seen)
-        if change is not None:
+        if isinstance(change, Refused) or (change is not None and symbols <= set(uses)):
             return change
-    return Change(words=line, topic=found.things[0].name if found.things else None)
+    return Refused(reply=f"I do not understand this change. {CAN_CHANGE}")
+
+
+def _named(word: str, thing: bool) -> str:
+    return f"{article(word)} {word} is" if thing else repr(word)
 
 
 def _target(found: Clause, seen: Seen, line: str) -> tuple[str, str] | None:
@@ -125,6 +174,8 @@ def _target(found: Clause, seen: Seen, line: str) -> tuple[str, str] | None:
         thing = found.things[0]
         noun = v.PLURALS.get(thing.name, thing.name) if thing.plural else thing.name
         return thing.name, " ".join(filter(None, ("the", thing.colour, noun)))
+    if found.has("background", "backdrop", "P", "less", "more", "not"):  # no thing is meant
+        return None
     plural = re.search(r"\b(?:them|they|these|those|all|everything)\b", line) is not None
     meant = seen.pronoun(plural)
     if meant is None:
@@ -139,7 +190,9 @@ def _restyle(line: str, found: Clause, seen: Seen) -> Change | None:
 
 
 def _ground(line: str, found: Clause, seen: Seen) -> Change | None:
-    if len(found.grounds) != 1 or re.match(r"(?:add|insert|include|remove|delete|replace)\b", line):
+    if found.has("background", "backdrop") and re.match(rf"{_REMOVE}|no\b", line):
+        return Change(words="change the background to plain", topic=seen.topic)
+    if len(found.grounds) != 1 or re.match(r"(?:add|insert|include|remove|delete)\b", line):
         return None
     if found.things and not re.match(
         r"(?:put|place|move|let|set|make|bring)\b.*\b(?:on|in|at|to|under|be)\b|.*\bshould be\b", line
@@ -180,14 +233,17 @@ def _noun(thing: Thing) -> str:
 
 
 def _replace(line: str, found: Clause, seen: Seen) -> Change | None:
-    named = re.match(r"(?:replace|swap|exchange|substitute)\b", line) or (
-        re.match(r"(?:turn|change|make|transform|convert|let)\b", line)
-        and re.search(r"\binto\b|\b(?:it|them|this|N) (?:be )?an?\b", line)
-    )
     things = found.things
+    if len(things) == 2 and re.search(r"\binstead of\b", line):  # "a dog instead of the cat"
+        things = [things[1], things[0]]
+    elif re.match(r"(?:swap|exchange)\b.*\band\b", line):  # to change places is another wish
+        return None
+    named = re.match(r"(?:replace|swap|exchange|substitute)\b", line) or re.search(r"\binstead\b", line)
+    if re.match(r"(?:turn|change|make|transform|convert|let)\b", line):
+        named = named or re.search(r"\binto\b|\b(?:it|them|this|the \w+) (?:be )?an?\b", line)
     if not named or not things or found.relations or things[-1].name in CATEGORIES:
         return None
-    target = _target(found, seen, line) if len(things) > 1 else _target(Clause(), seen, line)
+    target = _target(Clause(things=things[:-1]), seen, line)
     if target is None or len(things) > 2:
         return None
     new = things[-1]
@@ -238,3 +294,10 @@ def _move(line: str, found: Clause, seen: Seen) -> Change | None:
     return (
         None if target is None else Change(words=f"move {target[1]} to the {side}", target=target[0], topic=target[0])
     )
+
+
+# The rules in order, with the phrases that each uses (symbols of `mm.world.asking.phrases`).
+_RULES: tuple[tuple[Callable[[str, Clause, Seen], Change | Refused | None], str], ...] = (
+    (_restyle, "S"), (_ground, "GN"), (_of_many, "NC"), (_remove, "N"), (_replace, "N"), (_add, "NR"),
+    (_recolour, "NC"), (_move, "N"),
+)  # fmt: skip

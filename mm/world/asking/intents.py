@@ -36,27 +36,31 @@ _SHOW = (
     r"|let me see|let me have|how about|what about|show me|give me|can i (?:have|see|get)|could i (?:have|see"
     r"|get)|may i (?:have|see))\s+(?={new})"
 )
-_NEW = r"(?:an?|one|two|three|four|five|six|some|several|many|[1-9]\d*|another)\b(?! (?:look|question|hint|moment))"
+_NEW = (
+    r"(?:(?:an?|one|two|three|four|five|six|some|several|many|[1-9]\d*|another) (?=[a-z0-9<])"
+    r"(?!look|question|hint|moment|more)|(?:pixel art|watercolou?r|neon lights) of )"
+)
 _SHOW = _SHOW.replace("{new}", _NEW)
 _AGAIN = (
     r"(?:draw |make |show |give |do |try |paint )?(?:me )?(?:(?:it|that|this|the same|them)? ?(?:again"
     r"|once more|one more time|anew)"
     r"|another(?: one| picture| version| try)?|one more|(?:a )?(?:different|new) one|redo(?: it| that)?"
     r"|the same(?: again)?|more|try again"
-    r"|(?:an)?other one)"
+    r"|(?:an)?other one|draw the .+ again)"
 )
 _UNDO = (
     r"undo(?: (?:it|that|this|the (?:last|previous)(?: (?:one|change|edit|step))?|last))*|(?:go|step|take (?:it"
     r"|that|me)|bring it|change it)"
     r" back(?: (?:to|one) .*)?|revert(?: (?:it|that))?|back|restore (?:it|the (?:last|previous|old).*)"
     r"|cancel (?:that|it|the last.*)"
-    r"|(?:show|give)(?: me)? the (?:previous|last|old) (?:one|picture|image)(?: again)?|never ?mind"
+    r"|(?:show|give)(?: me)? the (?:previous|last|old) (?:one|picture|image)(?: again)?"
 )
 _ASKS = (
     r"^(?:what|which|where|how|who|why|when|whose|is|are|was|were|do|does|did|has|have|can|could|will|would|am"
     r"|isn't|aren't|doesn't|don't"
     r"|can't|describe|count|name|list|tell|say|explain|any|caption|identify|find|whats|hows)\b"
 )
+_NO_EDIT = r"(?:is|are|does|do|did|was|were|has|have|what|which|how|why|who|where|when)\b"
 _EDITED = r"\b(?:in|to|into) (?:the |this )?(?:picture|image|scene|drawing)\b|\bhere\b|\bthe (?:{})\b"
 
 
@@ -78,6 +82,7 @@ class Intent:
 def plain_line(text: str) -> str:
     """Lower case, single spaces, without marks at the end."""
     line = re.sub(r"[\u2018\u2019`\u00b4]", "'", " ".join(text.lower().split()))
+    line = re.sub(r"\bi'd\b", "i would", line)
     return re.sub(r"[\s.!?,;:]+$", "", line.strip(" \"'"))
 
 
@@ -100,6 +105,13 @@ def intent_of(text: str, has_picture: bool, extra: frozenset[str] = frozenset())
         if (reply := small_talk(bare)) is not None:
             return Intent(kind="say", reply=reply)
     line = _stripped(without_greeting(whole))
+    if (reply := small_talk(line)) is not None:
+        return Intent(kind="say", reply=reply)
+    line = (
+        re.sub(rf"^(?:how|what) about (?!{_NEW})(?=(?:in |at |on )?(?:the )?(?:\w+ )?\w+$)", "", line)
+        if has_picture
+        else line
+    )
     if re.fullmatch(_UNDO, line):
         return Intent(kind="undo")
     if re.fullmatch(_AGAIN, line):
@@ -121,7 +133,7 @@ def _request(line: str, text: str, has_picture: bool, extra: frozenset[str]) -> 
     if wanted is not None:
         return Intent(kind="draw", words=wanted)
     question = bool(re.match(_ASKS, line)) or text.rstrip().endswith("?")
-    if is_edit(line) and not re.match(r"(?:is|are|does|do|what|which|how)\b", line):
+    if is_edit(line) and not re.match(_NO_EDIT, line):
         return Intent(kind="edit", words=line) if has_picture else Intent(kind="say", reply=NO_PICTURE)
     if question or not isinstance(parse_question(line, extra), Unread):
         if not question and (re.match(_NEW, line) or _is_phrase(line, extra)):

@@ -66,7 +66,8 @@ _FIXED: tuple[tuple[str, str], ...] = (
     (r"(?:did you|have you) (?:draw|drawn|paint|make|create)", ""),
     (r"how (?:many|much)", "howmany"),
     (r"going on|happening", "goingon"),
-    (r"pine trees?", "pines"),
+    (r"pine tree", "pine"),
+    (r"pine trees", "pines"),
     (r"the same (?:number|amount|count) of|equally many|as many|as much", "asmany"),
     (r"more than(?= (?:zero|one|two|three|four|five|six|\d+)\b)", "morethan"),
     (r"(?:fewer|less) than(?= (?:zero|one|two|three|four|five|six|\d+)\b)", "fewerthan"),
@@ -150,7 +151,6 @@ def _nouns() -> dict[str, tuple[str, bool]]:
         out |= {v.PLURALS[name]: (name, True), name: (name, False)}
     for name, (one, several) in v.SYNONYMS.items():
         out |= {one: (name, False), several: (name, True)}
-    out["pines"] = ("pine", False)
     for name, words in _CATEGORY_WORDS.items():
         out |= {word: (name, word not in _SINGULAR_CATEGORIES) for word in words.split()}
     return out

@@ -29,7 +29,13 @@ _REPLIES: tuple[tuple[str, str], ...] = (
         r"(?: (?:a lot|so much|very much|you|again|for .*|a million|mm|that is all))*",
         "You are welcome!",
     ),
-    (r"(?:good ?bye|bye|bye bye|see you(?: later| soon)?|farewell|that is all|i am done|quit|exit|stop)", "Goodbye!"),
+    (r"(?:good ?bye|bye|bye bye|see you(?: later| soon)?|farewell|that is all|i am done|quit|exit)", "Goodbye!"),
+    (r"(?:never ?mind|stop|cancel|forget)(?: (?:it|that|this))?", "Nothing was changed."),
+    (
+        r"start (?:over|again|anew)|reset|clear|new (?:picture|image|conversation|chat)|(?:i )?do not know|no idea",
+        SAY_WHAT,
+    ),
+    (r"(?:i )?(?:do not understand|am (?:lost|confused))", CAN_DO),
     (
         r"(?:who|what) (?:are|r) (?:you|u)|what is your name|do you have a name|are you (?:an? )?(?:ai|bot"
         r"|robot|human|person"
@@ -54,7 +60,7 @@ _REPLIES: tuple[tuple[str, str], ...] = (
     (
         rf"(?:(?:that|this|it|they|you)(?: is| are| was"
         rf"| looks?)? )?(?:{_VERY} )*(?:an? )?(?:{_PRAISE})(?: (?:job|work|one|picture|cat|"
-        rf"drawing|enough|indeed|thanks|thank you))*|i (?:{_VERY} )?(?:like|love) (?:it|this|that"
+        rf"drawing|enough|indeed|thanks|thank you))*|(?:i )?(?:{_VERY} )?(?:like|love) (?:it|this|that"
         rf"|them)(?: {_VERY})*|wow|haha|lol|bravo",
         "Thank you!",
     ),
