@@ -170,13 +170,13 @@ class Fingerprint(nn.Module):
     @torch.no_grad()
     def read(self, pictures_B3HW: Tensor) -> Found:
         """What pictures in [0, 1] carry, of any size."""
-        logits_BN1 = self.reader.candidates(pictures_B3HW.float())
-        # By all that speaks for a place: its presence, and how far its bits are from undecided.
-        best_B = (logits_BN1[..., -1] + F.softplus(logits_BN1[..., :-1].abs()).sum(-1)).argmax(1)
-        chosen = logits_BN1[torch.arange(len(best_B)), best_B]
+        logits_BN1, before_N = self.reader.candidates(pictures_B3HW.float())
+        scores_BN = logits_BN1[..., -1] + before_N
+        best_B = scores_BN.argmax(1)
+        rows = torch.arange(len(best_B))
         # Of N places the best of plain pictures looks N times as likely.
-        present_B = torch.sigmoid(chosen[:, -1] - math.log(logits_BN1.shape[1]))
-        return Found(bits_BK=torch.sigmoid(chosen[:, :-1]), present_B=present_B)
+        present_B = torch.sigmoid(scores_BN[rows, best_B] - math.log(len(before_N)))
+        return Found(bits_BK=torch.sigmoid(logits_BN1[rows, best_B, :-1]), present_B=present_B)
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

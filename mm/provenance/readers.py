@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 
 _SEED = 20240604  # of how waves are mixed
-_BOUND = 0.1  # of the difference from the neighbourhood, pictures in [0, 1]
-_TILE_GAIN = 20.0
+_BOUND = 0.015  # of the difference from the neighbourhood, pictures in [0, 1]
+_TILE_GAIN = 100.0
 _START = 2.0  # norm of a row of the tile reader's map
 
 
@@ -66,10 +66,13 @@ class TileReader(nn.Module):
         tile = self.tile(pictures_B3HW)
         return self.out(torch.roll(tile, (-shift[0], -shift[1]), (2, 3)).flatten(1))
 
-    def candidates(self, pictures_B3HW: Tensor) -> Tensor:
-        """Logits (B, N, K + 1): every shift, at the given size and at the trained one."""
+    def candidates(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, N, K + 1), and what is known of the places before (N,) as log odds.
+
+        Places are every shift, at the given size and at the trained one; half of all pictures are taken to be whole.
+        """
         period = self.period
-        found = []
+        found, before = [], []
         sizes = [pictures_B3HW] if min(pictures_B3HW.shape[-2:]) >= period else []
         if pictures_B3HW.shape[-2:] != (self.side, self.side):
             sizes.append(at_side(pictures_B3HW, self.side))
@@ -78,12 +81,14 @@ class TileReader(nn.Module):
             tiles = (pictures.shape[-2] // period) * (pictures.shape[-1] // period)
             certain = min(1.0, tiles / (self.side // period) ** 2)
             tile = certain * self.tile(pictures)
+            whole = pictures.shape[-2:] == (self.side, self.side)
+            before += [math.log(period**2) if whole else 0.0, *[0.0] * (period**2 - 1)]
             found += [
                 self.out(torch.roll(tile, (-down, -right), (2, 3)).flatten(1))
                 for down in range(period)
                 for right in range(period)
             ]
-        return torch.stack(found, 1)
+        return torch.stack(found, 1), torch.tensor(before)
 
 
 def carriers(count: int, period: int) -> Tensor:
@@ -129,6 +134,6 @@ class NetworkReader(nn.Module):
         """Logits of pictures at the trained size; shifts need no correction."""
         return self.out(self.layers(details(pictures_B3HW) / _BOUND).mean((2, 3)))
 
-    def candidates(self, pictures_B3HW: Tensor) -> Tensor:
-        """Logits (B, 1, K + 1)."""
-        return self(at_side(pictures_B3HW, self.side))[:, None]
+    def candidates(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, 1, K + 1), and log odds (1,) of 0."""
+        return self(at_side(pictures_B3HW, self.side))[:, None], torch.zeros(1)

@@ -7,7 +7,8 @@ Design choices
   C is the covariance of the tiles of plain pictures, attacks included (Fisher's linear discriminant). The directions
   with the most gain at one cost are generalized eigenvectors of the two; the bits share them evenly, by an orthogonal
   mix.
-- J is that of pictures at half their size and back, the attack that takes most of a pattern away.
+- J is that of pictures at half their size and back, in grey: halving takes most of a pattern away, and JPEG most of its
+  colour.
 - The reader's map is then fitted by logistic regression on marked pictures after attacks, which is convex.
 
 Legend: n shifts, T = 3 P P values of a tile, K bits, B pictures.
@@ -27,10 +28,12 @@ from mm.provenance.fingerprint import Fingerprint, shifting
 from mm.provenance.readers import TileReader, at_side
 
 Decode = Callable[[Tensor], Tensor]
-_PROBED = 6  # pictures on which shifts are probed
+_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as in JPEG
+_PROBED = 4  # pictures on which shifts are probed
 _AT_ONCE = 32  # shifts
 _RIDGE = 1e-3
-_PRESENCE = 2.0  # strength of the constant part, as a multiple of a bit's
+_COVER_RIDGE = 1e-2  # tiles of grey have a third of the values' rank
+_PRESENCE = 3.0  # strength of the constant part, as a multiple of a bit's
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def solve_fingerprint(
     gain_Tn, cost_nn = _probe(fingerprint, reader, module, decode, latents[:_PROBED], progress)
     tiles = _tiles_of_plain(reader, decode, latents, generator)
     cover_TT = torch.cov(tiles.T.double())
-    cover_TT += _RIDGE * cover_TT.diagonal().mean() * torch.eye(len(cover_TT), dtype=torch.float64)
+    cover_TT += _COVER_RIDGE * cover_TT.diagonal().mean() * torch.eye(len(cover_TT), dtype=torch.float64)
     keys = _directions(gain_Tn.double(), cost_nn.double(), cover_TT, fingerprint.config.bits + 1)
     if keys is None:
         raise UserError("shifts of these convolutions give no pattern that repeats; choose others (layers)")
@@ -98,8 +101,9 @@ def _probe(
 
 
 def _seen(reader: TileReader, pictures: Tensor) -> Tensor:
-    """The tile of pictures that were halved and brought back."""
-    return reader.tile(at_side(scaled(pictures, 0.5), reader.side))
+    """The tile of pictures that were halved and brought back, in grey."""
+    grey = (pictures * torch.tensor(_LUMA)[:, None, None]).sum(1, keepdim=True).expand_as(pictures)
+    return reader.tile(at_side(scaled(grey, 0.5), reader.side))
 
 
 def _tiles_of_plain(reader: TileReader, decode: Decode, latents: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,7 +111,7 @@ def _tiles_of_plain(reader: TileReader, decode: Decode, latents: Tensor, generat
     for some in latents.split(32):
         plain = decode(some) / 2 + 0.5
         for part in plain.chunk(4):
-            found.append(reader.tile(random_attack(part, reader.side, generator)[0]).flatten(1))
+            found.append(_seen(reader, random_attack(part, reader.side, generator)[0]).flatten(1))
     return torch.cat(found)
 
 
@@ -159,13 +163,13 @@ def _fit(
     tiles, wanted = [], []
     empty = torch.full((fingerprint.config.bits + 1,), 0.5)  # bits of what carries none have no truth
     empty[-1] = 0
+    plains = [rounded(decode(some) / 2 + 0.5) for some in latents.split(32)]
     for around in range(rounds):
         progress(0.6 + 0.3 * around / rounds, f"marking pictures, round {around + 1} of {rounds}")
-        for some in latents.split(32):
+        for some, plain in zip(latents.split(32), plains, strict=True):
             bits = torch.randint(2, (len(some), fingerprint.config.bits), generator=generator).float()
             with fingerprint.modulating(module, bits):
                 marked = decode(some) / 2 + 0.5
-            plain = rounded(decode(some) / 2 + 0.5)
             for part, own in zip(marked.chunk(4), bits.chunk(4), strict=True):
                 attacked, shift = random_attack(part, reader.side, generator)
                 tile = reader.tile(attacked)
