@@ -57,11 +57,13 @@ def customize(
         raise UserError(f"{folder} is no folder; give a folder with a few pictures")
     from mm.customization.customize import check_call
     from mm.customization.customize import customize as make
+    from mm.customization.learned import check_layout
     from mm.customization.sliders import prompts_of
     from mm.customization.training import STATE
 
     asked = bool(positive or negative or neutral or subject or strength is not None)
     prompts = prompts_of(positive, negative, neutral, subject or (), strength) if asked else None
+    check_layout(layout)
     check_call(kind, folder, name, prompts, regularization)
     import mm
 
