@@ -6,7 +6,7 @@ Design choices
 - What is left out is planned by step, not by the picture, unless `threshold` is given: pictures then stay the same at
   any batch size. With a threshold each picture is drawn alone.
 - Features are shared where DDT's dynamic programming (`mm.fast.refresh`) says so, on the similarity of features that
-  was measured once. While guidance acts an error counts as often as the guidance scale multiplies it.
+  was measured once. Up to the first step without guidance, errors count as often as the guidance scale multiplies them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def flow_plan(settings: FastFlow, sigmas: Sequence[float]) -> FlowPlan:
     guided = math.ceil(settings.guided * len(sigmas) - 1e-9)
     count = max(1, math.ceil(settings.features * len(sigmas) - 1e-9))
     table = [[similarity_at(a, b) for b in sigmas] for a in sigmas]
-    weights = [GUIDANCE if step < guided else 1.0 for step in range(len(sigmas))]
+    weights = [GUIDANCE if step <= guided else 1.0 for step in range(len(sigmas))]
     return FlowPlan(
         guided=guided, refreshed=frozenset(refresh_steps(table, count, weights)), adaptive=settings.adaptive
     )
