@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from mm.core.errors import UserError
 from mm.core.safe_json import parse_json
@@ -76,9 +77,16 @@ class DrawTab:
         parts: of the page.
         visit: the component with the visit's name.
         examples: prompts to click.
+        words: that the model knows, each with a little picture; a click adds one to the prompt.
     """
 
-    def __init__(self, parts: Parts, visit: gr.Textbox, examples: list[str]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        visit: gr.Textbox,
+        examples: list[str],
+        words: Sequence[tuple[Image.Image, str]] = (),
+    ) -> None:
         self.parts, self.can = parts, parts.engine.capabilities
         self.fields: Fields = {}
         with gr.Row(elem_id="draw-tab"):
@@ -91,6 +99,8 @@ class DrawTab:
                 self.history = gr.Gallery(label="Drawn in this visit", elem_id="earlier", height="auto", **GALLERY)
             with gr.Column(elem_id="draw-more"):
                 self._more(examples)
+                if words:
+                    self._words(words)
         self._connect(visit)
 
     def _ask(self, examples: list[str]) -> None:
@@ -117,6 +127,18 @@ class DrawTab:
             gr.HTML('<p class="mm-title">Draw again like a PNG: drop it here, and its settings are filled in.</p>')
             self.like = gr.File(show_label=False, file_types=[".png"], height=130, elem_id="like")
         gr.Examples(examples, self.fields["prompt"], api_visibility="private")
+
+    def _words(self, words: Sequence[tuple[Image.Image, str]]) -> None:
+        with gr.Accordion("Words that the model knows", open=False, elem_id="words"):
+            gallery = gr.Gallery(
+                list(words), columns=8, height=260, allow_preview=False, object_fit="contain", elem_id="word-pictures",
+                show_label=False, interactive=False, format="png", buttons=[],
+            )  # fmt: skip
+
+        def add(prompt: str, event: gr.SelectData) -> str:
+            return f"{prompt.rstrip()} {words[int(event.index)][1]}".lstrip()
+
+        gallery.select(add, self.fields["prompt"], self.fields["prompt"], **AT_ONCE)
 
     def _connect(self, visit: gr.Textbox) -> None:
         shown_fields = list(self.fields.values())
