@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mm.adapters.patch import Patch
     from mm.customization.customize import customize
     from mm.customization.merging.merge import merge
+    from mm.customization.sliders import SliderPrompts
     from mm.engine.loading import load
     from mm.erasure.erase import erase
     from mm.pipelines.image_edit import ImageEditPipeline
@@ -70,6 +71,7 @@ __all__ = [
     "InterleavedPipeline",
     "Patch",
     "SVDQuantConfig",
+    "SliderPrompts",
     "TextToImagePipeline",
     "UnderstandingPipeline",
     "__version__",
@@ -90,6 +92,7 @@ __getattr__ = loader(
         "InterleavedPipeline": "pipelines.interleaved",
         "Patch": "adapters.patch",
         "SVDQuantConfig": "quantization.config",
+        "SliderPrompts": "customization.sliders",
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
         "customize": "customization.customize",

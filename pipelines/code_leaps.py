@@ -10,7 +10,8 @@ Design choices
 - Local steps (ReCAP, arXiv 2505.19089): between two full steps only those tokens pass the trunk that are sampled now or
   changed at the step before (`mm.models.local_steps`).
 
-Legend: B pictures, L tokens, K channels, V levels, D features, M tokens sampled in all pictures, R rows (B a branch).
+Legend: B pictures, L tokens, K channels, V levels, D features, M tokens sampled in all pictures, R rows (B a branch),
+A pictures that are not finished, N tokens of a step.
 """
 
 from __future__ import annotations
@@ -82,23 +83,38 @@ class _Filling:
 
     def _features(self, masked_BL: torch.Tensor, asked_BL: torch.Tensor) -> torch.Tensor:
         """Guided features (M, D) of the tokens that are sampled."""
+        if self.settings.full_every == 1:
+            return self._full_features(masked_BL, asked_BL)
         device, count = self.latents.device, len(self.branches)
         latents = self.latents.repeat(count, 1, 1, 1).to(self.trunk.dtype)
         masked_RL = masked_BL.to(device).repeat(count, 1)
-        known_B = (~masked_BL).float().mean(1)
         row_M, token_M = asked_BL.nonzero(as_tuple=True)
         if self._cache is not None and self._age + 1 < self.settings.full_every:
             self._age += 1
-            places_BN, place_M = _places(asked_BL, asked_BL | self._changed_BL)
+            places_BN, token_M = _places(asked_BL, asked_BL | self._changed_BL)
             features_RND = self.trunk.local_step(latents, masked_RL, self._cache, places_BN.to(device).repeat(count, 1))
         else:
-            self._age, place_M = 0, token_M
-            if self.settings.full_every == 1:  # nothing will read a cache
-                features_RND = self.trunk(latents, masked_RL.float(), self.branches.cache, "codes", masked_RL)
-            else:
-                features_RND, self._cache = self.trunk.full_step(latents, masked_RL, self.branches.cache)
-        share_B11 = (CODES_GUIDANCE * known_B)[:, None, None].to(device)
-        return self.branches.mix(features_RND, self.run.guidance_scale, share_B11)[row_M, place_M]
+            self._age = 0
+            features_RND, self._cache = self.trunk.full_step(latents, masked_RL, self.branches.cache)
+        return self._mixed(features_RND, masked_BL)[row_M, token_M]
+
+    def _full_features(self, masked_BL: torch.Tensor, asked_BL: torch.Tensor) -> torch.Tensor:
+        """The same where every step is a full one; pictures that ask for nothing do not pass the trunk."""
+        device, count = self.latents.device, len(self.branches)
+        active_A, cache = asked_BL.any(1).nonzero()[:, 0], self.branches.cache
+        masked_AL, latents = masked_BL[active_A], self.latents[active_A.to(device)]
+        if len(active_A) < len(asked_BL):
+            cache = cache.select((active_A + len(asked_BL) * torch.arange(count)[:, None]).flatten().to(device))
+        masked_RL = masked_AL.to(device).repeat(count, 1)
+        latents = latents.repeat(count, 1, 1, 1).to(self.trunk.dtype)
+        features_RLD = self.trunk(latents, masked_RL.float(), cache, "codes", masked_RL)
+        row_M, token_M = asked_BL[active_A].nonzero(as_tuple=True)
+        return self._mixed(features_RLD, masked_AL)[row_M, token_M]
+
+    def _mixed(self, features_RND: torch.Tensor, masked_BL: torch.Tensor) -> torch.Tensor:
+        """Guided features (B, N, D); guidance grows with the known share of a picture."""
+        share_B = (CODES_GUIDANCE * (~masked_BL).float().mean(1)).to(features_RND.device)
+        return self.branches.mix(features_RND, self.run.guidance_scale, share_B[:, None, None])
 
 
 def code_leaping(

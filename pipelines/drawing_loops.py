@@ -14,6 +14,7 @@ import torch
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.fast import FastFlow
 from mm.pipelines.flow_velocity import FlowVelocity
 from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
 from mm.pipelines.run_state import Run, StepCallback
@@ -51,10 +52,7 @@ def flow_steps(
         The latents (B, C, H, W).
     """
     scheduler = run.scheduler
-    if run.sigmas is None:
-        scheduler.set_timesteps(steps, device=latents.device)
-    else:
-        scheduler.set_timesteps(sigmas=list(run.sigmas), device=latents.device)
+    _set_levels(scheduler, run, steps, latents.device)
     run.num_timesteps = len(scheduler.timesteps)
     # Schedulers that draw noise of their own draw each picture's from its generator, too.
     own_noise = "generator" in inspect.signature(scheduler.step).parameters
@@ -70,6 +68,18 @@ def flow_steps(
         latents = on_step(i, timestep, latents)
         yield i + 1
     return latents
+
+
+def _set_levels(scheduler: Any, run: Run, steps: int, device: torch.device) -> None:
+    """Sets the scheduler's noise levels: those of the call, those of `FastFlow.spaced`, or its own."""
+    levels = run.sigmas
+    if levels is None and isinstance(run.fast, FastFlow) and run.fast.spaced:
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            levels = [1 - step / steps for step in range(steps)]
+    if levels is None:
+        scheduler.set_timesteps(steps, device=device)
+    else:
+        scheduler.set_timesteps(sigmas=list(levels), device=device)
 
 
 def _sigma(scheduler: Any, timestep: Any) -> torch.Tensor:

@@ -44,8 +44,8 @@ from mm.pipelines.drawing_loops import flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import to_tensor
-from mm.pipelines.prompt_encoding import check_prompts, left_padded
-from mm.pipelines.questions import added_names, read_question
+from mm.pipelines.prompt_encoding import added_names, check_prompts, left_padded
+from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
 from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
@@ -221,7 +221,7 @@ class InterleavedPipeline(ImageEditPipeline):
                 if self._run(source, is_absent(target), how.max_words):
                     yield from _said(f"T{no_thing(target)[1:]}, so nothing was changed.")
                     return
-            (instruction,) = check_prompts([change.words], self.text_tokenizer)
+            (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
             yield from self._drawn(now, self._change_branches(instruction, source, how.scale), how)
             now.topic = change.topic
 

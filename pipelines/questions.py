@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mm.core.errors import UserError
+from mm.pipelines.prompt_encoding import added_names
 from mm.world.asking.parse import parse_question
 from mm.world.asking.query import Query, Unread
 
@@ -14,11 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _CALLER = 6  # frames from here to who called the pipeline
-
-
-def added_names(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    """Names of things that were added to a tokenizer after its training, such as "<mug>"."""
-    return frozenset(tokenizer.get_added_vocab()) - frozenset(tokenizer.all_special_tokens)
 
 
 def read_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Query | Unread]:

@@ -207,6 +207,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         num_images_per_prompt: int = 1,
         best_of: int = 1,
         fast: bool | Mapping[str, Any] = False,
+        strict: bool = False,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
@@ -236,6 +237,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             sigmas: Noise levels of the steps in flow mode, falling, each above 0; instead of num_inference_steps.
             prompt_embeds: An encoded prompt, as `encode_prompt` returns it, instead of `prompt`.
             negative_prompt_embeds: The same for the negative prompt.
+            strict: Whether a prompt with words that are not understood is refused, before anything is drawn.
             best_of: The most times that a picture is drawn, until the model's own counter reads the numbers of things
                 that the prompt asks for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
             fast: Less work a picture (docs/fast.md): True is the measured mix, a mapping names single settings of
@@ -271,8 +273,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         )
         levels = check_sigmas(sigmas, mode, num_inference_steps, self.scheduler)
         given = conditions(
-            self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds
-        )
+            self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds,
+            strict=strict,
+        )  # fmt: skip
         if temperature < 0:
             raise UserError(f"temperature is {temperature}; give 0 or more")
         check_best_of(best_of, latents)

@@ -21,6 +21,7 @@ PUBLIC = {
         "InterleavedPipeline",
         "Patch",
         "SVDQuantConfig",
+        "SliderPrompts",
         "TextToImagePipeline",
         "UnderstandingPipeline",
         "__version__",

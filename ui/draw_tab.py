@@ -24,17 +24,23 @@ from mm.ui.uploads import settings_of_upload
 Fields = dict[str, Any]  # name of a request's field -> its component
 
 
+def number_field(value: float | None, *, label: str, **limits: Any) -> gr.Number | gr.Textbox:
+    """A field for a number; without a value it is a text field, since Gradio makes 0 of an empty number field."""
+    if value is None:
+        return gr.Textbox(label=label, placeholder="the model's own", max_lines=1, max_length=12, min_width=100)
+    return gr.Number(value, label=label, min_width=100, **limits)
+
+
 def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
     """Fields of what a drawing can set, as this model allows; built where it is called."""
     fields: Fields = {}
     with gr.Row():
-        fields["steps"] = gr.Number(
-            can.steps.get(can.modes[0] if can.modes else ""), minimum=1, maximum=MAX_STEPS, precision=0, label="Steps",
-            min_width=100,
-        )  # fmt: skip
+        fields["steps"] = number_field(
+            can.steps.get(can.modes[0] if can.modes else ""), minimum=1, maximum=MAX_STEPS, precision=0, label="Steps"
+        )
         if can.guidance_name is not None:
-            fields["guidance"] = gr.Number(
-                can.guidance, minimum=0, maximum=MAX_GUIDANCE, step=0.5, label="Guidance (1 = off)", min_width=100
+            fields["guidance"] = number_field(
+                can.guidance, minimum=0, maximum=MAX_GUIDANCE, step=0.5, label="Guidance (1 = off)"
             )
     if sized and not can.fixed_size:
         with gr.Row():

@@ -30,6 +30,11 @@ def customize(
     neutral: Annotated[str, typer.Option(help="Of a slider: what is moved; default: the words that both share.")] = "",
     subject: Annotated[list[str] | None, typer.Option(help="Of a slider: what {} stands for; may be repeated.")] = None,
     strength: Annotated[float | None, typer.Option(help="Of a slider: how far a scale of 1 moves.")] = None,
+    regularization: Annotated[Path | None, typer.Option(help="Folder of pictures of the class, if any.")] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(help="A concept that stays as the model has it; may be repeated."),
+    ] = None,
     method: Annotated[str, typer.Option(help="auto, or a method of docs/customization.md.")] = "auto",
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most.")] = None,
@@ -52,12 +57,14 @@ def customize(
         raise UserError(f"{folder} is no folder; give a folder with a few pictures")
     from mm.customization.customize import check_call
     from mm.customization.customize import customize as make
+    from mm.customization.learned import check_layout
     from mm.customization.sliders import prompts_of
     from mm.customization.training import STATE
 
     asked = bool(positive or negative or neutral or subject or strength is not None)
     prompts = prompts_of(positive, negative, neutral, subject or (), strength) if asked else None
-    check_call(kind, folder, name, prompts)
+    check_layout(layout)
+    check_call(kind, folder, name, prompts, regularization)
     import mm
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size}
@@ -67,7 +74,8 @@ def customize(
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
     learned = make(
         pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
-        seed=seed, estimated=lambda found: print(found, file=sys.stderr), progress=_show, **settings,
+        regularization=regularization, guard=guard or (), seed=seed,
+        estimated=lambda found: print(found, file=sys.stderr), progress=_show, **settings,
     )  # fmt: skip
     print(file=sys.stderr)
     learned.write(out, layout, target=pipe)  # type: ignore[arg-type]

@@ -27,9 +27,11 @@ def merge(
 
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another name, or give --force")
+    from mm.customization.learned import check_layout
     from mm.customization.merging.files import read_adapter
     from mm.customization.merging.merge import merge as make
 
+    check_layout(layout)
     target = None
     if model is not None:
         import mm

@@ -46,15 +46,18 @@ class Batches:
         prompts: number of preserved prompts.
         preserve_batch: of them a step.
         dropout: share of pictures without their caption, among those that the noise leaves visible.
+        guarded: number of guarded prompts; their numbers follow those of the preserved ones.
+        guard_batch: of them a step.
     """
 
     def __init__(
         self, objective: Objective, examples: Sequence[Example], *, batch_size: int, seed: int, prompts: int,
         preserve_batch: int,
-        dropout: float = 0.0,
+        dropout: float = 0.0, guarded: int = 0, guard_batch: int = 0,
     ) -> None:  # fmt: skip
         self.objective, self.seed, self.batch_size = objective, seed, batch_size
         self.prompts, self.preserve_batch, self.dropout = prompts, preserve_batch, dropout
+        self.guarded, self.guard_batch = guarded, min(guard_batch, guarded)
         self.order = [i for i, example in enumerate(examples) for _ in range(example.repeats)]
         self.latents, self.masks = encode(objective, examples)
 
@@ -71,6 +74,13 @@ class Batches:
         visible = self.objective.strength(level_B) < _VISIBLE
         bare = visible & (torch.rand(len(chosen), generator=generator) < self.dropout)
         levels = self.objective.levels(count, generator) if count else level_B[:0]
+        preserved_noise = torch.randn(count, *shape, generator=generator)
+        more = self.guard_batch
+        if more:  # drawn last, so that a run without a guard is what it was
+            texts += (self.prompts + torch.randperm(self.guarded, generator=generator)[:more]).tolist()
+            sources += torch.randint(len(self.latents), (more,), generator=generator).tolist()
+            levels = torch.cat([levels, self.objective.levels(more, generator)])
+            preserved_noise = torch.cat([preserved_noise, torch.randn(more, *shape, generator=generator)])
         return Step(
             chosen=chosen,
             bare=tuple(bare.tolist()),
@@ -79,7 +89,7 @@ class Batches:
             preserved=tuple(texts),
             preserved_from=tuple(sources),
             preserved_level_B=self.objective.louder(levels),
-            preserved_noise=torch.randn(count, *shape, generator=generator),
+            preserved_noise=preserved_noise,
         )  # fmt: skip
 
     def _example(self, place: int) -> int:

@@ -20,6 +20,9 @@ class TrainingConfig:
         preserve: weight of the preservation against the frozen base; 0 leaves it out.
         preserve_batch: unrelated prompts at once.
         preserve_every: steps between two times that they are held to the base.
+        guard_batch: guarded prompts each time that unrelated ones are held to the base.
+        guard_weight: of a guarded prompt, as a multiple of an unrelated one; 0 only measures.
+        regularize: weight of regularization pictures, where some are given.
         caption_dropout: share of pictures that are learned without their caption, where the noise leaves them visible.
             Guidance compares with the empty prompt, whose prediction has to know the subject when it sees it.
         weight_decay: decoupled.
@@ -40,6 +43,9 @@ class TrainingConfig:
     preserve: float = 2.0
     preserve_batch: int = 2
     preserve_every: int = 2
+    guard_batch: int = 1
+    guard_weight: float = 4.0
+    regularize: float = 1.0
     caption_dropout: float = 0.25
     weight_decay: float = 1e-4
     clip: float = 1.0
@@ -60,13 +66,14 @@ class TrainingConfig:
             "patience",
             "save_every",
             "slider_pictures",
+            "guard_batch",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
         for name in ("learning_rate", "row_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("preserve", "weight_decay", "warmup"):
+        for name in ("preserve", "weight_decay", "warmup", "guard_weight", "regularize"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.caption_dropout < 1:

@@ -24,7 +24,7 @@ from mm.adapters.tokens import own_row
 from mm.core.errors import UserError, shown
 from mm.customization.batches import Batches
 from mm.customization.config import TrainingConfig
-from mm.customization.data import KINDS, Example, Kind, fingerprint, read_folder
+from mm.customization.data import KINDS, Example, Kind, fingerprint, read_folder, read_regularization
 from mm.customization.estimate import Estimate, estimate
 from mm.customization.goals import goal_of
 from mm.customization.learned import Learned
@@ -34,11 +34,12 @@ from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.previews import draw, save_previews, sheet_of
 from mm.customization.sliders import SliderPrompts
-from mm.customization.training import Progress, Training
+from mm.customization.training import Progress, Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import roots_of
 
+GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
 PRESERVED = 48  # unrelated prompts that are held to the base
 OnProgress = Callable[[float, str], None]
 
@@ -52,6 +53,8 @@ def customize(
     method: str = "auto",
     noun: str = "",
     prompts: SliderPrompts | None = None,
+    regularization: str | Path | None = None,
+    guard: Sequence[str] = (),
     work: str | Path | None = None,
     preserved: Sequence[str] | None = None,
     samples: Sequence[str] | None = None,
@@ -71,6 +74,8 @@ def customize(
         method: one of `mm.customization.methods.registry.METHODS`; "auto" takes dreambooth.
         noun: the subject's class ("mug"), where the model knows it.
         prompts: of a slider.
+        regularization: a folder of pictures of the class, learned beside the subject; the preservation needs none.
+        guard: concepts, such as erased ones, whose prompts are held to the base with a weight of their own.
         work: a folder for state, plot and sample pictures; a run that was stopped continues from it.
         preserved: prompts that must stay as they are, instructions of an edit; None takes the family's own.
         samples: prompts of the sample pictures in `work`; None takes the first caption. A slider draws its neutral
@@ -86,7 +91,7 @@ def customize(
     Raises:
         UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
     """
-    check_call(kind, folder, name, prompts)
+    check_call(kind, folder, name, prompts, regularization)
     maker = method_of(method)
     objective = objective_of(pipe, settings.get("size"), edit=kind == "edit")
     config, chosen = _settings(maker.name, {**objective.training, **maker.defaults}, settings)
@@ -104,15 +109,22 @@ def customize(
     try:
         learner = maker.begin(job)
         goal = goal_of(learner, prompts)
+        guarded = guarded_prompts(guard)
+        class_pictures = None if regularization is None else read_regularization(regularization, noun=noun)
         batches = Batches(
             objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
+            guarded=len(guarded), guard_batch=config.guard_batch,
         )  # fmt: skip
         base = base_hash(objective.modules()[objective.parts[0]])
         of_slider = None if prompts is None else asdict(prompts)
-        identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, of_slider)
+        more = [of_slider, guarded, fingerprint(class_pictures or [])]
+        identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)
         place = None if work is None else Path(work)
-        training = Training(learner, batches, kept, config, goal=goal, work=place, identity=identity)
+        training = Training(
+            learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
+            regularization=_regularization(objective, class_pictures, config),
+        )  # fmt: skip
         found = estimate(training)
         _warn_of_memory(found)
         estimated(found)
@@ -133,10 +145,33 @@ def customize(
             parameter.requires_grad_(True)
 
 
-def check_call(kind: str, folder: str | Path | None, name: str, prompts: SliderPrompts | None) -> None:
+def guarded_prompts(concepts: Sequence[str]) -> list[str]:
+    """Prompts that ask for the guarded concepts. Raises UserError for an empty one."""
+    if any(not concept.strip() for concept in concepts):
+        raise UserError("a guarded concept is empty; give words such as 'wolf'")
+    return [form.format(concept.strip()) for concept in concepts for form in GUARD_FORMS]
+
+
+def _regularization(
+    objective: Objective, examples: Sequence[Example] | None, config: TrainingConfig
+) -> Regularization | None:  # fmt: skip
+    if examples is None:
+        return None
+    batches = Batches(
+        objective, examples, batch_size=config.batch_size, seed=config.seed + 101, prompts=0, preserve_batch=0
+    )
+    return Regularization(batches=batches, captions=[example.caption for example in examples])
+
+
+def check_call(
+    kind: str, folder: str | Path | None, name: str, prompts: SliderPrompts | None,
+    regularization: str | Path | None = None,
+) -> None:  # fmt: skip
     """Raises UserError where what is given does not suit the kind; nothing is loaded for it."""
     if kind not in KINDS:
         raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
+    if regularization is not None and kind in ("edit", "slider"):
+        raise UserError(f"regularization pictures keep a subject's class, and the kind is {kind!r}; leave them out")
     if kind == "slider":
         if prompts is None:
             raise UserError("a slider is made of two prompts; give positive and negative, such as 'a small cat'")
@@ -258,9 +293,9 @@ def _preserved(
 
 def _identity(
     examples: Sequence[Example], name: str, kind: str, method: str, chosen: Any, config: TrainingConfig, base: str,
-    prompts: Sequence[str], slider: dict[str, Any] | None,
+    prompts: Sequence[str], more: Sequence[Any],
 ) -> str:  # fmt: skip
-    parts = [fingerprint(examples), name, kind, method, dict(chosen), asdict(config), base, list(prompts), slider]
+    parts = [fingerprint(examples), name, kind, method, dict(chosen), asdict(config), base, list(prompts), *more]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -289,6 +324,9 @@ def _learned(
         "name": job.name, "noun": job.noun, "kind": job.kind, "size": job.objective.side, **chosen,
         **{key: value for key, value in asdict(config).items() if key != "size"}, **learner.settings,
     }  # fmt: skip
+    if training.guarded:
+        report["guard_drift"] = round(training.guard_drift(), 6)
+        settings["guarded"] = list(training.guarded)
     tokens = learner.tokens()
     if tokens:
         settings["tokens"] = tokens

@@ -100,6 +100,34 @@ def read_folder(folder: str | Path, *, name: str, kind: Kind = "subject", noun: 
     return examples
 
 
+def read_regularization(folder: str | Path, *, noun: str) -> list[Example]:
+    """Reads pictures of the subject's class, which keep what the model knows of it.
+
+    Args:
+        folder: with pictures, or with folders such as `1_mug` that hold them.
+        noun: the class, the caption of pictures without a text file.
+
+    Raises:
+        UserError: where no picture can be read, or there is neither a text file nor a class.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder} is no folder; give a folder with pictures of the class")
+    found = [(path, repeats) for place, repeats in _places(root, noun) for path in _pictures(place)]
+    examples = []
+    for path, repeats in found:
+        caption = _caption(path.with_suffix(".txt"), f"a photo of a {noun}" if noun else "")
+        if not caption:
+            raise UserError(f"{path} has no caption, and no class is given; give noun='mug' (--noun) or text files")
+        try:
+            examples.append(Example(path=path, caption=caption, picture=_read(path)[0], repeats=repeats))
+        except _UnreadableError as error:
+            warnings.warn(f"{error}; it is not used", stacklevel=3)
+    if not examples:
+        raise UserError(f"{folder} holds no picture that can be read ({', '.join(SUFFIXES)})")
+    return examples
+
+
 def _default_caption(kind: Kind, noun: str) -> str:
     if kind == "style":
         return f"a picture in the style of {TRIGGER}"

@@ -103,7 +103,7 @@ class SliderGoal(Goal):
     """The direction between two prompts: at scale s the neutral prompt gives v + s strength (v_positive - v_negative).
 
     Source: Gandikota et al. 2023, arXiv 2311.12092. All three predictions on the right are the frozen base's. The
-    prediction is linear in the velocity, in epsilon and in v alike, so that one formula serves every family. Both signs
+    formula is the same for the velocity, epsilon and v, which are linear in each other. Both signs
     are trained, in turn.
     """
 

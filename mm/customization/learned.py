@@ -24,6 +24,7 @@ from mm.core.errors import UserError
 from mm.core.files import read_regular, write_bytes
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
+READABLE = ("dora", "loha", "lokr")  # peft's own tensors that `mm.read_lora` reads
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
 _MOST = 8 << 30
 ARCHITECTURES = {  # of ModelSpec, by family
@@ -33,6 +34,12 @@ ARCHITECTURES = {  # of ModelSpec, by family
     "flux": "flux-1-dev",
     "flux-schnell": "flux-1-schnell",
 }
+
+
+def check_layout(layout: str) -> None:
+    """Raises UserError for a layout that there is not."""
+    if layout not in LAYOUTS:
+        raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
 
 
 @dataclass(kw_only=True)
@@ -49,7 +56,7 @@ class Learned(Patch):
 
     def layout(self) -> Layout:
         """The layout that `write` takes by itself: diffusers' where it holds all that was learned."""
-        if self.native and not self.settings.get("tokens"):
+        if self.native and self.method in READABLE and not self.settings.get("tokens"):
             return "peft"
         plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
         return "diffusers" if plain and self.family != "mm-tiny" else "mm"
@@ -65,8 +72,7 @@ class Learned(Patch):
         Raises:
             UserError: for what a layout cannot hold.
         """
-        if layout not in LAYOUTS:
-            raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
+        check_layout(layout)
         chosen = self.layout() if layout == "auto" else layout
         if chosen == "mm":
             self.save(path)

@@ -71,40 +71,46 @@ class Branches:
         seed: of the starting values.
         downs: starting values (r, K) of `down` by path; None draws them.
         frozen_down: only `up` is trained.
+        ups: values (N, r) of `up` by path, which are not trained; `down` starts at zero there, and is.
         origin: the method's name, kept on the branches.
     """
 
     def __init__(
         self, objective: Objective, paths: Sequence[str], *, rank: int, seed: int, alpha: float | None = None,
-        downs: Mapping[str, Tensor] | None = None, frozen_down: bool = False, origin: str = "lora",
+        downs: Mapping[str, Tensor] | None = None, frozen_down: bool = False,
+        ups: Mapping[str, Tensor] | None = None, origin: str = "lora",
     ) -> None:  # fmt: skip
         self.scale = 1.0 if alpha is None else alpha / rank
         self.layers: dict[str, BranchedLinear] = {}
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
         self._plain: set[str] = set()
-        self.frozen_down = frozen_down
         roots = roots_of(objective.pipe)
         for path in paths:
             component, _, below = path.partition(".")
             if not isinstance(submodule(roots[component], below), BranchedLinear):
                 self._plain.add(path)
             layer = branched(roots[component], below)
-            if downs is not None:
+            fixed = None if ups is None else ups.get(path)
+            if fixed is not None:
+                down = torch.zeros(fixed.shape[1], layer.in_features)
+            elif downs is not None:
                 down = downs[path].clone()
             else:
                 down = torch.empty(min(rank, layer.in_features), layer.in_features)
                 nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=layer_seed(path, seed))
             device = objective.device
-            self.down[path] = nn.Parameter(down.to(device), requires_grad=not frozen_down)
-            self.up[path] = nn.Parameter(torch.zeros(layer.out_features, len(down), device=device))
+            up = torch.zeros(layer.out_features, len(down)) if fixed is None else fixed.clone()
+            self.down[path] = nn.Parameter(down.to(device), requires_grad=fixed is not None or not frozen_down)
+            self.up[path] = nn.Parameter(up.to(device), requires_grad=fixed is None)
             self.layers[path] = layer
             made = Branch(name=TRAINING, down=self.down[path], up=self.up[path], scale=self.scale, origin=origin)
             layer.attach(made)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        found = {f"{path}|up": up for path, up in self.up.items()}
-        return found if self.frozen_down else found | {f"{path}|down": down for path, down in self.down.items()}
+        both = {f"{path}|up": up for path, up in self.up.items()}
+        both |= {f"{path}|down": down for path, down in self.down.items()}
+        return {name: value for name, value in both.items() if value.requires_grad}
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -31,11 +31,33 @@ from mm.customization.batches import Batches, Step
 from mm.customization.config import TrainingConfig
 from mm.customization.goals import Goal, Noised
 from mm.customization.methods.protocol import Learner
-from mm.customization.objectives.protocol import weighted_mse
+from mm.customization.objectives.protocol import Objective, weighted_mse
 
 STATE = "state.safetensors"
 _SCORED = 8  # noise levels of a preview
 _SCORED_PROMPTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regularization:
+    """Pictures of the class, learned under their own captions (prior preservation of Ruiz et al. 2022, 2208.12242).
+
+    Attributes:
+        batches: of the pictures.
+        captions: of each.
+    """
+
+    batches: Batches
+    captions: Sequence[str]
+
+    def loss(self, objective: Objective, number: int) -> Tensor:
+        """Of a step."""
+        step, device = self.batches.step(number), objective.device
+        clean = self.batches.latents[torch.tensor(step.chosen)].to(device)
+        noise, level_B = step.noise.to(device), step.level_B.to(device)
+        condition = objective.encode_prompts([self.captions[i] for i in step.chosen])
+        given = objective.predict(objective.noised(clean, noise, level_B), level_B, condition)
+        return weighted_mse(given, objective.target(clean, noise, level_B), None).mean()
 
 
 @dataclass(kw_only=True)
@@ -68,15 +90,19 @@ class Training:
         prompts: what is to stay as the base has it.
         config: how long and how fast.
         goal: what is learned of a batch; None learns the pictures under their captions.
+        guarded: further prompts that are to stay, with a weight of their own.
+        regularization: pictures of the class, learned under their own captions; None for none.
         work: folder of the state; None keeps none.
         identity: what the state belongs to; another run's state is refused.
     """
 
     def __init__(
         self, learner: Learner, batches: Batches, prompts: Sequence[str], config: TrainingConfig, *,
-        goal: Goal | None = None, work: Path | None = None, identity: str = "",
+        goal: Goal | None = None, guarded: Sequence[str] = (), regularization: Regularization | None = None,
+        work: Path | None = None, identity: str = "",
     ) -> None:  # fmt: skip
         self.learner, self.batches, self.prompts, self.config = learner, batches, list(prompts), config
+        self.guarded, self.regularization = list(guarded), regularization
         self.objective = learner.job.objective
         self.goal = goal if goal is not None else Goal(learner)
         self.parameters = learner.parameters()
@@ -133,7 +159,8 @@ class Training:
             )
         loss.backward()
         self.progress.losses.append(value)
-        held = self.prompts and self.config.preserve and self.progress.step % self.config.preserve_every == 0
+        kept = self.prompts or (self.guarded and self.config.guard_weight)
+        held = kept and self.config.preserve and self.progress.step % self.config.preserve_every == 0
         self.progress.preserved.append(self._preserve(step) if held else (self.progress.preserved or [0.0])[-1])
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimizer.step()
@@ -144,6 +171,8 @@ class Training:
         self.learner.before_step(step.chosen)
         noised = self._noised(step.chosen, step.bare, step.noise, step.level_B, self.progress.step)
         loss = self.goal.errors(noised).mean()
+        if self.regularization is not None:
+            loss = loss + self.config.regularize * self.regularization.loss(self.objective, self.progress.step)
         extra = self.learner.extra_loss()
         return loss if extra is None else loss + extra
 
@@ -152,12 +181,14 @@ class Training:
         clean = self.batches.latents[torch.tensor(step.preserved_from)]
         clean, noise, level_B = self._moved(clean, step.preserved_noise, step.preserved_level_B)
         noisy = self.objective.noised(clean, noise, level_B)
-        words, beside = [self.prompts[i] for i in step.preserved], step.preserved_from
+        every = [*self.prompts, *self.guarded]
+        words, beside = [every[i] for i in step.preserved], step.preserved_from
+        weights = torch.tensor([1.0 if i < len(self.prompts) else self.config.guard_weight for i in step.preserved])
         with torch.no_grad(), self.learner.off():
             wanted = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
         with self.goal.acting(self.progress.step):
             given = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
-        loss = weighted_mse(given, wanted, None).mean()
+        loss = (weights.to(given.device) * weighted_mse(given, wanted, None)).mean()
         if loss.requires_grad:
             (self.config.preserve * self.config.preserve_every * loss).backward()
         return float(loss.detach())
@@ -206,6 +237,22 @@ class Training:
         # With one noise for all prompts, what differs between them is what the prompts say.
         apart = base_out.var(0, unbiased=False).mean() if len(base_out) > 1 else base_out.square().mean()
         return float(error / base_error), float((out - base_out).square().mean() / apart.clamp_min(1e-12))
+
+    @torch.no_grad()
+    def guard_drift(self) -> float:
+        """How far the guarded prompts have moved from the base, as a share of how far they are from each other."""
+        noise = torch.randn(1, *self.batches.latents.shape[1:], generator=torch.Generator().manual_seed(29))
+        same = noise.to(self.objective.device).expand(len(self.guarded), *noise.shape[1:])
+        beside = [i % len(self.batches.latents) for i in range(len(self.guarded))]
+
+        def predicted() -> Tensor:
+            condition = self.goal.condition(self.guarded, beside)
+            return self.objective.predict(same, self._loud(len(self.guarded)), condition)
+
+        with self.learner.off():
+            base = predicted()
+        apart = base.var(0, unbiased=False).mean().clamp_min(1e-12)
+        return float((predicted() - base).square().mean() / apart)
 
     def _held(self) -> tuple[Tensor, Tensor]:
         """Error on the pictures, and predictions for unrelated prompts, both at held noise."""

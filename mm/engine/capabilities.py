@@ -125,7 +125,7 @@ class Capabilities:
     def _check_fast(self, request: Sampling) -> None:
         if not self.fast:
             raise UserError(
-                f"fast leaves out guidance that no longer matters, and {self.model} computes none that could be left "
+                f"fast leaves out predictions that no longer matter, and {self.model} makes none that mm could leave "
                 "out; leave fast out"
             )
         task = task_of(request)

@@ -5,16 +5,12 @@ Legend: R rows of a batch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
-
-def row_count(value: Any) -> int:
-    """R of the first argument: the rows of a tensor, or the length of a list of one tensor a picture."""
-    return len(value)
 
 
 def selected(value: Any, rows: torch.Tensor, count: int, *, lists: bool) -> Any:
@@ -56,10 +52,10 @@ def with_prediction(result: Any, prediction: Any) -> Any:
         return prediction
     if isinstance(result, tuple):
         return (prediction, *result[1:])
-    changed = dataclasses.replace(result) if dataclasses.is_dataclass(result) else type(result)(result)
+    changed: Any = copy.copy(result)
     name = next(iter(result)) if isinstance(result, Mapping) else dataclasses.fields(result)[0].name
-    if isinstance(changed, Mapping):
-        changed[name] = prediction  # type: ignore[index]  # diffusers' outputs keep keys and attributes equal
+    if isinstance(changed, dict):
+        changed[name] = prediction  # diffusers' outputs keep keys and attributes equal
     else:
         setattr(changed, name, prediction)
     return changed

@@ -166,6 +166,60 @@ def test_preservation_holds_unrelated_prompts_to_the_base(tmp_path: Path) -> Non
     assert 0 < drifts[1] < 0.6 * drifts[0]
 
 
+def test_a_guard_halves_the_drift_of_what_it_names(tmp_path: Path) -> None:
+    """Measured without weight, and with: prompts for the guarded concept stay nearer to the base."""
+    folder = subject_folder(tmp_path / "data")
+    drifts = []
+    for weight in (0.0, 10.0):
+        pipe = tiny_pipeline_of("stable-diffusion")
+        same = FAST | {"steps": 30, "preview_every": 30, "guard_weight": weight, "guard_batch": 2}
+        run = customize(pipe, folder, name="sks thing", guard=("wolf",), **same, patience=100)
+        drifts.append(run.report["guard_drift"])
+    assert 0 < drifts[1] < 0.5 * drifts[0]
+    with pytest.raises(UserError, match="a guarded concept is empty"):
+        customize(pipe, folder, name="sks thing", guard=(" ",), **FAST)
+
+
+def test_regularization_pictures_are_learned_beside(tmp_path: Path) -> None:
+    """Their error falls more than without them; what cannot be is refused."""
+    from mm.customization.data import read_regularization
+    from mm.customization.training import Regularization, Training
+
+    folder, others = subject_folder(tmp_path / "data"), subject_folder(tmp_path / "class" / "2_fox", captions=False)
+    assert others.is_dir()
+    examples = read_regularization(tmp_path / "class", noun="fox")
+    assert [(e.caption, e.repeats) for e in examples] == [("a photo of a fox", 2)] * 3
+    errors: list[float] = []
+    real = Training.save
+
+    def measured(self: Training) -> None:
+        if self.progress.step == 12 and self.regularization is not None:
+            with torch.no_grad():
+                errors.append(sum(float(self.regularization.loss(self.objective, k)) for k in range(100, 108)))
+        real(self)
+
+    Training.save = measured  # type: ignore[method-assign]
+    try:
+        for weight in (0.0, 1.0):
+            pipe = tiny_pipeline_of("stable-diffusion")
+            more = {"regularize": weight, "noun": "fox", "regularization": tmp_path / "class"}
+            learned = customize(pipe, folder, name="sks", **FAST, **more)
+            assert learned.report["pictures"] == 3
+    finally:
+        Training.save = real  # type: ignore[method-assign]
+    assert errors[1] < errors[0]
+    assert Regularization.__dataclass_fields__.keys() == {"batches", "captions"}
+    (tmp_path / "empty").mkdir()
+    for given, message in (
+        ({"regularization": tmp_path / "no-such"}, "is no folder"),
+        ({"regularization": tmp_path / "empty", "noun": "fox"}, "holds no picture"),
+        ({"regularization": tmp_path / "class"}, "no class is given"),
+        ({"regularization": tmp_path / "class", "kind": "edit"}, "leave them out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            customize(pipe, folder, name="sks", **FAST, **given)  # type: ignore[arg-type]
+
+
 def test_names_and_calls_that_do_not_fit(tmp_path: Path) -> None:
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
     for name in ("", " mug", "a\nb"):

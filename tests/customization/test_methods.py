@@ -28,6 +28,7 @@ ROWS = ("textual-inversion", "detex")
 KINDS: dict[str, set[str]] = {
     "dreambooth": {"lowrank"}, "class-diffusion": {"lowrank", "rows"}, "custom-diffusion": {"dense", "rows"},
     "textual-inversion": {"rows"}, "detex": {"rows"}, "orthogonal": {"lowrank"}, "lora": {"lowrank"}, "dora": {"dense"},
+    "paca": {"lowrank"}, "s2ft": {"lowrank"}, "eva": {"lowrank"},
     "oft": {"dense"}, "lokr": {"dense"}, "loha": {"dense"}, "shira": {"dense"},
 }  # fmt: skip
 
@@ -109,6 +110,55 @@ def test_slots_of_the_basis_are_orthogonal() -> None:
     assert torch.allclose(rows @ rows.T, torch.eye(48), atol=1e-5)
     assert torch.equal(rows, basis("unet.some.layer", 48))
     assert not torch.equal(rows, basis("unet.other.layer", 48))
+
+
+@pytest.mark.parametrize("method", ["paca", "s2ft"])
+def test_only_the_chosen_rows_and_columns_change(method: str, tmp_path: Path) -> None:
+    """PaCA: few columns of each weight; S2FT: few channels, the same at both ends of a block."""
+    pipe, folder = tiny_pipeline_of("stable-diffusion-3"), subject_folder(tmp_path / "data")
+    short = FAST | {"steps": 2, "preview_every": 2, "rank": 4}
+    learned = customize(pipe, folder, name="sks thing", method=method, **short)
+    changed = {}
+    for path, entry in learned.entries.items():
+        delta = (entry.tensors["up"].float() @ entry.tensors["down"].float()).abs()
+        rows, columns = delta.amax(1).nonzero().flatten(), delta.amax(0).nonzero().flatten()
+        changed[path] = (rows.tolist(), columns.tolist())
+        if method == "paca" or path.endswith(("to_out.0", "to_add_out", "net.2")):
+            assert len(columns) <= 4 < delta.shape[1]
+        else:
+            assert len(rows) <= 4 < delta.shape[0]
+    if method == "s2ft":
+        block = "transformer.transformer_blocks.0"
+        assert changed[f"{block}.ff.net.0.proj"][0] == changed[f"{block}.ff.net.2"][1]
+        assert changed[f"{block}.attn.to_q"][0] == changed[f"{block}.attn.to_k"][0]
+        assert changed[f"{block}.attn.to_v"][0] == changed[f"{block}.attn.to_out.0"][1]
+
+
+def test_eva_starts_where_the_inputs_vary_most(tmp_path: Path) -> None:
+    """Rows span the leading directions of a layer's inputs, found apart by a whole decomposition."""
+    from mm.customization.methods.eva import Eva, _batches, directions
+    from mm.customization.methods.protocol import Job
+
+    pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
+    objective = objective_of(pipe, SIDE)
+    examples = read_folder(folder, name="sks", noun="")
+    settings = {**Eva.defaults, "rank": 2, "rho": 1.0}
+    job = Job(objective=objective, examples=examples, name="sks", noun="", kind="subject", settings=settings, seed=0)
+    found = directions(job)
+    path = next(p for p in found if p.endswith("attn1.to_q"))
+    seen: list[torch.Tensor] = []
+    handle = pipe.unet.get_submodule(path.removeprefix("unet.")).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        for batch in _batches(job):
+            objective.predict(batch["latents"], batch["level"], batch["condition"])
+    handle.remove()
+    inputs = torch.cat(seen)
+    spread = inputs - inputs.mean(0)
+    most = torch.linalg.svdvals(spread)[:2].square().sum()
+    mine = (spread @ torch.linalg.qr(found[path].T)[0]).square().sum()
+    assert 0.93 * most < mine <= 1.001 * most
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:

@@ -292,6 +292,12 @@ def test_an_estimate_counts_the_weights(folders):
     assert memory.choose_offload(60 << 30, 40 << 30, 16 << 30)[0] == "group"
 
 
+def test_a_strength_that_leaves_no_step_is_refused(sdxl):
+    picture = Image.new("RGB", (32, 32))
+    with pytest.raises(UserError, match=r"a strength of 0.2 leaves none of 4 steps; give a strength of at least 0.25"):
+        sdxl.draw("a fox", image=picture, strength=0.2, steps=4, seed=1)
+
+
 def test_waiting_runs_come_in_order():
     lock, order = FairLock(), []
     with lock:

@@ -15,7 +15,7 @@ from mm.pipelines.code_leaps import neighbours, planned, revised
 from mm.pipelines.fast import LEVELS, SIMILARITY, FastCodes, FastFlow, fast_settings, flow_plan, similarity_at
 from mm.pipelines.sampling import code_steps
 
-ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0}
+ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0, "spaced": False}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,11 @@ def test_settings_that_leave_nothing_out_change_no_bit(pipe: Any):
     assert torch.equal(draw(pipe, mode="codes", generator=seeded(1), fast=none), codes)
 
 
+def test_spaced_levels_end_a_step_above_zero(pipe: Any):
+    plain = draw(pipe, generator=seeded(1), sigmas=[1, 0.75, 0.5, 0.25])
+    assert torch.equal(draw(pipe, generator=seeded(1), fast=ALL | {"steps": 4, "spaced": True}), plain)
+
+
 def test_each_part_computes_what_the_plan_says(pipe: Any):
     trunk, decoder = rows_of(pipe, "trunk"), rows_of(pipe, "velocity_decoder")
     draw(pipe, generator=seeded(1), fast={"steps": 8, "guided": 0.5, "features": 1.0})
@@ -87,7 +92,7 @@ def test_ended_guidance_is_a_callback_that_ends_it(pipe: Any):
         return {}
 
     wanted = draw(pipe, num_inference_steps=6, generator=seeded(1), callback_on_step_end=end)
-    got = draw(pipe, generator=seeded(1), fast={"steps": 6, "guided": 0.5, "features": 1.0})
+    got = draw(pipe, generator=seeded(1), fast=ALL | {"steps": 6, "guided": 0.5})
     assert (got - wanted).abs().max() < 1e-5
 
 
@@ -164,6 +169,7 @@ def test_similarity_lies_between_its_levels():
     "mode, given, said",
     [
         ("flow", {"steps": 0}, "steps is 0"), ("flow", {"guided": 1.5}, "guided is 1.5"),
+        ("flow", {"spaced": 1}, "spaced is 1"),
         ("flow", {"features": "all"}, "features is 'all'"), ("flow", {"threshold": 5}, "threshold is 5"),
         ("flow", {"confidence": -1}, "no setting 'confidence'"), ("codes", {"guided": 1}, "no setting 'guided'"),
         ("codes", {"confidence": 0.5}, "confidence is 0.5"), ("codes", {"full_every": 0}, "full_every is 0"),
@@ -176,5 +182,5 @@ def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: st
 
 def test_the_mix_is_frozen():
     """Changing it is a line in CHANGELOG.md: pictures of `--fast` change."""
-    assert FastFlow() == FastFlow(steps=8, guided=0.6, features=0.75, threshold=None, linear=False)
+    assert FastFlow() == FastFlow(steps=8, spaced=True, guided=0.6, features=0.75, threshold=None, linear=False)
     assert fast_settings("codes", {"steps": 7})["steps"] == 7 and FastCodes() is not None

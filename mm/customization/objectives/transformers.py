@@ -51,7 +51,7 @@ class Flux(StableDiffusion3):
         packed = pipe._pack_latents(noisy_BCHW.to(dtype), batch, channels, height, width)
         ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy_BCHW.device, dtype)
         length = packed.shape[1]
-        if "source" in condition:  # clean latents behind the noisy ones, told apart by the first coordinate
+        if "source" in condition:  # clean latents behind the noisy ones, with 1 as their first coordinate
             source = condition["source"].to(dtype)
             packed = torch.cat([packed, pipe._pack_latents(source, batch, channels, height, width)], 1)
             behind = ids.clone()
