@@ -1,4 +1,4 @@
-"""The words of users: what is read as the models' own words, what is corrected aloud, what is named as not understood."""
+"""The words of users: what is read as the models' own words, what is corrected aloud, what is not understood."""
 
 from __future__ import annotations
 
