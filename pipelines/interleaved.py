@@ -49,6 +49,7 @@ from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
 from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
+from mm.world import lexicon
 from mm.world.asking import small_talk
 from mm.world.asking.counting import facts_of
 from mm.world.asking.edit_words import Refused, change_of, steps_of
@@ -202,7 +203,13 @@ class InterleavedPipeline(ImageEditPipeline):
 
     def _edit_last(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
         """Changes the last picture step by step, or says why that is not possible; then none of the steps is made."""
-        steps, names = steps_of(words), added_names(self.text_tokenizer)
+        names = added_names(self.text_tokenizer)
+        found = lexicon.read(words, "edit", names)
+        if not found.problems:  # else the refusal below names what is not known
+            words = found.text
+            for line in found.notices:
+                warnings.warn(line, stacklevel=4)
+        steps = steps_of(words)
         self._described(now, how.max_words)
         changes = [change_of(step, now.seen, names) for step in steps]
         refused = next((change for change in changes if isinstance(change, Refused)), None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mm.core.errors import UserError
 from mm.pipelines.prompt_encoding import added_names
+from mm.world import lexicon
 from mm.world.asking.parse import parse_question
 from mm.world.asking.query import Query, Unread
 
@@ -34,7 +35,15 @@ def read_question(question: str, tokenizer: PreTrainedTokenizerFast) -> Query | 
         raise UserError(f"a question is a text, got {type(question).__name__} {question!r}")
     if not question.strip():
         raise UserError("the question is empty (the prompt is empty); ask for example 'how many cats are there?'")
-    read = parse_question(question, added_names(tokenizer))
+    names = added_names(tokenizer)
+    read = parse_question(question, names)
+    if isinstance(read, Unread) and read.word is not None:  # synonyms, and misspelled words, which are said
+        found = lexicon.read(question, "ask", names)
+        again = parse_question(found.text, names)
+        if isinstance(again, Query):
+            for line in found.notices:
+                warnings.warn(line, stacklevel=_CALLER)
+            return again
     if isinstance(read, Unread):
         why = "" if read.word is None else f": the model does not know the word {read.word!r}"
         warnings.warn(f"the question {question.strip()[:80]!r} is not understood{why}", stacklevel=_CALLER)

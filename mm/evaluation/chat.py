@@ -194,7 +194,7 @@ def evaluate_chat(
     every = [script for path in scripts for script in load_scripts(path)[:limit]]
     verdicts: list[list[bool]] = []
     cells: list[tuple[torch.Tensor, str, bool]] = []
-    log = []
+    log: list[dict[str, Any]] = []
     for k, script in enumerate(every):
         with warnings.catch_warnings():  # of words that are not understood, on which some turns rest
             warnings.simplefilter("ignore", UserWarning)

@@ -22,7 +22,9 @@ from mm.world.words import WORDS, split
 def true_scene(wanted: Expectation, rng: random.Random) -> Scene:
     while True:
         sprites = place(rng, wanted.groups, wanted.style or "cartoon")
-        scene = Scene(sprites=sprites or (), background=wanted.background or "plain", style=wanted.style or "cartoon")
+        if sprites is None:
+            continue
+        scene = Scene(sprites=sprites, background=wanted.background or "plain", style=wanted.style or "cartoon")
         parts = groups(scene)
         if wanted.relation is None:
             return scene
@@ -86,14 +88,11 @@ def test_our_scripts_are_twenty_of_four_turns_in_known_words_and_held_out(tmp_pa
 
 
 def test_conversers_get_what_they_deserve(tmp_path):
-    report = chat.evaluate_chat(Perfect(), Judge.from_pretrained(), json_file=tmp_path / "r.json")
+    report = chat.evaluate_chat(Perfect(), Judge.from_pretrained(), limit=8, json_file=tmp_path / "r.json")
     assert report["overall"] >= 0.9
     assert abs(report["overall"] - report["ceiling"]) < 0.06, "other renders of the same demands"
-    assert report["n"] == 320
-    assert {name: row["n"] for name, row in report["tasks"].items() if name in ("says", "undo")} == {
-        "says": 60,
-        "undo": 20,
-    }
+    assert report["n"] == 8 * (4 + 12)
+    assert (report["tasks"]["says"]["n"], report["tasks"]["undo"]["n"]) == (24, 8)
     assert report["tasks"]["undo"]["score"] == report["tasks"]["says"]["score"] == 1.0
     assert json.loads((tmp_path / "r.json").read_text()) == report
     assert Image.open(tmp_path / "r.png").width > 500

@@ -98,8 +98,11 @@ def test_what_is_not_understood_is_answered_honestly_with_a_warning(reader, pict
     ):
         (said,) = reader.answer([pictures["cats"]], ["is it a zebra?"])
     assert said.startswith("I do not know what a zebra is. You can ask")
+    with pytest.warns(UserWarning, match="catt"):
+        assert reader.answer([pictures["cats"]], ["what colour is the catt?"]) == ["red"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert reader.answer([pictures["cats"]], ["is there a kitty?"]) == ["yes"]
         assert reader.answer([pictures["cats"]], ["I wonder whether there really are any cats"]) == ["yes"]
 
 

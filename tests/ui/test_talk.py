@@ -41,8 +41,8 @@ def test_words_and_pictures_come_with_their_settings(orders: Orders, monkeypatch
     last = list(say(orders, visit, "hello, who are you?", None))[-1]
     assert [m["role"] for m in last.messages] == ["user", "assistant"]
     assert last.messages[1]["text"].startswith("I am mm, a small model")
-    last = list(say(orders, visit, "draw a cat <b>![x](http://a.example/b)</b>", None))[-1]
-    assert any("does not know" in notice for notice in last.progress.notices)
+    last = list(say(orders, visit, "draw a cat and a zeppelin <b>![x](http://a.example/b)</b>", None))[-1]
+    assert any("zeppelin" in notice for notice in last.progress.notices)
     settings = read_settings(last.messages[-1]["file"])
     assert (settings["seed"], settings["prompt"][:10]) == (visit.seed, "draw a cat")
     has_said(orders, monkeypatch, "two cats")

@@ -27,8 +27,10 @@ _COUNT_WORDS = ("howmany", "number", "count", "counts", "amount", "quantity", "t
 _STYLE_WORDS = ("style", "styles", "technique", "medium")
 _MADE = ("drawn", "painted", "rendered", "made", "done", "created", "depicted")
 _LISTS = ("what", "which", "name", "list", "enumerate", "identify", "mention", "tell", "show", "describe", "give")
-_DESCRIPTIONS = ("describe", "caption", "description", "depict", "depicts", "goingon", "contents", "content", "explain")
-_DESCRIPTIONS += ("summarize", "summarise", "summary", "report")
+_DESCRIPTIONS = (
+    *("describe", "caption", "description", "depict", "depicts", "goingon", "contents", "content", "explain"),
+    *("summarize", "summarise", "summary", "report"),
+)
 _NEGATIONS = (
     "no",
     "not",
@@ -285,9 +287,9 @@ def _exist(found: Clause, plain: Plain) -> Query | None:
     if len(things) > 1 and any(t.negated for t in things):  # "no cat and no dog", "no cats or dogs"
         return Query(kind="exist", things=things, join="none", explicit=True)
     if found.numbers:  # "are the cats two?"
-        if len(things) > 1 or things[0].count is not None:
+        if len(found.things) > 1 or found.things[0].count is not None:
             return None
-        things = (replace(things[0], count=found.numbers[0]),)
+        things = (replace(found.things[0], count=found.numbers[0]),)
     join = "any" if "or" in found.words else "all"
     if join == "any" and re.match(r"(?:is|are) (?:it|this|that|they|these) |(?:(?:a|an|the) )?N\b", found.line):
         return Query(kind="exist", things=things, join="either")

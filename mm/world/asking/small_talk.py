@@ -59,7 +59,7 @@ _REPLIES: tuple[tuple[str, str], ...] = (
     (r"nice to meet you|pleased to meet you", HELLO),
     (
         rf"(?:(?:that|this|it|they|you)(?: is| are| was"
-        rf"| looks?)? )?(?:{_VERY} )*(?:an? )?(?:{_PRAISE})(?: (?:job|work|one|picture|cat|"
+        rf"| looks?)? |looks? )?(?:{_VERY} )*(?:an? )?(?:{_PRAISE})(?: (?:job|work|one|picture|cat|"
         rf"drawing|enough|indeed|thanks|thank you))*|(?:i )?(?:{_VERY} )?(?:like|love) (?:it|this|that"
         rf"|them)(?: {_VERY})*|wow|haha|lol|bravo",
         "Thank you!",
