@@ -3,7 +3,7 @@
 Design choices
 - The objects are not the held-out eight of the report. Nothing else is new to the model, so that new objects are made:
   each is two trained sprites joined, the upper half of one over the lower half of the other, under a name of its own.
-- The judge knows no such object. Fidelity is how alike pictures are to true ones by its own features, between that of
+- The judge knows no such object. Fidelity is how similar pictures are to true ones by its own features, between that of
   the two parents (0) and that of other true pictures of the object (1).
 - Every method gets about the same number of stored values as LoRA of rank 8; prompts and seeds are those for tuning.
 - A cell is written when it is done, so that a stopped table goes on.
@@ -54,7 +54,7 @@ class Cell:
     """One method on one object.
 
     Attributes:
-        fidelity: 0 as unlike as the parents are, 1 as alike as true pictures are to each other.
+        fidelity: 0 as similar as the parents are, 1 as true pictures are to each other.
         drift: share of unrelated tuning prompts that were right and no longer are.
         bytes: of the file.
         seconds: of training.

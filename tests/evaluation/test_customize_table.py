@@ -31,6 +31,7 @@ def test_fidelity_is_high_for_true_pictures_and_low_for_others(name: str) -> Non
     assert fidelity_of(judge, other, name) < 0.3
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_once(tmp_path: Path) -> None:
     found = table(tmp_path, ["lokr"], ["catcar"], steps=1, limit=0)
     again = table(tmp_path, ["lokr"], ["catcar"], steps=1, limit=0)

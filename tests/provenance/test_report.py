@@ -37,7 +37,7 @@ def _picture(folder: Path, name: str = "a.png") -> Path:
     return folder / name
 
 
-def test_settings_and_what_was_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_what_was_not_searched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "available", lambda: False)
     done = CliRunner().invoke(
         mm.cli.app, ["provenance", str(_picture(tmp_path)), "--json", str(tmp_path / "found.json")]
@@ -45,7 +45,7 @@ def test_settings_and_what_was_not_looked_for(tmp_path: Path, monkeypatch: pytes
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].startswith("settings: prompt a red star, seed 7")
-    assert lines[1] == "fingerprint: not looked for; give the fingerprint's file (--fingerprint)"
+    assert lines[1] == "fingerprint: not searched for; give the fingerprint's file (--fingerprint)"
     assert lines[2] == f"content credentials: {credentials.MISSING}"
     assert json.loads((tmp_path / "found.json").read_text())["settings"]["seed"] == 7
     other = CliRunner().invoke(mm.cli.app, ["provenance", str(_picture(tmp_path, "b.jpg"))])
