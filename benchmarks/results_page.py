@@ -2,9 +2,10 @@
 
     python benchmarks/results_page.py runs/ docs/results.md
 
-`runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json, edit.json,
-chat.json (the commands of those names), ett.json and encoders.json (`mm.training.studies`), generate.json, linear.json
-and quantized.json (`benchmarks/`). Where one is missing, the page keeps what it said: the section of an earlier report.
+`runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json,
+understand-wide.json (`--wide`), edit.json, chat.json (the commands of those names), ett.json and encoders.json
+(`mm.training.studies`), generate.json, linear.json and quantized.json (`benchmarks/`). Where one is missing, the page
+keeps what it said: the section of an earlier report.
 """
 
 from __future__ import annotations
@@ -106,6 +107,20 @@ def understand_section(report: dict[str, Any]) -> str:
     return f"## Reading\n\n{command}\n\n{table(['kind', 'accuracy', '95 % interval', 'n'], rows)}\n\n{text}"
 
 
+def wide_section(report: dict[str, Any]) -> str:
+    """Reading, in other wordings."""
+    s, every = report["settings"], report["all questions"]
+    rows = [
+        [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])] for k, t in report["tasks"].items()
+    ]
+    interval = f"{every['low']:.3f} - {every['high']:.3f}"
+    rows.append(["all questions", f"{every['score']:.3f}", interval, str(report["n"])])
+    rows.append(["**mean of the kinds**", f"**{report['overall']:.3f}**", "", ""])
+    text = f"`mm eval understand --wide --limit {s['limit']} --seed {s['seed']} --each {s['each']}`: "
+    text += f"{report['wordings']} held-out wordings (`{s['wordings']}`) about held-out scenes."
+    return f"## Reading, in other wordings\n\n{text}\n\n{table(['kind', 'right', '95 % interval', 'n'], rows)}"
+
+
 def edit_section(report: dict[str, Any]) -> str:
     """Editing."""
     s = report["settings"]
@@ -128,7 +143,9 @@ def chat_section(report: dict[str, Any]) -> str:
         [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])]
         for k, t in (report["tasks"] | {"conversations without a fault": report["faultless"]}).items()
     ]
-    text = f"`mm eval chat --seed {report['settings']['seed']}`: {len(report['turns']) // 4} scripts of four turns; "
+    text = (
+        f"`mm eval chat --seed {report['settings']['seed']}`: {report['faultless']['n']} scripts, {report['n']} turns; "
+    )
     text += f"one who draws the renderer's truth gets {report['ceiling']:.3f} of all turns right by the judge."
     return f"## Conversations\n\n{text}\n\n{table(['turns', 'right', '95 % interval', 'n'], rows)}"
 
@@ -247,6 +264,7 @@ MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "compose-codes": ("## Compose, codes mode", compose_section),
     "reconstruct": ("## Tokenizers", reconstruct_section),
     "understand": ("## Reading", understand_section),
+    "understand-wide": ("## Reading, in other wordings", wide_section),
     "edit": ("## Editing", edit_section),
     "chat": ("## Conversations", chat_section),
     "ett": ("## Tuning the tokenizer end to end (ETT)", ett_section),

@@ -9,8 +9,7 @@ from typing import Any
 from diffusers.utils.outputs import BaseOutput
 
 from mm.core.errors import UserError
-
-DESCRIBE = "describe the picture"
+from mm.world.asking.trained import DESCRIBE
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from mm.engine.batching import rounds_activations
 
 
-def parts_of(pipe: Any, pictures: int) -> list[slice]:
-    """The pictures of a call in parts that are drawn together."""
-    if pictures > 1 and rounds_activations(pipe):
+def parts_of(pipe: Any, pictures: int, *, singly: bool = False) -> list[slice]:
+    """The pictures of a call in parts that are drawn together; `singly`: each alone in any case."""
+    if pictures > 1 and (singly or rounds_activations(pipe)):
         return [slice(k, k + 1) for k in range(pictures)]
     return [slice(0, pictures)]
 

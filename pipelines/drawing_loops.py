@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from mm.families.mm_tiny import GUIDANCE
 from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
-from mm.pipelines.guidance import GuidanceBranches
+from mm.pipelines.fast import FastFlow
+from mm.pipelines.flow_velocity import FlowVelocity
+from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
 from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import code_steps, gumbel_noise
 from mm.tokenizers import Bridge
-
-# Share of `guidance_scale - 1` that is applied in codes mode, where features are mixed: the default becomes 3 there.
-CODES_GUIDANCE = 2 / (GUIDANCE - 1)
 
 
 def flow_steps(
@@ -54,26 +52,38 @@ def flow_steps(
         The latents (B, C, H, W).
     """
     scheduler = run.scheduler
-    if run.sigmas is None:
-        scheduler.set_timesteps(steps, device=latents.device)
-    else:
-        scheduler.set_timesteps(sigmas=list(run.sigmas), device=latents.device)
+    _set_levels(scheduler, run, steps, latents.device)
     run.num_timesteps = len(scheduler.timesteps)
     # Schedulers that draw noise of their own draw each picture's from its generator, too.
     own_noise = "generator" in inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": list(generators)} if own_noise else {}
+    step_velocity = FlowVelocity(
+        trunk, velocity_decoder, branches, run, [_sigma(scheduler, t) for t in scheduler.timesteps]
+    )
     for i, timestep in enumerate(scheduler.timesteps):
         if run.interrupt:
             break
-        repeated = latents.repeat(len(branches), 1, 1, 1)
-        sigma = (timestep / scheduler.config.num_train_timesteps).float().expand(len(repeated))
-        features = trunk(repeated.to(trunk.dtype), sigma, branches.cache, "flow")
-        velocity = velocity_decoder(repeated.to(velocity_decoder.dtype), sigma, features).float()
-        velocity = branches.mix(velocity, run.guidance_scale)
+        velocity = step_velocity(i, latents)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
         latents = on_step(i, timestep, latents)
         yield i + 1
     return latents
+
+
+def _set_levels(scheduler: Any, run: Run, steps: int, device: torch.device) -> None:
+    """Sets the scheduler's noise levels: those of the call, those of `FastFlow.spaced`, or its own."""
+    levels = run.sigmas
+    if levels is None and isinstance(run.fast, FastFlow) and run.fast.spaced:
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            levels = [1 - step / steps for step in range(steps)]
+    if levels is None:
+        scheduler.set_timesteps(steps, device=device)
+    else:
+        scheduler.set_timesteps(sigmas=list(levels), device=device)
+
+
+def _sigma(scheduler: Any, timestep: Any) -> torch.Tensor:
+    return (timestep / scheduler.config.num_train_timesteps).float()
 
 
 def code_filling(
@@ -99,7 +109,7 @@ def code_filling(
     codes_BLK = torch.zeros(len(generators), height * width, channels, dtype=torch.int64, device=device)
     latents = torch.zeros(len(generators), channels, height, width, device=device)
     run.num_timesteps = len(plan)
-    for i, (masked_BL, now_BN, known, heat) in enumerate(plan):
+    for i, (masked_BL, now_BN, known, heat, _) in enumerate(plan):
         if run.interrupt:
             break
         masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)

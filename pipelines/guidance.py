@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mm.core.errors import UserError
+from mm.families.mm_tiny import GUIDANCE
 from mm.models.cache import PromptCache
 
+# Share of `guidance_scale - 1` that is applied in codes mode, where features are mixed: the default becomes 3 there.
+CODES_GUIDANCE = 2 / (GUIDANCE - 1)
 Weight = Callable[[float], float]
 
 
@@ -36,6 +39,7 @@ class GuidanceBranches:
         scale: float,
         complete: bool,
     ) -> None:
+        self.full = full
         self.cache = PromptCache.cat([full, *(cache for cache, _ in others)]) if others else full
         self.weights = [weight for _, weight in others]
         self.scale, self.complete = scale, complete
@@ -43,13 +47,14 @@ class GuidanceBranches:
     def __len__(self) -> int:
         return 1 + len(self.weights)
 
-    def mix(self, out: torch.Tensor, scale: float, share: float = 1.0) -> torch.Tensor:
+    def mix(self, out: torch.Tensor, scale: float, share: float | torch.Tensor = 1.0) -> torch.Tensor:
         """Mixes the branches' outputs.
 
         Args:
             out: Outputs (N * B, ...), branch after branch.
             scale: The guidance scale now.
-            share: Share of the other branches' weights that counts; 0 takes the first branch alone.
+            share: Share of the other branches' weights that counts, or a tensor of shares that fits the outputs; 0
+                takes the first branch alone.
 
         Raises:
             UserError: The scale was changed in a run that computes too few branches for that.

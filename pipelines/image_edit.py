@@ -98,6 +98,7 @@ class ImageEditPipeline(TextToImagePipeline):
         image_guidance_scale: float | None = None,
         mode: str = "flow",
         num_images_per_prompt: int = 1,
+        strict: bool = False,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -121,6 +122,7 @@ class ImageEditPipeline(TextToImagePipeline):
             image_guidance_scale: Guidance towards the source.
             mode: "flow" or "codes".
             num_images_per_prompt: Results for each picture.
+            strict: Whether an instruction with words that are not understood is refused.
             generator: As in `TextToImagePipeline`, as are the arguments below.
             latents: Starting noise (B, 16, 8, 8) of flow mode.
             output_type: "pil", "np", "pt" or "latent".
@@ -137,7 +139,9 @@ class ImageEditPipeline(TextToImagePipeline):
         """
         guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
-        prompts = check_prompts([prompt] if isinstance(prompt, str) else list(prompt), self.text_tokenizer)
+        prompts = check_prompts(
+            [prompt] if isinstance(prompt, str) else list(prompt), self.text_tokenizer, "edit", strict=strict
+        )
         negatives = negatives_of(negative_prompt, self.text_tokenizer)
         num_inference_steps = steps_for(mode, num_inference_steps)
         pictures = as_pictures(image)

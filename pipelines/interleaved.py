@@ -1,27 +1,29 @@
 """`InterleavedPipeline`: a conversation of words and pictures, in and out.
 
 Design choices
-- The text head decides: after the user's turn it generates words, or `<image>`, and then a picture is drawn.
-- The conversation is one growing text (`mm.models.dialogue`), encoded once: a turn costs only its own tokens
-  (`TextState`). A drawn picture is added as understanding tokens of its latents, without decoding; pictures from the
-  user pass through the understanding encoder.
-- The last picture of the conversation is the source of the next drawing, whether that edits it or draws something new:
-  the model was trained to distinguish the two by the words.
+- The words of a turn decide what it wants (`mm.world.asking.intents`): a new picture, a change of the last picture, an
+  answer about it, or a short reply without any picture.
+- The model reads only what matters for the turn. A new picture is drawn from its own words, as `TextToImagePipeline`
+  does; a change is made from the last picture and the instruction, as `ImageEditPipeline` does; an answer comes from
+  the last picture and the question. The trunk was trained on conversations of two pictures, and in longer ones it
+  mistook "draw ..." for a change of the last picture. So a conversation may now be of any length.
+- "it" is resolved before the model reads the words, from what the last picture shows and what was mentioned last.
+- A drawn picture is read from its latents, without decoding; pictures from the user pass through the understanding
+  encoder.
 - A turn is a generator of events, so that words, steps and pictures can be shown at once and a turn can be stopped.
 - All state of a conversation is in `Conversation`, all state of a drawing in its `Run`, so that several conversations
   on one pipeline may be interleaved.
-- A conversation is bounded by the trunk's `max_text`; a turn that would not fit raises before anything is generated,
-  and the caller starts a new conversation.
 
-Legend: C = 16 channels, H = W = 8 latents, V words.
+Legend: C = 16 channels, H = W = 8 latents, S understanding tokens, D width.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers expects the name in our modules
@@ -31,50 +33,46 @@ from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.models.cache import PromptCache, TextState
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue, detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown
 from mm.pipelines.drawing_loops import flow_steps
-from mm.pipelines.guidance import GuidanceBranches
+from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import to_tensor
-from mm.pipelines.prompt_encoding import check_prompts
+from mm.pipelines.prompt_encoding import added_names, check_prompts, left_padded
+from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
+from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
+from mm.world.asking import small_talk
+from mm.world.asking.counting import facts_of
+from mm.world.asking.edit_words import Refused, change_of, steps_of
+from mm.world.asking.intents import Intent, intent_of
+from mm.world.asking.phrases import clause_of
+from mm.world.asking.plans import is_absent, plan, run
+from mm.world.asking.query import CATEGORIES, Query, Thing
+from mm.world.asking.replies import no_thing
+from mm.world.facts import Facts
+
+T = TypeVar("T")
+
+NOTHING_TO_UNDO = "There is nothing to undo."
+NOTHING_DRAWN = f"Nothing was drawn yet. {small_talk.SAY_WHAT}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
-    """A word, a step of a drawing, the picture, or the end of the turn."""
+class _Drawing:
+    """How the pictures of a turn are drawn; see `InterleavedPipeline.turn`."""
 
-    kind: Literal["word", "step", "picture", "end"]
-    word: str = ""
-    step: int = 0
-    steps: int = 0
-    picture: Image.Image | None = None
-
-
-@dataclass(kw_only=True)
-class Conversation:
-    """The state of a conversation.
-
-    Attributes:
-        dialogue: All tokens so far.
-        state: The trunk's state after the tokens that it has encoded.
-        read: How many tokens it has encoded.
-        latents: Latents (1, C, H, W) of the last picture.
-        pictures: How many pictures were drawn.
-    """
-
-    dialogue: Dialogue
-    state: TextState | None = None
-    read: int = 0
-    latents: torch.Tensor | None = None
-    pictures: int = 0
+    seed: int
+    steps: int
+    scale: float
+    max_words: int
 
 
 class InterleavedPipeline(ImageEditPipeline):
@@ -111,7 +109,7 @@ class InterleavedPipeline(ImageEditPipeline):
 
     def start(self) -> Conversation:
         """A new, empty conversation."""
-        return Conversation(dialogue=Dialogue(self.text_tokenizer, self.understanding_connector.tokens_per_picture))
+        return Conversation()
 
     @torch.no_grad()
     def turn(
@@ -130,32 +128,38 @@ class InterleavedPipeline(ImageEditPipeline):
         A turn that is stopped in between (the generator is closed) or fails leaves the conversation as it was before.
 
         Args:
-            conversation: Changed in place.
+            conversation: Changed in place, at the end of the turn.
             words: What the user says.
             picture: A path or a PIL picture that the user gives.
             seed: Picture k of the conversation has seed + k.
             steps: Sampling steps of a picture.
             guidance_scale: Of classifier-free guidance.
-            max_words: The longest reply in words.
+            max_words: The longest answer of the model in words.
 
         Yields:
             Events in the order in which they happen.
 
         Raises:
-            UserError: The words are empty, or the conversation is too long for another turn.
+            UserError: The words are empty, or the picture cannot be read.
+
+        Warns:
+            UserWarning: For words that are not understood, and where the oldest picture of a long conversation is
+                forgotten.
         """
-        check_prompts([words], self.text_tokenizer)
-        tokens, pictures = len(conversation.dialogue), len(conversation.dialogue.pictures)
-        before = (conversation.state, conversation.read, conversation.latents, conversation.pictures)
-        done = False
-        try:
-            logits = self._read_user_turn(conversation, words, picture, max_words)
-            yield from self._reply(conversation, logits, seed, steps, guidance_scale, max_words)
-            done = True
-        finally:
-            if not done:
-                conversation.dialogue.rewind(tokens, pictures)
-                conversation.state, conversation.read, conversation.latents, conversation.pictures = before
+        if not isinstance(words, str):
+            raise UserError(f"a turn is a text, got {type(words).__name__} {words!r}")
+        if not words.strip():
+            raise UserError("the turn is empty (the prompt is empty); say what to draw, change or describe")
+        now = conversation.copy()
+        scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
+        how = _Drawing(seed=seed, steps=steps, scale=scale, max_words=max_words)
+        if picture is not None:
+            _warn_if_full(now.add(self._given(picture)))
+        intent = intent_of(words, now.last is not None, added_names(self.text_tokenizer))
+        yield from self._reply(now, intent, how)
+        now.turns += 1
+        conversation.become(now)
+        yield Event(kind="end")
 
     def chat(self, turns: Sequence[str], *, seed: int = 0, steps: int = 12) -> list[tuple[str, Image.Image | None]]:
         """Runs a whole conversation; returns text and picture of each reply."""
@@ -170,77 +174,87 @@ class InterleavedPipeline(ImageEditPipeline):
             out.append((detokenize(text), drawn))
         return out
 
-    def _read_user_turn(self, conversation: Conversation, words: str, picture: Any, max_words: int) -> torch.Tensor:
-        """Adds and encodes the user's turn; logits (V,) of the reply's first token."""
-        dialogue = conversation.dialogue
-        dialogue.user(words, *(() if picture is None else (picture,)))
-        free = self.trunk.config.max_text - len(dialogue)
-        if free < max_words + dialogue.tokens_per_picture + 2:  # the longest reply: words, then a picture
-            raise UserError(
-                f"the conversation is {len(dialogue)} tokens long and this model reads "
-                f"{self.trunk.config.max_text}; start a new one (mm chat: /new)"
-            )
-        understanding = None
-        if picture is not None:
-            pixels = to_tensor([picture], self.autoencoder.config.sample_size).to(self._execution_device)
-            conversation.latents = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).float()
-            tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
-            understanding = self.understanding_connector(tokens.to(self.understanding_connector.dtype))
-        return self._advance(conversation, understanding)
-
-    def _advance(self, conversation: Conversation, understanding: torch.Tensor | None = None) -> torch.Tensor:
-        """Encodes the tokens added since the last call; logits (V,) of the next token."""
-        new = conversation.dialogue.ids[conversation.read :]
-        ids = torch.tensor([new], device=self._execution_device)
-        logits, conversation.state = self.trunk.read(ids, None, understanding, conversation.state)
-        conversation.read = len(conversation.dialogue.ids)
-        return logits[0, -1, : len(self.text_tokenizer)].float()
-
-    def _reply(
-        self,
-        conversation: Conversation,
-        logits: torch.Tensor,
-        seed: int,
-        steps: int,
-        scale: float | None,
-        max_words: int,
-    ) -> Iterator[Event]:
-        """Generates words greedily up to `<end>`, or until a picture is drawn."""
-        dialogue = conversation.dialogue
-        end, image, codes = (dialogue.token(t) for t in ("<end>", "<image>", "<codes>"))
-        for _ in range(max_words):
-            best = int(logits.argmax())
-            if best in (image, codes):
-                yield from self._draw(conversation, seed + conversation.pictures, steps, scale)
-                break
-            dialogue.add([best], learned=True)
-            logits = self._advance(conversation)
-            if best == end:
-                break
-            yield Event(kind="word", word=str(self.text_tokenizer.convert_ids_to_tokens(best)))
+    def _reply(self, now: Conversation, intent: Intent, how: _Drawing) -> Iterator[Event]:
+        """The events of a turn; changes `now`."""
+        if intent.kind == "draw":
+            yield from self._draw_new(now, intent.words, how)
+        elif intent.kind == "edit":
+            yield from self._edit_last(now, intent.words, how)
+        elif intent.kind == "ask":
+            yield from _said(self._answer_about(now, intent.words, how.max_words))
+        elif intent.kind == "again":
+            yield from self._draw_new(now, now.drawn, how) if now.drawn is not None else _said(NOTHING_DRAWN)
+        elif intent.kind == "undo":
+            yield from self._undo(now)
         else:
-            dialogue.add([end], learned=True)
-            self._advance(conversation)
-        yield Event(kind="end")
+            yield from _said(intent.reply)
 
-    def _draw(self, conversation: Conversation, seed: int, steps: int, scale: float | None) -> Iterator[Event]:
-        """Draws a picture and adds its understanding tokens to the conversation."""
-        scale = self.default_guidance[0] if scale is None else scale
-        conversation.dialogue.starts_drawing()
-        self._advance(conversation)
-        assert conversation.state is not None
-        branches = self._conversation_branches(conversation.state.prompt, conversation.latents, scale)
+    def _draw_new(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
+        """Draws a new picture, as `TextToImagePipeline` does; "..., then add a dog" changes it after that."""
+        first, *changes = steps_of(words, drawn=True)
+        (prompt,) = check_prompts([first], self.text_tokenizer)
+        branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
+        yield from self._drawn(now, branches, how)
+        named = clause_of(first.lower(), added_names(self.text_tokenizer)).things
+        now.drawn, now.topic = first, named[0].name if named else None
+        for change in changes:
+            yield from self._edit_last(now, change, how)
+
+    def _edit_last(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
+        """Changes the last picture step by step, or says why that is not possible; then none of the steps is made."""
+        steps, names = steps_of(words), added_names(self.text_tokenizer)
+        self._described(now, how.max_words)
+        changes = [change_of(step, now.seen, names) for step in steps]
+        refused = next((change for change in changes if isinstance(change, Refused)), None)
+        if refused is not None:
+            yield from _said(refused.reply)
+            return
+        for step in steps:
+            facts = self._described(now, how.max_words)
+            change = change_of(step, now.seen, names)
+            if isinstance(change, Refused):  # after an earlier step, which changed what "it" can be
+                yield from _said(change.reply)
+                return
+            target = None if change.target is None else Thing(name=change.target)
+            source = now.shown[-1]
+            if target is not None and not facts.named(target.name):
+                if self._run(source, is_absent(target), how.max_words):
+                    yield from _said(f"T{no_thing(target)[1:]}, so nothing was changed.")
+                    return
+            (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
+            yield from self._drawn(now, self._change_branches(instruction, source, how.scale), how)
+            now.topic = change.topic
+
+    def _undo(self, now: Conversation) -> Iterator[Event]:
+        """Goes back to the picture before the last one, and shows it."""
+        if len(now.shown) < 2:
+            yield from _said(NOTHING_TO_UNDO)
+            return
+        now.shown.pop()
+        before = now.shown[-1]
+        yield Event(kind="picture", picture=self._decode(before.latents, "pil")[0], seed=before.seed)
+
+    def _drawn(self, now: Conversation, branches: GuidanceBranches, how: _Drawing) -> Iterator[Event]:
+        """Draws a picture and adds it to the conversation."""
+        seed = how.seed + now.pictures
         generators = picture_generators(torch.Generator().manual_seed(seed), 1)
         noise = self.prepare_latents(generators, None)
-        with self._new_run(guidance_scale=scale) as run:
+        with self._new_run(guidance_scale=how.scale) as run_:
             parts = (self.trunk, self.velocity_decoder, noise)
-            drawing = flow_steps(*parts, generators, branches, steps, run, run.step_callback(self, None, ()))
-            latents = yield from _as_events(drawing, steps)
-        picture = self._decode(latents, "pil")[0]
-        conversation.latents, conversation.pictures = latents, conversation.pictures + 1
-        conversation.dialogue.has_drawn(None)
-        self._advance(conversation, self._latent_tokens(latents))
-        yield Event(kind="picture", picture=picture)
+            drawing = flow_steps(*parts, generators, branches, how.steps, run_, run_.step_callback(self, None, ()))
+            latents = yield from _as_events(drawing, how.steps)
+        now.pictures += 1
+        _warn_if_full(now.add(Shown(latents=latents, tokens=self._latent_tokens(latents), seed=seed)))
+        yield Event(kind="picture", picture=self._decode(latents, "pil")[0], seed=seed)
+
+    def _given(self, picture: Any) -> Shown:
+        """A picture of the user."""
+        pixels = to_tensor([picture], self.autoencoder.config.sample_size).to(self._execution_device)
+        latents = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).float()
+        tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
+        return Shown(
+            latents=latents, tokens=self.understanding_connector(tokens.to(self.understanding_connector.dtype))
+        )
 
     def _latent_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         """Understanding tokens of a drawn picture, from its latents (1, C, H, W)."""
@@ -249,16 +263,55 @@ class InterleavedPipeline(ImageEditPipeline):
         tokens = encoder.encode_patches(patches.to(encoder.dtype))[1]
         return self.understanding_connector(tokens.to(self.understanding_connector.dtype))
 
-    def _conversation_branches(self, words: PromptCache, source: torch.Tensor | None, scale: float) -> GuidanceBranches:
-        """The branches of the conversation, of its source picture alone where there is one, and of an empty prompt."""
+    def _change_branches(self, instruction: str, source: Shown, scale: float) -> GuidanceBranches:
+        """The branches of the instruction with its source, of the source alone, and of an empty prompt."""
         image_scale = self.default_guidance[1]
+        full = self._prompt_cache([instruction], source.tokens, source.latents)
+        alone = self._prompt_cache([""], source.tokens, source.latents)
         empty = self._prompt_cache([""], None, None)
-        if source is None:
-            return GuidanceBranches(words, [(empty, lambda now: 1 - now)], scale=scale, complete=True)
-        full = self.trunk.encode_picture(source.to(self.trunk.dtype), words)
-        alone = self._prompt_cache([""], self._latent_tokens(source), source)
         others = [(alone, lambda now: image_scale - now), (empty, lambda _: 1 - image_scale)]
         return GuidanceBranches(full, others, scale=scale, complete=True)
+
+    def _answer_about(self, now: Conversation, question: str, max_words: int) -> str:
+        """The answer to a question about the last picture."""
+        query = read_question(question, self.text_tokenizer)
+        said = self._run(now.shown[-1], plan(query, now.topic), max_words)
+        if isinstance(query, Query) and query.things and query.things[0].name not in CATEGORIES:
+            now.topic = query.things[0].name
+        return said
+
+    def _described(self, now: Conversation, max_words: int) -> Facts:
+        """What the last picture shows; asked once a picture."""
+        last = now.shown[-1]
+        facts = self._run(last, facts_of(), max_words) if last.facts is None else last.facts
+        now.shown[-1] = replace(last, facts=facts)
+        return facts
+
+    def _run(self, shown: Shown, asked: Generator[list[str], list[str], T], max_words: int) -> T:
+        """The result of a plan about one picture."""
+        (out,) = run([asked], lambda _, questions: self._ask(shown, questions, max_words))
+        return out
+
+    def _ask(self, shown: Shown, questions: Sequence[str], max_words: int) -> list[str]:
+        """The model's own answers to questions about one picture."""
+        tokens = shown.tokens.expand(len(questions), -1, -1)
+        rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
+        ids, mask = left_padded(rows, self._execution_device)
+        return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)
+
+
+def _said(reply: str) -> Iterator[Event]:
+    """A reply word by word."""
+    for word in reply.split():
+        yield Event(kind="word", word=word)
+
+
+def _warn_if_full(full: bool) -> None:
+    if full:
+        warnings.warn(
+            f"the conversation keeps {MAX_SHOWN} pictures; the oldest is forgotten and undo cannot go back to it",
+            stacklevel=4,
+        )
 
 
 def _as_events(drawing: Generator[int, None, torch.Tensor], steps: int) -> Generator[Event, None, torch.Tensor]:

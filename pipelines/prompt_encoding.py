@@ -1,8 +1,8 @@
 """Checks prompts, warns of unknown words, and turns prompts into tokens.
 
 Design choices
-- Unknown words are named in a warning, each once a call, with the nearest known ones: the model reads `<unk>` there,
-  and without a warning the picture would seem to ignore the prompt.
+- Prompts are read by `mm.world.lexicon`: synonyms become the model's own words, and what the model does not know is
+  named in a warning, once a call. Without a warning the picture would seem to ignore the prompt.
 - Prompts are padded to a multiple of 32 tokens, which is one length for all but the longest, and a mask hides the
   padding: the arithmetic of a prompt hardly depends on what else is in its batch.
 """
@@ -18,7 +18,8 @@ import torch
 
 from mm.core.errors import UserError
 from mm.models.cache import PromptCache
-from mm.models.text import nearest_words, unknown_words
+from mm.world import lexicon
+from mm.world.lexicon_tables import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,39 +28,58 @@ _CALLER = 5  # frames from here to who called the pipeline: check_inputs, __call
 _STEP = 32  # prompts are padded to a multiple of this many tokens
 
 
-def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Checks prompts and warns of unknown words and of prompts that are too long.
+def check_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, task: Task = "draw", *, strict: bool = False
+) -> list[str]:
+    """Reads prompts, and warns of what is not understood and of prompts that are too long.
+
+    Args:
+        prompts: In any wording.
+        tokenizer: Of the model; words that were added to it are known.
+        task: Whose words are known: "draw" or "edit".
+        strict: Whether what is not understood is an error.
 
     Returns:
-        The prompts; what the model cannot read of a long one is cut off, as diffusers does.
+        The prompts in the model's words; what it cannot read of a long one is cut off, as diffusers does.
 
     Raises:
-        UserError: Where there is no prompt, or one is empty or no text.
+        UserError: Where there is no prompt, or one is empty or no text; with `strict` for what is not understood.
     """
     if not prompts:
         raise UserError("there is no prompt in the list; say what to draw, for example ['two red cats on grass']")
-    known = set(tokenizer.get_vocab())
-    warned: set[str] = set()
+    names = added_names(tokenizer)
+    warned: dict[str, None] = {}
     out = []
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is a text, got {type(prompt).__name__} {prompt!r}")
         if not prompt.strip():
             raise UserError("the prompt is empty; say what to draw, for example 'two red cats on grass'")
-        out.append(read := cut(prompt, tokenizer))
-        if read != prompt:
-            warnings.warn(
+        fitting = cut(prompt, tokenizer)
+        found = lexicon.read(fitting, task, names)
+        if strict and found.problems:
+            raise UserError(f"{prompt.strip()[:200]!r} is refused (strict): {'; '.join(found.problems)}")
+        if fitting != prompt:
+            warned[
                 f"the prompt is longer than the {tokenizer.model_max_length} tokens that the model reads; ignored: "
-                f"{prompt[len(read) :].strip()[:80]!r}",
-                stacklevel=_CALLER,
-            )
-        for word in unknown_words(read, known):
-            if word not in warned:
-                warned.add(word)
-                near = ", ".join(nearest_words(word))
-                hint = f"; nearest known: {near}" if near else ""
-                warnings.warn(f"the model does not know the word {word!r} and ignores it{hint}", stacklevel=_CALLER)
+                f"{prompt[len(fitting) :].strip()[:80]!r}"
+            ] = None
+        warned |= dict.fromkeys(found.notices)
+        out.append(cut(found.text, tokenizer))
+    for line in warned:
+        warnings.warn(line, stacklevel=_CALLER)
     return out
+
+
+def in_own_words(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Prompts in the model's words, without a warning."""
+    names = added_names(tokenizer)
+    return [lexicon.read(prompt, names=names).text for prompt in prompts]
+
+
+def added_names(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """Names of things that were added to a tokenizer after its training, such as "<mug>"."""
+    return frozenset(tokenizer.get_added_vocab()) - frozenset(tokenizer.all_special_tokens)
 
 
 def cut(prompt: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -121,8 +141,9 @@ def conditions(
     negative_prompt_embeds: PromptCache | None = None,
     *,
     checked: bool = True,
+    strict: bool = False,
 ) -> Conditions:
-    """What a call is conditioned on; `checked`: whether prompts are checked and warned of.
+    """What a call is conditioned on; `checked`: whether prompts are read and warned of, `strict`: see `check_prompts`.
 
     Raises:
         UserError: Where a text and its cache are both given, or neither, and for wrong prompts.
@@ -136,7 +157,7 @@ def conditions(
         prompts = prompt_embeds
     else:
         texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        prompts = check_prompts(texts, tokenizer) if checked else texts
+        prompts = check_prompts(texts, tokenizer, strict=strict) if checked else in_own_words(texts, tokenizer)
     negatives = negatives_of(negative_prompt, tokenizer) if negative_prompt_embeds is None else negative_prompt_embeds
     return Conditions(prompts=prompts, negatives=negatives, each=each)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mm.core.errors import UserError
+from mm.pipelines.fast import FastCodes, FastFlow
 
 StepCallback = Callable[[int, Any, torch.Tensor], torch.Tensor]
 _CURRENT: ContextVar[Run | None] = ContextVar("run of the step callback", default=None)
@@ -36,6 +37,7 @@ class Run:
         scheduler: A copy of the pipeline's scheduler; None where no scheduler is used.
         sigmas: Noise levels of the steps, where the call gives them.
         temperature: Of sampling in codes mode.
+        fast: Settings of less work a picture (`FastFlow` or `FastCodes`); None does all of it.
         num_timesteps: Steps of the run.
         interrupt: Whether to stop before the next step.
     """
@@ -44,6 +46,7 @@ class Run:
     scheduler: Any = None
     sigmas: Sequence[float] | None = None
     temperature: float = 1.0
+    fast: FastFlow | FastCodes | None = None
     num_timesteps: int = 0
     interrupt: bool = False
 

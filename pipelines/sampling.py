@@ -73,13 +73,14 @@ def revisions(steps: int) -> int:
 
 
 class CodeStep(NamedTuple):
-    """Which tokens are masked (B, L) and which are drawn now (B, N), the known share, and the share of the
-    temperature."""
+    """Which tokens are masked (B, L) and which are drawn now (B, N), the known share, the share of the temperature, and
+    for revisions all tokens in the order (B, L) of which the drawn ones are the first."""
 
     masked_BL: torch.Tensor
     now_BN: torch.Tensor
     known: float
     heat: float
+    order_BL: torch.Tensor | None = None
 
 
 def code_steps(generators: Sequence[torch.Generator], tokens: int, steps: int) -> Iterator[CodeStep]:
@@ -94,10 +95,11 @@ def code_steps(generators: Sequence[torch.Generator], tokens: int, steps: int) -
         known = tokens - left
     again = max(1, round(tokens * REVISED))
     for revision in range(revisions(steps)):
-        now_BN = torch.stack([torch.randperm(tokens, generator=g)[:again] for g in generators])
+        order_BL = torch.stack([torch.randperm(tokens, generator=g) for g in generators])
+        now_BN = order_BL[:, :again]
         masked_BL = torch.zeros(order_BL.shape, dtype=torch.bool).scatter(1, now_BN, True)
         heat = 1 - (1 - COOLED) * (revision + 1) / revisions(steps)
-        yield CodeStep(masked_BL, now_BN, 1 - again / tokens, heat)
+        yield CodeStep(masked_BL, now_BN, 1 - again / tokens, heat, order_BL)
 
 
 def check_sigmas(

@@ -13,7 +13,7 @@ Legend: B pictures (prompts times pictures per prompt), C = 16 channels, H = W =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best
+from mm.pipelines.code_leaps import code_leaping
 from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
+from mm.pipelines.fast import decides_by_picture, settings_for
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
@@ -204,6 +206,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         temperature: float = CODES_TEMPERATURE,
         num_images_per_prompt: int = 1,
         best_of: int = 1,
+        fast: bool | Mapping[str, Any] = False,
+        strict: bool = False,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
@@ -233,8 +237,11 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             sigmas: Noise levels of the steps in flow mode, falling, each above 0; instead of num_inference_steps.
             prompt_embeds: An encoded prompt, as `encode_prompt` returns it, instead of `prompt`.
             negative_prompt_embeds: The same for the negative prompt.
+            strict: Whether a prompt with words that are not understood is refused, before anything is drawn.
             best_of: The most times that a picture is drawn, until the model's own counter reads the numbers of things
                 that the prompt asks for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
+            fast: Less work a picture (docs/fast.md): True is the measured mix, a mapping names single settings of
+                `mm.pipelines.fast`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
             return_dict: False returns a tuple of the pictures alone.
             attention_kwargs: `{"scale": x}` scales loaded LoRAs.
@@ -249,7 +256,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         Raises:
             UserError: For anything that cannot be drawn. Unknown words give a warning.
         """
-        steps = steps_for(mode, num_inference_steps if sigmas is None else len(sigmas))
+        less = None if fast is False else settings_for(mode, fast)
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        steps = steps_for(mode, steps if steps is not None or less is None else less.steps)
         side = self.side
         self.check_inputs(
             height=side if height is None else height,
@@ -264,8 +273,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         )
         levels = check_sigmas(sigmas, mode, num_inference_steps, self.scheduler)
         given = conditions(
-            self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds
-        )
+            self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds,
+            strict=strict,
+        )  # fmt: skip
         if temperature < 0:
             raise UserError(f"temperature is {temperature}; give 0 or more")
         check_best_of(best_of, latents)
@@ -275,7 +285,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             found = self._draw_best(
                 [text for text in given.prompts for _ in range(num_images_per_prompt)], generator, best_of,
                 negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
-                num_inference_steps=num_inference_steps, sigmas=sigmas,
+                num_inference_steps=num_inference_steps, sigmas=sigmas, fast=fast,
                 guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -287,11 +297,11 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
         with (
             self.scaled_lora(attention_kwargs),
-            self._new_run(guidance_scale=guidance_scale, temperature=temperature, sigmas=levels) as run,
+            self._new_run(guidance_scale=guidance_scale, temperature=temperature, sigmas=levels, fast=less) as run,
         ):
             on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
             done = []
-            for part in parts_of(self, len(generators)):
+            for part in parts_of(self, len(generators), singly=decides_by_picture(less)):
                 branches = text_branches(*given.caches(part, self._encode), guidance_scale)
                 start = None if noise is None else noise[part]
                 drawn = self._draw_latents(start, generators[part], branches, steps, run, on_step)
@@ -335,7 +345,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         else:
             side = int(self.trunk.config.latent_size)
             heads = (self.trunk, self.code_head, self.bridge, (side, side))
-            drawing = code_filling(*heads, generators, branches, steps, run, on_step)
+            draw = code_filling if run.fast is None else code_leaping
+            drawing = draw(*heads, generators, branches, steps, run, on_step)
         with self.progress_bar(total=steps) as bar:
             return finish(drawing, run, bar)
 

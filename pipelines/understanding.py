@@ -1,6 +1,9 @@
 """`UnderstandingPipeline`: questions about pictures, and descriptions.
 
 Design choices
+- A question may have any wording: it is parsed into a query, which is answered by questions that the model was trained
+  on (`mm.world.asking`). A question in a trained wording about something that is there goes to the model as it is.
+- A question that is not understood gets a reply that says so, and a warning; no answer is empty.
 - Understanding tokens are part of the trunk's text, in the same format as in training (`mm.models.dialogue`), and the
   text head answers word by word. Decoding is greedy, so that an answer is repeatable.
 - Rows of a batch are padded on the left, and positions count real tokens: an answer does not depend on its batch.
@@ -31,9 +34,11 @@ from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.pipelines.answers import UnderstandingOutput, paired
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.pictures import to_tensor
-from mm.pipelines.prompt_encoding import check_prompts, left_padded
+from mm.pipelines.prompt_encoding import left_padded
+from mm.pipelines.questions import read_questions
 from mm.pipelines.unified import UnifiedUnderstandingPipeline, kind_at
 from mm.tokenizers import Autoencoder
+from mm.world.asking.plans import plan, run
 
 OUTSIDE_BELOW = 21.0  # dB; see docs/reading.md for how it was chosen
 
@@ -89,12 +94,16 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
 
         Raises:
             UserError: A picture cannot be read, a question is empty, or lists of different lengths.
+
+        Warns:
+            UserWarning: A question is not understood; its answer then says what can be asked.
         """
         pictures, questions = paired(image, question)
-        check_prompts(questions, self.text_tokenizer)
+        queries = read_questions(questions, self.text_tokenizer)
         pixels = to_tensor(pictures, self.understanding_encoder.config.image_size).to(self._execution_device)
         quality = self._reconstruction_psnr(pixels)
-        answers = self._answer(pixels, questions, max_words)
+        tokens = self.understanding_tokens(pixels)
+        answers = run(list(map(plan, queries)), lambda rows, asked: self._answer(tokens[rows], asked, max_words))
         return UnderstandingOutput(answers=answers, outside=[p < OUTSIDE_BELOW for p in quality], psnr=quality)
 
     def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
@@ -104,6 +113,12 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
     def describe(self, pictures: Sequence[Any]) -> list[str]:
         """One description a picture."""
         return self(list(pictures)).answers
+
+    @torch.no_grad()
+    def model_answers(self, pictures: Sequence[Any], questions: Sequence[str], *, max_words: int = 48) -> list[str]:
+        """The model's own answer to each pair, whatever the wording; no question is parsed."""
+        pixels = to_tensor(list(pictures), self.understanding_encoder.config.image_size).to(self._execution_device)
+        return self._answer(self.understanding_tokens(pixels), questions, max_words)
 
     def understanding_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Understanding tokens (B, S, D) of pictures (B, 3, H, W) in [-1, 1], with counts where there is a counter."""
@@ -117,8 +132,8 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
         decoded = self.autoencoder.decode(self.autoencoder.encode(pixels.to(self.autoencoder.dtype)))
         return psnr(decoded.float().clamp(-1, 1), pixels.float(), data_range=2.0).tolist()
 
-    def _answer(self, pixels: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
-        tokens = self.understanding_tokens(pixels)
+    def _answer(self, tokens: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
+        """The model's answers; `tokens` (B, S, D) are the understanding tokens of each question's picture."""
         rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
         ids, mask = left_padded(rows, self._execution_device)
         return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)

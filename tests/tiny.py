@@ -65,39 +65,6 @@ def draw(pipe: TextToImagePipeline, prompt: Any = "two red cats on grass", **opt
     return pipe(prompt, **options).images
 
 
-def says(pipe, monkeypatch, *tokens: str) -> None:
-    """Makes the text head say these tokens, one after the other, whatever it has read."""
-    ids = iter(pipe.text_tokenizer.convert_tokens_to_ids(list(tokens)))
-    read = type(pipe)._advance
-
-    def advance(self, conversation, understanding=None):
-        logits = read(self, conversation, understanding)
-        chosen = next(ids, None)
-        if chosen is not None:
-            logits = torch.zeros_like(logits)
-            logits[chosen] = 1
-        return logits
-
-    monkeypatch.setattr(type(pipe), "_advance", advance)
-
-
-def says_in_order(monkeypatch, scripts: dict[str, list[str | None]], default: list[str | None]) -> None:
-    """Makes the text head of every conversation say the tokens of its script, None leaving its own choice.
-
-    A conversation's script is that of the first word of `scripts` in its first turn, else the default.
-    """
-    read, said = InterleavedPipeline._advance, {}
-
-    def advance(self, conversation, understanding=None):
-        logits = read(self, conversation, understanding)
-        if id(conversation) not in said:
-            text = self.text_tokenizer.convert_ids_to_tokens(conversation.dialogue.ids)
-            said[id(conversation)] = (conversation, iter(next((s for w, s in scripts.items() if w in text), default)))
-        token = next(said[id(conversation)][1], None)
-        if token is None:
-            return logits
-        chosen = torch.zeros_like(logits)
-        chosen[self.text_tokenizer.convert_tokens_to_ids(token)] = 1
-        return chosen
-
-    monkeypatch.setattr(InterleavedPipeline, "_advance", advance)
+def says(pipe: InterleavedPipeline, monkeypatch: Any, answer: str) -> None:
+    """Makes the model give this answer to every question in a conversation."""
+    monkeypatch.setattr(type(pipe), "_ask", lambda self, shown, questions, max_words: [answer] * len(questions))

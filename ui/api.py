@@ -71,6 +71,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         width: int | None = None,
         height: int | None = None,
         scheduler: str | None = None,
+        fast: bool = False,
     ) -> Iterator[Pictures]:
         """Draws pictures from a prompt; what is left out is the model's default.
 
@@ -78,7 +79,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         """
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
-            "negative": negative, "width": width, "height": height, "scheduler": scheduler,
+            "negative": negative, "width": width, "height": height, "scheduler": scheduler, "fast": fast,
         }  # fmt: skip
         yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
 
@@ -105,6 +106,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        fast: bool = False,
     ) -> Iterator[Pictures]:
         """Draws from a picture. task: edit, image_to_image or inpaint; left out, the model's first of these.
 
@@ -113,7 +115,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
             "negative": negative, "image_guidance": image_guidance, "strength": strength, "scheduler": scheduler,
-            "width": width, "height": height,
+            "width": width, "height": height, "fast": fast,
         }  # fmt: skip
         yield from _pictures(parts, lambda: _edit_request(can, task, values, picture, mask), request)
 

@@ -68,7 +68,7 @@ def build(parts: Parts, adapters: Sequence[tuple[str, float]] = ()) -> gr.Blocks
         with gr.Tabs():
             if "draw" in tasks:
                 with gr.Tab("Draw"):
-                    tabs["draw"] = DrawTab(parts, visit, list(_examples(engine)))
+                    tabs["draw"] = DrawTab(parts, visit, list(_examples(engine)), _words(engine))
             if tasks & set(WAYS):
                 with gr.Tab("Edit" if "edit" in tasks else "From a picture"):
                     tabs["picture"] = PictureTab(parts, visit)
@@ -83,9 +83,22 @@ def build(parts: Parts, adapters: Sequence[tuple[str, float]] = ()) -> gr.Blocks
     return page.queue(api_open=False, max_size=MAX_ORDERS)
 
 
-def _examples(engine: Engine) -> Sequence[str]:
+def _is_ours(engine: Engine) -> bool:
     family = family_of(engine.pipeline)
-    return EXAMPLES if family is not None and family.name == "mm-tiny" else PUBLIC_EXAMPLES
+    return family is not None and family.name == "mm-tiny"
+
+
+def _examples(engine: Engine) -> Sequence[str]:
+    return EXAMPLES if _is_ours(engine) else PUBLIC_EXAMPLES
+
+
+def _words(engine: Engine) -> list[tuple[Any, str]]:
+    """The words of our own model with little pictures."""
+    if not _is_ours(engine):
+        return []
+    from mm.world.word_sheet import word_pictures
+
+    return word_pictures()
 
 
 def _restore(page: gr.Blocks, parts: Parts, visit: gr.Textbox, tabs: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from mm.core.errors import UserError
 from mm.core.safe_json import parse_json
@@ -24,17 +25,23 @@ from mm.ui.uploads import settings_of_upload
 Fields = dict[str, Any]  # name of a request's field -> its component
 
 
+def number_field(value: float | None, *, label: str, **limits: Any) -> gr.Number | gr.Textbox:
+    """A field for a number; without a value it is a text field, since Gradio makes 0 of an empty number field."""
+    if value is None:
+        return gr.Textbox(label=label, placeholder="the model's own", max_lines=1, max_length=12, min_width=100)
+    return gr.Number(value, label=label, min_width=100, **limits)
+
+
 def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
     """Fields of what a drawing can set, as this model allows; built where it is called."""
     fields: Fields = {}
     with gr.Row():
-        fields["steps"] = gr.Number(
-            can.steps.get(can.modes[0] if can.modes else ""), minimum=1, maximum=MAX_STEPS, precision=0, label="Steps",
-            min_width=100,
-        )  # fmt: skip
+        fields["steps"] = number_field(
+            can.steps.get(can.modes[0] if can.modes else ""), minimum=1, maximum=MAX_STEPS, precision=0, label="Steps"
+        )
         if can.guidance_name is not None:
-            fields["guidance"] = gr.Number(
-                can.guidance, minimum=0, maximum=MAX_GUIDANCE, step=0.5, label="Guidance (1 = off)", min_width=100
+            fields["guidance"] = number_field(
+                can.guidance, minimum=0, maximum=MAX_GUIDANCE, step=0.5, label="Guidance (1 = off)"
             )
     if sized and not can.fixed_size:
         with gr.Row():
@@ -44,6 +51,9 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
                 )
     if can.modes:
         fields["mode"] = gr.Radio(list(can.modes), value=can.modes[0], label="Mode")
+    served = sized or set(can.fast_tasks) >= {"edit", "image_to_image", "inpaint"} & set(can.tasks)
+    if can.fast and served and not can.negative_needs:
+        fields["fast"] = gr.Checkbox(False, label="Fast: leave out work that changes a picture little")
     if can.negative and not can.negative_needs:
         fields["negative"] = gr.Textbox(
             label="Negative prompt", placeholder=can.negative_default or None, max_length=MAX_PROMPT, lines=1
@@ -67,9 +77,16 @@ class DrawTab:
         parts: of the page.
         visit: the component with the visit's name.
         examples: prompts to click.
+        words: that the model knows, each with a little picture; a click adds one to the prompt.
     """
 
-    def __init__(self, parts: Parts, visit: gr.Textbox, examples: list[str]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        visit: gr.Textbox,
+        examples: list[str],
+        words: Sequence[tuple[Image.Image, str]] = (),
+    ) -> None:
         self.parts, self.can = parts, parts.engine.capabilities
         self.fields: Fields = {}
         with gr.Row(elem_id="draw-tab"):
@@ -82,6 +99,8 @@ class DrawTab:
                 self.history = gr.Gallery(label="Drawn in this visit", elem_id="earlier", height="auto", **GALLERY)
             with gr.Column(elem_id="draw-more"):
                 self._more(examples)
+                if words:
+                    self._words(words)
         self._connect(visit)
 
     def _ask(self, examples: list[str]) -> None:
@@ -108,6 +127,18 @@ class DrawTab:
             gr.HTML('<p class="mm-title">Draw again like a PNG: drop it here, and its settings are filled in.</p>')
             self.like = gr.File(show_label=False, file_types=[".png"], height=130, elem_id="like")
         gr.Examples(examples, self.fields["prompt"], api_visibility="private")
+
+    def _words(self, words: Sequence[tuple[Image.Image, str]]) -> None:
+        with gr.Accordion("Words that the model knows", open=False, elem_id="words"):
+            gallery = gr.Gallery(
+                list(words), columns=8, height=260, allow_preview=False, object_fit="contain", elem_id="word-pictures",
+                show_label=False, interactive=False, format="png", buttons=[],
+            )  # fmt: skip
+
+        def add(prompt: str, event: gr.SelectData) -> str:
+            return f"{prompt.rstrip()} {words[int(event.index)][1]}".lstrip()
+
+        gallery.select(add, self.fields["prompt"], self.fields["prompt"], **AT_ONCE)
 
     def _connect(self, visit: gr.Textbox) -> None:
         shown_fields = list(self.fields.values())
@@ -169,6 +200,7 @@ class DrawTab:
             "prompt": asked.prompt, "negative": asked.negative or "", "width": size[0], "height": size[1],
             "seed": "" if asked.seed is None else str(asked.seed), "steps": self.can.steps_of(asked),
             "guidance": self.can.guidance_of(asked), "mode": self.can.mode(asked), "scheduler": asked.scheduler or "",
+            "fast": asked.fast is not False,
         }  # fmt: skip
         return [values.get(name, gr.skip()) for name in self.fields]
 
@@ -202,6 +234,8 @@ def _same_kind(field: Any, value: Any) -> Any:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         fits = fits and (low is None or value >= low) and (high is None or value <= high)
         return value if fits else gr.skip()
+    if isinstance(field, gr.Checkbox):
+        return value if isinstance(value, bool) else gr.skip()
     if isinstance(field, gr.Radio | gr.Dropdown):
         return value if value in [key for _, key in field.choices] else gr.skip()
     return gr.skip()

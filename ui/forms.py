@@ -46,9 +46,20 @@ def seed(value: object) -> int | None:
     return int(typed)
 
 
+def _from_text(value: object) -> object:
+    """The number in a text field; None for an empty one."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if value.strip() else None
+    except ValueError:
+        return value
+
+
 def whole(name: str, value: object) -> int | None:
-    """A whole number, also as 3.0; None and an empty text are no number."""
-    if value is None or value == "":
+    """A whole number, also as 3.0 or as text; None and an empty text are no number."""
+    value = _from_text(value)
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
         raise UserError(f"{name} is {shown(value)}; give a whole number")
@@ -56,12 +67,20 @@ def whole(name: str, value: object) -> int | None:
 
 
 def number(name: str, value: object) -> float | None:
-    """A number; None and an empty text are no number."""
-    if value is None or value == "":
+    """A number, also as text; None and an empty text are no number."""
+    value = _from_text(value)
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{name} is {shown(value)}; give a number")
     return float(value)
+
+
+def flag(name: str, value: object) -> bool:
+    """Yes or no; None is no."""
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{name} is {shown(value)}; give true or false")
+    return bool(value)
 
 
 def choice(name: str, value: object) -> str | None:
@@ -101,6 +120,7 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
         "guidance": number("guidance", values.get("guidance")),
         "mode": choice("mode", values.get("mode")),
         "scheduler": choice("scheduler", values.get("scheduler")),
+        "fast": flag("fast", values.get("fast")),
     }
 
 

@@ -142,8 +142,6 @@ class Orders:
                 return
             if event is not None:
                 now = self._after(now, event)
-            elif token.cancelled and now.state == "waiting":
-                now = replace(now, state="cancelled")  # its turn would come only to be given back
             urgent = isinstance(event, Picture | Notice | Words | Done) or now.state != sent.state
             if now is not sent and (urgent or time.monotonic() - reported >= STATUS_SECONDS):
                 yield now

@@ -10,12 +10,12 @@ import diffusers
 import gradio as gr
 
 from mm.engine.engine import Engine
-from mm.engine.requests import MAX_GUIDANCE, Draw, Edit
+from mm.engine.requests import Draw, Edit
 from mm.engine.views import call_parameters
 from mm.families import family_of
 from mm.families.family import resolve
 from mm.ui import forms
-from mm.ui.draw_tab import Fields, follow_mode, sampling_fields
+from mm.ui.draw_tab import Fields, follow_mode, number_field, sampling_fields
 from mm.ui.limits import KEPT_SIDE, MAX_COUNT, MAX_PROMPT
 from mm.ui.panel import Panel
 from mm.ui.parts import QUEUED, Parts
@@ -90,13 +90,9 @@ class PictureTab:
             self.fields["count"] = gr.Slider(1, MAX_COUNT, value=1, step=1, label="Count", min_width=120)
         with gr.Accordion("More", open=False):
             if self.can.image_guidance and "edit" in self.ways:
-                self.fields["image_guidance"] = gr.Number(
-                    None, minimum=0, maximum=MAX_GUIDANCE, step=0.5, label="Picture guidance (editing)"
-                )
+                self.fields["image_guidance"] = number_field(None, label="Picture guidance (editing)")
             if {"image_to_image", "inpaint"} & set(self.ways):
-                self.fields["strength"] = gr.Number(
-                    None, minimum=0, maximum=1, step=0.05, label="Strength (1 = all anew)"
-                )
+                self.fields["strength"] = number_field(None, label="Strength, 0 to 1 (1 = all anew)")
             self.fields |= sampling_fields(self.can, sized=False)
 
     def _draw(self, name: str, request: gr.Request, way: str, given: Any, *values: Any) -> Iterator[list[Any]]:

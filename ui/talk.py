@@ -4,7 +4,7 @@ Design choices
 - Messages are plain dicts (role, text, file). They grow while the model generates, so that words and steps are shown at
   once.
 - A turn that is stopped or fails is removed, from the conversation and from the messages.
-- A conversation that is full says so, and a new one is a button away: what was said is never dropped in silence.
+- A conversation may have any length; what it forgets of a long one is said in a notice.
 - A given picture is made smaller before it is kept.
 """
 
@@ -48,7 +48,7 @@ def say(
         All messages whenever something was added.
 
     Raises:
-        UserError: for an empty turn, a bad picture, a full conversation or a turn that was stopped; the messages are
+        UserError: for an empty turn, a bad picture or a turn that was stopped; the messages are
             then what they were before.
     """
     token = visit.begin()

@@ -48,6 +48,7 @@ class Generate:
         strength: how much of the picture is redrawn.
         lora: "FILE" or "FILE:SCALE", or a list of them, in this order.
         model: an embedded model, or a folder.
+        fast: less work a picture: true, or an object of single settings (docs/fast.md).
         options: further arguments of the pipeline's call, by name.
     """
 
@@ -65,6 +66,7 @@ class Generate:
     strength: float | None = None
     lora: tuple[str, ...] = ()
     model: str | None = None
+    fast: bool | dict[str, Any] = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ class Generate:
         object.__setattr__(self, "lora", _files(self.lora))
         if not isinstance(self.options, dict) or not all(name.isidentifier() for name in self.options):
             raise UserError(f'options is {shown(self.options)}; give an object such as {{"clip_skip": 1}}')
+        if not isinstance(self.fast, bool | dict):
+            raise UserError(f"fast is {shown(self.fast)}; give true, false, or an object of settings")
         if self.image is None and (self.mask is not None or self.strength is not None):
             given = "mask" if self.mask is not None else "strength"
             raise UserError(f"{given} is given without image; it acts on a picture to start from")

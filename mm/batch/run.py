@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,6 +79,7 @@ def run_jobs(
     stop: Callable[[], bool] = lambda: False,
     load: Callable[[str], Engine] | None = None,
     root: str | Path | None = None,
+    base: str | None = None,
     bits: int | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     offload: str = "auto",
@@ -100,6 +101,7 @@ def run_jobs(
         stop: asked at every row, step and file; once it says True, the run ends with what is finished.
         load: gives the engine of a model; called when the first picture of that model is drawn.
         root: the folder under which files lie that rows name; the job file's own where it is None.
+        base: as in `mm.load`, for `model`; models that rows name are loaded without.
         bits: 4 or 8 for low-bit weights.
         adapters: LoRA and patch files with their scales, before those of a row.
         offload: as in `mm.load`.
@@ -134,7 +136,8 @@ def run_jobs(
         return report
     try:
         if missing:
-            models = _Models(load or partial(_load, bits=bits, offload=offload, dtype=dtype))
+            bases = {} if base is None else {model: base}
+            models = _Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
             batches = list(_batches(missing, batch_size))
             with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
                 models.get(batches[0][0])
@@ -308,7 +311,7 @@ def _named(picture: Picture) -> str:
     return f"line {picture.line}, {picture.custom_id}, picture {picture.index}"
 
 
-def _load(model: str, **options: Any) -> Engine:
+def _load(model: str, *, bases: Mapping[str, str], **options: Any) -> Engine:
     from mm.engine.loading import load
 
-    return load(model, **options)
+    return load(model, base=bases.get(model), **options)

@@ -45,6 +45,7 @@ COMMANDS = {
     "erase": ("mm.cli.erase", "Make a patch that keeps a model from drawing concepts."),
     "customize": ("mm.cli.customize", "Learn a new subject or style from a few pictures."),
     "merge": ("mm.cli.merge", "Make one adapter of several."),
+    "words": ("mm.cli.words", "List the words that mm-tiny knows."),
     "provenance": ("mm.cli.provenance", "Read what a picture says of where it comes from."),
     "quantize": ("mm.cli.quantize", "Write a 4-bit copy of a model, with a report."),
     "train": ("mm.cli.train", "Train a published model, or resume its training."),

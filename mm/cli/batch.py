@@ -21,6 +21,7 @@ def batch(
     jobs: Annotated[Path, typer.Argument(help='JSON Lines of {"custom_id", "task", "body"}; see docs/batch.md.')],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for pictures, records and manifests.")],
     model: shared.ModelOption = "mm-tiny",
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -48,7 +49,7 @@ def batch(
         try:
             _run(
                 stopping, jobs, out, batch_size=batch_size, seed=seed, retry_failed=retry_failed, dry_run=dry_run,
-                limit=limit, root=root, model=model, bits=None if bits is None else int(bits),
+                limit=limit, root=root, model=model, base=base, bits=None if bits is None else int(bits),
                 adapters=[shared.adapter(text) for text in lora or ()], offload=offload.value, dtype=dtype.value,
             )  # fmt: skip
         except KeyboardInterrupt:

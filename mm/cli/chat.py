@@ -25,6 +25,7 @@ def chat(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     seed: Annotated[int, typer.Option(min=0, help="Picture k of the conversation has seed + k.")] = 0,
     steps: shared.StepsOption = None,
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -35,7 +36,7 @@ def chat(
     from mm.engine import output
 
     output.check_folder(out)
-    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
     talk = Talk(loading.engine(), out, seed=seed, steps=steps)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -17,6 +17,7 @@ def describe(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
     ask: Annotated[list[str] | None, typer.Option(help="A question; may be repeated (default: a description).")] = None,
     model: shared.ModelOption = "mm-tiny",
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -41,7 +42,7 @@ def describe(
             say(str(error))
     if not opened:
         raise typer.Exit(1)
-    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
     rows = _answers(loading.engine(), opened, ask or [])
     for row in rows:
         prefix = f"{row['picture']}: " if len(pictures) > 1 else ""

@@ -29,10 +29,14 @@ def edit(
         float | None, typer.Option(min=0, max=100, help="How closely the source is followed (default: the model's).")
     ] = None,
     mode: shared.ModeOption = None,
+    strict: shared.StrictOption = False,
+    fast: shared.FastOption = False,
+    fast_set: shared.FastSetOption = None,
     negative: shared.NegativeOption = None,
     size: shared.SizeOption = None,
     scheduler: shared.SchedulerOption = None,
     model: shared.ModelOption = "mm-tiny",
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -53,10 +57,11 @@ def edit(
     given: dict[str, Any] = {
         "image": source, "instruction": instruction, "mask": None if mask is None else read_picture(mask),
         "seed": seed, "steps": steps, "guidance": guidance, "image_guidance": image_guidance, "negative": negative,
-        "mode": mode.value if mode else None, "size": shared.size(size), "options": shared.settings(more),
+        "mode": mode.value if mode else None, "size": shared.size(size), "options": shared.arguments(more, strict),
+        "fast": shared.fast(fast, fast_set) or False,
     }  # fmt: skip
     Edit(**given)  # wrong values fail before a model is loaded
-    loading = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype)
+    loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
     engine = loading.engine()
     request = Edit(**given, scheduler=shared.scheduler(scheduler, engine.capabilities))
     made: list[Picture] = []

@@ -106,17 +106,28 @@ def understand(
     lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Scenes, with about seven questions each.")] = 300,
+    wide: Annotated[bool, typer.Option(help="Questions in wordings that training never saw.")] = False,
+    wordings: Annotated[
+        Path | None, typer.Option(help="Other wordings for --wide, in the shape of our own file.")
+    ] = None,
+    each: Annotated[int, typer.Option(min=1, help="With --wide: scenes that each wording is asked about.")] = 6,
     json: Json = None,
 ) -> None:
     """Questions about pictures by kind, yes/no balance, and the facts of descriptions."""
+    from mm.core.errors import UserError
     from mm.evaluation.understand import UnderstandConfig, evaluate_understand
+    from mm.evaluation.wide import evaluate_wide
 
+    if wordings is not None and not wide:
+        raise UserError(f"--wordings {wordings} is given without --wide, which asks in other wordings; add --wide")
     pipe, loaded = _pipeline("describe", model, bits, lora)
     config = UnderstandConfig(seed=seed, limit=limit)
+    if wide:
+        report = evaluate_wide(pipe, config, wordings=wordings, each=each, json_file=json, settings=loaded)
+        _print_shares(report, f"{report['n']} questions in {report['wordings']} wordings")
+        return
     report = evaluate_understand(pipe, config, json_file=json, settings=loaded)
-    print(f"overall {report['overall']:.3f} of {report['n']} questions (ceiling {report['ceiling']:.3f})")
-    for kind, task in report["tasks"].items():
-        print(f"{kind:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
+    _print_shares(report, f"{report['n']} questions")
     stated, best = report["captions"], report["ceiling_captions"]
     print(f"captions     precision {stated['precision']:.3f} ({best['precision']:.3f}), recall {stated['recall']:.3f} "
           f"({best['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
@@ -202,22 +213,21 @@ def chat(
     lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
-    scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own file.")] = None,
+    scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own files.")] = None,
     json: Json = None,
 ) -> None:
-    """Scripted conversations of four turns: every drawing, edit and answer judged."""
-    from mm.evaluation.chat import SCRIPTS, evaluate_chat
+    """Scripted conversations of four and twelve turns: every drawing, edit, answer and reply judged."""
+    from mm.evaluation.chat import LONG_SCRIPTS, SCRIPTS, evaluate_chat
     from mm.world.judge import Judge
 
     pipe, loaded = _pipeline("converse", model, bits, lora)
     judge, settings = Judge.from_pretrained(), loaded
-    where = scripts or SCRIPTS
+    where = [SCRIPTS, LONG_SCRIPTS] if scripts is None else [scripts]
     report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=settings)
-    print(f"overall {report['overall']:.3f} of {report['n']} turns (ceiling {report['ceiling']:.3f})")
-    for name, task in (report["tasks"] | {"faultless": report["faultless"]}).items():
-        if task["n"] == 0:
-            continue
-        print(f"{name:12} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
+    shares = report["tasks"] | {"faultless": report["faultless"]}
+    _print_shares(
+        report | {"tasks": {name: task for name, task in shares.items() if task["n"]}}, f"{report['n']} turns"
+    )
 
 
 @app.command(epilog="Example: mm eval reconstruct --limit 32 --extra weights/comparisons --json runs/reconstruct.json")
@@ -269,6 +279,13 @@ def _pipeline(task: str, model: str, bits: shared.Bits | None, lora: list[str] |
     pipe = engine.pipeline_for(task)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"model": model} | engine.facts
+
+
+def _print_shares(report: dict[str, Any], what: str) -> None:
+    """The overall score, and a line for each task."""
+    print(f"overall {report['overall']:.3f} of {what} (ceiling {report['ceiling']:.3f})")
+    for name, task in report["tasks"].items():
+        print(f"{name:13} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
 
 
 def _print(table: Any) -> None:

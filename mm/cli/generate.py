@@ -33,6 +33,9 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(min=1, max=64, help="Draw again, so often at most, until numbers are right (mm-tiny).")
     ] = None,
+    strict: shared.StrictOption = False,
+    fast: shared.FastOption = False,
+    fast_set: shared.FastSetOption = None,
     like: Annotated[
         Path | None, typer.Option(help="Draw with the settings in this PNG, of mm or other programs.")
     ] = None,
@@ -41,6 +44,7 @@ def generate(
         Path | None, typer.Option(help="Folder of NAME.txt for __NAME__, an alternative a line.")
     ] = None,
     model: Annotated[str | None, typer.Option(help=f"{shared.MODEL_HELP} Default: mm-tiny.")] = None,
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -60,13 +64,13 @@ def generate(
     given = {
         "count": count, "seed": seed, "steps": steps, "mode": mode.value if mode else None, "guidance": guidance,
         "negative": negative, "size": shared.size(size), "strength": strength, "best_of": best_of, "prompt": prompt,
-        "options": shared.settings(more) or None,
+        "options": shared.arguments(more, strict) or None, "fast": shared.fast(fast, fast_set),
     }  # fmt: skip
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     run(
         Job(
             changes=changes, scheduler=scheduler, image=image, mask=mask, like=like, matrix=matrix, wildcards=wildcards,
             out=out, force=force, batch_size=batch_size, metadata=metadata, model=model,
-            loading={"bits": bits, "adapters": lora, "offload": offload, "dtype": dtype},
+            loading={"base": base, "bits": bits, "adapters": lora, "offload": offload, "dtype": dtype},
         )
     )  # fmt: skip

@@ -60,6 +60,10 @@ def _gone(given: bool) -> None:
 
 MODEL_HELP = "An embedded model, a folder, a .safetensors checkpoint, or a hub name."
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="For a .safetensors checkpoint: the model that gives configs and the parts that the file lacks."),
+]
 BitsOption = Annotated[
     Bits | None,
     typer.Option(
@@ -93,6 +97,14 @@ GuidanceOption = Annotated[
     float | None, typer.Option(min=0, max=100, help="How strictly words are followed; 1 = off (default: the model's).")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Refuse words that are not understood, before anything is drawn (mm-tiny).")
+]
+FastOption = Annotated[bool, typer.Option("--fast", help="Leave out work that changes a picture little: docs/fast.md.")]
+FastSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--fast-set", metavar="NAME=VALUE", help="One setting of --fast; may be repeated."),
+]
 QuantizedOption = Annotated[bool, typer.Option("--quantized", hidden=True, callback=_gone)]
 
 
@@ -105,6 +117,7 @@ class Loading:
     adapters: list[str] | None = None
     offload: OffloadTo = OffloadTo.auto
     dtype: Dtype = Dtype.auto
+    base: str | None = None
 
     def engine(self, adapters: list[tuple[Path, float]] | None = None, bits: int | None = None) -> Any:
         """Loads the model and says on stderr what was chosen.
@@ -122,8 +135,14 @@ class Loading:
         files = [adapter(text) for text in self.adapters or ()] or adapters or []
         if not Path(self.model).expanduser().is_file():
             resolve_model(self.model)  # a wrong name fails before seconds of imports
-        wanted = int(self.bits) if self.bits is not None else bits
-        return loaded(self.model, bits=wanted, adapters=files, offload=self.offload.value, dtype=self.dtype.value)
+        return loaded(
+            self.model,
+            bits=int(self.bits) if self.bits is not None else bits,
+            adapters=files,
+            offload=self.offload.value,
+            dtype=self.dtype.value,
+            base=self.base,
+        )
 
 
 def adapter(text: str) -> tuple[Path, float]:
@@ -150,8 +169,23 @@ def size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2] or found[1])
 
 
-def settings(given: list[str] | None) -> dict[str, Any]:
+def fast(chosen: bool, given: list[str] | None) -> bool | dict[str, Any] | None:
+    """`Draw.fast` of --fast and --fast-set, each of which suffices; None where neither is given."""
+    return settings(given, "--fast-set", "threshold=0.98") if given else chosen or None
+
+
+def arguments(given: list[str] | None, strict: bool) -> dict[str, Any]:
+    """The further arguments of a call: --set and --strict."""
+    return settings(given) | ({"strict": True} if strict else {})
+
+
+def settings(given: list[str] | None, option: str = "--set", example: str = "clip_skip=1") -> dict[str, Any]:
     """NAME=VALUE as a dictionary; values are JSON (`--set clip_skip=1`), and anything else is text.
+
+    Args:
+        given: as on the command line.
+        option: its name, in messages.
+        example: of a value.
 
     Raises:
         UserError: for an option without a name or value.
@@ -160,7 +194,7 @@ def settings(given: list[str] | None) -> dict[str, Any]:
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip().isidentifier():
-            raise UserError(f"--set is {text!r}; give NAME=VALUE, for example --set clip_skip=1")
+            raise UserError(f"{option} is {text!r}; give NAME=VALUE, for example {option} {example}")
         try:
             made[name.strip()] = json.loads(value)
         except ValueError:

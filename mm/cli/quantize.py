@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mm.cli import options as shared
 
 if TYPE_CHECKING:
     from mm.quantization.report import Report
@@ -16,8 +19,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Example: mm quantize mm-tiny -o small/    mm generate 'a red cat' --model small/")
 def quantize(
-    model: Annotated[str, typer.Argument(help="An embedded model, a diffusers folder, or a hub name.")],
+    model: Annotated[str, typer.Argument(help=shared.MODEL_HELP)],
     out: Annotated[Path, typer.Option("-o", "--out", help="A new folder for the copy and its report.")],
+    base: shared.BaseOption = None,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the 16-bit branch.")] = 32,
     bits: Annotated[str, typer.Option(help="Of weights: 4, 8, or auto (with --size-budget).")] = "4",
     size_budget: Annotated[
@@ -47,7 +51,11 @@ def quantize(
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
 
-    resolve_model(model)
+    is_file = Path(model).expanduser().is_file()
+    if not is_file:
+        resolve_model(model)
+    if base is not None and not is_file:
+        raise UserError(f"--base belongs to a model in a single file, and {model} is none; leave it out")
     try:
         config = SVDQuantConfig(
             rank=rank,
@@ -66,18 +74,27 @@ def quantize(
         lines = [line.strip() for line in read_text_lines(prompts, "prompt file") if line.strip()]
         if not lines:
             raise UserError(f"{prompts} holds no prompt; give one a line")
-    report = quantize_folder(
-        model,
-        out,
-        config,
-        prompts=lines,
-        pictures=pictures,
-        compose=compose,
-        components=component or None,
-        variant=variant,
-    )
+    with _folder(Path(model).expanduser(), base, out) if is_file else nullcontext(model) as where:
+        report = quantize_folder(
+            where,
+            out,
+            config,
+            prompts=lines,
+            pictures=pictures,
+            compose=compose,
+            components=component or None,
+            variant=variant,
+        )
     for line in _lines(out, report):
         print(line)
+
+
+def _folder(path: Path, base: str | None, out: Path) -> AbstractContextManager[Path]:
+    """A checkpoint in one file as a folder beside `out`, which goes when the copy is done."""
+    from mm.engine.loading import local_folder
+    from mm.engine.opening import as_folder
+
+    return as_folder(path, None if base is None else local_folder(base), out.with_name(f".{out.name}-16-bit"))
 
 
 def _lines(out: Path, report: Report) -> Iterator[str]:

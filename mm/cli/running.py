@@ -13,14 +13,14 @@ from mm.engine.events import Done, Notice, Picture, Step, Words
 from mm.engine.running import Run
 
 
-def loaded(model: str, *, bits: int | None, adapters: list[tuple[Path, float]], offload: str, dtype: str) -> Any:
+def loaded(model: str, *, adapters: list[tuple[Path, float]], **options: Any) -> Any:
     """The engine of a model; what was chosen is said on stderr, and nothing else is."""
     import mm
     from mm.core.paths import embedded_models
 
     with quiet_libraries():
-        engine = mm.load(model, bits=bits, adapters=adapters, offload=offload, dtype=dtype)  # type: ignore[arg-type]
-    plain = model in embedded_models() and bits is None and not adapters
+        engine = mm.load(model, adapters=adapters, **options)
+    plain = model in embedded_models() and options.get("bits") is None and not adapters
     for note in () if plain else engine.notes:
         say(note)
     return engine

@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False)
 @app.command(epilog="Example: mm ui --model mm-tiny --port 7860, then open http://127.0.0.1:7860")
 def ui(
     model: shared.ModelOption = "mm-tiny",
+    base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
@@ -30,7 +31,7 @@ def ui(
 
     check_address(host, port)  # before the model is loaded, which can take minutes
     adapters = [shared.adapter(one) for one in lora or ()]
-    engine = shared.Loading(model=model, bits=bits, adapters=lora, offload=offload, dtype=dtype).engine()
+    engine = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype).engine()
     with TemporaryDirectory(prefix="mm-ui-", ignore_cleanup_errors=True) as folder:
         os.chdir(folder)  # Gradio trusts the working directory: an empty one of its own
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "cache"))

@@ -21,6 +21,10 @@ from mm.engine.requests import Draw, Edit
 
 _OWN = ("prompt", "negative", "seed", "count", "batch_size")  # of a picture; everything else is shared in a call
 
+# Latents a side for which diffusers has lists of sizes; SANA-Sprint's pipeline knows one.
+_BINNED = (16, 32, 64, 128, 256)
+_BINNED_SPRINT = (32,)
+
 
 def call_key(request: Draw | Edit) -> tuple[Any, ...]:
     """What pictures of one call have in common; pictures are compared by identity."""
@@ -75,6 +79,18 @@ def arguments_of(
     else:
         given |= _edited(first, takes)
     return given | first.options
+
+
+def unbinned(pipe: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
+    """What turns off the rounding to a list of sizes (PixArt, SANA), where diffusers has no list for the model's size.
+
+    Such a pipeline would refuse every call.
+    """
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    size = getattr(config, "sample_size", None)
+    known = _BINNED_SPRINT if "Sprint" in type(pipe).__name__ else _BINNED
+    binned = "use_resolution_binning" not in takes or size is None or size in known
+    return {} if binned else {"use_resolution_binning": False}
 
 
 def _prompts(requests: Sequence[Draw | Edit], can: Capabilities, one_negative: bool) -> dict[str, Any]:

@@ -16,14 +16,10 @@ from typing import Any
 import torch
 
 from mm.core.errors import UserError
-from mm.engine.events import CancelToken
+from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
 
 OnStep = Callable[[int, Any], None]  # number of the step from 0, and the latents where the pipeline offers them
-
-
-class RunCancelledError(Exception):
-    """Leaves a pipeline in the middle of a picture."""
 
 
 def draw(
@@ -87,6 +83,14 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
         raise UserError(
             "the device has too little memory for this; take 4-bit weights (--bits 4), another --offload, or a smaller "
             f"--size ({' '.join(str(error).split())[:160]})"
+        ) from error
+    except (RuntimeError, IndexError) as error:
+        strength, steps = given.get("strength"), given.get("num_inference_steps")
+        if strength is None or not isinstance(steps, int) or strength * steps >= 1:
+            raise  # no matter of what was asked for
+        raise UserError(
+            f"a strength of {strength:g} leaves none of {steps} steps; give a strength of at least {1 / steps:.2g}, or "
+            "more steps"
         ) from error
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{type(view).__name__} refuses this: {' '.join(str(error).split())[:600]}") from error

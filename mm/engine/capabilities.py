@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mm.core.errors import UserError
 from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn, shown
+from mm.families.family import resolve
 
+ADAPTIVE = "mm.fast.guidance:adaptive_settings"  # a `Capabilities.fast` that acts on guidance alone
 TASKS = ("draw", "image_to_image", "inpaint", "edit", "describe", "converse")
 
 
@@ -38,6 +41,8 @@ class Capabilities:
         best_of: whether pictures can be drawn again until their numbers are right.
         schedulers: class names that can be chosen.
         image_guidance: whether editing takes a guidance of its own for the source.
+        fast: "module:function" of `Family.fast`; empty where no work can be left out.
+        fast_tasks: those of `tasks` that it serves.
     """
 
     model: str
@@ -57,18 +62,35 @@ class Capabilities:
     best_of: bool = False
     schedulers: tuple[str, ...] = ()
     image_guidance: bool = False
+    fast: str = ""
+    fast_tasks: tuple[str, ...] = ()
 
     def mode(self, request: Sampling) -> str | None:
         """The mode of a request: its own, or the model's first."""
         return request.mode or (self.modes[0] if self.modes else None)
 
     def steps_of(self, request: Sampling) -> int | None:
-        """Steps of a request: its own, or the default of its mode."""
-        return request.steps if request.steps is not None else self.steps.get(self.mode(request) or "")
+        """Steps of a request: its own, those of `fast`, or the default of its mode."""
+        if request.steps is not None:
+            return request.steps
+        own = (self.fast_of(request) or {}).get("steps")
+        return own if own is not None else self.steps.get(self.mode(request) or "")
 
     def guidance_of(self, request: Sampling) -> float | None:
         """Guidance of a request: its own, or the model's default."""
         return self.guidance if request.guidance is None else float(request.guidance)
+
+    def fast_of(self, request: Sampling) -> dict[str, Any] | None:
+        """Settings by which a request leaves out work; None where it does all.
+
+        Raises:
+            UserError: where the model cannot, or has no such settings.
+        """
+        if request.fast is False:
+            return None
+        self._check_fast(request)
+        given = {} if isinstance(request.fast, bool) else dict(request.fast)
+        return resolve(self.fast)(self.mode(request), given)
 
     def check(self, request: Request) -> None:
         """Raises UserError for what this model cannot do, naming the value and the allowed ones."""
@@ -95,9 +117,29 @@ class Capabilities:
             raise UserError(f"mode is {shown(request.mode)}; {self.model} has {known}")
         if request.guidance is not None and self.guidance_name is None:
             raise UserError(f"guidance is {request.guidance:g}; {self.model} has none; leave it out")
+        self.fast_of(request)
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             known = ", ".join(self.schedulers) or "only its own"
             raise UserError(f"scheduler is {shown(request.scheduler)}; {self.model} takes {known}")
+
+    def _check_fast(self, request: Sampling) -> None:
+        if not self.fast:
+            raise UserError(
+                f"fast leaves out predictions that no longer matter, and {self.model} makes none that mm could leave "
+                "out; leave fast out"
+            )
+        task = task_of(request)
+        if task not in self.fast_tasks:
+            served = ", ".join(name.replace("_", " ") for name in self.fast_tasks)
+            raise UserError(f"{self.model} is fast in these tasks only: {served}; leave fast out")
+        if self.negative_needs and self.negative_needs not in request.options:
+            raise UserError(
+                f"fast leaves out guidance that no longer matters, and that of {self.model} is distilled into the "
+                f"model; leave fast out, or give {self.negative_needs} and a negative prompt as well"
+            )
+        guidance = self.guidance_of(request)
+        if self.fast == ADAPTIVE and guidance is not None and guidance <= 1 and not self.negative_needs:
+            raise UserError(f"fast leaves out guidance, and guidance is {guidance:g} (off); leave fast out")
 
     def _check_negative(self, request: Draw | Edit) -> None:
         said = f"(given: {shown(request.negative)})"
@@ -143,7 +185,7 @@ VERBS = {
 }
 
 
-def task_of(request: Request) -> str:
+def task_of(request: Request | Sampling) -> str:
     """The task that a request is for."""
     if isinstance(request, Draw):
         return "inpaint" if request.mask is not None else "image_to_image" if request.image is not None else "draw"

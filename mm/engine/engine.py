@@ -4,6 +4,7 @@ Design choices
 - `run` gives a `Run`: an iterator over events, for which a worker thread draws, or `each`, which draws in the caller's
   thread. A caller that stops reading cancels the run.
 - Runs share the model. They take turns call by call (`FairLock`), so a small order waits for one batch of a large one.
+  A run that waits can be cancelled; `Done` comes when nothing of it works any more.
 - Nothing of a run is kept on the pipeline: each call gets a view with a scheduler of its own.
 """
 
@@ -18,11 +19,12 @@ from typing import Any
 
 from mm.core.errors import UserError
 from mm.engine import calls
-from mm.engine.arguments import arguments_of, grouped, size_of
+from mm.engine.arguments import arguments_of, grouped, size_of, unbinned
 from mm.engine.attaching import Adapter, attach_all, detach, facts_of
 from mm.engine.batching import rounds_activations
 from mm.engine.capabilities import VERBS, Capabilities, task_of
-from mm.engine.events import CancelToken, Done, Event, Picture, Preview, Step, Words
+from mm.engine.events import CancelToken, Done, Event, Picture, Preview, RunCancelledError, Step, Words
+from mm.engine.faster import less_work
 from mm.engine.notices import Notices
 from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
 from mm.engine.running import Emit, Run
@@ -188,14 +190,17 @@ class Engine:
 
     def _work(self, request: Request, cancel: CancelToken, emit: Emit, previews: bool) -> None:
         notices = Notices(emit)
-        if isinstance(request, Describe):
-            with self._turn, notices:
-                emit(self._answer(request))
-            emit(Done(pictures=0))
-        elif isinstance(request, Turn):
-            self._converse(request, cancel, emit, notices)
-        else:
-            self._draw(_singles(request), request.batch_size, cancel, emit, previews)
+        try:
+            if isinstance(request, Describe):
+                with self._turn.turn(cancel), notices:
+                    emit(self._answer(request))
+                emit(Done(pictures=0))
+            elif isinstance(request, Turn):
+                self._converse(request, cancel, emit, notices)
+            else:
+                self._draw(_singles(request), request.batch_size, cancel, emit, previews)
+        except RunCancelledError:  # while it waited for its turn
+            emit(Done(pictures=0, cancelled=True))
 
     def _answer(self, request: Describe) -> Words:
         reader = self._pipeline_for("describe")
@@ -221,9 +226,9 @@ class Engine:
                 break
             places, together = [at for at, _ in group], [request for _, request in group]
             try:
-                with self._turn, notices:
+                with self._turn.turn(cancel), notices:
                     made = self._call(together, places, cancel, emit, previews)
-            except calls.RunCancelledError:
+            except RunCancelledError:
                 break
             batch = batch_of(together)
             for k, (at, request, image) in enumerate(zip(places, together, made, strict=True)):
@@ -238,13 +243,15 @@ class Engine:
         """Whether each picture needs a call of its own to be the same at any batch size."""
         if self._own_batches:
             return False
+        if any(request.fast is not False for request in requests):  # a threshold decides, by the last bits too
+            return True
         return any(request.image is not None for request in requests) or rounds_activations(self.pipeline)
 
     def _call(
         self, requests: list[Draw | Edit], places: list[int], cancel: CancelToken, emit: Emit, previews: bool
     ) -> list[Any]:
         if cancel.cancelled:  # while this run waited for its turn
-            raise calls.RunCancelledError
+            raise RunCancelledError
         can, first = self.capabilities, requests[0]
         pipe, steps = self._pipeline_for(task_of(first)), can.steps_of(first)
         size = size_of(first, can) or can.size
@@ -256,10 +263,12 @@ class Engine:
                     emit(Preview(index=at, picture=image))
 
         view = view_of(pipe, first.scheduler)
-        arguments = arguments_of(requests, can, call_parameters(view), one_negative=self._own_batches)
+        takes = call_parameters(view)
+        arguments = unbinned(view, takes) | arguments_of(requests, can, takes, one_negative=self._own_batches)
         arguments |= weighed(view, arguments)
         seeds = [request.seed or 0 for request in requests]
-        return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
+        with less_work(view, arguments, can.fast_of(first)):
+            return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 
     def _converse(self, request: Turn, cancel: CancelToken, emit: Emit, notices: Notices) -> None:
         """A turn: words and pictures as the pipeline gives them."""
@@ -267,7 +276,7 @@ class Engine:
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         steps = self.capabilities.steps_of(request)
         options = {} if steps is None else {"steps": steps}
-        with self._turn, notices:
+        with self._turn.turn(cancel), notices:
             events = pipe.turn(request.conversation, request.words, request.image, seed=seed, **options)
             for event in events:
                 if cancel.cancelled:
@@ -280,7 +289,7 @@ class Engine:
                 elif event.kind == "step":
                     emit(Step(step=event.step, steps=event.steps, first=pictures, count=1))
                 elif event.picture is not None:
-                    used = seed + request.conversation.pictures - 1
+                    used = seed if event.seed is None else event.seed
                     settings = settings_of(request, self.capabilities, self.name, used, event.picture)
                     emit(Picture(index=pictures, seed=used, picture=event.picture, settings=settings | self._facts))
                     pictures += 1

@@ -66,6 +66,10 @@ class Done:
 Event = Step | Preview | Picture | Words | Notice | Done
 
 
+class RunCancelledError(Exception):
+    """A run ends because its `CancelToken` was used."""
+
+
 class CancelToken:
     """Stops a run from another thread or a signal handler, within one sampling step."""
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mm.engine.capabilities import Capabilities
+from mm.engine.capabilities import ADAPTIVE, Capabilities
 from mm.engine.views import call_parameters, schedulers_for
 from mm.families.family import Family, resolve
+from mm.fast.hook import DENOISERS
 
 # Task of a request -> task of a family file.
 FAMILY_TASKS: Mapping[str, str] = {
@@ -55,8 +56,28 @@ def capabilities_of(name: str, pipe: Any, family: Family | None, folder: Path | 
         schedulers=schedulers_for(pipe),
         image_guidance="image_guidance_scale" in takes or ("edit" in tasks and _edit_takes(family)),
         best_of="best_of" in takes,
+        fast=(fast := _fast(pipe, family, takes, guidance_name)),
+        fast_tasks=_fast_tasks(family, tasks) if fast else (),
         **_size(pipe, family, takes),
     )
+
+
+def _fast(pipe: Any, family: Family | None, takes: Mapping[str, Any], guidance_name: str | None) -> str:
+    """What resolves the settings of less work a picture; empty where the pipeline computes nothing to leave out."""
+    if "fast" in takes:
+        return "" if family is None else family.fast
+    denoisers = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    if guidance_name is None or not denoisers or getattr(pipe, "scheduler", None) is None:
+        return ""
+    distilled = any(getattr(part.config, "guidance_embeds", False) for part in denoisers)
+    return "" if distilled and "true_cfg_scale" not in takes else ADAPTIVE
+
+
+def _fast_tasks(family: Family | None, tasks: set[str]) -> tuple[str, ...]:
+    """The drawing tasks that can be fast: of a family's own classes those whose call takes `fast`."""
+    named = {} if family is None else {t: family.pipelines.get(k, "") for t, k in FAMILY_TASKS.items()}
+    own = {task: ":" not in name or "fast" in call_parameters_of(resolve(name)) for task, name in named.items()}
+    return tuple(t for t in FAMILY_TASKS if t in tasks and t not in ("describe", "converse") and own.get(t, True))
 
 
 def _distilled(guidance_name: str | None, takes: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from mm.engine import memory
 from mm.engine.attaching import Adapter, attach_all
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
-from mm.engine.opening import open_pipeline, single_file
+from mm.engine.opening import open_pipeline, quantized_file, single_file
 from mm.engine.pipelines import Pipelines
 from mm.engine.placement import Offload, place
 from mm.engine.previews import previewer
@@ -51,7 +51,7 @@ def load(
         bits: 4 makes the 4-bit copy of a local model once and uses it from then on; None loads what is there.
         offload: where weights wait while they are not used; "auto" decides by free memory.
         adapters: patch or LoRA files, each alone or with its scale, applied in this order.
-        base: for a single file that holds a denoiser alone, the model that the other components come from.
+        base: for a single file, the model that gives configs and the components that the file lacks.
 
     Returns:
         The engine. `engine.notes` says what was chosen, and why.
@@ -61,19 +61,19 @@ def load(
     """
     if bits not in BITS:
         raise UserError(f"bits is {bits}; give 4, 8 or 16, or leave it out")
-    name = str(model)
+    name, base = str(model), None if base is None else local_folder(base)
+    if base is not None and not _is_file(model):
+        raise UserError(f"base belongs to a model in a single file, and {model} is none; leave base out")
     choice = _choice(device)
     notes = [f"{choice.device}: {choice.reason}"]
-    if bits in (4, 8) and not _is_file(model):
-        model = _quantized(model, bits)
+    if bits in (4, 8):
+        model = _quantized(model, bits, base)
         notes.append(f"{bits}-bit weights from {model}")
-    elif bits in (4, 8):
-        raise UserError(f"{model} is a single file; quantize its folder, or load it with diffusers and save it first")
     family = None
     if _is_file(model):
         folder: Path | None = None
         kind = _dtype(dtype, None, None, choice)
-        pipe = single_file(Path(model), base, kind)
+        pipe = single_file(Path(model).expanduser(), base, kind)
     else:
         folder = where = local_folder(model)
         family = family_at(where)
@@ -161,8 +161,10 @@ def local_folder(model: str | Path) -> Path:
             raise UserError(f"{where} is neither in the cache nor can it be downloaded: {why}") from error
 
 
-def _quantized(model: str | Path, bits: int) -> Path:
+def _quantized(model: str | Path, bits: int, base: Path | None) -> Path:
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantized_copy
 
-    return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))
+    if not _is_file(model):
+        return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))
+    return quantized_file(Path(model).expanduser(), base, SVDQuantConfig(bits=bits))

@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,7 @@ class Sampling:
         mode: one of the model's modes ("flow", "codes"); None is its first.
         scheduler: name of a diffusers scheduler class that the model can take; None keeps the model's own.
         batch_size: pictures drawn in one call; changes no picture.
+        fast: less work a picture (docs/fast.md): True is the model's measured mix, a mapping names single settings.
         options: further keyword arguments for the pipeline's call, under its own names.
     """
 
@@ -94,6 +96,7 @@ class Sampling:
     mode: str | None = None
     scheduler: str | None = None
     batch_size: int = 1
+    fast: bool | Mapping[str, Any] = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,8 @@ class Sampling:
             whole("steps", self.steps, 1, MAX_STEPS)
         if self.guidance is not None:
             number("guidance", self.guidance, 0, MAX_GUIDANCE)
+        if not isinstance(self.fast, bool | Mapping):
+            raise UserError(f"fast is {shown(self.fast)}; give true, false or settings by name")
 
 
 @dataclass(frozen=True, kw_only=True)

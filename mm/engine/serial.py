@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+from mm.engine.events import CancelToken, RunCancelledError
+
+_TICK = 0.05  # seconds between two checks of a token
 
 
 class FairLock:
-    """First come, first served. `with lock:` waits for its turn."""
+    """First come, first served. `with lock:` waits; `with lock.turn(token):` may be cancelled meanwhile."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -16,22 +22,43 @@ class FairLock:
         self._taken = False
 
     def __enter__(self) -> FairLock:
+        self._take(CancelToken())
+        return self
+
+    @contextmanager
+    def turn(self, cancel: CancelToken) -> Iterator[None]:
+        """Holds the lock.
+
+        Args:
+            cancel: ends the wait.
+
+        Raises:
+            RunCancelledError: where `cancel` was called before the lock was free.
+        """
+        self._take(cancel)
+        try:
+            yield
+        finally:
+            self.__exit__(None, None, None)
+
+    def _take(self, cancel: CancelToken) -> None:
         with self._mutex:
             if not self._taken:
                 self._taken = True
-                return self
+                return
             turn = threading.Event()
             self._waiting.append(turn)
         try:
-            turn.wait()
-        except BaseException:  # interrupted while waiting: leave the queue, or hand on a turn that came just now
+            while not turn.wait(_TICK):
+                if cancel.cancelled:
+                    raise RunCancelledError
+        except BaseException:  # interrupted or cancelled: leave the queue, or hand on a turn that came just now
             with self._mutex:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
                     raise
             self.__exit__(None, None, None)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,22 +176,9 @@ class Dense:
         """Gradients of the trained weights, 0 elsewhere."""
         return [g * self.masks.get(path, 1.0) for path, g in zip(self.deltas, grads, strict=True)]
 
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> AbstractContextManager[None]:
         """The changes act while the context is open."""
-
-        def hook(path: str) -> Any:
-            def after(module: nn.Module, args: Any, result: Tensor) -> Tensor:
-                return result + (args[0].float() @ self.deltas[path].T).to(result.dtype)
-
-            return after
-
-        handles = [layer.register_forward_hook(hook(path)) for path, layer in self.layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return _added(self.layers, lambda path, x: x @ self.deltas[path].T)
 
     def entries(self, strength: float = 1.0) -> dict[str, Entry]:
         """The changes as entries of a patch."""
@@ -198,6 +186,24 @@ class Dense:
             path: Entry(kind="dense", tensors={"delta": strength * delta.detach().clone()})
             for path, delta in self.deltas.items()
         }
+
+
+@contextlib.contextmanager
+def _added(layers: Mapping[str, nn.Linear], term: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """`term(path, input)` is added to each layer's output while the context is open."""
+
+    def hook(path: str) -> Any:
+        def after(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+            return result + term(path, args[0].float()).to(result.dtype)
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def descend(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -226,23 +232,9 @@ class LowRank:
         """All trained tensors."""
         return [t for term in self.terms.values() for t in (term.down_rD, term.up_Nr)]
 
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> AbstractContextManager[None]:
         """The terms act while the context is open."""
-
-        def hook(path: str) -> Any:
-            def after(module: nn.Module, args: Any, result: Tensor) -> Tensor:
-                x, term = args[0], self.terms[path]
-                return result + (x.float() @ term.down_rD.T @ term.up_Nr.T).to(result.dtype)
-
-            return after
-
-        handles = [layer.register_forward_hook(hook(path)) for path, layer in self.layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return _added(self.layers, lambda path, x: x @ self.terms[path].down_rD.T @ self.terms[path].up_Nr.T)
 
     def entries(self, strength: float = 1.0) -> dict[str, Entry]:
         """The terms as entries of a patch."""

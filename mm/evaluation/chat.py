@@ -1,8 +1,11 @@
-"""`mm eval chat`: scripted conversations of four turns, every turn judged.
+"""`mm eval chat`: scripted conversations, every turn judged.
 
 Design choices
 - A script is a line of JSON: what the user says, and what has to hold after it: a picture with these objects and none
-  of those (`draws`), or an answer (`asks`). Ours, `prompts/chat.jsonl`, keep to compositions that training never saw.
+  of those (`draws`), an answer (`asks`), the picture before the last (`undo`), or a reply without a picture (`says`).
+  Ours (`mm.evaluation.chat_scripts`) keep to compositions that training never saw. `prompts/chat.jsonl` holds 20 of
+  four turns in trained words, `prompts/chat-long.jsonl` 20 of twelve turns, half of which are off the script (`off`):
+  greetings, thanks, questions and edits in other words than those of training, "another one", "undo".
 - A picture is judged as in `mm eval compose` (`mm.world.tasks`): groups, relation, background, style; what was to go
   must be gone. A turn that draws must draw, and one that asks must not.
 - An answer is compared with the judge's reading of the picture that was drawn last, not with what was asked for: a
@@ -13,9 +16,8 @@ Design choices
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +28,20 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from mm.core.errors import UserError
-from mm.core.files import read_text_lines, write_json, write_text
+from mm.core.files import read_text_lines, write_json
 from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
 from mm.evaluation.prompts import FOLDER, Prompt
 from mm.evaluation.report import save_grid
 from mm.world import vocabulary as v
-from mm.world.captions import BACKGROUND_PHRASES, article, group_phrase
-from mm.world.edits import edit_scene
 from mm.world.judge import Judge, Reading
 from mm.world.render import render
-from mm.world.scene import Group, Scene, groups, sample_scene
+from mm.world.scene import Group
 from mm.world.tasks import Expectation, satisfies
 
 SCRIPTS = FOLDER / "chat.jsonl"
-TURNS = 4
+LONG_SCRIPTS = FOLDER / "chat-long.jsonl"
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
@@ -55,12 +55,40 @@ class Converser(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What the user says and what has to hold then: `draws` (with `gone` objects), or `asks` = (kind, object)."""
+    """What the user says and what has to hold then.
+
+    Args:
+        say: In the user's words.
+        draws: A picture that holds this.
+        gone: Objects that it must not hold.
+        asks: Kind and object of a question.
+        undo: The picture before the last one is shown again.
+        says: A reply without a picture, of a kind of `REPLIES`.
+        off: Whether the turn is off the script of draw, edit and ask in trained words.
+    """
 
     say: str
     draws: Expectation | None = None
     gone: tuple[str, ...] = ()
     asks: tuple[str, str] | None = None
+    undo: bool = False
+    says: str | None = None
+    off: bool = False
+
+    @property
+    def kind(self) -> str:
+        """ "draws", "asks", "undo" or "says"."""
+        return "draws" if self.draws is not None else "asks" if self.asks else "undo" if self.undo else "says"
+
+
+# What a reply in words must hold, by kind.
+REPLIES: dict[str, str] = {
+    "greeting": r"\b(?:hello|hi|welcome)\b",
+    "thanks": r"\bwelcome\b|\bthank you\b",
+    "help": r"\bdraw\b",
+    "outside": r"\bdo not (?:know|understand)\b",
+    "refusal": r"\b(?:cannot|there is no)\b",
+}
 
 
 def load_scripts(path: Path = SCRIPTS) -> list[list[Turn]]:
@@ -75,11 +103,18 @@ def load_scripts(path: Path = SCRIPTS) -> list[list[Turn]]:
 
 
 def _turn(row: dict[str, Any]) -> Turn:
+    off = bool(row.get("off"))
+    if row.get("undo"):
+        return Turn(say=row["say"], undo=True, off=off)
+    if "says" in row:
+        if row["says"] not in REPLIES:
+            raise ValueError(f"unknown kind of reply {row['says']!r}; known: {', '.join(REPLIES)}")
+        return Turn(say=row["say"], says=row["says"], off=off)
     if "asks" in row:
         kind, name = row["asks"]
         if kind not in _ANSWERS:
             raise ValueError(f"unknown kind of question {kind!r}; known: {', '.join(_ANSWERS)}")
-        return Turn(say=row["say"], asks=(kind, name))
+        return Turn(say=row["say"], asks=(kind, name), off=off)
     wanted = row["draws"]
     parts = tuple(Group(object=o, colour=c, count=n) for o, c, n in wanted["groups"])
     relation = tuple(wanted["relation"]) if wanted.get("relation") else None
@@ -90,12 +125,13 @@ def _turn(row: dict[str, Any]) -> Turn:
         background=wanted.get("background"),
         style=wanted.get("style"),
     )
-    return Turn(say=row["say"], draws=draws, gone=tuple(wanted.get("gone", ())))
+    return Turn(say=row["say"], draws=draws, gone=tuple(wanted.get("gone", ())), off=off)
 
 
-def _count(reading: Reading, name: str) -> str:
+def _count(reading: Reading, name: str) -> set[str]:
     counted = v.CATEGORIES.get(name, (name,))
-    return _NUMBERS[min(sum(f.object in counted for f in reading.objects), 6)]
+    number = sum(f.object in counted for f in reading.objects)
+    return {"zero", "none"} if number == 0 else {_NUMBERS[min(number, 6)]}
 
 
 def _colours(reading: Reading, name: str) -> set[str]:
@@ -104,16 +140,30 @@ def _colours(reading: Reading, name: str) -> set[str]:
 
 # Which answers the judge's reading of the last picture allows.
 _ANSWERS: dict[str, Any] = {
-    "count": lambda reading, name: {_count(reading, name)},
+    "count": _count,
     "existence": lambda reading, name: {"yes" if any(f.object == name for f in reading.objects) else "no"},
     "colour": _colours,
     "background": lambda reading, _: {reading.background},
     "style": lambda reading, _: {reading.style},
+    "ground": lambda reading, name: {"yes" if reading.background == name else "no"},
+    "tint": lambda reading, name: {"yes" if (part := name.split())[1] in _colours(reading, part[0]) else "no"},
 }
 
 
-def judge_turn(turn: Turn, said: str, drawn: Reading | None, last: Reading | None) -> bool:
-    """Whether a turn is right; `drawn`: what the judge reads in this turn's picture, `last`: in the latest one."""
+def judge_turn(turn: Turn, said: str, drawn: Reading | None, last: Reading | None, back: bool = False) -> bool:
+    """Whether a turn is right.
+
+    Args:
+        turn: What had to hold.
+        said: The words of the reply.
+        drawn: What the judge reads in this turn's picture.
+        last: What it reads in the latest picture.
+        back: Whether this turn's picture is the one before the last.
+    """
+    if turn.undo:
+        return back
+    if turn.says is not None:
+        return drawn is None and re.search(REPLIES[turn.says], said.lower()) is not None
     if turn.asks is not None:
         kind, name = turn.asks
         if drawn is not None or last is None or not last.readable:
@@ -131,39 +181,49 @@ def evaluate_chat(
     model: Converser,
     judge: Judge,
     *,
-    scripts: Path = SCRIPTS,
+    scripts: Sequence[Path] = (SCRIPTS, LONG_SCRIPTS),
     limit: int | None = None,
     seed: int = 0,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Converses, judges and reports; with `json_file`, writes it and a grid PNG of all turns beside it."""
-    every = load_scripts(scripts)[:limit]
+    """Converses, judges and reports; with `json_file`, writes it and a grid PNG of all turns beside it.
+
+    `limit`: only this many conversations of each file.
+    """
+    every = [script for path in scripts for script in load_scripts(path)[:limit]]
     verdicts: list[list[bool]] = []
     cells: list[tuple[torch.Tensor, str, bool]] = []
     log = []
     for k, script in enumerate(every):
-        replies = model.chat([turn.say for turn in script], seed=seed + 1000 * k)
+        with warnings.catch_warnings():  # of words that are not understood, on which some turns rest
+            warnings.simplefilter("ignore", UserWarning)
+            replies = model.chat([turn.say for turn in script], seed=seed + 1000 * k)
         last, right = None, []
+        shown: list[torch.Tensor] = []
         for turn, (said, picture) in zip(script, replies, strict=True):
             pixels = None if picture is None else pil_to_tensor(picture)
             drawn = None if pixels is None else judge.read(pixels[None])[0]
             last = drawn or last
-            right.append(judge_turn(turn, said, drawn, last))
+            back = pixels is not None and len(shown) > 1 and torch.equal(pixels, shown[-2])
+            if turn.undo and back:
+                shown.pop()
+            elif pixels is not None:
+                shown.append(pixels)
+            right.append(judge_turn(turn, said, drawn, last, back))
             blank = torch.full((3, v.SIZE, v.SIZE), 255, dtype=torch.uint8)
             cells.append((blank if pixels is None else pixels, f"{turn.say} {said}".strip(), right[-1]))
-            log.append({"script": k, "say": turn.say, "said": said, "drew": picture is not None, "right": right[-1]})
+            row = {"script": k, "say": turn.say, "kind": turn.kind, "off": turn.off, "said": said}
+            log.append(row | {"drew": picture is not None, "right": right[-1]})
         verdicts.append(right)
-    draws = [x for s, r in zip(every, verdicts, strict=True) for t, x in zip(s, r, strict=True) if t.draws is not None]
-    asks = [x for s, r in zip(every, verdicts, strict=True) for t, x in zip(s, r, strict=True) if t.asks is not None]
     report = {
         "ceiling": _ceiling(every, judge, seed),
-        "overall": share([x for right in verdicts for x in right])["score"],
-        "n": sum(map(len, verdicts)),
-        "tasks": {"all turns": share([x for r in verdicts for x in r]), "draws": share(draws), "asks": share(asks)},
+        "overall": share([row["right"] for row in log])["score"],
+        "n": len(log),
+        "tasks": _tasks(log),
         "faultless": share([all(right) for right in verdicts]),
         "turns": log,
-        "settings": {"seed": seed, "scripts": scripts.name} | (settings or {}),
+        "settings": {"seed": seed, "scripts": [path.name for path in scripts]} | (settings or {}),
     }
     if json_file is not None:
         write_json(json_file, report)
@@ -172,83 +232,20 @@ def evaluate_chat(
     return report
 
 
+def _tasks(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of right turns: all, by kind, and off the script."""
+    rows = {"all turns": [row["right"] for row in log]}
+    rows |= {kind: [row["right"] for row in log if row["kind"] == kind] for kind in ("draws", "asks", "says", "undo")}
+    rows["off script"] = [row["right"] for row in log if row["off"]]
+    return {name: share(right) for name, right in rows.items()}
+
+
 def _ceiling(scripts: Sequence[Sequence[Turn]], judge: Judge, seed: int) -> float:
     """The share of right turns of a model that draws true renders and answers what the judge reads."""
     asked = [(f"{k} {i}", turn) for k, script in enumerate(scripts) for i, turn in enumerate(script)]
-    right = [turn.asks is not None for _, turn in asked]
+    right = [turn.draws is None for _, turn in asked]
     drawn = [(i, name, turn) for i, (name, turn) in enumerate(asked) if turn.draws is not None]
     scenes = [true_scene(Prompt(id=name, text=t.say, wanted=t.draws), seed) for _, name, t in drawn if t.draws]
     for (i, _, turn), reading in zip(drawn, judge.read(render(scenes)), strict=True):
         right[i] = judge_turn(turn, "", reading, reading)
     return share(right)["score"]
-
-
-def _wanted(scene: Scene, gone: Sequence[str] = (), relation: Any = None) -> dict[str, Any]:
-    """What a picture of `scene` must hold, as a script says it."""
-    parts = [[g.object, g.colour, g.count] for g in groups(scene)]
-    out: dict[str, Any] = {"groups": parts, "background": scene.background}
-    return out | ({"gone": list(gone)} if gone else {}) | ({"relation": relation} if relation else {})
-
-
-def _edit_turn(scene: Scene, rng: random.Random) -> tuple[Scene, dict[str, Any]]:
-    """A random edit of what should be there now, and the state after it."""
-    kinds = ["add", "recolour", "remove", "replace", "background"]
-    rng.shuffle(kinds)
-    edit = next(e for kind in kinds for _ in range(9) if (e := edit_scene(scene, rng, kind)) is not None)
-    before, after = {s.object for s in scene.sprites}, {s.object for s in edit.target.sprites}
-    relation = None
-    names = [g.object for g in groups(edit.target)]
-    new = next(iter(after - before), None)
-    for name in v.RELATIONS:
-        anchor = next((o for o in names if edit.instruction.endswith(f"{name} the {o}")), None)
-        if edit.kind == "add" and new and anchor:
-            relation = [names.index(new), name, names.index(anchor)]
-    row = {"say": edit.instruction, "draws": _wanted(edit.target, sorted(before - after), relation)}
-    return edit.target, row
-
-
-def _question_turn(scene: Scene, rng: random.Random) -> dict[str, Any]:
-    name = rng.choice([s.object for s in scene.sprites])
-    kind = rng.choice(("count", "animals", "existence", "colour", "background"))
-    if kind == "animals":
-        return {"say": "how many animals are there?", "asks": ["count", "animals"]}
-    if kind == "existence":
-        name = rng.choice((name, rng.choice(v.OBJECTS)))
-        return {"say": f"is there {article(name)} {name} in the picture?", "asks": ["existence", name]}
-    tinted = [g.object for g in groups(scene) if g.colour is not None and g.count == 1]
-    if kind == "colour" and tinted:
-        return {"say": f"what colour is the {tinted[0]}?", "asks": ["colour", tinted[0]]}
-    if kind == "background":
-        return {"say": "what is the background?", "asks": ["background", ""]}
-    return {"say": f"how many {v.PLURALS[name]} are there?", "asks": ["count", name]}
-
-
-def _first_scene(rng: random.Random) -> Scene:
-    while True:
-        scene = sample_scene(rng, styles=(v.DEFAULT_STYLE,), held_out=True)
-        if len(scene.sprites) <= 2:
-            return scene
-
-
-def write_scripts(path: Path = SCRIPTS, count: int = 20, seed: int = 0) -> None:
-    """Writes our own scripts: draw, edit, ask, then edit or ask again."""
-    rng = random.Random(f"chat report {seed}")
-    lines = []
-    for _ in range(count):
-        scene = _first_scene(rng)
-        phrases = " and ".join(group_phrase(g, rng, plain=True) for g in groups(scene))
-        turns = [{"say": f"draw {phrases} {BACKGROUND_PHRASES[scene.background][0]}", "draws": _wanted(scene)}]
-        scene, row = _edit_turn(scene, rng)
-        turns += [row, _question_turn(scene, rng)]
-        if rng.random() < 0.5:
-            scene, row = _edit_turn(scene, rng)
-            turns.append(row)
-        else:
-            turns.append(_question_turn(scene, rng))
-        lines.append(json.dumps({"turns": turns}))
-    write_text(path, "\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    argparse.ArgumentParser(description="Writes the scripts of mm eval chat into the package.").parse_args()
-    write_scripts()

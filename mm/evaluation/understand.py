@@ -13,7 +13,6 @@ Design choices
 from __future__ import annotations
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,13 +27,10 @@ from mm.core.statistics import share
 from mm.evaluation.report import save_grid
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.facts import Facts, read_caption
 from mm.world.questions import KINDS, questions
 from mm.world.render import render
 from mm.world.scene import Group, Scene, group_relation, groups, sample_scene
-
-_COUNTS = {word: n for n, words in c.COUNT_WORDS.items() for word in words} | {"an": 1}
-_NOUNS = {noun: o for o in v.ALL_OBJECTS for noun in (o, v.PLURALS[o])}
-_NOUNS |= {noun: o for o, pair in v.SYNONYMS.items() for noun in pair}
 
 
 class Reader(Protocol):
@@ -57,39 +53,6 @@ class UnderstandConfig:
     limit: int = 300
     tuning: bool = False
     batch_size: int = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a description says: groups in order, background, style, and a relation of the first to the second group."""
-
-    groups: tuple[Group, ...]
-    background: str | None
-    style: str
-    relation: str | None
-
-
-def read_caption(text: str) -> Facts:
-    """The facts of a caption in the grammar's words; what is not understood is passed over."""
-    left = f" {' '.join(re.findall(r'[a-z0-9-]+', text.lower()))} "
-    style = next((s for s in v.STYLES if f" {s} " in left), v.DEFAULT_STYLE)
-    background = None
-    for name, phrases in c.BACKGROUND_PHRASES.items():
-        for phrase in sorted(phrases, key=len, reverse=True):
-            if f" {phrase} " in left:
-                background, left = name, left.replace(f" {phrase} ", " ")
-    link = next((r for r, ws in c.RELATION_PHRASES.items() for w in ws if f" {w} " in left), None)
-    found: list[Group] = []
-    count, colour = 1, None
-    for word in left.split():
-        if word in _COUNTS:
-            count, colour = _COUNTS[word], None
-        elif word in v.COLOURS:
-            colour = word
-        elif word in _NOUNS:
-            found.append(Group(object=_NOUNS[word], colour=colour, count=count))
-            count, colour = 1, None
-    return Facts(groups=tuple(found), background=background, style=style, relation=link)
 
 
 def _same_colour(group: Group, stated: str | None) -> bool:

@@ -125,6 +125,8 @@ class Family:
         objective: "module:Class" that says how the family's denoiser is trained
             (`mm.customization.objectives.protocol.Objective`); None for families that cannot be customized yet.
         score: "module:function" called with (pipe, limit), which gives a list of booleans, one a picture; or None.
+        fast: "module:function" called with (mode, settings): all settings of less work a picture, the measured mix
+            where none are given. Empty: those of Adaptive Guidance, for pipelines of diffusers (`mm.fast`).
         dtype: "float32" for models that are small enough not to be loaded in 16 bits.
     """
 
@@ -151,6 +153,7 @@ class Family:
     contexts: str | None = None
     objective: str | None = None
     score: str | None = None
+    fast: str = ""
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:

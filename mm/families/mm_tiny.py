@@ -79,6 +79,7 @@ MM_TINY = Family(
     contexts="mm.world.concepts:WorldContexts",
     objective="mm.pipelines.objective:TrunkObjective",
     score="mm.evaluation.verdicts:verdicts",
+    fast="mm.pipelines.fast:fast_settings",
     dtype="float32",
 )
 FAMILIES = (MM_TINY,)

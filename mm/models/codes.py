@@ -162,6 +162,27 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
         of the same tokens under the empty prompt) logits = empty + guidance * (prompted - empty). To guide features
         instead, as TokenBridge does, mix them before the call. Raises ValueError on wrong shapes or temperature.
         """
+        return self._sample(features_ND, gumbel_NKV, temperature, empty_ND, guidance)[0]
+
+    @entry_point
+    @torch.no_grad()
+    def sample_with_likelihood(
+        self, features_ND: torch.Tensor, gumbel_NKV: torch.Tensor, *, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `sample`; also the log-probability (N, K), in the order of decisions, of each code at temperature 1."""
+        codes_NK, logits = self._sample(features_ND, gumbel_NKV, temperature, None, 1.0)
+        ordered_NK = codes_NK[:, self.channel_order]
+        return codes_NK, torch.stack(logits, 1).log_softmax(-1).gather(-1, ordered_NK[..., None])[..., 0]
+
+    def _sample(
+        self,
+        features_ND: torch.Tensor,
+        gumbel_NKV: torch.Tensor,
+        temperature: float,
+        empty_ND: torch.Tensor | None,
+        guidance: float,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Codes (N, K), and the logits (N, V) of each decision."""
         self._check_sampling(features_ND, gumbel_NKV, temperature, empty_ND)
         features = features_ND if empty_ND is None else torch.cat([features_ND, empty_ND])
         condition = self._condition(features)
@@ -169,6 +190,7 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
         shape = (2, len(features), self.channels, self.config.heads, self.config.width // self.config.heads)
         memories = [condition.new_empty(shape) for _ in self._stack]
         codes_NK = torch.empty(gumbel_NKV.shape[:2], dtype=torch.int64, device=features.device)
+        decided: list[torch.Tensor] = []
         x_N1W = self.start.expand(len(features), 1, -1).to(condition.dtype)
         for place, channel in enumerate(self.config.order):
             for layer, mod, memory in zip(self._stack, mods, memories, strict=True):
@@ -178,11 +200,12 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
             if empty_ND is not None:
                 prompted, empty = logits.chunk(2)
                 logits = torch.lerp(empty, prompted, guidance)
+            decided.append(logits)
             codes = (logits + temperature * gumbel_NKV[:, channel].float()).argmax(-1)
             codes_NK[:, channel] = codes
             rows = (codes + channel * self.config.levels).repeat(len(features) // len(codes))
             x_N1W = self.known(rows)[:, None].to(condition.dtype)
-        return codes_NK
+        return codes_NK, decided
 
     def _condition(self, features_ND: torch.Tensor) -> torch.Tensor:
         return F.silu(self.feature_in(features_ND))

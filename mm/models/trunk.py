@@ -39,6 +39,7 @@ from torch import nn
 from mm.layers.entry_points import ForwardMixin, entry_point
 from mm.models import layers
 from mm.models.cache import PromptCache, TextState
+from mm.models.local_steps import LocalSteps
 from mm.models.number_copy import NumberCopy
 from mm.models.text_mask import prompt_numbers, text_mask
 from mm.models.trunk_layers import PictureLayer, TextLayer, WordEmbedding
@@ -47,7 +48,7 @@ Mode = Literal["flow", "codes"]
 MODES: tuple[Mode, ...] = ("flow", "codes")
 
 
-class Trunk(ForwardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class Trunk(LocalSteps, ForwardMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Maps text and latents to one feature vector per picture token.
 
     Args:

@@ -97,6 +97,27 @@ class PictureLayer(ForwardMixin, nn.Module):
         """As `forward`; also the keys and values (B, T + P, H, E) of prompt and picture."""
         return self._run(x_BPD, shared_6, angles, text_k, text_v, mask)
 
+    @entry_point
+    def with_stored(
+        self,
+        x_BND: torch.Tensor,
+        shared_6: torch.Tensor,
+        angles: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        places_BN: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output tokens (B, N, D) that attend to stored keys and values (B, T + P, H, E), and replace theirs there.
+
+        `angles` are those of the N tokens, `places_BN` their places among the stored ones.
+        """
+        mod = self._modulations(shared_6)
+        q, k, v = self.attn(layers.modulate(self.norm_1(x_BND), mod[0], mod[1]))
+        row_B1 = torch.arange(len(x_BND), device=x_BND.device)[:, None]
+        keys[row_B1, places_BN], values[row_B1, places_BN] = layers.rotate(k, angles), v
+        return self._attended(x_BND, mod, layers.attend(layers.rotate(q, angles), keys, values, mask))
+
     def _run(
         self,
         x_BPD: torch.Tensor,
@@ -106,12 +127,19 @@ class PictureLayer(ForwardMixin, nn.Module):
         text_v: torch.Tensor,
         mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mod = shared_6 + self.modulation.to(shared_6.dtype)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mod.unbind(-2)
-        q, k, v = self.attn(layers.modulate(self.norm_1(x_BPD), shift_a, scale_a))
+        mod = self._modulations(shared_6)
+        q, k, v = self.attn(layers.modulate(self.norm_1(x_BPD), mod[0], mod[1]))
         # Text keys are not rotated (position zero), so that a picture token's own position can decide which words it
         # attends to.
         q, k = layers.rotate(q, angles), layers.rotate(k, angles)
         all_k, all_v = torch.cat([text_k, k], 1), torch.cat([text_v, v], 1)
-        x = torch.addcmul(x_BPD, gate_a, self.attn.to_out(layers.attend(q, all_k, all_v, mask)))
-        return torch.addcmul(x, gate_f, self.ff(layers.modulate(self.norm_2(x), shift_f, scale_f))), all_k, all_v
+        return self._attended(x_BPD, mod, layers.attend(q, all_k, all_v, mask)), all_k, all_v
+
+    def _modulations(self, shared_6: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and gate of attention, then of the feed-forward."""
+        return (shared_6 + self.modulation.to(shared_6.dtype)).unbind(-2)
+
+    def _attended(self, x_BPD: torch.Tensor, mod: tuple[torch.Tensor, ...], seen_BPD: torch.Tensor) -> torch.Tensor:
+        """Output tokens from what attention gave."""
+        x = torch.addcmul(x_BPD, mod[2], self.attn.to_out(seen_BPD))
+        return torch.addcmul(x, mod[5], self.ff(layers.modulate(self.norm_2(x), mod[3], mod[4])))

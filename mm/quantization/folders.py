@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,14 +183,16 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
     if not isinstance(where, Path):
         raise UserError(f"{model!r} is a name on the hub; download it, and give its folder")
     config = config or SVDQuantConfig()
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
-    for path in sorted(where.rglob("*.safetensors")):
-        with path.open("rb") as file:  # models are larger than memory
-            digest.update(hashlib.file_digest(file, "sha256").digest())
     name = where.parent.parent.name if where.parent.name == "snapshots" else where.name  # the hub's cache
-    folder = cache_dir() / "quantized" / f"{name}-{digest.hexdigest()[:16]}"
-    if _is_whole(folder):
-        return folder
+    folder = copy_folder(name, sorted(where.rglob("*.safetensors")), config)
+    make_copy(model, folder, config, progress=progress)
+    return folder
+
+
+def make_copy(model: str | Path, folder: Path, config: SVDQuantConfig, *, progress: bool = True) -> None:
+    """Quantizes a model into a folder of the cache, or goes on where an earlier run ended; nothing where it is done."""
+    if is_whole(folder):
+        return
     if folder.exists() and not (folder / ".parts").is_dir():  # an earlier run ended between two files
         shutil.rmtree(folder)
     try:
@@ -200,10 +202,18 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
             raise
         shutil.rmtree(folder)  # parts that cannot be gone on with
         quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
-    return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def copy_folder(name: str, files: Iterable[Path], config: SVDQuantConfig) -> Path:
+    """Where the cache keeps the copy of weights with certain bytes, made with certain settings."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as file:  # models are larger than memory
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return cache_dir() / "quantized" / f"{name}-{digest.hexdigest()[:16]}"
+
+
+def is_whole(folder: Path) -> bool:
     """Whether a copy was finished and every component that its index names is there."""
     if not (folder / "report.json").is_file() or (folder / ".parts").exists():
         return False

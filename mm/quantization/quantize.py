@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,12 @@ from mm.quantization.calibration import Group, Seen
 from mm.quantization.config import SVDQuantConfig
 from mm.quantization.layout import record
 from mm.quantization.pipeline_calls import draw
+from mm.quantization.prompt_memory import prompts_remembered
 from mm.quantization.report import LayerReport, Report
 from mm.quantization.scoring import judge, linear
 
 Calibration = Sequence[str] | Sequence[Mapping[str, Any]] | Callable[[Any], object]
+TRACED_STEPS = 2  # of the runs that show which layers read the same input
 COUNTED = 2  # runs by which calls are counted: pipelines with two modes take them in turns
 GROWS = "stays at 16 bits: it would be no smaller in groups of 64 inputs"
 
@@ -84,22 +86,26 @@ def quantize(
     for name, root in roots.items():
         checks.check_model(name, root)
         refuse_patched(root, name)
+    if calibration is not None and not callable(calibration):
+        calibration = cast("Calibration", list(calibration))  # read more than once
     runs = [] if config.data_free else _runs(target, calibration, config)
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():
         whole.add_module(name, root)
-    sites = _traced(whole, roots, config, runs)
-    if not sites:
-        raise UserError("; ".join(checks.why_none(name, root) for name, root in roots.items()))
-    report = Report(settings=config.to_dict(), untouched=checks.warn_untouched(roots))
-    report.adapters = checks.warn_adapters(roots)
-    report.whole["bytes_before"] = sum(map(checks.bytes_of, roots.values()))
-    bases = {name: base_hash(root) for name, root in roots.items()}
-    folder = None if resume is None else Path(resume)
-    if folder is not None:
-        parts.claim(folder, bases, config, calibration)
-    modes = COUNTED if isinstance(target, nn.Module) else len(getattr(target, "modes", ()))
-    report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtypes or {}, modes)
+    brief = runs and _runs(target, calibration, dataclasses.replace(config, steps=min(config.steps, TRACED_STEPS)))
+    with prompts_remembered(target, roots.values()):
+        sites = _traced(whole, roots, config, brief)
+        if not sites:
+            raise UserError("; ".join(checks.why_none(name, root) for name, root in roots.items()))
+        report = Report(settings=config.to_dict(), untouched=checks.warn_untouched(roots))
+        report.adapters = checks.warn_adapters(roots)
+        report.whole["bytes_before"] = sum(map(checks.bytes_of, roots.values()))
+        bases = {name: base_hash(root) for name, root in roots.items()}
+        folder = None if resume is None else Path(resume)
+        if folder is not None:
+            parts.claim(folder, bases, config, calibration)
+        modes = COUNTED if isinstance(target, nn.Module) else len(getattr(target, "modes", ()))
+        report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtypes or {}, modes)
     changed = {row.path.split(".")[0] for row in report.layers if row.bits != 16}
     if not changed and config.bits != "auto":
         raise UserError(f"nothing is quantized: {'; '.join(report.notes())} ({len(report.layers)} layers)")

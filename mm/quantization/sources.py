@@ -74,6 +74,11 @@ def stored_parts(folder: Path, variant: str | None = None) -> dict[str, Stored]:
     return found
 
 
+def main_type(path: Path) -> torch.dtype:
+    """The type of most numbers in a safetensors file."""
+    return _read([path]).main
+
+
 def _read(files: list[Path]) -> Stored:
     types: dict[str, torch.dtype] = {}
     sizes: dict[torch.dtype, int] = {}

@@ -18,7 +18,7 @@ from mm.core.errors import UserError
 from mm.engine import calls, memory, output
 from mm.engine.capabilities import Capabilities
 from mm.engine.changes import unchanged
-from mm.engine.events import CancelToken, Done, Notice, Picture, Step
+from mm.engine.events import CancelToken, Done, Notice, Picture, RunCancelledError, Step
 from mm.engine.facts import capabilities_of
 from mm.engine.outline import capabilities_at
 from mm.engine.previews import unpacked
@@ -292,6 +292,12 @@ def test_an_estimate_counts_the_weights(folders):
     assert memory.choose_offload(60 << 30, 40 << 30, 16 << 30)[0] == "group"
 
 
+def test_a_strength_that_leaves_no_step_is_refused(sdxl):
+    picture = Image.new("RGB", (32, 32))
+    with pytest.raises(UserError, match=r"a strength of 0.2 leaves none of 4 steps; give a strength of at least 0.25"):
+        sdxl.draw("a fox", image=picture, strength=0.2, steps=4, seed=1)
+
+
 def test_waiting_runs_come_in_order():
     lock, order = FairLock(), []
     with lock:
@@ -303,6 +309,18 @@ def test_waiting_runs_come_in_order():
     for thread in threads:
         thread.join()
     assert order == list(range(5))
+
+
+def test_a_run_that_waits_is_cancelled_at_once_and_leaves_the_queue():
+    lock, token = FairLock(), CancelToken()
+    with lock:
+        threading.Timer(0.1, token.cancel).start()
+        with pytest.raises(RunCancelledError), lock.turn(token):
+            pass
+        assert not lock._waiting
+    with lock.turn(CancelToken()):
+        assert lock._taken
+    assert not lock._taken
 
 
 def _take(lock: FairLock, order: list, k: int) -> None:

@@ -209,6 +209,6 @@ def test_the_benchmark_runs(tmp_path, monkeypatch):
 
     linear_gpu.main(f"--device cpu --shapes 48x128 --tokens 1 70 --rounds 1 --json {file}".split())
     few, many = json.loads(file.read_text())["rows"]
-    assert few["tokens"] == 1 and set(few["speedup"]) == set(linear_gpu.METHODS)
+    assert few["tokens"] == 1 and set(few["speedup"]) >= set(linear_gpu.METHODS)
     assert few["off_reference"]["mm, fused branch"] < 0.006 and many["off_reference"]["mm, scaled by group"] < 0.006
     assert 0.001 < many["off_reference"]["mm, fused branch"] < 0.02

@@ -1,4 +1,4 @@
-"""Conversations on a tiny random model: what is read once, who decides, stopping, limits, the command."""
+"""Conversations on a tiny random model: what each turn is drawn from, stopping, any length, the command."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from tiny import says, tiny_reader
+from tiny import says, seeded, tiny_reader
 
-from mm import InterleavedPipeline
+from mm import ImageEditPipeline, InterleavedPipeline, TextToImagePipeline
 from mm.core.errors import UserError
+from mm.pipelines import conversation as states
 from mm.pipelines.pictures import to_tensor
+
+RED = Image.new("RGB", (60, 90), "red")
 
 
 @pytest.fixture
@@ -26,81 +29,102 @@ def kinds(events) -> list[str]:
     return [event.kind for event in events]
 
 
-def test_words_come_one_by_one_until_the_end(pipe, monkeypatch):
-    says(pipe, monkeypatch, "two", "cats", "<end>")
-    conversation = pipe.start()
-    events = list(pipe.turn(conversation, "how many cats are there?"))
-    assert [e.word for e in events if e.kind == "word"] == ["two", "cats"]
-    assert events[-1].kind == "end"
-    assert conversation.read == len(conversation.dialogue.ids)
+def words(events) -> str:
+    return " ".join(event.word for event in events if event.kind == "word")
 
 
-def test_the_text_head_decides_to_draw_and_the_picture_is_added(pipe, monkeypatch):
-    says(pipe, monkeypatch, "<image>")
-    conversation = pipe.start()
-    events = list(pipe.turn(conversation, "draw a cat", seed=3, steps=2))
-    assert kinds(events) == ["step", "step", "picture", "end"]
-    assert events[2].picture.size == (128, 128)
-    placeholder = conversation.dialogue.token("<look>")
-    assert conversation.dialogue.ids.count(placeholder) == 16
-    assert conversation.latents.shape == (1, 16, 8, 8)
-    # encoding piece by piece equals encoding at once, with understanding tokens of the latents
-    tokens = pipe._latent_tokens(conversation.latents)
-    _, whole = pipe.trunk.read(torch.tensor([conversation.dialogue.ids]), None, tokens)
-    for a, b in zip(conversation.state.prompt.keys, whole.prompt.keys, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+def drawn(events) -> bytes:
+    return next(event.picture for event in events if event.picture is not None).tobytes()
 
 
-def test_same_seed_same_conversation_and_the_last_picture_is_the_source(pipe, monkeypatch):
-    def two(seed):
-        says(pipe, monkeypatch, "<image>", "<end>")
-        conversation = pipe.start()
-        events = list(pipe.turn(conversation, "draw a cat", seed=seed, steps=2))
-        first = next(e.picture for e in events if e.picture)
-        return first, conversation
-
-    (a, one), (b, _), (c, _) = two(3), two(3), two(4)
-    assert a.tobytes() == b.tobytes()
-    assert a.tobytes() != c.tobytes()
-    prompt = one.state.prompt
-    with_source = pipe._conversation_branches(prompt, one.latents, 4.0)
-    without = pipe._conversation_branches(prompt, None, 4.0)
-    assert (len(with_source), len(without)) == (3, 2)
+def test_an_answer_comes_word_by_word(pipe, monkeypatch):
+    says(pipe, monkeypatch, "two cats")
+    events = list(pipe.turn(pipe.start(), "what style is this?", RED))
+    assert kinds(events) == ["word", "word", "end"]
+    assert words(events) == "two cats"
 
 
-def test_a_picture_of_the_user_is_encoded(pipe, monkeypatch):
-    says(pipe, monkeypatch, "<end>")
-    conversation = pipe.start()
-    list(pipe.turn(conversation, "what is it?", Image.new("RGB", (60, 90), "red")))
-    want = pipe.autoencoder.encode(to_tensor([Image.new("RGB", (60, 90), "red")], 128))
-    torch.testing.assert_close(conversation.latents, want)
-    assert conversation.dialogue.ids.count(conversation.dialogue.token("<look>")) == 16
+def test_a_new_picture_is_the_one_that_the_drawing_pipeline_draws(pipe):
+    parts = {n: p for n, p in pipe.components.items() if not n.startswith("understanding") and n != "latent_stem"}
+    alone = TextToImagePipeline(**parts)
+    state = pipe.start()
+    for k, turn in enumerate(("draw a cat", "please draw a cat!", "another one")):
+        events = list(pipe.turn(state, turn, seed=3, steps=2))
+        assert kinds(events) == ["step", "step", "picture", "end"]
+        options = {"generator": seeded(3 + k)[0], "num_inference_steps": 2, "guidance_scale": pipe.default_guidance[0]}
+        assert drawn(events) == alone("a cat", **options).images[0].tobytes()
+        assert events[2].seed == 3 + k
+    assert len(state.shown) == state.pictures == 3
+    torch.testing.assert_close(state.last.tokens, pipe._latent_tokens(state.last.latents))
 
 
-def test_a_stopped_turn_leaves_no_trace(pipe, monkeypatch):
-    says(pipe, monkeypatch, "two", "<end>", "one", "cat", "dog", "<end>")
-    conversation = pipe.start()
-    list(pipe.turn(conversation, "hello"))
-    before = (list(conversation.dialogue.ids), conversation.read, conversation.state)
-    stopped = pipe.turn(conversation, "how many cats are there?")
-    assert next(stopped).kind == "word"
+def test_a_change_of_a_given_picture_is_the_one_that_the_editing_pipeline_makes(pipe):
+    alone = ImageEditPipeline(**{n: p for n, p in pipe.components.items() if n != "latent_stem"})
+    state = pipe.start()
+    list(pipe.turn(state, "thanks", RED))
+    want = pipe.autoencoder.encode(to_tensor([RED], 128))
+    torch.testing.assert_close(state.last.latents, want)
+    events = list(pipe.turn(state, "could you color the cat blue?", seed=3, steps=2))
+    options = {"generator": seeded(3)[0], "num_inference_steps": 2}
+    assert drawn(events) == alone(RED, "make the cat blue", **options).images[0].tobytes()
+    assert len(pipe._change_branches("make it blue", state.last, 4.0)) == 3
+
+
+def test_undo_shows_the_picture_before(pipe):
+    state = pipe.start()
+    assert "nothing to undo" in words(list(pipe.turn(state, "undo"))).lower()
+    first = list(pipe.turn(state, "draw a cat", steps=2))
+    list(pipe.turn(state, "make it night", steps=2))
+    back = list(pipe.turn(state, "undo that"))
+    assert kinds(back) == ["picture", "end"]
+    assert drawn(back) == drawn(first)
+    assert (back[0].seed, state.pictures, len(state.shown)) == (0, 2, 1)
+
+
+@pytest.mark.parametrize("turn", ["how many cats are there?", "draw a dog", "make it night", "hello there"])
+def test_a_stopped_turn_leaves_no_trace(pipe, monkeypatch, turn):
+    state = pipe.start()
+    list(pipe.turn(state, "draw a cat", steps=2))
+    says(pipe, monkeypatch, "two cats")
+    before = state.copy()
+    stopped = pipe.turn(state, turn, steps=2)
+    next(stopped)
     stopped.close()
-    assert (conversation.dialogue.ids, conversation.read, conversation.state) == before
+    assert state == before
+    monkeypatch.setattr(pipe, "_decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(pipe.turn(state, "draw a dog", steps=2))
+    assert state == before
 
 
-def test_a_full_conversation_says_so_and_stays_usable(pipe):
-    conversation = pipe.start()
-    conversation.dialogue.add([5] * 200)
-    with pytest.raises(UserError, match="start a new one"):
-        list(pipe.turn(conversation, "draw a cat on grass"))
-    assert len(conversation.dialogue.ids) == 201
-    with pytest.raises(UserError, match="the prompt is empty"):
+def test_a_conversation_may_have_any_length_and_what_it_forgets_is_said(pipe, monkeypatch):
+    monkeypatch.setattr(states, "MAX_SHOWN", 2)
+    state = pipe.start()
+    first = list(pipe.turn(state, "draw a cat", steps=1))
+    for _ in range(40):
+        list(pipe.turn(state, "how many cats are there? " * 8))
+    second = list(pipe.turn(state, "draw a cat on grass", steps=1))
+    assert drawn(second) != drawn(first)
+    with pytest.warns(UserWarning, match="the oldest is forgotten"):
+        list(pipe.turn(state, "draw a dog", steps=1))
+    assert (state.turns, state.pictures, len(state.shown)) == (43, 3, 2)
+
+
+def test_an_empty_turn_and_what_is_no_picture_are_named(pipe):
+    with pytest.raises(UserError, match="the turn is empty"):
         list(pipe.turn(pipe.start(), "  "))
+    with pytest.raises(UserError, match="a turn is a text"):
+        list(pipe.turn(pipe.start(), 3))
+    state = pipe.start()
+    with pytest.raises(UserError, match="no picture at"):
+        list(pipe.turn(state, "what is it?", "none.png"))
+    assert state == pipe.start()
 
 
 def test_scripts_run_through_python_and_the_command(pipe, tmp_path):
     out = pipe.chat(["hello", "draw a cat"], steps=2)
-    assert len(out) == 2
+    assert out[0] == ("Hello! What can I draw for you?", None)
+    assert out[1][0] == "" and out[1][1] is not None
     pipe.save_pretrained(tmp_path / "model")
     picture = tmp_path / "red.png"
     Image.new("RGB", (64, 64), "red").save(picture)

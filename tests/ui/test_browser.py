@@ -243,3 +243,12 @@ def test_a_closed_tab_stops_its_order(tab_of) -> None:
     while any(thread.name == "mm-run" for thread in threading.enumerate()) and time.monotonic() < end:
         time.sleep(0.02)
     assert not any(thread.name == "mm-run" for thread in threading.enumerate())
+
+
+def test_a_click_on_a_word_adds_it_to_the_prompt(tab_of) -> None:
+    tab = tab_of(DESKTOP)
+    tab.locator("#prompt textarea").fill("a red")
+    tab.locator("#words >> text=Words that the model knows").click()
+    tab.wait_for_selector("#word-pictures .thumbnail-item img")
+    tab.locator("#word-pictures .thumbnail-item").nth(2).click()
+    tab.wait_for_function("document.querySelector('#prompt textarea').value == 'a red dog'")

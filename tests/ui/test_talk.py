@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from tiny import says, says_in_order
+from tiny import says
 from tiny_page import png, save_reader
 
 import mm
@@ -30,22 +32,27 @@ def orders(engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
     return Orders(engine, tmp_path / "pictures")
 
 
-def has_said(orders: Orders, monkeypatch: pytest.MonkeyPatch, *tokens: str) -> None:
-    says(orders.engine._pipeline_for("converse"), monkeypatch, *tokens)
+def has_said(orders: Orders, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    says(orders.engine._pipeline_for("converse"), monkeypatch, answer)
 
 
 def test_words_and_pictures_come_with_their_settings(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
     visit = Visit("a")
-    has_said(orders, monkeypatch, "two", "cats", "<end>")
-    last = list(say(orders, visit, "how many?", None))[-1]
-    assert [(m["role"], m["text"]) for m in last.messages] == [("user", "how many?"), ("assistant", "two cats")]
-    has_said(orders, monkeypatch, "<image>")
+    last = list(say(orders, visit, "hello, who are you?", None))[-1]
+    assert [m["role"] for m in last.messages] == ["user", "assistant"]
+    assert last.messages[1]["text"].startswith("I am mm, a small model")
     last = list(say(orders, visit, "draw a cat <b>![x](http://a.example/b)</b>", None))[-1]
     assert any("does not know" in notice for notice in last.progress.notices)
     settings = read_settings(last.messages[-1]["file"])
     assert (settings["seed"], settings["prompt"][:10]) == (visit.seed, "draw a cat")
+    has_said(orders, monkeypatch, "two cats")
+    last = list(say(orders, visit, "what style is this?", None))[-1]
+    assert last.messages[-1]["text"] == "two cats"
+    last = list(say(orders, visit, "is it a zebra?", None))[-1]
+    assert "do not know what a zebra is" in last.messages[-1]["text"]
+    assert any("not understood" in notice for notice in last.progress.notices)
     assert "<" not in as_chat(last.messages)[2]["content"]
-    assert as_chat(last.messages)[3]["content"] == {"path": last.messages[-1]["file"]}
+    assert as_chat(last.messages)[3]["content"] == {"path": last.messages[3]["file"]}
     visit.forget()
     assert not list(orders.folder.iterdir())
 
@@ -57,12 +64,11 @@ def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
 
     visit, given = Visit("a"), tmp_path / "cache" / "in.png"
     given.write_bytes(png(3000, 2000))
-    has_said(orders, monkeypatch, "yes", "<end>")
-    list(say(orders, visit, "is it red?", str(given)))
+    has_said(orders, monkeypatch, "yes")
+    list(say(orders, visit, "is there a cat?", str(given)))
     assert Image.open(visit.messages[0]["file"]).size == (1024, 683)
-    assert visit.conversation.dialogue.pictures[0].size == (1024, 683)  # what the model keeps is no larger
-    said = len(visit.conversation.dialogue)
-    has_said(orders, monkeypatch, "<image>")
+    assert visit.messages[1]["text"] == "yes"
+    before = visit.conversation.copy()
     turn = say(orders, visit, "draw a cat", None)
     next(turn)
     visit.cancel()
@@ -76,16 +82,41 @@ def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
     ):
         with pytest.raises(UserError, match=message):
             list(say(orders, visit, words, picture))
-    assert len(visit.messages) == 2 and len(visit.conversation.dialogue) == said and not visit.busy
+    assert len(visit.messages) == 2 and visit.conversation == before and not visit.busy
 
 
-def test_a_new_conversation_frees_a_running_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
-    says_in_order(monkeypatch, {"draw": ["<image>"]}, ["yes", "<end>"])
+def test_a_stop_before_the_first_word_ends_when_the_turn_is_undone(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn has begun and says nothing for a while: the visit is free only once the model works no more."""
+    pipe, visit = orders.engine._pipeline_for("converse"), Visit("a")
+    real, begun, ended = pipe.turn, threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        try:
+            begun.set()
+            time.sleep(0.5)
+            yield from real(*arguments, **options)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(pipe, "turn", slow)
+    turn = say(orders, visit, "draw a cat", None)
+    next(turn)
+    assert begun.wait(10)
+    visit.cancel()
+    with pytest.raises(UserError, match="stopped"):
+        list(turn)
+    assert ended.is_set() and visit.conversation.turns == 0
+
+
+def test_a_new_conversation_frees_a_running_one(orders: Orders) -> None:
     visit = Visit("a")
     turn = say(orders, visit, "draw a cat", None)
     next(turn)
     visit.new_conversation()
-    assert [m["text"] for m in list(say(orders, visit, "hello", None))[-1].messages] == ["hello", "yes"]
+    said = ["hello", "Hello! What can I draw for you?"]
+    assert [m["text"] for m in list(say(orders, visit, "hello", None))[-1].messages] == said
     with pytest.raises(UserError, match="stopped"):
         list(turn)
-    assert [m["text"] for m in visit.messages] == ["hello", "yes"] and not visit.busy
+    assert [m["text"] for m in visit.messages] == said and not visit.busy

@@ -1,0 +1,307 @@
+"""What a text says in the models' own words, and what in it no picture of the world shows.
+
+Design choices
+- A text of the models' own grammar is passed on unchanged, so that its pictures stay what they are.
+- Replaced are phrases, then single words: synonyms and plurals in silence, a misspelled word aloud. Words that no
+  picture shows are named and left out, and so is what a text says is absent: the models would draw it.
+- A word that was added to the tokenizer ("<mug>"), or that the tokenizer has and the world lacks, is passed on: an
+  adapter may know it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+from mm.world import vocabulary as v
+from mm.world.lexicon_tables import Phrase, Tables, Task, real_words, tables
+from mm.world.lexicon_typos import nearest
+from mm.world.words import WORDS, split
+
+MAX_KINDS = 3  # groups of things in a scene
+LIST = "`mm words` lists what it knows"
+_PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
+_NAME = r"<[a-z0-9_-]+>"
+_MARKS = frozenset(",.;:!?()'\"-")
+_JOINS = frozenset({"and", "with", ",", "or", "but"})
+_INTRODUCING = frozenset(
+    {"a", "an", "the", "in", "on", "at", "of", "under", "near", "by", "next", "to", "above", "below"}
+)
+_VOCABULARY = frozenset(WORDS)
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What was read.
+
+    Attributes:
+        text: For the model.
+        corrections: Misspelled words with the words that they were read as.
+        problems: A line for each thing that the model does not understand or cannot show.
+    """
+
+    text: str
+    corrections: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def notices(self) -> list[str]:
+        """All that a user should know."""
+        return [f"{word!r} was read as {other!r}" for word, other in self.corrections] + self.problems
+
+
+def read(text: str, task: Task = "draw", names: Iterable[str] = ()) -> Reading:
+    """Reads a text for a task.
+
+    Args:
+        text: In any wording.
+        task: "draw", "edit", "ask" or "talk".
+        names: Words that were added to the model, such as "<mug>".
+
+    Returns:
+        The text in the models' words, with what was corrected and what is not understood.
+    """
+    own = frozenset(names)
+    words = _split(text, own)
+    found = Reading(text=text)
+    table = tables(task)
+    made = _opened(words, table)
+    if task == "draw":
+        made = _without_absent(made, table, found)
+        made = _counted(made, table, found)
+    made = _phrased(made, table.phrases)
+    made = [word for one in _each(made, table, own, task, found) for word in one]
+    if task == "draw":
+        _count_kinds(made, table, found)
+        _find_inside(made, table, found)
+    made = _tidied(made)
+    if made != words and made:
+        found.text = " ".join(made)
+    elif not made and words:
+        found.problems.append("nothing that the model knows is left; the words are passed on as they are")
+    found.problems = list(dict.fromkeys(found.problems))
+    if not _is_english(words, task, own):
+        found.problems = [f"the model reads English, and most words of {text.strip()[:60]!r} are not known; {LIST}"]
+    return found
+
+
+def _split(text: str, names: frozenset[str]) -> list[str]:
+    """Words and marks, with names whole."""
+    out: list[str] = []
+    for part in re.split(f"({_NAME})", text.lower()):
+        out += [part] if part in names else split(part.replace("\ufe0f", ""))
+    return out
+
+
+def _is_english(words: list[str], task: Task, names: frozenset[str]) -> bool:
+    """Whether a text of three words or more has as many known words as others."""
+    plain = [word for word in words if word not in names and word not in _MARKS and not word.isdigit()]
+    known = [word for word in plain if tables(task).has(word) or word in _VOCABULARY or word in real_words()]
+    foreign = [word for word in plain if any(letter.isalpha() and not letter.isascii() for letter in word)]
+    return not (len(plain) >= 3 and 2 * len(known) < len(plain)) and 2 * len(foreign) < max(len(plain), 1)
+
+
+def _opened(words: list[str], table: Tables) -> list[str]:
+    """Without the request around what is drawn, such as "please draw"."""
+    while (hit := _longest(words, 0, table.opening)) is not None:
+        new = [*table.opening[hit], *words[len(hit) :]]
+        if new == words or not new[len(table.opening[hit]) :]:
+            break
+        words = new
+        if table.opening[hit]:
+            break
+    return words
+
+
+def _longest(words: list[str], at: int, phrases: Iterable[Phrase]) -> Phrase | None:
+    """The longest phrase that begins at a position."""
+    longest = max(map(len, phrases), default=0)
+    for length in range(min(longest, len(words) - at), 0, -1):
+        if (phrase := tuple(words[at : at + length])) in phrases:  # type: ignore[operator]
+            return phrase
+    return None
+
+
+def _phrased(words: list[str], phrases: dict[Phrase, Phrase] | object) -> list[str]:
+    """With phrases replaced; what the grammar itself says is left as it is."""
+    assert isinstance(phrases, dict)
+    out: list[str] = []
+    at = 0
+    while at < len(words):
+        own = _longest(words, at, _grammar())
+        hit = _longest(words, at, phrases)
+        if own is not None and (hit is None or len(own) >= len(hit)):
+            out += own
+            at += len(own)
+        elif hit is not None:
+            at += len(hit)
+            said_already = at < len(words) and phrases[hit][-1:] == (words[at],)  # "in mosaic" before "style"
+            out += phrases[hit][: len(phrases[hit]) - said_already]
+        else:
+            out.append(words[at])
+            at += 1
+    return out
+
+
+@cache
+def _grammar() -> frozenset[Phrase]:
+    """Phrases of several words that the models were trained with."""
+    from mm.world import captions as c
+
+    found = (c.BACKGROUND_PHRASES, c.STYLE_BEFORE, c.RELATION_PHRASES)
+    phrases = {tuple(split(phrase)) for one in found for choices in one.values() for phrase in choices}
+    return frozenset(phrase for phrase in phrases if len(phrase) > 1)
+
+
+def _without_absent(words: list[str], table: Tables, found: Reading) -> list[str]:
+    """Without what the text says is absent: from a negation to the next noun."""
+    out: list[str] = []
+    at = 0
+    while at < len(words):
+        background = _longest(words, at, table.phrases) or _longest(words, at, _grammar())
+        hit = _longest(words, at, table.negation)
+        if hit is None or (background is not None and len(background) > len(hit)):
+            out.append(words[at])
+            at += 1
+            continue
+        end = at + len(hit)
+        while end < len(words) and not _names_thing(words[end], table) and words[end] not in (",", ".", ";"):
+            end += 1
+        end += end < len(words) and _names_thing(words[end], table)
+        absent = " ".join(words[at:end])
+        found.problems.append(f"what is absent cannot be said to the model; {absent!r} is left out")
+        while out and out[-1] in _JOINS:
+            out.pop()
+        at = end
+    return out
+
+
+def _names_thing(word: str, table: Tables) -> bool:
+    return word in table.nouns or word in table.near or table.synonyms.get(word) in table.nouns
+
+
+def _counted(words: list[str], table: Tables, found: Reading) -> list[str]:
+    """With numbers that a picture cannot hold as the largest that it can."""
+    out: list[str] = []
+    at = 0
+    while at < len(words):
+        large = words[at].isdigit() and int(words[at][:9]) > v.MAX_COUNT
+        hit: Phrase | None = (words[at],) if large else _longest(words, at, table.many)
+        if hit is None:
+            out.append(words[at])
+            at += 1
+            continue
+        found.problems.append(f"a picture holds at most four things of a kind; {' '.join(hit)!r} is read as 'four'")
+        at += len(hit)
+        out.append("four")
+        if at < len(words) and words[at] == "of":
+            at += 1
+    return out
+
+
+def _each(
+    words: list[str], table: Tables, names: frozenset[str], task: Task, found: Reading
+) -> Iterator[tuple[str, ...]]:
+    """What each word becomes."""
+    for at, word in enumerate(words):
+        before = words[at - 1] if at else ""
+        needs = table.companions.get(word)
+        if word in names or (word in table.known and (needs is None or needs & set(words))):
+            yield (word,)
+        elif word in table.synonyms:
+            yield tuple(table.synonyms[word].split())
+        elif word in table.fillers or not word[0].isalnum():
+            yield ()
+        elif task in ("ask", "talk"):
+            yield _asked(word, table, found)
+        else:
+            yield _unknown(word, before, table, found)
+
+
+def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
+    """A word of a question: only misspelled ones are changed."""
+    other = None if table.has(word) or word in _VOCABULARY else _corrected(word, table, found)
+    return (word if other is None else other,)
+
+
+def _unknown(word: str, before: str, table: Tables, found: Reading) -> tuple[str, ...]:
+    """A word that is not known: corrected, or named in a problem and left out."""
+    if table.lacks(word):
+        found.problems.append(_why(word, before, table))
+    elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
+        return (other,)
+    else:
+        found.problems.append(f"the model does not know the word {word!r} and ignores it; {LIST}")
+    kept = word in _VOCABULARY and word not in table.kinds and word not in table.colours and word not in table.places
+    return (word,) if kept else ()
+
+
+def _corrected(word: str, table: Tables, found: Reading) -> str | None:
+    """The known word that a misspelled one stands for."""
+    if word in real_words() or word in _VOCABULARY:
+        return None
+    candidates = {*table.known, *table.synonyms} - _MARKS
+    other = nearest(word, candidates, lambda one: _root(one, table))
+    if other is None:
+        return None
+    other = table.synonyms.get(other, other)
+    found.corrections.append((word, other))
+    return other
+
+
+def _root(word: str, table: Tables) -> str:
+    word = table.synonyms.get(word, word)
+    return table.nouns.get(word, word)
+
+
+def _why(word: str, before: str, table: Tables) -> str:
+    """Why a word of the tables cannot be shown."""
+    known = f"the model does not know the word {word!r}"
+    if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
+        return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
+    if word in table.colours:
+        near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)
+        return f"{known}, a colour that it lacks; nearest: {near}"
+    if word in table.near:
+        near = table.near[word]
+        return f"{known}; nearest: {', '.join(near)}" if near else f"{known}: there are no people in its pictures"
+    if word in table.kinds:
+        return f"{known} ({table.kinds[word]}) and ignores it"
+    if word in table.places:
+        return f"{known}; nearest background: {', '.join(table.places[word])}"
+    if (word,) in table.bindings:
+        return f"{known}: things stand beside, above or below each other, and nothing else is between them"
+    return f"{known} and ignores it; {LIST}"
+
+
+def _count_kinds(words: list[str], table: Tables, found: Reading) -> None:
+    kinds = list(dict.fromkeys(table.nouns[word] for word in words if word in table.nouns))
+    if len(kinds) > MAX_KINDS:
+        found.problems.append(
+            f"a picture holds at most three kinds of things, and {len(kinds)} are named ({', '.join(kinds)}); some "
+            "will be missing"
+        )
+
+
+def _find_inside(words: list[str], table: Tables, found: Reading) -> None:
+    """Things inside other things: "in a house"."""
+    for at, word in enumerate(words):
+        after = [w for w in words[at + 1 : at + 4] if w not in ("a", "an", "the") and w not in v.COLOURS]
+        if word == "in" and after and after[0] in table.nouns and _longest(words, at, _grammar()) is None:
+            place = " ".join(words[at : words.index(after[0], at) + 1])
+            found.problems.append(f"nothing is drawn inside other things; {place!r} is not understood as a place")
+
+
+def _tidied(words: list[str]) -> list[str]:
+    """Without words that join or introduce something that was left out."""
+    out: list[str] = []
+    for word in reversed(words):
+        ends = not out or out[-1] in _MARKS or out[-1] in _JOINS
+        if (ends and word in _INTRODUCING) or (word in _JOINS and ends):
+            continue
+        out.append(word)
+    while out and out[-1] in _JOINS:
+        out.pop()
+    return out[::-1]

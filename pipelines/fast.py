@@ -1,0 +1,173 @@
+"""Settings of less work a picture for our models, and the steps that they stand for.
+
+Design choices
+- The defaults are the mix that costs no more than a point of the compose score on tuning prompts
+  (`benchmarks/fast.py`, docs/fast.md). Single settings can be given; they replace those of the mix.
+- What is left out is planned by step, not by the picture, unless `threshold` is given: pictures then stay the same at
+  any batch size. With a threshold each picture is drawn alone.
+- Features are shared where DDT's dynamic programming (`mm.fast.refresh`) says so, on the similarity of features that
+  was measured once. Up to the first step without guidance, errors count as often as the guidance scale multiplies them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mm.core.errors import UserError
+from mm.families.mm_tiny import GUIDANCE
+from mm.fast.guidance import AdaptiveGuidance, checked
+from mm.fast.refresh import refresh_steps
+
+# Noise levels of 12 steps, and the mean cosine of the trunk's features between them: 30 tuning prompts, mm-tiny.
+LEVELS = (1.0, 0.9525, 0.9002, 0.8425, 0.7783, 0.7066, 0.626, 0.5347, 0.4304, 0.31, 0.1697, 0.004)
+SIMILARITY = (
+    (1.000, 0.994, 0.971, 0.915, 0.855, 0.815, 0.796, 0.784, 0.780, 0.775, 0.774, 0.761),
+    (0.994, 1.000, 0.980, 0.925, 0.866, 0.826, 0.806, 0.794, 0.789, 0.784, 0.783, 0.771),
+    (0.971, 0.980, 1.000, 0.973, 0.922, 0.884, 0.865, 0.852, 0.847, 0.842, 0.840, 0.829),
+    (0.915, 0.925, 0.973, 1.000, 0.976, 0.944, 0.926, 0.915, 0.909, 0.904, 0.902, 0.892),
+    (0.855, 0.866, 0.922, 0.976, 1.000, 0.983, 0.969, 0.959, 0.953, 0.948, 0.945, 0.935),
+    (0.815, 0.826, 0.884, 0.944, 0.983, 1.000, 0.992, 0.986, 0.980, 0.975, 0.972, 0.963),
+    (0.796, 0.806, 0.865, 0.926, 0.969, 0.992, 1.000, 0.997, 0.993, 0.990, 0.987, 0.976),
+    (0.784, 0.794, 0.852, 0.915, 0.959, 0.986, 0.997, 1.000, 0.998, 0.996, 0.993, 0.982),
+    (0.780, 0.789, 0.847, 0.909, 0.953, 0.980, 0.993, 0.998, 1.000, 0.999, 0.997, 0.987),
+    (0.775, 0.784, 0.842, 0.904, 0.948, 0.975, 0.990, 0.996, 0.999, 1.000, 0.999, 0.990),
+    (0.774, 0.783, 0.840, 0.902, 0.945, 0.972, 0.987, 0.993, 0.997, 0.999, 1.000, 0.992),
+    (0.761, 0.771, 0.829, 0.892, 0.935, 0.963, 0.976, 0.982, 0.987, 0.990, 0.992, 1.000),
+)
+
+
+def _share(name: str, value: object, low: float = 0.0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
+        raise UserError(f"fast: {name} is {value!r}; give a number from {low:g} to 1")
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"fast: {name} is {value!r}; give a whole number from {low} to {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastFlow:
+    """Less work in flow mode.
+
+    Args:
+        steps: Sampling steps where a call gives none.
+        spaced: Whether the last step starts at 1 / steps of the noise (before the scheduler's shift), and not near
+            zero, where it changes nothing. A call with sigmas of its own keeps them, as do schedulers that take none.
+        guided: Share of the steps, from the first on, that compute the unconditional prediction.
+        features: Share of the steps that compute the trunk's features; the others decode shared ones. Steps are chosen
+            by `plan`.
+        threshold: Guidance ends earlier once the cosine of the two predictions exceeds this (`AdaptiveGuidance`).
+        linear: Every second unconditional prediction of the guided steps is estimated by regression.
+    """
+
+    steps: int = 8
+    spaced: bool = True
+    guided: float = 0.6
+    features: float = 0.75
+    threshold: float | None = None
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, 1, 1000)
+        if not isinstance(self.spaced, bool):
+            raise UserError(f"fast: spaced is {self.spaced!r}; give true or false")
+        _share("guided", self.guided)
+        _share("features", self.features)
+        AdaptiveGuidance(threshold=2.0 if self.threshold is None else self.threshold, linear=self.linear)
+
+    @property
+    def adaptive(self) -> AdaptiveGuidance | None:
+        """How guidance depends on the picture; None where it does not."""
+        if self.threshold is None and not self.linear:
+            return None
+        return AdaptiveGuidance(threshold=2.0 if self.threshold is None else self.threshold, linear=self.linear)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastCodes:
+    """Less work in codes mode.
+
+    Args:
+        steps: Sampling steps where a call gives none; the last of them revise.
+        confidence: A token is sure where the mean log-probability of its codes exceeds this. Sure tokens beside known
+            ones are drawn with the step's own (as in LocalLeap), and are not revised. None: none is sure.
+        full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
+    """
+
+    steps: int = 20
+    confidence: float | None = -0.4
+    full_every: int = 1
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, 1, 1000)
+        _whole("full_every", self.full_every, 1, 1000)
+        value = self.confidence
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value <= 0):
+            raise UserError(f"fast: confidence is {value!r}; give a log-probability, 0 or below")
+
+
+def fast_settings(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a mode by name, those of the measured mix where they are not given.
+
+    Raises:
+        UserError: The mode has no such setting, or it has no such value.
+    """
+    return asdict(settings_for(mode or "flow", given))
+
+
+def settings_for(mode: str, given: bool | Mapping[str, Any]) -> FastFlow | FastCodes:
+    """The settings of a mode: the measured mix, with those that a mapping names in their place."""
+    named = {} if isinstance(given, bool) else given
+    return checked(FastCodes, named) if mode == "codes" else checked(FastFlow, named)
+
+
+def decides_by_picture(settings: FastFlow | FastCodes | None) -> bool:
+    """Whether a threshold that the last bits of a picture can cross decides what is computed."""
+    return isinstance(settings, FastFlow) and settings.adaptive is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPlan:
+    """What each step of a run computes.
+
+    Args:
+        guided: So many steps, from the first on, compute every guidance branch.
+        refreshed: The steps that compute features.
+        adaptive: Whether guidance also depends on the picture.
+    """
+
+    guided: int
+    refreshed: frozenset[int]
+    adaptive: AdaptiveGuidance | None = None
+
+
+def flow_plan(settings: FastFlow, sigmas: Sequence[float]) -> FlowPlan:
+    """The plan of a run with these noise levels."""
+    guided = math.ceil(settings.guided * len(sigmas) - 1e-9)
+    count = max(1, math.ceil(settings.features * len(sigmas) - 1e-9))
+    table = [[similarity_at(a, b) for b in sigmas] for a in sigmas]
+    weights = [GUIDANCE if step <= guided else 1.0 for step in range(len(sigmas))]
+    return FlowPlan(
+        guided=guided, refreshed=frozenset(refresh_steps(table, count, weights)), adaptive=settings.adaptive
+    )
+
+
+def similarity_at(first: float, second: float) -> float:
+    """The mean cosine of features at two noise levels: `SIMILARITY`, linear between its levels; 1 for equal levels."""
+    if first == second:
+        return 1.0
+    rows = [(row, share) for row, share in _neighbours(first) if share]
+    columns = [(column, share) for column, share in _neighbours(second) if share]
+    return sum(a * b * SIMILARITY[row][column] for row, a in rows for column, b in columns)
+
+
+def _neighbours(level: float) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The levels of the table around one, with the share of each."""
+    level = min(max(level, LEVELS[-1]), LEVELS[0])
+    lower = next(i for i in range(1, len(LEVELS)) if LEVELS[i] <= level)
+    share = (level - LEVELS[lower]) / (LEVELS[lower - 1] - LEVELS[lower])
+    return (lower - 1, share), (lower, 1 - share)

@@ -1,0 +1,186 @@
+"""Less work a picture on a tiny random pipeline of ours: what equals the full picture, and what is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import seeded, tiny_pipeline
+from torch import nn
+
+from mm.core.errors import UserError
+from mm.models.cache import PromptCache
+from mm.pipelines.code_leaps import neighbours, planned, revised
+from mm.pipelines.fast import LEVELS, SIMILARITY, FastCodes, FastFlow, fast_settings, flow_plan, similarity_at
+from mm.pipelines.sampling import code_steps
+
+ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0, "spaced": False}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline()
+
+
+def draw(pipe: Any, prompt: Any = "two red cats on grass", **options: Any) -> torch.Tensor:
+    """Pictures (B, 3, 128, 128) with the steps that the settings say."""
+    return pipe(prompt, output_type="pt", **options).images
+
+
+def rows_of(pipe: Any, part: str) -> list[int]:
+    rows: list[int] = []
+
+    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
+        rows.append(len(args[0]))
+
+    handle = getattr(pipe, part).register_forward_pre_hook(count)
+    rows_of.handles.append(handle)  # type: ignore[attr-defined]
+    return rows
+
+
+rows_of.handles = []  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks():
+    yield
+    while rows_of.handles:  # type: ignore[attr-defined]
+        rows_of.handles.pop().remove()  # type: ignore[attr-defined]
+
+
+def test_settings_that_leave_nothing_out_change_no_bit(pipe: Any):
+    plain = draw(pipe, num_inference_steps=5, generator=seeded(1))
+    assert torch.equal(draw(pipe, generator=seeded(1), fast=ALL | {"steps": 5}), plain)
+    never = ALL | {"threshold": 1.5}
+    assert torch.equal(draw(pipe, num_inference_steps=5, generator=seeded(1), fast=never), plain)
+    codes = draw(pipe, num_inference_steps=8, mode="codes", generator=seeded(1))
+    none = {"confidence": None, "full_every": 1, "steps": 8}
+    assert torch.equal(draw(pipe, mode="codes", generator=seeded(1), fast=none), codes)
+
+
+def test_spaced_levels_end_a_step_above_zero(pipe: Any):
+    plain = draw(pipe, generator=seeded(1), sigmas=[1, 0.75, 0.5, 0.25])
+    assert torch.equal(draw(pipe, generator=seeded(1), fast=ALL | {"steps": 4, "spaced": True}), plain)
+
+
+def test_each_part_computes_what_the_plan_says(pipe: Any):
+    trunk, decoder = rows_of(pipe, "trunk"), rows_of(pipe, "velocity_decoder")
+    draw(pipe, generator=seeded(1), fast={"steps": 8, "guided": 0.5, "features": 1.0})
+    assert trunk == decoder == [2] * 4 + [1] * 4
+    trunk.clear(), decoder.clear()
+    plan = flow_plan(FastFlow(steps=8, guided=0.5, features=0.75), [1 - step / 8 for step in range(8)])
+    draw(pipe, fast={"steps": 8, "guided": 0.5, "features": 0.75}, generator=seeded(1))
+    assert decoder == [2] * 4 + [1] * 4 and len(trunk) == len(plan.refreshed) == 6 and 0 in plan.refreshed
+    trunk.clear(), decoder.clear()
+    draw(pipe, generator=seeded(1), fast=ALL | {"steps": 6, "threshold": -1})
+    assert decoder == [2, 1, 1, 1, 1, 1]
+    decoder.clear()
+    draw(pipe, generator=seeded(1), fast=ALL | {"steps": 6, "linear": True})
+    assert decoder == [2, 2, 1, 2, 1, 2]
+    decoder.clear()
+    draw(pipe, generator=seeded(1), fast=True)
+    assert len(decoder) == FastFlow().steps
+
+
+def test_ended_guidance_is_a_callback_that_ends_it(pipe: Any):
+    """`_guidance_scale` set to 1 after a step: the same velocities, computed in full."""
+
+    def end(run: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            run._guidance_scale = 1.0
+        return {}
+
+    wanted = draw(pipe, num_inference_steps=6, generator=seeded(1), callback_on_step_end=end)
+    got = draw(pipe, generator=seeded(1), fast=ALL | {"steps": 6, "guided": 0.5})
+    assert (got - wanted).abs().max() < 1e-5
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: Any):
+    prompts = ["two red cats on grass", "a dog", "three stars at night"]
+    for fast in ({"mode": "flow", "fast": True}, {"mode": "flow", "fast": ALL | {"steps": 6, "threshold": 0.99}},
+                 {"mode": "codes", "fast": {"steps": 10, "confidence": -4.0}},
+                 {"mode": "codes", "fast": {"steps": 10, "full_every": 3}}):  # fmt: skip
+        together = draw(pipe, prompts, generator=seeded(1, 2, 3), **fast)
+        alone = [draw(pipe, one, generator=seeded(seed), **fast) for seed, one in enumerate(prompts, 1)]
+        assert (together - torch.cat(alone)).abs().max() < 2 / 255, fast
+
+
+def test_confident_neighbours_save_steps(pipe: Any):
+    steps: list[int] = []
+
+    def note(run: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return {}
+
+    for confidence in (None, -1e9):
+        draw(pipe, mode="codes", generator=seeded(1), callback_on_step_end=note,
+             fast={"steps": 16, "confidence": confidence, "full_every": 1})  # fmt: skip
+    first, second = steps[: steps.index(0, 1)], steps[steps.index(0, 1) :]
+    # every neighbour is sure enough: the known area grows by a ring a step
+    assert first == list(range(16)) and len(second) < 12
+
+
+def test_local_steps_equal_full_ones_where_nothing_else_changed(pipe: Any):
+    trunk, generator = pipe.trunk, torch.Generator().manual_seed(0)
+    side, tokens = int(trunk.config.latent_size), int(trunk.config.latent_size) ** 2
+    prompt = PromptCache.cat([pipe.encode_prompt(["two red cats"])[0], pipe.encode_prompt(["a dog"])[0]])
+    before, after = (torch.randn(2, int(trunk.config.latent_channels), side, side, generator=generator) for _ in "ab")
+    masked = torch.rand(2, tokens, generator=generator) < 0.5
+    with torch.no_grad():
+        whole = trunk(after, masked.float(), prompt, "codes", masked)
+        features, cache = trunk.full_step(before, masked, prompt)
+        assert torch.allclose(features, trunk(before, masked.float(), prompt, "codes", masked), atol=1e-6)
+        some = torch.stack([torch.randperm(tokens, generator=generator)[:5] for _ in range(2)])
+        same = trunk.local_step(before, masked, cache, some)
+        assert torch.allclose(same, features[torch.arange(2)[:, None], some], atol=1e-5)
+        every = torch.arange(tokens).expand(2, -1)
+        assert torch.allclose(trunk.local_step(after, masked, cache, every), whole, atol=1e-5)
+
+
+def test_the_schedule_goes_on_from_what_is_known():
+    order = torch.tensor([[3, 1, 0, 2, 4, 5]])
+    known = torch.tensor([[False, True, False, False, False, False]])
+    assert planned(order, known, [5, 3, 1, 0])[0].nonzero().flatten().tolist() == [0, 3]  # 5 masked become 3
+    assert not planned(order, torch.ones(1, 6, dtype=torch.bool), [5, 3, 1, 0]).any()
+    near = neighbours((2, 3))
+    assert near[0].nonzero().flatten().tolist() == [1, 3, 4] and torch.equal(near, near.T)
+
+
+def test_revisions_take_unsure_tokens_in_their_order():
+    plan = list(code_steps(seeded(3), 16, 8))[-1]
+    log = torch.full((1, 16), -0.1)
+    assert torch.equal(revised(plan, log, None), plan.masked_BL) and not revised(plan, log, -0.5).any()
+    unsure = plan.order_BL[0, [1, 5, 9, 12, 14, 15]]
+    log[0, unsure] = -2.0
+    assert sorted(revised(plan, log, -0.5)[0].nonzero().flatten().tolist()) == sorted(unsure[:4].tolist())
+
+
+def test_similarity_lies_between_its_levels():
+    for row, first in enumerate(LEVELS):
+        for column, second in enumerate(LEVELS):
+            assert similarity_at(first, second) == pytest.approx(SIMILARITY[row][column], abs=1e-9)
+    middle = similarity_at((LEVELS[2] + LEVELS[3]) / 2, LEVELS[5])
+    assert middle == pytest.approx((SIMILARITY[2][5] + SIMILARITY[3][5]) / 2)
+    assert similarity_at(0.01, LEVELS[-1]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "mode, given, said",
+    [
+        ("flow", {"steps": 0}, "steps is 0"), ("flow", {"guided": 1.5}, "guided is 1.5"),
+        ("flow", {"spaced": 1}, "spaced is 1"),
+        ("flow", {"features": "all"}, "features is 'all'"), ("flow", {"threshold": 5}, "threshold is 5"),
+        ("flow", {"confidence": -1}, "no setting 'confidence'"), ("codes", {"guided": 1}, "no setting 'guided'"),
+        ("codes", {"confidence": 0.5}, "confidence is 0.5"), ("codes", {"full_every": 0}, "full_every is 0"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: str, given: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=said):
+        draw(pipe, mode=mode, fast=given)
+
+
+def test_the_mix_is_frozen():
+    """Changing it is a line in CHANGELOG.md: pictures of `--fast` change."""
+    assert FastFlow() == FastFlow(steps=8, spaced=True, guided=0.6, features=0.75, threshold=None, linear=False)
+    assert fast_settings("codes", {"steps": 7})["steps"] == 7 and FastCodes() is not None

@@ -1,0 +1,127 @@
+"""The words of users: what is read as the models' own words, what is corrected aloud, what is not understood."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mm.core.errors import UserError
+from mm.evaluation.prompts import FOLDER
+from mm.world.lexicon import read
+from mm.world.lexicon_list import known_words
+from mm.world.lexicon_typos import distance
+
+SAME = {
+    "a kitty": "a cat",
+    "two kitties": "two cats",
+    "a puppy dog": "a puppy",
+    "a color photograph of a cat": "a colour picture of a cat",
+    "please draw me a photo of two kitties": "a photo of two cats",
+    "an automobile at nighttime": "an car at night",
+    "a dog near a fir tree in the winter": "a dog next to a pine on a winter day",
+    "🐱 and 🐶": "cat and dog",
+    "a mosaic house in mosaic": "a mosaic house in mosaic style",
+}
+SAID = {
+    "catt": ("cat", "'catt' was read as 'cat'"),
+    "a rde car": ("a red car", "'rde' was read as 'red'"),
+    "a hat": ("a hat", "'hat'; nearest: crown, umbrella"),
+    "a rainbow and a cat": ("a cat", "'rainbow'; nearest: star, moon"),
+    "two mice": ("two", "'mice'; nearest: fox, rabbit"),
+    "a cat and no dogs": ("a cat", "what is absent cannot be said to the model; 'and no dogs' is left out"),
+    "no cats": ("no cats", "what is absent cannot be said"),
+    "five cats": ("four cats", "at most four things of a kind; 'five' is read as 'four'"),
+    "ten stars": ("four stars", "'ten' is read as 'four'"),
+    "many stars": ("four stars", "'many' is read as 'four'"),
+    "12 apples": ("four apples", "'12' is read as 'four'"),
+    "a black cat": ("a cat", "'black', a colour that it lacks; nearest: blue, purple"),
+    "a cat in a house": ("a cat in a house", "nothing is drawn inside other things; 'in a house'"),
+    "a big cat": ("a cat", "'big' (size) and ignores it"),
+    "a cat in a forest": ("a cat", "a place that it cannot draw; nearest: grass"),
+    "a king": ("a king", "there are no people in its pictures"),
+    "ein Hund und eine Katze im Schnee": (None, "the model reads English"),
+    "猫が二匹": (None, "the model reads English"),
+    "a cat, a dog, a fox, an owl and a fish": (None, "at most three kinds of things, and 5 are named (cat, dog, fox"),
+    "a glorp": ("a glorp", "does not know the word 'glorp'"),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), SAME.items())
+def test_other_words_for_the_same_are_read_in_silence(text: str, wanted: str) -> None:
+    found = read(text)
+    assert (found.text, found.notices) == (wanted, [])
+
+
+@pytest.mark.parametrize(("text", "wanted"), SAID.items())
+def test_what_is_not_understood_is_said(text: str, wanted: tuple[str | None, str]) -> None:
+    found = read(text)
+    assert wanted[0] is None or found.text == wanted[0]
+    assert any(wanted[1] in line for line in found.notices), found.notices
+
+
+def test_prompts_of_the_models_own_grammar_are_passed_on_unchanged() -> None:
+    prompts = [
+        json.loads(line)["prompt"]
+        for file in sorted(FOLDER.glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+        if "prompt" in json.loads(line)
+    ]
+    assert len(prompts) > 500
+    for prompt in prompts:
+        found = read(prompt)
+        assert (found.text, found.notices) == (prompt, [])
+
+
+def test_own_captions_and_instructions_are_passed_on_unchanged() -> None:
+    import random
+
+    from mm.world.captions import caption
+    from mm.world.edits import sample_edit
+    from mm.world.scene import sample_scene
+
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = sample_scene(rng)
+        text = caption(scene, rng)
+        assert read(text).text == text and not read(text).notices, text
+        edit = sample_edit(rng)
+        assert read(edit.instruction, "edit").text == edit.instruction, edit.instruction
+
+
+def test_real_words_are_never_corrected_and_added_names_are_known() -> None:
+    assert read("a hat").corrections == read("a bat").corrections == read("a coat").corrections == []
+    assert read("a <mug> on the beach", names=["<mug>"]).notices == []
+    assert read("a mug").notices
+
+
+def test_the_list_holds_the_whole_world() -> None:
+    groups = known_words("draw")
+    assert [len(groups[kind]) for kind in ("objects", "colours", "backgrounds", "styles")] == [40, 8, 6, 8]
+    assert "kitty" in groups["objects"]["cat"]
+    assert len(known_words("ask")["objects"]) == 48
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "apart"), [("cat", "cat", 0), ("catt", "cat", 0.5), ("rde", "red", 0.75), ("dgo", "cat", 3)]
+)
+def test_distances(a: str, b: str, apart: float) -> None:
+    assert distance(a, b) == apart
+
+
+def test_strict_refuses_before_anything_is_drawn(cli, tmp_path) -> None:
+    done = cli("generate", "a black cat", "--strict", "--seed", "1", "-o", str(tmp_path / "a.png"))
+    assert done.returncode == 1
+    assert "refused (strict)" in done.stderr and "a colour that it lacks" in done.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_synonym_draws_the_same_picture() -> None:
+    from tiny import draw, tiny_pipeline
+
+    pipe = tiny_pipeline()
+    assert (draw(pipe, "two red kitties on grass") == draw(pipe, "two red cats on grass")).all()
+    with pytest.raises(UserError, match=r"refused \(strict\)"):
+        draw(pipe, "a black cat", strict=True)
+    with pytest.warns(UserWarning, match="'black', a colour that it lacks"):
+        draw(pipe, "a black cat")
