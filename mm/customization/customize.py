@@ -283,10 +283,11 @@ def _preserved(
         return list(given)
     if kind == "edit":
         return objective.kept_instructions(PRESERVED)
+    if kind == "slider":
+        # A slider acts on every prompt of its kind; guidance compares with the empty one, which stays as it is.
+        return [""]
     family = family_of(objective.pipe)
     own = family.calibration_prompts(PRESERVED) if family is not None else []
-    if kind == "slider":
-        return own
     classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
     return list(dict.fromkeys([*own, *(classes if noun else [])]))
 

@@ -71,7 +71,7 @@ def read_credentials(path: str | Path) -> Credentials | None:
 def credentials_of(store: Any, state: str) -> Credentials:
     """The active manifest of a manifest store as c2pa's JSON has it."""
     manifests = _table(_table(store).get("manifests"))
-    manifest = _table(manifests.get(_table(store).get("active_manifest")))
+    manifest = _table(manifests.get(str(_table(store).get("active_manifest"))))
     named = manifest.get("claim_generator_info")
     first = _table(named[0]) if isinstance(named, list) and named else {}
     generator = " ".join(str(first[key]) for key in ("name", "version") if first.get(key))

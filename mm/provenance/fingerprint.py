@@ -174,7 +174,7 @@ class Fingerprint(nn.Module):
         scores_BN = logits_BN1[..., -1] + before_N
         best_B = scores_BN.argmax(1)
         rows = torch.arange(len(best_B))
-        # Of N places the best of plain pictures looks N times as likely.
+        # Of N places the best of plain pictures seems N times as likely.
         present_B = torch.sigmoid(scores_BN[rows, best_B] - math.log(len(before_N)))
         return Found(bits_BK=torch.sigmoid(logits_BN1[rows, best_B, :-1]), present_B=present_B)
 

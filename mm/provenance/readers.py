@@ -101,17 +101,17 @@ def carriers(count: int, period: int) -> Tensor:
                 angle = down * places[:, None] + right * places
                 waves += [(down**2 + right**2, angle.cos()), (down**2 + right**2, angle.sin())]
     waves.sort(key=lambda wave: wave[0])
-    room = max(count, min(3 * len(waves), 4 * count))
+    most = max(count, min(3 * len(waves), 4 * count))
     if 3 * len(waves) < count:
         raise UserError(
             f"a tile of {period} pixels holds {3 * len(waves)} patterns; {count - 1} bits need a larger one"
         )
     rows = [
         torch.cat([wave.flatten() * (channel == k) for k in range(3)]) for _, wave in waves for channel in range(3)
-    ][:room]
+    ][:most]
     basis = torch.stack(rows)
     basis = basis / basis.norm(dim=1, keepdim=True)
-    mixed = torch.linalg.qr(torch.randn(room, room, generator=torch.Generator().manual_seed(_SEED)))[0]
+    mixed = torch.linalg.qr(torch.randn(most, most, generator=torch.Generator().manual_seed(_SEED)))[0]
     return mixed[:count] @ basis
 
 

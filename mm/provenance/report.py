@@ -2,7 +2,7 @@
 
 Design choices
 - The three are independent: a file can lose its settings and credentials, and pixels their fingerprint. Each is
-  reported as found, absent, or not looked for with the reason; an absent one proves nothing.
+  reported as found, absent, or not searched for, with the reason; an absent one proves nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Provenance:
         settings: of the drawing; None where the file carries none.
         why_no_settings: why not.
         fingerprint: the bits as a number; None where there is none.
-        fingerprint_bits: their count; 0 where no fingerprint was looked for.
-        presence: probability that there is a fingerprint; None where none was looked for.
+        fingerprint_bits: their count; 0 where no fingerprint was searched for.
+        presence: probability that there is a fingerprint; None where none was searched for.
         credentials: of the file; None where it has none.
-        why_no_credentials: why they were not read; empty where they were looked for.
+        why_no_credentials: why they were not read; empty where they were searched for.
     """
 
     settings: dict[str, Any] | None
@@ -54,7 +54,7 @@ class Provenance:
         else:
             first = "settings: " + ", ".join(f"{key} {value}" for key, value in self.settings.items())
         if self.presence is None:
-            second = "fingerprint: not looked for; give the fingerprint's file (--fingerprint)"
+            second = "fingerprint: not searched for; give the fingerprint's file (--fingerprint)"
         elif self.fingerprint is None:
             second = "fingerprint: none"
         else:
@@ -68,7 +68,7 @@ def provenance(path: str | Path, fingerprint: Fingerprint | None = None) -> Prov
 
     Args:
         path: a PNG, JPEG or WebP file.
-        fingerprint: that pictures may carry; None looks for none.
+        fingerprint: that pictures may carry; None searches for none.
 
     Raises:
         UserError: for a file that is no picture.

@@ -177,8 +177,11 @@ def _fit(
                 wanted.append(F.pad(own, (0, 1), value=1.0))
                 tiles.append(torch.roll(tile, _other(reader.period, shift, generator), (2, 3)))
                 wanted.append(empty.expand(len(own), -1))
-            tiles.append(torch.roll(reader.tile(plain), _other(reader.period, (0, 0), generator), (2, 3)))
-            wanted.append(empty.expand(len(plain), -1))
+            # A plain decoder leaves a pattern of its own at the very same place.
+            for part in plain.chunk(2):
+                attacked, shift = random_attack(part, reader.side, generator)
+                tiles.append(torch.roll(reader.tile(attacked), (-shift[0], -shift[1]), (2, 3)))
+                wanted.append(empty.expand(len(part), -1))
     seen, truth = torch.cat(tiles).flatten(1), torch.cat(wanted)
     progress(0.95, f"fitting the reader on {len(seen)} tiles")
     _regress(reader.out, seen, truth)
@@ -207,7 +210,7 @@ def _regress(out: nn.Linear, seen: Tensor, truth: Tensor, decay: float = 1e-4, s
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     with torch.no_grad():
         out.weight.copy_(weight / spread)
         out.bias.copy_(bias - (weight / spread) @ middle)

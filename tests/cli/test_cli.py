@@ -37,6 +37,7 @@ def test_commands_are_frozen():
         "erase",
         "customize",
         "merge",
+        "words",
         "provenance",
         "quantize",
         "train",

@@ -106,11 +106,11 @@ def test_our_model_learns_an_edit(tmp_path: Path) -> None:
     pipe = mm.ImageEditPipeline.from_pretrained("mm-tiny")
     folder = pairs(tmp_path / "data", side=128)
     before = _state(pipe)
-    settings = FAST | {"steps": 4, "preview_every": 4, "size": 128, "learning_rate": 2e-3, "preserved": None}
+    settings = FAST | {"steps": 3, "preview_every": 3, "size": 128, "learning_rate": 2e-3, "preserved": None}
     learned = customize(pipe, folder, name="<swap>", kind="edit", work=tmp_path / "work", sample_steps=2, **settings)
     assert all(torch.equal(tensor, before[key]) for key, tensor in _state(pipe).items())
-    assert learned.report["best_step"] == 4
-    assert (tmp_path / "work" / "samples" / "000004.png").is_file()
+    assert learned.report["best_step"] == 3
+    assert (tmp_path / "work" / "samples" / "000003.png").is_file()
     with pytest.raises(UserError, match="TextToImagePipeline takes no source picture"):
         customize(mm.TextToImagePipeline.from_pretrained("mm-tiny"), folder, name="<swap>", kind="edit", **settings)
 
@@ -127,7 +127,7 @@ def _velocity(name: str, pipe: Any, prompt: str) -> torch.Tensor:
         return objective.predict(noise, level, objective.encode_prompts([prompt]))
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion", "flux"])
+@pytest.mark.parametrize("name", ["stable-diffusion"])
 def test_a_slider_moves_to_both_sides(name: str, tmp_path: Path) -> None:
     """At scale 1 the prediction moves along (positive - negative), at -1 against it; plain diffusers loads the file."""
     pipe = tiny_pipeline_of(name)
@@ -170,7 +170,7 @@ def test_prompts_of_a_slider() -> None:
         ({"positive": "a b", "negative": "a c", "strength": 0.0}, "strength is 0.0"),
     ):
         with pytest.raises(UserError, match=message):
-            SliderPrompts(**given)  # type: ignore[arg-type]
+            SliderPrompts(**given)
 
 
 def test_sliders_that_do_not_fit(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mm.core.errors import UserError
 from mm.customization.customize import customize
 from mm.customization.merging.files import read_adapter
 
-LAYOUTS = ("diffusers", "kohya", "comfyui", "peft", "mm", "auto")
+LAYOUTS = ("diffusers", "kohya", "comfyui", "peft", "auto")
 REFUSED = {
     **{(method, "diffusers"): "an entry of kind 'dense'" for method in ("dora", "loha", "lokr", "oft")},
     ("oft", "peft"): "an orthogonal adapter \\(OFT\\), which mm does not apply",
@@ -26,7 +26,7 @@ AUTO = {"lora": "diffusers", "dora": "peft", "loha": "peft", "lokr": "peft", "of
 def test_a_file_of_each_layout(method: str, tmp_path: Path) -> None:
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
     short: dict[str, Any] = {
-        "steps": 3, "batch_size": 2, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 2e-2,
+        "steps": 3, "batch_size": 1, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 4e-2,
         "rank": 2,
     }  # fmt: skip
     learned = customize(pipe, folder, name="sks thing", method=method, **short)
