@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Call]] = {
     "codes": {
         "full": {},
         "fewer steps (20)": {"num_inference_steps": 20},
-        "confident neighbours, 26 steps at most": {"fast": {"steps": 26, "full_every": 1}},
+        "confident neighbours, 20 steps at most": {"fast": {"steps": 20, "full_every": 1}},
         "confident neighbours, 26, local": {"fast": {"steps": 26, "full_every": 2}},
         "confident neighbours, 32 steps at most": {"fast": {"steps": 32, "full_every": 1}},
         "local steps, every second": {"fast": {"steps": 32, "confidence": None, "full_every": 2}},
