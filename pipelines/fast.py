@@ -1,7 +1,8 @@
 """Settings of less work a picture for our models, and the steps that they stand for.
 
 Design choices
-- The defaults are the mix that was measured on tuning prompts (`benchmarks/fast.py`, docs/fast.md). Single settings can be given; they replace those of the mix.
+- The defaults are the mix that was measured on tuning prompts (`benchmarks/fast.py`, docs/fast.md). Single settings can
+  be given; they replace those of the mix.
 - What is left out is planned by step, not by the picture, unless `threshold` is given: pictures then stay the same at
   any batch size. With a threshold each picture is drawn alone.
 - Features are shared where DDT's dynamic programming (`mm.fast.refresh`) says so, on the similarity of features that
