@@ -1,8 +1,8 @@
 """Settings of less work a picture for our models, and the steps that they stand for.
 
 Design choices
-- The defaults are the mix that costs no more than a point of the compose score on tuning prompts
-  (`benchmarks/fast.py`, docs/fast.md). Single settings can be given; they replace those of the mix.
+- The defaults are the mix that was measured on tuning prompts (`benchmarks/fast.py`, docs/fast.md). Single settings can
+  be given; they replace those of the mix.
 - What is left out is planned by step, not by the picture, unless `threshold` is given: pictures then stay the same at
   any batch size. With a threshold each picture is drawn alone.
 - Features are shared where DDT's dynamic programming (`mm.fast.refresh`) says so, on the similarity of features that
@@ -98,7 +98,7 @@ class FastCodes:
         full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
     """
 
-    steps: int = 20
+    steps: int = 26
     confidence: float | None = -0.4
     full_every: int = 1
 

@@ -162,7 +162,7 @@ def test_similarity_lies_between_its_levels():
             assert similarity_at(first, second) == pytest.approx(SIMILARITY[row][column], abs=1e-9)
     middle = similarity_at((LEVELS[2] + LEVELS[3]) / 2, LEVELS[5])
     assert middle == pytest.approx((SIMILARITY[2][5] + SIMILARITY[3][5]) / 2)
-    assert similarity_at(0.01, LEVELS[-1]) == pytest.approx(1)
+    assert similarity_at(0.001, LEVELS[-1]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
