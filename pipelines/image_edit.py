@@ -38,6 +38,7 @@ from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
+from mm.pipelines.domain import warn_of
 from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.pictures import as_pictures, open_picture, squared, to_tensor
 from mm.pipelines.prompt_encoding import check_prompts, left_padded, negatives_of
@@ -180,7 +181,10 @@ class ImageEditPipeline(TextToImagePipeline):
                 for k, i in enumerate(each)
             ]  # fmt: skip
             return ImagePipelineOutput(images=joined(made)) if return_dict else (joined(made),)
-        source = to_tensor(pictures, side).to(self._execution_device)
+        opened = [open_picture(picture) for picture in pictures]
+        source = to_tensor(opened, side).to(self._execution_device)
+        encoder = self.understanding_encoder
+        warn_of(encoder, encoder(source.to(encoder.dtype))[1], opened, stacklevel=3)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
         with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run:
             assert self.autoencoder is not None

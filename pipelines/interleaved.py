@@ -40,10 +40,11 @@ from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown
+from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_loops import flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
-from mm.pipelines.pictures import to_tensor
+from mm.pipelines.pictures import open_picture, to_tensor
 from mm.pipelines.prompt_encoding import added_names, check_prompts, left_padded
 from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
@@ -256,9 +257,11 @@ class InterleavedPipeline(ImageEditPipeline):
 
     def _given(self, picture: Any) -> Shown:
         """A picture of the user."""
-        pixels = to_tensor([picture], self.autoencoder.config.sample_size).to(self._execution_device)
+        opened = open_picture(picture)
+        pixels = to_tensor([opened], self.autoencoder.config.sample_size).to(self._execution_device)
         latents = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).float()
         tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
+        warn_of(self.understanding_encoder, tokens, [opened], stacklevel=4)
         return Shown(
             latents=latents, tokens=self.understanding_connector(tokens.to(self.understanding_connector.dtype))
         )

@@ -7,8 +7,8 @@ Design choices
 - Understanding tokens are part of the trunk's text, in the same format as in training (`mm.models.dialogue`), and the
   text head answers word by word. Decoding is greedy, so that an answer is repeatable.
 - Rows of a batch are padded on the left, and positions count real tokens: an answer does not depend on its batch.
-- Whether a picture is outside of the model's domain is decided by the reconstruction of the generation tokenizer: at
-  25 dB PSNR and more for pictures of the training domain, far less for others. `outside` says so.
+- Whether a picture is outside of the model's domain is decided by the encoder's statistics of training pictures
+  (`domain_distance`); by the autoencoder's reconstruction where the encoder has none. `outside` says so.
 
 Legend: B rows, T tokens, S understanding tokens, D width.
 """
@@ -32,6 +32,7 @@ from mm.models.dialogue import Dialogue, detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.pipelines.answers import UnderstandingOutput, paired
+from mm.pipelines.domain import are_outside
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.pictures import to_tensor
 from mm.pipelines.prompt_encoding import left_padded
@@ -102,9 +103,11 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
         queries = read_questions(questions, self.text_tokenizer)
         pixels = to_tensor(pictures, self.understanding_encoder.config.image_size).to(self._execution_device)
         quality = self._reconstruction_psnr(pixels)
-        tokens = self.understanding_tokens(pixels)
+        plain, tokens = self._tokens(pixels)
+        outside = are_outside(self.understanding_encoder, plain)
+        outside = [p < OUTSIDE_BELOW for p in quality] if outside is None else outside
         answers = run(list(map(plan, queries)), lambda rows, asked: self._answer(tokens[rows], asked, max_words))
-        return UnderstandingOutput(answers=answers, outside=[p < OUTSIDE_BELOW for p in quality], psnr=quality)
+        return UnderstandingOutput(answers=answers, outside=outside, psnr=quality)
 
     def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """One answer a pair."""
@@ -122,8 +125,12 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
 
     def understanding_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Understanding tokens (B, S, D) of pictures (B, 3, H, W) in [-1, 1], with counts where there is a counter."""
+        return self._tokens(pixels)[1]
+
+    def _tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's tokens (B, L, W), and the understanding tokens that the trunk reads."""
         tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
-        return self.understanding_connector(tokens.to(self.understanding_connector.dtype))
+        return tokens, self.understanding_connector(tokens.to(self.understanding_connector.dtype))
 
     def _reconstruction_psnr(self, pixels: torch.Tensor) -> list[float]:
         """PSNR in dB of each picture after encoding and decoding."""

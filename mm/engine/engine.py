@@ -208,8 +208,7 @@ class Engine:
         found = reader(request.image, request.question, **options)
         if found.outside[0]:
             warnings.warn(
-                f"the picture is unlike those that {self.name} was trained on ({found.psnr[0]:.0f} dB when it is "
-                "encoded and decoded); do not trust the answer",
+                f"the picture is unlike those that {self.name} was trained on; do not trust the answer",
                 stacklevel=2,
             )
         return Words(text=found.answers[0], outside=found.outside[0])

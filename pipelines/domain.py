@@ -1,0 +1,44 @@
+"""Whether pictures are of the kind that the model was trained on, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from mm.models.understanding_encoder import UnderstandingEncoder
+
+
+def are_outside(encoder: UnderstandingEncoder, tokens_BLW: torch.Tensor) -> list[bool] | None:
+    """Whether each picture is from outside, by its tokens; None where the encoder has no statistics."""
+    distance_B = encoder.domain_distance(tokens_BLW)
+    return None if distance_B is None else (distance_B > 1).tolist()
+
+
+def warn_of(
+    encoder: UnderstandingEncoder, tokens_BLW: torch.Tensor, pictures: Sequence[Image.Image], *, stacklevel: int
+) -> None:
+    """Warns of source pictures from outside, and of those that are cropped or made smaller.
+
+    Args:
+        encoder: That read them.
+        tokens_BLW: What it gave.
+        pictures: As they were given.
+        stacklevel: Frames to the caller of the pipeline.
+    """
+    lines = []
+    if any(are_outside(encoder, tokens_BLW) or ()):
+        lines.append(
+            "the picture is unlike those that the model was trained on; it will see something else in it, and the "
+            "result will not resemble it"
+        )
+    side = encoder.config.image_size
+    for width, height in {picture.size for picture in pictures} - {(side, side)}:
+        crop = "" if width == height else "its middle square is read, and "
+        lines.append(f"the picture has {width} x {height} pixels; {crop}the result has {side} x {side}")
+    for line in lines:
+        warnings.warn(line, stacklevel=stacklevel + 1)
