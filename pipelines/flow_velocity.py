@@ -58,11 +58,9 @@ class FlowVelocity:
         """The velocity (B, C, H, W), float32, of the latents at a step."""
         branches, scale = self.branches, self.run.guidance_scale
         planned = self.plan is None or step < self.plan.guided
-        if len(branches) == 1:
-            return self._velocity(step, latents, 1)
         if not planned:
             return self._velocity(step, latents, 1)
-        if self.gate is None:
+        if self.gate is None or len(branches) == 1:
             return branches.mix(self._velocity(step, latents, len(branches)), scale)
         needed_B = self.gate.needed()
         out = self._velocity(step, latents, 2 if needed_B.all() else 1)

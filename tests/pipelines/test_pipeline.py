@@ -131,10 +131,10 @@ def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
     for row in (0, 1):
         first = torch.cat([step.now_BN[row] for step in filling])
         assert sorted(first.tolist()) == list(range(64))  # each token once
-        for masked, now, known, _ in plan:
+        for masked, now, known, *_ in plan:
             assert masked[row, now[row]].all()  # only what is masked is drawn
             assert masked[row].sum() == 64 - round(64 * known)
-        for masked, now, _, _ in revising:
+        for masked, now, *_ in revising:
             assert len(now[row]) == 64 * REVISED == masked[row].sum()
     assert {step.heat for step in filling} == {1.0}
     heats = [1.0, *(step.heat for step in revising)]

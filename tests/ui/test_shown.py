@@ -69,7 +69,7 @@ def test_fields_become_requests() -> None:
             forms.picture_request(task, {"prompt": "x"}, CAN, given, painted)
     with pytest.raises(UserError, match="at most 4194304 pixels"):
         forms.draw_request({"prompt": "x", "width": 8192, "height": 8192}, CAN)
-    for value in (float("nan"), float("inf"), True, "9", [1]):
+    for value in (float("nan"), float("inf"), True, "nine", [1]):
         with pytest.raises(UserError):
             forms.draw_request({"prompt": "x", "steps": value}, CAN)
 
