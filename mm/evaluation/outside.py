@@ -1,4 +1,4 @@
-"""Pictures from outside of the world: sets the encoder's statistics, and measures how well they are told apart.
+"""Pictures from outside of the world: sets the encoder's statistics, and measures how well they are separated.
 
     python -m mm.evaluation.outside --fit                # writes them into the model's encoder
     python -m mm.evaluation.outside --json outside.json  # measures
@@ -46,7 +46,7 @@ _FROM_SKLEARN = ("china.jpg", "flower.jpg")
 
 @dataclass(frozen=True, kw_only=True)
 class OutsideReport:
-    """How well photographs are told from pictures of the world.
+    """How well photographs are separated from pictures of the world.
 
     Attributes:
         auroc: Area under the receiver operating characteristic, against renders and own drawings together.
@@ -138,7 +138,8 @@ def fit(encoder: UnderstandingEncoder, *, renders: int = 4000, rank: int = RANK,
     mean_W = x_BW.mean(0)
     basis_RW = torch.linalg.svd(x_BW - mean_W, full_matrices=False).Vh[:rank]
     settings = {key: value for key, value in dict(encoder.config).items() if not key.startswith("_")}
-    made = UnderstandingEncoder(**settings | {"domain_rank": rank}).to(encoder.dtype)
+    made = UnderstandingEncoder(**settings | {"domain_rank": rank})
+    torch.nn.Module.to(made, encoder.dtype)
     statistics = {"domain_mean": mean_W, "domain_basis": basis_RW, "domain_limit": torch.ones(1)}
     rounded = {k: x.bfloat16().to(encoder.dtype) for k, x in statistics.items()}  # as published weights are stored
     made.load_state_dict({**encoder.state_dict(), **rounded})

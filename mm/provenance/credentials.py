@@ -53,7 +53,7 @@ def read_credentials(path: str | Path) -> Credentials | None:
     Raises:
         ModuleNotFoundError: without c2pa-python; `available` says so before.
     """
-    import c2pa
+    import c2pa  # type: ignore[import-not-found, unused-ignore]  # pyright: ignore[reportMissingImports]
 
     settings = c2pa.Settings.from_json(json.dumps(_SETTINGS))
     try:

@@ -119,7 +119,7 @@ def _longest(words: list[str], at: int, phrases: Iterable[Phrase]) -> Phrase | N
     """The longest phrase that begins at a position."""
     longest = max(map(len, phrases), default=0)
     for length in range(min(longest, len(words) - at), 0, -1):
-        if (phrase := tuple(words[at : at + length])) in phrases:  # type: ignore[operator]
+        if (phrase := tuple(words[at : at + length])) in phrases:
             return phrase
     return None
 
@@ -265,8 +265,8 @@ def _why(word: str, before: str, table: Tables) -> str:
         near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)
         return f"{known}, a colour that it lacks; nearest: {near}"
     if word in table.near:
-        near = table.near[word]
-        return f"{known}; nearest: {', '.join(near)}" if near else f"{known}: there are no people in its pictures"
+        hints = ", ".join(table.near[word])
+        return f"{known}; nearest: {hints}" if hints else f"{known}: there are no people in its pictures"
     if word in table.kinds:
         return f"{known} ({table.kinds[word]}) and ignores it"
     if word in table.places:

@@ -27,7 +27,7 @@ def editor():
     return mm.ImageEditPipeline.from_pretrained("mm-tiny")
 
 
-def test_photographs_are_told_from_renders(reader) -> None:
+def test_photographs_are_separated_from_renders(reader) -> None:
     report = measure(reader.understanding_encoder, rendered(8, 3, held_out=True), halves()[1][:6], renders=120)
     assert report.auroc >= 0.97 and report.detected >= 0.85 and report.false_renders <= 0.05
 
@@ -58,9 +58,8 @@ def test_renders_and_large_pictures(reader, editor) -> None:
 
 def test_statistics_are_those_of_a_principal_component_analysis() -> None:
     torch.manual_seed(0)
-    made = fit(
-        UnderstandingEncoder(width=32, depth=1, heads=2, embed_dim=16, text_width=32, text_depth=1), renders=64, rank=8
-    )
+    small = {"width": 32, "depth": 1, "heads": 2, "embed_dim": 16, "text_width": 32, "text_depth": 1}
+    made = fit(UnderstandingEncoder(**small), renders=64, rank=8)
     tokens = mean_tokens(made, rendered(64, 2, held_out=False))
     rest = tokens.double() - made.domain_mean.double()
     q = torch.linalg.qr(made.domain_basis.double().T)[0]
