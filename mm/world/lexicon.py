@@ -16,19 +16,18 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mm.world import vocabulary as v
+from mm.world.lexicon_phrases import BOND, COUNTS, THING, TRAIT, with_articles, without_marks
+from mm.world.lexicon_scene import problems_of
 from mm.world.lexicon_tables import Phrase, Tables, Task, real_words, tables
 from mm.world.lexicon_typos import nearest
 from mm.world.words import WORDS, split
 
-MAX_KINDS = 3  # groups of things in a scene
 LIST = "`mm words` lists what it knows"
 _PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
 _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
-_INTRODUCING = frozenset(
-    {"a", "an", "the", "in", "on", "at", "of", "under", "near", "by", "next", "to", "above", "below"}
-)
+_ANYTHING = "a picture"  # of a prompt that only says what is absent
 _VOCABULARY = frozenset(WORDS)
 
 
@@ -64,27 +63,35 @@ def read(text: str, task: Task = "draw", names: Iterable[str] = ()) -> Reading:
         The text in the models' words, with what was corrected and what is not understood.
     """
     own = frozenset(names)
-    words = _split(text, own)
+    words, table = _split(text, own), tables(task)
+    if not any(word[0].isalnum() or word in own or word in table.synonyms for word in words):
+        foreign = any(letter.isalpha() for letter in text)
+        return Reading(text=text, problems=[_foreign(text) if foreign else f"{text.strip()[:60]!r} has no words"])
+    if not _is_english(words, task, own):
+        return Reading(text=text, problems=[_foreign(text)])
     found = Reading(text=text)
-    table = tables(task)
     made = _opened(words, table)
     if task == "draw":
         made = _without_absent(made, table, found)
+        only_absent = not made
         made = _counted(made, table, found)
     made = _phrased(made, table.phrases)
     made = [word for one in _each(made, table, own, task, found) for word in one]
     if task == "draw":
-        _count_kinds(made, table, found)
-        _find_inside(made, table, found)
-    made = _tidied(made)
-    if made != words and made:
-        found.text = " ".join(made)
-    elif not made and words:
+        made = without_marks(made, frozenset(table.nouns) | own)
+        found.problems += problems_of(made, table.nouns)
+        if only_absent and words:
+            made = _ANYTHING.split()
+    if not made:
         found.problems.append("nothing that the model knows is left; the words are passed on as they are")
+    elif made != words:
+        found.text = re.sub(r" ([,.;:!?])", r"\1", " ".join(with_articles(made)))
     found.problems = list(dict.fromkeys(found.problems))
-    if not _is_english(words, task, own):
-        found.problems = [f"the model reads English, and most words of {text.strip()[:60]!r} are not known; {LIST}"]
     return found
+
+
+def _foreign(text: str) -> str:
+    return f"the model reads English, and most words of {text.strip()[:60]!r} are not known; {LIST}"
 
 
 def _split(text: str, names: frozenset[str]) -> list[str]:
@@ -188,12 +195,19 @@ def _counted(words: list[str], table: Tables, found: Reading) -> list[str]:
     at = 0
     while at < len(words):
         large = words[at].isdigit() and int(words[at][:9]) > v.MAX_COUNT
+        large = large and any(_names_thing(word, table) for word in words[at + 1 : at + 4])
         hit: Phrase | None = (words[at],) if large else _longest(words, at, table.many)
+        if hit is not None and words[at + len(hit) : at + len(hit) + 1] and words[at + len(hit)] in COUNTS:
+            at += len(hit)  # "a row of three cats" says how many
+            continue
         if hit is None:
             out.append(words[at])
             at += 1
             continue
-        found.problems.append(f"a picture holds at most four things of a kind; {' '.join(hit)!r} is read as 'four'")
+        said = [out.pop()] if out and out[-1] in COUNTS else []  # "two hundred"
+        found.problems.append(
+            f"a picture holds at most four things of a kind; {' '.join((*said, *hit))!r} is read as 'four'"
+        )
         at += len(hit)
         out.append("four")
         if at < len(words) and words[at] == "of":
@@ -217,7 +231,7 @@ def _each(
         elif task in ("ask", "talk"):
             yield _asked(word, table, found)
         else:
-            yield _unknown(word, before, table, found)
+            yield _unknown(word, before, words[at + 1 :], table, found, task)
 
 
 def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
@@ -226,16 +240,33 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
     return (word if other is None else other,)
 
 
-def _unknown(word: str, before: str, table: Tables, found: Reading) -> tuple[str, ...]:
-    """A word that is not known: corrected, or named in a problem and left out."""
+def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
+    """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
     if table.lacks(word):
         found.problems.append(_why(word, before, table))
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
     else:
         found.problems.append(f"the model does not know the word {word!r} and ignores it; {LIST}")
+    mark = _mark(word, after[:1], table)
     kept = word in _VOCABULARY and word not in table.kinds and word not in table.colours and word not in table.places
-    return (word,) if kept else ()
+    kept = kept and (task != "draw" or mark != BOND)
+    if task == "draw" and not kept:
+        return (mark,)
+    return (word,) if kept or mark == THING else ()  # an instruction without its object is another instruction
+
+
+def _mark(word: str, after: list[str], table: Tables) -> str:
+    """What stands for a word that is left out of a prompt."""
+    if (word,) in table.bindings or table.kinds.get(word) == "action" or word == "or":
+        return BOND
+    if word in table.kinds or word in table.colours:
+        return TRAIT
+    if not after or (word,) in table.negation:
+        return THING
+    adjective = after[0] in v.COLOURS or after[0] in table.colours
+    adjective = adjective or table.kinds.get(after[0], "action") != "action"
+    return TRAIT if _names_thing(after[0], table) or (adjective and word not in table.near) else THING
 
 
 def _corrected(word: str, table: Tables, found: Reading) -> str | None:
@@ -274,34 +305,3 @@ def _why(word: str, before: str, table: Tables) -> str:
     if (word,) in table.bindings:
         return f"{known}: things stand beside, above or below each other, and nothing else is between them"
     return f"{known} and ignores it; {LIST}"
-
-
-def _count_kinds(words: list[str], table: Tables, found: Reading) -> None:
-    kinds = list(dict.fromkeys(table.nouns[word] for word in words if word in table.nouns))
-    if len(kinds) > MAX_KINDS:
-        found.problems.append(
-            f"a picture holds at most three kinds of things, and {len(kinds)} are named ({', '.join(kinds)}); some "
-            "will be missing"
-        )
-
-
-def _find_inside(words: list[str], table: Tables, found: Reading) -> None:
-    """Things inside other things: "in a house"."""
-    for at, word in enumerate(words):
-        after = [w for w in words[at + 1 : at + 4] if w not in ("a", "an", "the") and w not in v.COLOURS]
-        if word == "in" and after and after[0] in table.nouns and _longest(words, at, _grammar()) is None:
-            place = " ".join(words[at : words.index(after[0], at) + 1])
-            found.problems.append(f"nothing is drawn inside other things; {place!r} is not understood as a place")
-
-
-def _tidied(words: list[str]) -> list[str]:
-    """Without words that join or introduce something that was left out."""
-    out: list[str] = []
-    for word in reversed(words):
-        ends = not out or out[-1] in _MARKS or out[-1] in _JOINS
-        if (ends and word in _INTRODUCING) or (word in _JOINS and ends):
-            continue
-        out.append(word)
-    while out and out[-1] in _JOINS:
-        out.pop()
-    return out[::-1]

@@ -18,9 +18,11 @@ SAME = {
     "a puppy dog": "a puppy",
     "a color photograph of a cat": "a colour picture of a cat",
     "please draw me a photo of two kitties": "a photo of two cats",
-    "an automobile at nighttime": "an car at night",
+    "an automobile at nighttime": "a car at night",
     "a dog near a fir tree in the winter": "a dog next to a pine on a winter day",
     "🐱 and 🐶": "cat and dog",
+    "a cat & a dog": "a cat and a dog",
+    "a row of three cats": "three cats",
     "a mosaic house in mosaic": "a mosaic house in mosaic style",
 }
 SAID = {
@@ -28,9 +30,9 @@ SAID = {
     "a rde car": ("a red car", "'rde' was read as 'red'"),
     "a hat": ("a hat", "'hat'; nearest: crown, umbrella"),
     "a rainbow and a cat": ("a cat", "'rainbow'; nearest: star, moon"),
-    "two mice": ("two", "'mice'; nearest: fox, rabbit"),
+    "two mice": ("two mice", "'mice'; nearest: fox, rabbit"),
     "a cat and no dogs": ("a cat", "what is absent cannot be said to the model; 'and no dogs' is left out"),
-    "no cats": ("no cats", "what is absent cannot be said"),
+    "no cats": ("a picture", "what is absent cannot be said"),
     "five cats": ("four cats", "at most four things of a kind; 'five' is read as 'four'"),
     "ten stars": ("four stars", "'ten' is read as 'four'"),
     "many stars": ("four stars", "'many' is read as 'four'"),
@@ -43,6 +45,24 @@ SAID = {
     "ein Hund und eine Katze im Schnee": (None, "the model reads English"),
     "猫が二匹": (None, "the model reads English"),
     "a cat, a dog, a fox, an owl and a fish": (None, "at most three kinds of things, and 5 are named (cat, dog, fox"),
+    "a red hat and a cat": ("a cat", "'hat'"),
+    "three rainbows and a cat": ("a cat", "'rainbows'"),
+    "a dragon flying over a castle": ("a castle", "'dragon'"),
+    "a rainbow in the sky": ("in the sky", "'rainbow'"),
+    "a cat wearing a red hat on the beach": ("a cat on the beach", "'wearing'"),
+    "a cat left of an elephant, neon style": ("a cat, neon style", "'elephant'"),
+    "a cat without a hat and with a crown": ("a cat with a crown", "'without a hat' is left out"),
+    "an adorable cat": ("a cat", "'adorable' (mood)"),
+    "a cat riding a bicycle": ("a cat and a bicycle", "'riding' (action)"),
+    "a star between two moons": ("a star and two moons", "'between'"),
+    "two hundred cats": ("four cats", "'two hundred' is read as 'four'"),
+    "a bus number 12": (None, "does not know the word '12'"),
+    "four cats and four dogs": (None, "holds at most 6 things, and 8 are named"),
+    "three cats and two dogs, pixel art style": (None, "holds at most 4 things, and 5 are named"),
+    "a red cat, sketch style": ("a red cat, sketch style", "sketch style does not show the colour 'red'"),
+    "a cat on the beach, neon style": (None, "neon style shows no background, so 'on the beach' is not drawn"),
+    "an orange and a pine": (None, "'orange' as a colour only"),
+    "...": ("...", "'...' has no words"),
     "a glorp": ("a glorp", "does not know the word 'glorp'"),
 }
 
@@ -125,3 +145,14 @@ def test_a_synonym_draws_the_same_picture() -> None:
         draw(pipe, "a black cat", strict=True)
     with pytest.warns(UserWarning, match="'black', a colour that it lacks"):
         draw(pipe, "a black cat")
+
+
+def test_a_foreign_text_is_not_corrected_word_by_word() -> None:
+    found = read("ein roter Hund auf Gras")
+    assert found.text == "ein roter Hund auf Gras" and not found.corrections
+    assert len(found.notices) == 1 and "reads English" in found.notices[0]
+
+
+def test_an_instruction_keeps_the_object_that_is_not_known() -> None:
+    found = read("add a hat", "edit")
+    assert found.text == "add a hat" and "'hat'" in found.problems[0]
