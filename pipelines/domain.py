@@ -10,33 +10,33 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
-    from mm.models.understanding_encoder import UnderstandingEncoder
+    from mm.models.connectors import Connector
 
 
-def are_outside(encoder: UnderstandingEncoder, tokens_BLW: torch.Tensor) -> list[bool] | None:
-    """Whether each picture is from outside, by its tokens; None where the encoder has no statistics."""
-    distance_B = encoder.domain_distance(tokens_BLW)
+def are_outside(connector: Connector, tokens_BLC: torch.Tensor) -> list[bool] | None:
+    """Whether each picture is from outside, by its tokens; None where the connector has no statistics."""
+    distance_B = connector.domain_distance(tokens_BLC)
     return None if distance_B is None else (distance_B > 1).tolist()
 
 
 def warn_of(
-    encoder: UnderstandingEncoder, tokens_BLW: torch.Tensor, pictures: Sequence[Image.Image], *, stacklevel: int
+    connector: Connector, tokens_BLC: torch.Tensor, pictures: Sequence[Image.Image], side: int, *, stacklevel: int
 ) -> None:
     """Warns of source pictures from outside, and of those that are cropped or made smaller.
 
     Args:
-        encoder: That read them.
-        tokens_BLW: What it gave.
+        connector: With statistics of training pictures.
+        tokens_BLC: Of the understanding encoder.
         pictures: As they were given.
+        side: Pixels on each side that are read.
         stacklevel: Frames to the caller of the pipeline.
     """
     lines = []
-    if any(are_outside(encoder, tokens_BLW) or ()):
+    if any(are_outside(connector, tokens_BLC) or ()):
         lines.append(
             "the picture is unlike those that the model was trained on; it will see something else in it, and the "
             "result will not resemble it"
         )
-    side = encoder.config.image_size
     for width, height in {picture.size for picture in pictures} - {(side, side)}:
         crop = "" if width == height else "its middle square is read, and "
         lines.append(f"the picture has {width} x {height} pixels; {crop}the result has {side} x {side}")

@@ -184,7 +184,7 @@ class ImageEditPipeline(TextToImagePipeline):
         opened = [open_picture(picture) for picture in pictures]
         source = to_tensor(opened, side).to(self._execution_device)
         encoder = self.understanding_encoder
-        warn_of(encoder, encoder(source.to(encoder.dtype))[1], opened, stacklevel=3)
+        warn_of(self.understanding_connector, encoder(source.to(encoder.dtype))[1], opened, side, stacklevel=3)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
         with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run:
             assert self.autoencoder is not None

@@ -261,7 +261,7 @@ class InterleavedPipeline(ImageEditPipeline):
         pixels = to_tensor([opened], self.autoencoder.config.sample_size).to(self._execution_device)
         latents = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).float()
         tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
-        warn_of(self.understanding_encoder, tokens, [opened], stacklevel=4)
+        warn_of(self.understanding_connector, tokens, [opened], pixels.shape[-1], stacklevel=4)
         return Shown(
             latents=latents, tokens=self.understanding_connector(tokens.to(self.understanding_connector.dtype))
         )

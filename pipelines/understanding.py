@@ -7,8 +7,8 @@ Design choices
 - Understanding tokens are part of the trunk's text, in the same format as in training (`mm.models.dialogue`), and the
   text head answers word by word. Decoding is greedy, so that an answer is repeatable.
 - Rows of a batch are padded on the left, and positions count real tokens: an answer does not depend on its batch.
-- Whether a picture is outside of the model's domain is decided by the encoder's statistics of training pictures
-  (`domain_distance`); by the autoencoder's reconstruction where the encoder has none. `outside` says so.
+- Whether a picture is outside of the model's domain is decided by the connector's statistics of training pictures
+  (`domain_distance`); by the autoencoder's reconstruction where it has none. `outside` says so.
 
 Legend: B rows, T tokens, S understanding tokens, D width.
 """
@@ -104,7 +104,7 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
         pixels = to_tensor(pictures, self.understanding_encoder.config.image_size).to(self._execution_device)
         quality = self._reconstruction_psnr(pixels)
         plain, tokens = self._tokens(pixels)
-        outside = are_outside(self.understanding_encoder, plain)
+        outside = are_outside(self.understanding_connector, plain)
         outside = [p < OUTSIDE_BELOW for p in quality] if outside is None else outside
         answers = run(list(map(plan, queries)), lambda rows, asked: self._answer(tokens[rows], asked, max_words))
         return UnderstandingOutput(answers=answers, outside=outside, psnr=quality)

@@ -23,9 +23,10 @@ class Notices:
         self.emit, self.seen = emit, set[str]()
 
     def __enter__(self) -> None:
-        self.caught = warnings.catch_warnings(record=True)
-        self.log = self.caught.__enter__()
+        self.caught = warnings.catch_warnings()
+        self.caught.__enter__()
         warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = self._show
         self.lines: list[str] = []
         self.kept = library_logs(self.lines)
         self.kept.__enter__()
@@ -33,11 +34,18 @@ class Notices:
     def __exit__(self, *error: Any) -> None:
         self.kept.__exit__(*error)
         self.caught.__exit__(*error)
-        texts = [str(w.message) for w in self.log or () if issubclass(w.category, UserWarning)]
-        for text in dict.fromkeys([*texts, *self.lines]):
-            if text not in self.seen:
-                self.seen.add(text)
-                self.emit(Notice(text=text))
+        for text in self.lines:
+            self._say(text)
+
+    def _show(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        """In the place of `warnings.showwarning`: a user reads a warning before the picture is drawn."""
+        if issubclass(category, UserWarning):
+            self._say(str(message))
+
+    def _say(self, text: str) -> None:
+        if text not in self.seen:
+            self.seen.add(text)
+            self.emit(Notice(text=text))
 
 
 class _Lines(logging.Handler):

@@ -1,6 +1,6 @@
-"""Pictures from outside of the world: sets the encoder's statistics, and measures how well they are separated.
+"""Pictures from outside of the world: sets the connector's statistics, and measures how well they are separated.
 
-    python -m mm.evaluation.outside --fit                # writes them into the model's encoder
+    python -m mm.evaluation.outside --fit                # writes them into the model's connector
     python -m mm.evaluation.outside --json outside.json  # measures
 
 Design choices
@@ -31,6 +31,7 @@ from mm.world.render import render
 from mm.world.scene import sample_scene
 
 if TYPE_CHECKING:
+    from mm.models.connectors import Connector
     from mm.models.understanding_encoder import UnderstandingEncoder
 
 RANK = 96
@@ -120,30 +121,33 @@ def mean_tokens(encoder: UnderstandingEncoder, pictures: Sequence[Image.Image], 
     return torch.cat([encoder(to_tensor(list(part), size).to(encoder.dtype))[1].float().mean(1) for part in parts])
 
 
-def fit(encoder: UnderstandingEncoder, *, renders: int = 4000, rank: int = RANK, seed: int = 1) -> UnderstandingEncoder:
-    """A copy of an encoder with statistics of renders.
+def fit(
+    encoder: UnderstandingEncoder, connector: Connector, *, renders: int = 4000, rank: int = RANK, seed: int = 1
+) -> Connector:
+    """A copy of a connector with statistics of renders.
 
     Args:
         encoder: Trained.
+        connector: That belongs to it.
         renders: How many set the directions; as many again set the limit.
         rank: Number of directions.
         seed: Of the scenes.
 
     Returns:
-        The encoder with buffers, in the same type.
+        The connector with buffers, in the same type.
     """
-    from mm.models.understanding_encoder import UnderstandingEncoder
+    from mm.models.connectors import Connector
 
-    x_BW = mean_tokens(encoder, rendered(renders, seed, held_out=False)).double()
-    mean_W = x_BW.mean(0)
-    basis_RW = torch.linalg.svd(x_BW - mean_W, full_matrices=False).Vh[:rank]
-    settings = {key: value for key, value in dict(encoder.config).items() if not key.startswith("_")}
-    made = UnderstandingEncoder(**settings | {"domain_rank": rank})
-    torch.nn.Module.to(made, encoder.dtype)
-    statistics = {"domain_mean": mean_W, "domain_basis": basis_RW, "domain_limit": torch.ones(1)}
-    rounded = {k: x.bfloat16().to(encoder.dtype) for k, x in statistics.items()}  # as published weights are stored
-    made.load_state_dict({**encoder.state_dict(), **rounded})
-    others = mean_tokens(made, rendered(renders, seed + 1, held_out=False))
+    x_BC = mean_tokens(encoder, rendered(renders, seed, held_out=False)).double()
+    mean_C = x_BC.mean(0)
+    basis_RC = torch.linalg.svd(x_BC - mean_C, full_matrices=False).Vh[:rank]
+    settings = {key: value for key, value in dict(connector.config).items() if not key.startswith("_")}
+    made = Connector(**settings | {"domain_rank": rank})
+    torch.nn.Module.to(made, connector.dtype)
+    statistics = {"domain_mean": mean_C, "domain_basis": basis_RC, "domain_limit": torch.ones(1)}
+    rounded = {k: x.bfloat16().to(connector.dtype) for k, x in statistics.items()}  # as published weights are stored
+    made.load_state_dict({**connector.state_dict(), **rounded})
+    others = mean_tokens(encoder, rendered(renders, seed + 1, held_out=False))
     distance_B = made.domain_distance(others[:, None])
     assert distance_B is not None
     made.get_buffer("domain_limit").fill_(float(distance_B.quantile(1 - FALSE_ALARMS)))
@@ -151,12 +155,17 @@ def fit(encoder: UnderstandingEncoder, *, renders: int = 4000, rank: int = RANK,
 
 
 def measure(
-    encoder: UnderstandingEncoder, drawn: Sequence[Image.Image], names: Sequence[str], *, renders: int = 1000
+    encoder: UnderstandingEncoder,
+    connector: Connector,
+    drawn: Sequence[Image.Image],
+    names: Sequence[str],
+    *,
+    renders: int = 1000,
 ) -> OutsideReport:
     """Distances of photographs against those of held-out renders and of own drawings."""
 
     def distances(pictures: Sequence[Image.Image]) -> torch.Tensor:
-        found = encoder.domain_distance(mean_tokens(encoder, pictures)[:, None])
+        found = connector.domain_distance(mean_tokens(encoder, pictures)[:, None])
         assert found is not None
         return found
 
@@ -184,14 +193,16 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=100, help="Own drawings.")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    from mm.models.connectors import Connector
     from mm.models.understanding_encoder import UnderstandingEncoder
 
     where = resolve_model(given.model)
     encoder = UnderstandingEncoder.from_pretrained(where, subfolder="understanding_encoder", use_safetensors=True)
+    connector = Connector.from_pretrained(where, subfolder="understanding_connector", use_safetensors=True)
     if given.fit:
-        fit(encoder.float()).bfloat16().save_pretrained(Path(where) / "understanding_encoder")
+        fit(encoder.float(), connector.float()).bfloat16().save_pretrained(Path(where) / "understanding_connector")
         return
-    report = measure(encoder.float(), drawn_pictures(given.model, given.drawn, 100), halves()[1])
+    report = measure(encoder.float(), connector.float(), drawn_pictures(given.model, given.drawn, 100), halves()[1])
     print(report)
     if given.json:
         write_json(given.json, asdict(report))

@@ -87,6 +87,7 @@ class Connector(ForwardMixin, ModelMixin, ConfigMixin):
         side: Tokens on each side of the grid; even.
         counter_keys: Width of the counter's keys; 0 for a connector without a counter.
         max_count: The highest count that is appended to an understanding token.
+        domain_rank: Directions of the statistics of training pictures (`domain_distance`); 0 for none.
     """
 
     @register_to_config
@@ -99,6 +100,7 @@ class Connector(ForwardMixin, ModelMixin, ConfigMixin):
         side: int = 8,
         counter_keys: int = 0,
         max_count: int = 6,
+        domain_rank: int = 0,
     ) -> None:
         super().__init__()
         if side % 2:
@@ -110,6 +112,10 @@ class Connector(ForwardMixin, ModelMixin, ConfigMixin):
         self.counter = SameObjectCounter(4 * in_channels, hidden, counter_keys) if counter_keys else None
         layers.init_linears(self)
         nn.init.normal_(self.place, std=0.02)
+        if domain_rank:  # `mm.evaluation.outside` writes them
+            self.register_buffer("domain_mean", torch.zeros(in_channels))
+            self.register_buffer("domain_basis", torch.zeros(domain_rank, in_channels))
+            self.register_buffer("domain_limit", torch.ones(1))
 
     @property
     def tokens_per_picture(self) -> int:
@@ -144,3 +150,23 @@ class Connector(ForwardMixin, ModelMixin, ConfigMixin):
         if self.counter is None:
             raise ValueError("this connector's counter was removed; pass count_override_BS")
         return self.counter(merged_BSC).sum(-1)
+
+    def domain_distance(self, tokens_BLC: torch.Tensor) -> torch.Tensor | None:
+        """How far pictures are from those that the encoder was trained on; None for a connector without statistics.
+
+        The mean token's part outside of the principal subspace of training pictures, squared, over the limit that one
+        in a hundred of them exceeds (residual of PCA, Jackson and Mudholkar 1979). It needs no picture from outside to
+        be set.
+
+        Args:
+            tokens_BLC: Of the understanding encoder (B, L, C).
+
+        Returns:
+            (B,), above 1 for pictures from outside.
+        """
+        if not self.config.domain_rank:
+            return None
+        q_CR = torch.linalg.qr(self.get_buffer("domain_basis").float().T)[0]  # 16-bit directions are not orthogonal
+        x_BC = tokens_BLC.float().mean(1) - self.get_buffer("domain_mean").float()
+        rest_BC = x_BC - x_BC @ q_CR @ q_CR.T
+        return rest_BC.square().sum(1) / self.get_buffer("domain_limit").float()

@@ -119,7 +119,6 @@ class UnderstandingEncoder(ForwardMixin, ModelMixin, ConfigMixin):
         context_length: int = 64,
         text_width: int = 96,
         text_depth: int = 2,
-        domain_rank: int = 0,
     ) -> None:
         super().__init__()
         from open_clip.model import CustomTextCLIP
@@ -133,10 +132,6 @@ class UnderstandingEncoder(ForwardMixin, ModelMixin, ConfigMixin):
         )
         _with_hooks(clip)
         self.visual, self.text, self.logit_scale = clip.visual, clip.text, clip.logit_scale
-        if domain_rank:  # statistics of the pictures that it was trained on: `mm.evaluation.outside` writes them
-            self.register_buffer("domain_mean", torch.zeros(width))
-            self.register_buffer("domain_basis", torch.zeros(domain_rank, width))
-            self.register_buffer("domain_limit", torch.ones(1))
 
     def forward(self, pictures_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled vectors (B, embed_dim) and tokens (B, L, W) of pictures in [-1, 1]."""
@@ -144,26 +139,6 @@ class UnderstandingEncoder(ForwardMixin, ModelMixin, ConfigMixin):
         if pictures_BCHW.shape[1:] != (3, size, size):
             raise ValueError(f"pictures of shape {tuple(pictures_BCHW.shape)}; this encoder reads 3 x {size} x {size}")
         return self.visual(pictures_BCHW)
-
-    def domain_distance(self, tokens_BLW: torch.Tensor) -> torch.Tensor | None:
-        """How far pictures are from those that the encoder was trained on; None for an encoder without statistics.
-
-        The mean token's part outside of the principal subspace of training pictures, squared, over the limit that one
-        in a hundred of them exceeds (residual of PCA, Jackson and Mudholkar 1979). It needs no picture
-        from outside to be set.
-
-        Args:
-            tokens_BLW: Of `forward` (B, L, W).
-
-        Returns:
-            (B,), above 1 for pictures from outside.
-        """
-        if not self.config.domain_rank:
-            return None
-        q_WR = torch.linalg.qr(self.get_buffer("domain_basis").float().T)[0]  # 16-bit directions are not orthogonal
-        x_BW = tokens_BLW.float().mean(1) - self.get_buffer("domain_mean").float()
-        rest_BW = x_BW - x_BW @ q_WR @ q_WR.T
-        return rest_BW.square().sum(1) / self.get_buffer("domain_limit").float()
 
     @entry_point
     def encode_patches(self, patches_BWHH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

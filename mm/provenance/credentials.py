@@ -44,7 +44,8 @@ class Credentials:
 
 def available() -> bool:
     """Whether c2pa-python is installed."""
-    return importlib.util.find_spec("c2pa") is not None
+    spec = importlib.util.find_spec("c2pa")
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
 
 
 def read_credentials(path: str | Path) -> Credentials | None:

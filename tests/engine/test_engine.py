@@ -88,8 +88,9 @@ def _fields(request: Draw) -> dict:
 
 
 def test_warnings_are_events_each_once(ours):
-    events = list(ours.run(Draw(prompt="a zzyzx", seed=1, steps=1, count=3)))
+    events = list(ours.run(Draw(prompt="a cat and a zzyzx", seed=1, steps=1, count=3)))
     assert [type(e) for e in events].count(Notice) == 1
+    assert isinstance(events[0], Notice)  # before anything is drawn
 
 
 @pytest.mark.parametrize("name", ["ours", "sdxl"])

@@ -10,6 +10,7 @@ from PIL import Image
 
 import mm
 from mm.evaluation.outside import crops, fit, halves, mean_tokens, measure, photographs, rendered
+from mm.models.connectors import Connector
 from mm.models.understanding_encoder import UnderstandingEncoder
 
 pytest.importorskip("skimage", reason="the photographs are part of the dev extra")
@@ -28,7 +29,13 @@ def editor():
 
 
 def test_photographs_are_separated_from_renders(reader) -> None:
-    report = measure(reader.understanding_encoder, rendered(8, 3, held_out=True), halves()[1][:6], renders=120)
+    report = measure(
+        reader.understanding_encoder,
+        reader.understanding_connector,
+        rendered(8, 3, held_out=True),
+        halves()[1][:6],
+        renders=120,
+    )
     assert report.auroc >= 0.97 and report.detected >= 0.85 and report.false_renders <= 0.05
 
 
@@ -59,15 +66,15 @@ def test_renders_and_large_pictures(reader, editor) -> None:
 def test_statistics_are_those_of_a_principal_component_analysis() -> None:
     torch.manual_seed(0)
     small = {"width": 32, "depth": 1, "heads": 2, "embed_dim": 16, "text_width": 32, "text_depth": 1}
-    made = fit(UnderstandingEncoder(**small), renders=64, rank=8)
-    tokens = mean_tokens(made, rendered(64, 2, held_out=False))
+    encoder, plain = UnderstandingEncoder(**small), Connector(in_channels=32)
+    made = fit(encoder, plain, renders=64, rank=8)
+    tokens = mean_tokens(encoder, rendered(64, 2, held_out=False))
     rest = tokens.double() - made.domain_mean.double()
     q = torch.linalg.qr(made.domain_basis.double().T)[0]
     wanted = (rest - rest @ q @ q.T).square().sum(1) / made.domain_limit.double()
     found = made.domain_distance(tokens[:, None])
     assert found is not None and torch.allclose(found.double(), wanted, rtol=1e-3)
     assert int((found > 1).sum()) <= 1  # one in a hundred
-    plain = UnderstandingEncoder(**small)
     assert plain.domain_distance(tokens[:, None]) is None
 
 
