@@ -56,7 +56,7 @@ def without_marks(words: list[str], nouns: frozenset[str]) -> list[str]:
     return out
 
 
-def with_articles(words: list[str]) -> list[str]:
+def with_articles(words: Sequence[str]) -> list[str]:
     """With a or an as the next word needs it."""
     pairs = zip(words, [*words[1:], "."], strict=False)
     return [c.article(after) if word in ("a", "an") and after[0].isalnum() else word for word, after in pairs]
