@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 from mm.world import captions as c
