@@ -19,8 +19,7 @@ class UnderstandingOutput(BaseOutput):
     Attributes:
         answers: One for each question.
         outside: Whether each picture is outside of the model's domain.
-        psnr: PSNR in dB of each picture's reconstruction, from which that is decided; infinite where it is not
-            measured.
+        psnr: PSNR in dB of each picture's reconstruction; infinite where it is not measured.
     """
 
     answers: list[str]

@@ -25,7 +25,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from torch import nn
 
-from mm.layers.entry_points import ForwardMixin
+from mm.layers.entry_points import ForwardMixin, entry_point
 from mm.models import layers
 from mm.models.number_copy import number_bumps
 
@@ -151,6 +151,7 @@ class Connector(ForwardMixin, ModelMixin, ConfigMixin):
             raise ValueError("this connector's counter was removed; pass count_override_BS")
         return self.counter(merged_BSC).sum(-1)
 
+    @entry_point
     def domain_distance(self, tokens_BLC: torch.Tensor) -> torch.Tensor | None:
         """How far pictures are from those that the encoder was trained on; None for a connector without statistics.
 
