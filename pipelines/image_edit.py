@@ -183,14 +183,14 @@ class ImageEditPipeline(TextToImagePipeline):
             return ImagePipelineOutput(images=joined(made)) if return_dict else (joined(made),)
         opened = [open_picture(picture) for picture in pictures]
         source = to_tensor(opened, side).to(self._execution_device)
-        encoder = self.understanding_encoder
-        warn_of(self.understanding_connector, encoder(source.to(encoder.dtype))[1], opened, side, stacklevel=3)
+        tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
+        warn_of(self.understanding_connector, tokens, opened, side, stacklevel=3)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
         with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run:
             assert self.autoencoder is not None
             clean = self.autoencoder.encode(source.to(self.autoencoder.dtype)).float()
             branches = self._edit_branches(
-                prompts, negatives, source, clean, num_images_per_prompt, guidance_scale, image_guidance_scale
+                prompts, negatives, tokens, clean, num_images_per_prompt, guidance_scale, image_guidance_scale
             )
             on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
             clean = clean.repeat_interleave(num_images_per_prompt, 0)
@@ -214,14 +214,16 @@ class ImageEditPipeline(TextToImagePipeline):
         self,
         prompts: Sequence[str],
         negatives: Sequence[str],
-        source: torch.Tensor,
+        tokens: torch.Tensor,
         clean: torch.Tensor,
         each: int,
         scale: float,
         image_scale: float,
     ) -> GuidanceBranches:
-        """The branches of instruction and source, source only, and neither; those of weight zero are left out."""
-        tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
+        """The branches of instruction and source, source only, and neither; those of weight zero are left out.
+
+        `tokens` are the understanding encoder's of the source, `clean` its latents.
+        """
         understanding = self.understanding_connector(tokens.to(self.understanding_connector.dtype))
         full = self._prompt_cache(prompts, understanding, clean).repeat(each)
         others = []

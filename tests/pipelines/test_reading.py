@@ -183,7 +183,8 @@ def test_guidance_of_text_and_picture_is_the_three_way_sum(editor, pictures):
         for w, seen in ((words, True), ("", True), ("", False))
     )
     want = nothing + 1.5 * (pictured - nothing) + 4.0 * (full - pictured)
-    branches = editor._edit_branches([words], [""], source, clean, 1, 4.0, 1.5)
+    tokens = editor.understanding_encoder(source.to(editor.understanding_encoder.dtype))[1]
+    branches = editor._edit_branches([words], [""], tokens, clean, 1, 4.0, 1.5)
     features = editor.trunk(x.repeat(3, 1, 1, 1), sigma.repeat(3), branches.cache, "flow")
     got = branches.mix(editor.velocity_decoder(x.repeat(3, 1, 1, 1), sigma.repeat(3), features), 4.0)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
