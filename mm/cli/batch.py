@@ -52,7 +52,7 @@ def batch(
                 limit=limit, root=root, model=model, base=base, bits=None if bits is None else int(bits),
                 adapters=[shared.adapter(text) for text in lora or ()], offload=offload.value, dtype=dtype.value,
             )  # fmt: skip
-        except KeyboardInterrupt:
+        except _Stopped:
             stopping.leave()
 
 
@@ -88,6 +88,14 @@ def _run(stopping: _Stopping, jobs: Path, out: Path, *, dry_run: bool, **options
         raise typer.Exit(2)
 
 
+class _Stopped(BaseException):
+    """Raised by a signal before drawing.
+
+    It is no KeyboardInterrupt: once one has passed through `exec` of a string (dataclasses are made so while modules
+    are imported), CPython ends the process by SIGINT, whatever caught it and whatever the exit code.
+    """
+
+
 class _Stopping:
     """What Ctrl+C and SIGTERM do: before drawing they end the command at once, later after the file being written."""
 
@@ -99,7 +107,7 @@ class _Stopping:
         """The handler of the first signal; the second one acts as if mm had none."""
         self.number = number
         if not self.drawing:
-            raise KeyboardInterrupt
+            raise _Stopped
 
     def hold(self) -> None:
         """From now on a signal is only noted: a picture and its record are kept together."""
