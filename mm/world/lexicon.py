@@ -242,7 +242,7 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
 
 def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
     """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
-    if table.lacks(word):
+    if table.lacks(word) or (task == "edit" and word.isdigit()):
         found.problems.append(_why(word, before, table))
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
@@ -290,6 +290,10 @@ def _root(word: str, table: Tables) -> str:
 def _why(word: str, before: str, table: Tables) -> str:
     """Why a word of the tables cannot be shown."""
     known = f"the model does not know the word {word!r}"
+    if (word,) in table.negation:  # in instructions: a prompt's are left out before
+        return f"{known}: an instruction says what changes, and what is negated may be changed as well"
+    if (word,) in table.many or word.isdigit():
+        return f"{known}: a picture holds at most four things of a kind"
     if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
         return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
     if word in table.colours:

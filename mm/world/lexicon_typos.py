@@ -54,17 +54,22 @@ def nearest(word: str, candidates: Iterable[str], root: Callable[[str], str]) ->
     if len(word) < 3 or not word.replace("-", "").isalpha():
         return None
     most = limit(word)
-    found: list[tuple[float, int, str]] = []
+    found: list[tuple[float, bool, int, str]] = []
     for other in candidates:
         if len(other) < 3 or abs(len(other) - len(word)) > 2:
             continue
         if (apart := distance(word, other, most)) <= most and _same_start(word, other, apart):
-            found.append((apart, -len(other), other))
+            found.append((apart, _is_plural(other) != _is_plural(word), -len(other), other))
     if not found:
         return None
     found.sort()
-    best, rivals = found[0], {root(other) for apart, _, other in found if apart < found[0][0] + _CLEAR}
-    return best[2] if len(rivals) == 1 else None
+    best, rivals = found[0][-1], {root(other) for apart, *_, other in found if apart < found[0][0] + _CLEAR}
+    return best if len(rivals) == 1 else None
+
+
+def _is_plural(word: str) -> bool:
+    """Whether a word ends as plurals do: a mistake seldom changes the number ("guitare" is one guitar)."""
+    return word.endswith("s")
 
 
 def _same_start(word: str, other: str, apart: float) -> bool:

@@ -24,6 +24,8 @@ SAME = {
     "a cat & a dog": "a cat and a dog",
     "a row of three cats": "three cats",
     "a mosaic house in mosaic": "a mosaic house in mosaic style",
+    "more than three stars at night": "four stars at night",
+    "at least two kitties": "two cats",
 }
 SAID = {
     "catt": ("cat", "'catt' was read as 'cat'"),
@@ -37,6 +39,9 @@ SAID = {
     "ten stars": ("four stars", "'ten' is read as 'four'"),
     "many stars": ("four stars", "'many' is read as 'four'"),
     "12 apples": ("four apples", "'12' is read as 'four'"),
+    "more than four cats": ("four cats", "'more than four' is read as 'four'"),
+    "at least six cats": ("four cats", "'at least six' is read as 'four'"),
+    "a wolfe": ("a wolf", "'wolfe' was read as 'wolf'"),
     "a black cat": ("a cat", "'black', a colour that it lacks; nearest: blue, purple"),
     "a cat in a house": ("a cat in a house", "nothing is drawn inside other things; 'in a house'"),
     "a big cat": ("a cat", "'big' (size) and ignores it"),
@@ -156,3 +161,40 @@ def test_a_foreign_text_is_not_corrected_word_by_word() -> None:
 def test_an_instruction_keeps_the_object_that_is_not_known() -> None:
     found = read("add a hat", "edit")
     assert found.text == "add a hat" and "'hat'" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("recolor the cat red", "paint the cat red"),
+        ("recolour the kitty blue", "paint the cat blue"),
+        ("color the cat red", "paint the cat red"),
+    ],
+)
+def test_other_words_for_a_change_are_read_in_silence(text: str, wanted: str) -> None:
+    found = read(text, "edit")
+    assert (found.text, found.notices) == (wanted, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("don't remove the cat", "what is negated may be changed as well"),
+        ("never move the dog", "what is negated may be changed as well"),
+        ("add five dogs", "at most four things of a kind"),
+        ("add 7 dogs", "at most four things of a kind"),
+    ],
+)
+def test_an_instruction_that_asks_for_what_cannot_be_is_named(text: str, said: str) -> None:
+    assert [said in line for line in read(text, "edit").problems] == [True]
+
+
+def test_a_misspelled_noun_keeps_its_number() -> None:
+    """One letter too many, which is no "s", at the end of each object's name leaves one of a thing."""
+    from mm.world import vocabulary as v
+
+    for name in v.OBJECTS:
+        for letter in "xq":
+            for word in (name, v.PLURALS[name]):
+                corrections = dict(read(word + letter).corrections)
+                assert corrections.get(word + letter, word) == word
