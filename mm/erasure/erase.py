@@ -27,6 +27,7 @@ from mm.erasure.methods.protocol import Job
 from mm.erasure.methods.registry import method_of
 from mm.erasure.neighbours import Neighbours
 from mm.erasure.reading import reading_rows
+from mm.erasure.routes import edits_of, rows_of
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
 from mm.layers.base_hash import base_hash
@@ -38,6 +39,7 @@ DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
+EDITS = 64  # pairs of instructions for editing in all, where a model edits
 
 
 @torch.no_grad()
@@ -99,6 +101,10 @@ def erase(
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
+    instructions = edits_of(contexts, concepts, placed, max(FEWEST, EDITS // len(concepts)))
+    progress(0.2, f"reading {len(instructions)} instructions for editing")
+    for path, rows_ in rows_of(pipe, layers, groups, instructions).items():
+        features[path] = features[path].joined(rows_.target_TD, rows_.anchor_TD, rows_.retained_RD)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
         pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength, pairs=pairs,
@@ -109,7 +115,7 @@ def erase(
     made = maker.make(job)
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
-        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
+        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others), "edits": len(instructions),
         "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
         **margins(job, made.entries),
     }  # fmt: skip
