@@ -10,7 +10,7 @@ Design choices
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
@@ -64,10 +64,11 @@ def demand_of(words: Sequence[str]) -> Demand | None:
     if symbols is None:
         return None
     styles = {s.name for s in symbols if s.kind == "S"}
+    hinted = {s.name for s in symbols if s.kind == "H"}
     grounds = {s.name for s in symbols if s.kind == "G"}
     wanted: list[_Wanted] = []
-    order = _resolved([s for s in symbols if s.kind not in "SGO"], wanted)
-    if order is None or not wanted or len(styles) > 1 or len(grounds) > 1:
+    order = _resolved([s for s in symbols if s.kind not in "SHGO"], wanted)
+    if order is None or not wanted or len(styles) > 1 or len(grounds) > 1 or not hinted <= (styles or {"pixel art"}):
         return None
     links = {*_related(order), *_placed(order, wanted)}
     sides = [one for one in wanted if one.side is not None]
@@ -79,7 +80,7 @@ def demand_of(words: Sequence[str]) -> Demand | None:
         groups=groups,
         relation=next(iter(links), None),
         background=next(iter(grounds), None),
-        style=next(iter(styles), None),
+        style=next(iter(styles | hinted), None),
         open=any(_is_open(one.thing) for one in wanted),
         lone_side=bool(sides and not links),
         join=joins[0] if len(joins) == 1 and len(wanted) == 2 else "and",
@@ -154,6 +155,9 @@ def _resolved(symbols: Sequence[Symbol], wanted: list[_Wanted]) -> list[Symbol |
             if last is None or wanted[last].colour is not None:
                 return None
             wanted[last].colour = symbol.name
+        elif symbol.kind == "#":
+            if not _counts_last(int(symbol.name), out, wanted):
+                return None
         elif symbol.kind != "P":
             out.append(symbol)
         elif after == "N" and symbol.name != "in":  # "a cat on a car", "a cat by a tree"; nothing is in a house
@@ -161,6 +165,15 @@ def _resolved(symbols: Sequence[Symbol], wanted: list[_Wanted]) -> list[Symbol |
         elif not (after == "C" and symbol.name == "in"):
             return None
     return out
+
+
+def _counts_last(number: int, order: Sequence[Symbol | int], wanted: list[_Wanted]) -> bool:
+    """Gives a number to the thing before it ("stars, three"); whether that had none."""
+    last = next((one for one in reversed(order) if isinstance(one, int)), None)
+    if last is None or wanted[last].thing.count is not None:
+        return False
+    wanted[last].thing = replace(wanted[last].thing, count=number)
+    return True
 
 
 def _index(thing: Thing, wanted: list[_Wanted]) -> int:
@@ -179,14 +192,18 @@ def _index(thing: Thing, wanted: list[_Wanted]) -> int:
 def _related(order: Sequence[Symbol | int]) -> Iterator[tuple[int, str, int] | None]:
     """The relations; None for one that lacks a thing.
 
-    Both "a cat above a dog", "above the dog a cat" and "a dog with a cat above it".
+    "a cat above a dog", "above the dog a cat", "a dog with a cat above it" and "a dog and above it a cat" are the same.
     """
     for at, one in enumerate(order):
         if isinstance(one, int) or one.kind != "R":
             continue
         before = [x for x in order[:at] if isinstance(x, int)]
         after = [x for x in order[at + 1 :] if isinstance(x, int)]
-        if before and after:
+        pronoun = at + 1 < len(order) and order[at + 1] == Symbol(kind="I")
+        begins = at == 0 or isinstance(order[at - 1], Symbol)
+        if pronoun and before and after and begins:
+            yield (after[0], one.name, before[-1])
+        elif before and after and not pronoun:
             yield (before[-1], one.name, after[0])
         elif len(set(before)) > 1:
             yield (before[-1], one.name, before[0])

@@ -1,6 +1,7 @@
 """The first pass over a prompt in known words: phrases and noun phrases as symbols (`mm.world.demand` reads these).
 
-Symbols: N thing, C colour, S style, G background, R relation, E side of the picture, P preposition, J join, O opener.
+Symbols: N thing, I pronoun, # number without a noun, C colour, S style, H word that goes with one style, G background,
+R relation, E side of the picture, P preposition, J join, O opener.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _NUMBERS |= {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
 _SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 _PLACING = ("in", "on", "at", "by", "under", "against", "among", "with", "over", "across", "of", "from")
 _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
+# Words that may stand apart from the phrase of their style ("fish, tile, mosaic").
+_STYLE_WORDS = {"glowing": "neon", "lights": "neon", "sign": "neon", "painting": "watercolor", "technical": "blueprint"}
+_STYLE_WORDS |= {"old": "sepia", "pencil": "sketch", "tile": "mosaic", "retro": "pixel art", "pixel": "pixel art"}
 _WITHOUT_MEANING = frozenset({"of", "background", "style"})
 
 
@@ -67,6 +71,12 @@ def symbols_of(words: Sequence[str]) -> list[Symbol] | None:
             out.append(Symbol(kind="N", thing=thing))
         elif word in v.COLOURS:
             out.append(Symbol(kind="C", name=word))
+        elif word in ("it", "them"):
+            out.append(Symbol(kind="I"))
+        elif _NUMBERS.get(word) is not None:
+            out.append(Symbol(kind="#", name=str(_NUMBERS[word])))
+        elif word in _STYLE_WORDS:
+            out.append(Symbol(kind="H", name=_STYLE_WORDS[word]))
         elif word in _JOINS:
             out.append(Symbol(kind="J", name=word))
         elif word in ("on", "by", "at", "in"):
@@ -96,7 +106,7 @@ def _phrases() -> dict[Phrase, tuple[str, str]]:
         forms += ["8-bit"] if style == "pixel art" else []
         for phrase in c.STYLE_BEFORE[style][: 1 if style == v.DEFAULT_STYLE else None]:
             core = phrase.removeprefix("a ").removeprefix("an ").removesuffix(" of")
-            forms += [phrase, core, f"a {core}", f"an {core}", f"{core} of"]
+            forms += [phrase, core, f"a {core}", f"an {core}", f"{core} of", f"in {core}"]
         out |= {tuple(split(form)): ("S", style) for form in forms}
     openers = [p.removesuffix(" of") for p in c.STYLE_BEFORE[v.DEFAULT_STYLE][1:]]
     openers += [word.split()[-1] for word in openers]
@@ -105,10 +115,11 @@ def _phrases() -> dict[Phrase, tuple[str, str]]:
         for core in dict.fromkeys(_core(split(phrase)) for phrase in choices):
             for placing in ((), *((word,) for word in _PLACING)):
                 out |= {(*placing, *article, *core): ("G", ground) for article in ((), ("a",), ("the",))}
+    out |= {("winter",): ("G", "snow")}
     for name, choices in c.RELATION_PHRASES.items():
         out |= {tuple(split(phrase)): ("R", name) for phrase in choices}
     for word, name in _SIDES.items():
-        begins = ((), ("on", "the"), ("to", "the"), ("at", "the"))
+        begins = [(*p, *a) for p in ((), ("on",), ("to",), ("at",)) for a in ((), ("the",))]
         out |= {(*begin, word, *side): ("E", name) for begin in begins for side in ((), ("side",))}
     return out | {
         ("next", "to"): ("J", "next to"),
