@@ -70,7 +70,7 @@ def demand_of(words: Sequence[str]) -> Demand | None:
     order = _resolved([s for s in symbols if s.kind not in "SHGO"], wanted)
     if order is None or not wanted or len(styles) > 1 or len(grounds) > 1 or not hinted <= (styles or {"pixel art"}):
         return None
-    links = {*_related(order), *_placed(order, wanted)}
+    links = {_forward(link) for link in (*_related(order), *_placed(order, wanted))}
     sides = [one for one in wanted if one.side is not None]
     if None in links or len(links) > 1 or (links and len(wanted) != 2) or (sides and not links and len(wanted) > 1):
         return None
@@ -146,15 +146,19 @@ def _resolved(symbols: Sequence[Symbol], wanted: list[_Wanted]) -> list[Symbol |
     Colours behind a noun go to it ("a key in blue", "the crown is red"); "the crown" is one that was named before.
     """
     out: list[Symbol | int] = []
+    tint: str | None = None
     for at, symbol in enumerate(symbols):
         after = symbols[at + 1].kind if at + 1 < len(symbols) else ""
         if symbol.thing is not None:
-            out.append(_index(symbol.thing, wanted))
+            out.append(_index(symbol.thing if tint is None else replace(symbol.thing, colour=tint), wanted))
         elif symbol.kind == "C":
             last = next((one for one in reversed(out) if isinstance(one, int)), None)
-            if last is None or wanted[last].colour is not None:
+            if last is None and not out and len([s for s in symbols if s.thing is not None]) == 1:
+                tint = symbol.name  # "red: a bear"
+            elif last is None or wanted[last].colour is not None:
                 return None
-            wanted[last].colour = symbol.name
+            else:
+                wanted[last].colour = symbol.name
         elif symbol.kind == "#":
             if not _counts_last(int(symbol.name), out, wanted):
                 return None
@@ -211,6 +215,11 @@ def _related(order: Sequence[Symbol | int]) -> Iterator[tuple[int, str, int] | N
             yield (after[1], one.name, after[0])
         else:
             yield None
+
+
+def _forward(link: tuple[int, str, int] | None) -> tuple[int, str, int] | None:
+    """A relation from the thing that is named first."""
+    return link if link is None or link[0] < link[2] else (link[2], v.OPPOSITE[link[1]], link[0])
 
 
 def _placed(order: Sequence[Symbol | int], wanted: list[_Wanted]) -> Iterator[tuple[int, str, int] | None]:

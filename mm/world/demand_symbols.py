@@ -24,7 +24,7 @@ _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
 # Words that may stand apart from the phrase of their style ("fish, tile, mosaic").
 _STYLE_WORDS = {"glowing": "neon", "lights": "neon", "sign": "neon", "painting": "watercolor", "technical": "blueprint"}
 _STYLE_WORDS |= {"old": "sepia", "pencil": "sketch", "tile": "mosaic", "retro": "pixel art", "pixel": "pixel art"}
-_WITHOUT_MEANING = frozenset({"of", "background", "style"})
+_WITHOUT_MEANING = frozenset({"of", "background", "style", "art"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,9 @@ def _is_trait(words: Sequence[str], at: int, length: int) -> bool:
 def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
     """The noun phrase that begins at a position, and its length."""
     start, count, article = at, None, ""
-    while at < len(words) and (words[at] in _NUMBERS or (words[at] == "of" and at > start and words[at - 1] == "pair")):
+    while at < len(words) and (
+        words[at] in _NUMBERS or (words[at] == "of" and at > start and words[at - 1] not in ARTICLES)
+    ):
         if words[at] in ARTICLES:
             article = words[at]
         elif words[at] != "of" and count is None:

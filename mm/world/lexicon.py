@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
-from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.demand import demand_of, in_order, is_trained
+from mm.world.lexicon_neighbours import once, without_neighbours
 from mm.world.lexicon_phrases import BOND, COUNTS, THING, TRAIT, with_articles, without_marks
 from mm.world.lexicon_requests import in_one_spelling, with_plain_pages, without_request
 from mm.world.lexicon_scene import problems_of
@@ -32,17 +32,6 @@ _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
 _ANYTHING = "a picture"  # of a prompt that only says what is absent
 _VOCABULARY = frozenset(WORDS)
-_GROUNDS = frozenset("sky night grass meadow field beach sea sand snow clouds".split())
-_BEHIND_POSTURES = frozenset(
-    {
-        word
-        for phrases in (c.BACKGROUND_PHRASES, c.RELATION_PHRASES)
-        for p in phrases.values()
-        for one in p
-        for word in split(one)[:1]
-    }
-    | {"next", "beside", "near", "underneath", "atop", "to", "with", "and", "alongside"}
-)
 
 
 @dataclass(kw_only=True)
@@ -108,8 +97,8 @@ def _prompt(words: list[str], table: Tables, own: frozenset[str], found: Reading
         made = _without_absent(with_plain_pages(without_request(words)), table, found)
         if not made:
             return _ANYTHING.split()
-        made = _words(_placed(_counted(made, table, found), table), table, own, "draw", found)
-        made = without_marks(_once(made), frozenset(table.nouns) | own)
+        made = _words(without_neighbours(_counted(made, table, found), table), table, own, "draw", found)
+        made = without_marks(once(made), frozenset(table.nouns) | own)
         made = in_order(made)
     found.problems += problems_of(made, table.nouns)
     return made
@@ -119,23 +108,6 @@ def _is_own(words: list[str]) -> bool:
     """Whether the words are a caption of the models' own grammar."""
     demand = demand_of(words)
     return demand is not None and is_trained(words, demand)
-
-
-def _placed(words: list[str], table: Tables) -> list[str]:
-    """Without postures before a word that places, such as "sitting under", and without shades before a colour."""
-    out = []
-    for word, after in zip(words, [*words[1:], ""], strict=False):
-        colour = table.synonyms.get(after, after) in v.COLOURS or after in table.shades
-        scenery = word in table.scenery and table.synonyms.get(after, after) in _GROUNDS
-        if not (word in table.postures and after in _BEHIND_POSTURES) and not (word in table.shades and colour):
-            out += [] if scenery else [word]
-    return out
-
-
-def _once(words: list[str]) -> list[str]:
-    """With a word of a colour once where it is said twice, as in "lime green"."""
-    pairs = zip(words, ["", *words], strict=False)
-    return [word for word, before in pairs if not (word == before and word in v.COLOURS)]
 
 
 def _foreign(text: str) -> str:
@@ -287,12 +259,18 @@ def _unknown(word: str, before: str, after: list[str], table: Tables, found: Rea
         return (other,)
     else:
         found.problems.append(f"the model does not know the word {word!r} and ignores it; {LIST}")
-    mark = _mark(word, after[:1], table)
+    mark = BOND if _stands_between(before, after, table) else _mark(word, after[:1], table)
     kept = word in _VOCABULARY and word not in table.kinds and word not in table.colours and word not in table.places
     kept = kept and (task != "draw" or mark != BOND)
     if task == "draw" and not kept:
         return (mark,)
     return (word,) if kept or mark == THING else ()  # an instruction without its object is another instruction
+
+
+def _stands_between(before: str, after: list[str], table: Tables) -> bool:
+    """Whether a word stands between two things of the world, as a verb does: "a bear greets a fox"."""
+    rest = after[1:] if after[:1] in (["a"], ["an"], ["the"]) else after
+    return _names_thing(before, table) and bool(rest) and _names_thing(rest[0], table) and rest[0] not in table.near
 
 
 def _mark(word: str, after: list[str], table: Tables) -> str:

@@ -15,6 +15,7 @@ from functools import cache
 from mm.world.lexicon_tables import raw
 
 _MARKS = (",", ":", "-", ".", "!", "?", ";")
+_GROUND = r"(?:(?:blue|night|open) )?(?:sky|grass|lawn|meadow|beach|sea|ocean|snow|clouds)"
 # Spellings that are brought into another before words are split.
 _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"[\u2018\u2019`\u00b4]", "'"),
@@ -27,6 +28,13 @@ _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"\s/\s", ", "),
     (r"\b(on|to|at) (?:its|their|his|her) (left|right)\b", r"\1 the \2"),
     (r"\b(left|right)[ -]hand\b", r"\1"),
+    (r"(?:\b(?:with|and|but),? )?\b(?:no|without(?: an?| any)?) background\b", "with a plain background"),
+    (
+        r"(?:\b(?:with|and|but) )?\bnothing (?:else )?(?:around|behind|in the background)(?: it| them)?\b",
+        "with a plain background",
+    ),
+    (rf"\bin front of (?=(?:an? |the )?{_GROUND}\b)", "on "),
+    (rf"\b({_GROUND}) behind\b(?: it| them)?", r"\1"),
     (r"\b(left|right) (?:to|from)(?= (?:an?|the|one)\b)", r"\1 of"),
 )
 

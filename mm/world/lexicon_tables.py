@@ -39,6 +39,7 @@ class Tables:
         shades: Words that are left out before a colour.
         postures: Words that are left out before one that places.
         scenery: Words that are left out before the name of a background.
+        parts: Words that are left out behind a colour.
         nouns: Words for objects of the world, with the object's name.
         near: Words for things that the world lacks, with the nearest things that it has.
         kinds: Words that no picture shows, with the kind: "colour", "size", "mood", ...
@@ -57,6 +58,7 @@ class Tables:
     shades: frozenset[str]
     postures: frozenset[str]
     scenery: frozenset[str]
+    parts: frozenset[str]
     nouns: Mapping[str, str]
     near: Mapping[str, tuple[str, ...]]
     kinds: Mapping[str, str]
@@ -119,6 +121,7 @@ def tables(task: Task) -> Tables:
         shades=_fillers("shades", task),
         postures=_fillers("postures", task),
         scenery=_fillers("scenery", task),
+        parts=_fillers("parts", task),
         nouns=nouns,
         near={word: hints for word, hints in near.items() if word not in known},
         kinds={w: kind for kind, words in file["cannot"].items() for w in words.split() if w not in known},
