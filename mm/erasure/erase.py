@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import statistics
 import time
@@ -103,11 +104,12 @@ def erase(
     features, groups, template = _features(pipe, layers, pairs, others)
     instructions = edits_of(contexts, concepts, placed, max(FEWEST, EDITS // len(concepts)))
     progress(0.2, f"reading {len(instructions)} instructions for editing")
-    for path, rows_ in rows_of(pipe, layers, groups, instructions).items():
-        features[path] = features[path].joined(rows_.target_TD, rows_.anchor_TD, rows_.retained_RD)
+    both, read = dict(features), rows_of(pipe, layers, groups, instructions)
+    for path, found in read.items():
+        both[path] = features[path].joined(found.target_TD, found.anchor_TD, found.retained_RD)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
-        pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength, pairs=pairs,
+        pipe=pipe, layers=layers, groups=groups, features=both, weights=weights, strength=strength, pairs=pairs,
         retained=others, template=template, base=_base(pipe, layers), targets=len(concepts),
         settings=chosen,
         progress=lambda share, text: progress(0.3 + 0.7 * share, text),
@@ -115,9 +117,9 @@ def erase(
     made = maker.make(job)
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
-        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others), "edits": len(instructions),
+        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others), "edits": len(instructions) if read else 0,
         "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
-        **margins(job, made.entries),
+        **margins(dataclasses.replace(job, features=features), made.entries),  # on the concept's own words
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(
