@@ -40,7 +40,7 @@ DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
-EDITS = 64  # pairs of instructions for editing in all, where a model edits
+EDITS, FEW_EDITS = 48, 4  # pairs of instructions for editing, in all and of a target, where a model edits
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def erase(
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
-    instructions = edits_of(contexts, concepts, placed, max(FEWEST, EDITS // len(concepts)))
+    instructions = edits_of(contexts, concepts, placed, max(FEW_EDITS, EDITS // len(concepts)))
     progress(0.2, f"reading {len(instructions)} instructions for editing")
     both, read = dict(features), rows_of(pipe, layers, groups, instructions)
     for path, found in read.items():
@@ -117,7 +117,8 @@ def erase(
     made = maker.make(job)
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
-        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others), "edits": len(instructions) if read else 0,
+        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
+        "edits": len(instructions) if read else 0,
         "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
         **margins(dataclasses.replace(job, features=features), made.entries),  # on the concept's own words
     }  # fmt: skip

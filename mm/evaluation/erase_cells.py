@@ -17,11 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from mm.adapters.patch import Patch
-from mm.core.devices import choose
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.safe_json import read_object
@@ -30,7 +26,7 @@ from mm.erasure.concepts import Concept
 from mm.erasure.erase import DEFAULT, erase
 from mm.erasure.measure import Labels, Measurer
 from mm.erasure.methods.registry import METHODS
-from mm.evaluation.erase import OBJECTS, STYLES, TWENTY, EraseConfig, evaluate_erase
+from mm.evaluation.erase import BATCH, OBJECTS, STYLES, TWENTY, EraseConfig, evaluate_erase, loaded
 from mm.evaluation.erase_attacks import Relearning
 from mm.world import vocabulary as v
 from mm.world.concept_edits import with_name
@@ -78,7 +74,7 @@ def plan(size: float = 1.0, seed: int = 0) -> list[Cell]:
 
 def _cells(n: Callable[[int], int], seed: int) -> Iterator[Cell]:
     def cell(name: str, seconds: float, *targets: str, each: int, **more: Any) -> Cell:
-        config = EraseConfig(targets=targets, each=n(each), seed=seed, batch_size=128, **more)
+        config = EraseConfig(targets=targets, each=n(each), seed=seed, batch_size=BATCH, **more)
         return Cell(name=name, config=config, seconds=seconds)
 
     every = (*OBJECTS, *STYLES)
@@ -137,24 +133,11 @@ def tuning(size: float = 1.0, seed: int = 0) -> list[Cell]:
             name=f"tuning/{variant or 'preset'}/{concept}", seconds=40,
             config=EraseConfig(
                 targets=(concept,), method=PRESET, options=options, each=each, attacked=each, split="tune", seed=seed,
-                attacks=TUNING_ATTACKS, batch_size=128,
+                attacks=TUNING_ATTACKS, batch_size=BATCH,
             ),
         )
         for concept in TUNED_ON for variant, options in VARIANTS.items()
     ]  # fmt: skip
-
-
-def loaded(model: str = "mm-tiny") -> tuple[Any, Judge]:
-    """A pipeline and the judge on the device that `mm.core.devices` chooses, in float32."""
-    from mm import TextToImagePipeline
-
-    device = choose().device
-    pipe: Any = TextToImagePipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, device, torch.float32)
-    return pipe, Judge.from_pretrained().to(device)
 
 
 class Worker:
@@ -244,6 +227,6 @@ def never_seen(pipe: Any, judge: Judge, name: str, most: int = 16) -> dict[str, 
         for p in world_probes([Concept(name="wolf")], (), each=most)
         if p.role == "target"
     ]
-    measurer = Measurer(pipe=pipe, judge=label_judge(judge), batch_size=128)
+    measurer = Measurer(pipe=pipe, judge=label_judge(judge), batch_size=BATCH)
     empty = Patch(entries={}, name="nothing")
     return {f"relearn-{pictures}": Relearning(pictures, most=most).run(measurer, empty, probes) for pictures in (5, 20)}

@@ -9,13 +9,13 @@ from tiny import draw, tiny_pipeline
 import mm
 from mm.core.errors import UserError
 from mm.erasure.attacks.embedding import EmbeddingSearch, Inversion
-from mm.erasure.embeddings import Embeddings
 from mm.erasure.attacks.genetic import Genetic
 from mm.erasure.attacks.noise import Noise
 from mm.erasure.attacks.paraphrase import Paraphrase, rewritten
 from mm.erasure.attacks.prompt_search import PromptSearch
 from mm.erasure.attacks.registry import ATTACKS, attack_of
 from mm.erasure.attacks.sites import Sites, words_of
+from mm.erasure.embeddings import Embeddings
 from mm.erasure.measure import Measurer
 from mm.erasure.probes import Probe
 

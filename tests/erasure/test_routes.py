@@ -12,7 +12,7 @@ import mm
 from mm import ImageEditPipeline, TextToImagePipeline
 from mm.erasure import routes
 from mm.erasure.concepts import parse
-from mm.erasure.routes import edits_of, editor_of, rows_of
+from mm.erasure.routes import editor_of, edits_of, rows_of
 from mm.erasure.sites import text_layers
 from mm.world.concept_edits import with_name, world_edits
 from mm.world.concept_words import holds
@@ -53,7 +53,7 @@ def test_instructions_bring_the_target_and_others_do_not(target, anchor):
     concept = parse(target)
     made = world_edits([concept], {str(concept): anchor}, 6)
     asked, kept = [e for e in made if e.instead], [e for e in made if not e.instead]
-    assert (len(asked), len(kept)) == (6, 12)
+    assert (len(asked), len(kept)) == (6, 48)
     assert all(holds(e.text, concept.name) and not holds(e.instead, concept.name) for e in asked)
     assert not any(holds(e.text, concept.name) for e in kept)
     assert all(e.picture.size == (128, 128) for e in made)
@@ -90,15 +90,13 @@ def test_features_are_those_of_the_editor(model):
 
 
 def test_an_erasure_reads_instructions_where_the_model_edits(model, monkeypatch):
+    for name, few in (("EDITS", 2), ("FEW_EDITS", 2), ("FEWEST", 2), ("PAIRS", 2)):
+        monkeypatch.setattr(f"mm.erasure.erase.{name}", few)
+    monkeypatch.setattr("mm.world.concept_edits.OTHERS", 3)
+    monkeypatch.setattr("mm.world.concepts.KEPT", 2)
     pipe = TextToImagePipeline.from_pretrained(model)
     report = mm.erase(pipe, ["cat"], anchors="dog").report
-    assert report["edits"] == 3 * routes_count()
+    assert report["edits"] == 2 + 4
     monkeypatch.setattr(routes, "sharing", None)  # nothing is loaded for a model whose place is not known
     pipe.register_to_config(_name_or_path="")
     assert mm.erase(pipe, ["cat"], anchors="dog").report["edits"] == 0
-
-
-def routes_count():
-    from mm.erasure.erase import EDITS
-
-    return EDITS

@@ -34,7 +34,7 @@ class _Batch:
     """Prompts, where their predictions are taken, and what these should be; the first `targets` of them are targets."""
 
     prompts: list[str]
-    place: dict[str, int]
+    place: dict[str, Any]
     wanted: Tensor
     targets: int
 
@@ -88,7 +88,7 @@ def _batch(job: Job, rng: random.Random, number: int) -> _Batch:
     size = job.settings["batch"]
     pairs = rng.sample(list(job.pairs), min(size, len(job.pairs)))
     kept = rng.sample(list(job.retained), min(size, len(job.retained)))
-    place = {"seed": number, "step": number % STEPS, "steps": STEPS}
+    place: dict[str, Any] = {"seed": number, "step": number % STEPS, "steps": STEPS}
     old = predict(job.pipe, [*[a for _, a in pairs], *kept], **place)
     n, half = len(pairs), len(pairs) // 2
     # the noise of prompt k of a call depends on k, so that anchors are predicted again behind the targets
