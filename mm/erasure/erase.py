@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import statistics
 import time
@@ -39,7 +40,7 @@ DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
-EDITS = 64  # pairs of instructions for editing in all, where a model edits
+EDITS, FEW_EDITS = 48, 4  # pairs of instructions for editing, in all and of a target, where a model edits
 
 
 @torch.no_grad()
@@ -101,13 +102,14 @@ def erase(
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
-    instructions = edits_of(contexts, concepts, placed, max(FEWEST, EDITS // len(concepts)))
+    instructions = edits_of(contexts, concepts, placed, max(FEW_EDITS, EDITS // len(concepts)))
     progress(0.2, f"reading {len(instructions)} instructions for editing")
-    for path, rows_ in rows_of(pipe, layers, groups, instructions).items():
-        features[path] = features[path].joined(rows_.target_TD, rows_.anchor_TD, rows_.retained_RD)
+    both, read = dict(features), rows_of(pipe, layers, groups, instructions)
+    for path, found in read.items():
+        both[path] = features[path].joined(found.target_TD, found.anchor_TD, found.retained_RD)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
-        pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength, pairs=pairs,
+        pipe=pipe, layers=layers, groups=groups, features=both, weights=weights, strength=strength, pairs=pairs,
         retained=others, template=template, base=_base(pipe, layers), targets=len(concepts),
         settings=chosen,
         progress=lambda share, text: progress(0.3 + 0.7 * share, text),
@@ -115,9 +117,10 @@ def erase(
     made = maker.make(job)
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
-        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others), "edits": len(instructions),
+        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
+        "edits": len(instructions) if read else 0,
         "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
-        **margins(job, made.entries),
+        **margins(dataclasses.replace(job, features=features), made.entries),  # on the concept's own words
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(

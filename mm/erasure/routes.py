@@ -13,13 +13,16 @@ Legend: B instructions, T tokens, D width.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor, nn
 
+from mm.core.errors import UserError
 from mm.erasure.alignment import align
 from mm.erasure.concepts import Concept
 from mm.erasure.embeddings import word_tables
@@ -62,17 +65,26 @@ def editor_of(pipe: Any) -> Any | None:
     name = getattr(pipe, "name_or_path", "")
     if place is None or not name:
         return None
-    return sharing(pipe, resolve(place))
+    try:
+        return sharing(pipe, resolve(place))
+    except UserError:  # the model draws, but has no parts for editing
+        return None
 
 
 def sharing(pipe: Any, kind: Any) -> Any:
     """A pipeline of another kind from the same model: it takes over what `pipe` has, and loads the rest."""
     takes = inspect.signature(kind.__init__).parameters
     shared = {name: part for name, part in pipe.components.items() if name in takes and part is not None}
-    made = kind.from_pretrained(pipe.name_or_path, **shared)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        made = kind.from_pretrained(pipe.name_or_path, **shared)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     for name, part in made.components.items():
         if name not in shared and isinstance(part, nn.Module):
-            part.to(pipe.device, pipe.dtype)
+            nn.Module.to(part, pipe.device, pipe.dtype)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -95,7 +107,8 @@ def rows_of(
     texts = [*[e.text for e in asked], *[e.instead or "" for e in asked], *[e.text for e in kept]]
     pictures = [e.picture for e in (*asked, *asked, *kept)]
     ids = _Ids(editor)
-    with ids:
+    with ids, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of words and pictures that the family's contexts chose
         read = record(editor, {group[0]: layers[group[0]] for group in groups}, texts, pictures)
     n = len(asked)
     match = [_matched(ids.rows[i], ids.rows[n + i], ids.padding) for i in range(n)]

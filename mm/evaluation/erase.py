@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mm.adapters.patch import Patch
+from mm.core.devices import choose
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import share, wilson
@@ -43,6 +44,7 @@ STYLES: tuple[str, ...] = ("watercolor", "neon", "mosaic", "sepia")
 TWENTY: tuple[str, ...] = (
     *OBJECTS, "tiger", "bear", "frog", "butterfly", "pizza", "donut", "boat", "castle", "crown", "sunflower",
 )  # fmt: skip
+BATCH = 128  # prompts a call on a GPU
 SHOWN = 2  # certificates that keep pictures for the grid
 How = Literal["alone", "together", "stacked"]
 ProgressCallback = Callable[[str], None]
@@ -85,6 +87,28 @@ class EraseConfig:
         for name in ("each", "batch_size", "attacked"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+
+
+def loaded(model: str = "mm-tiny", judge: Path | None = None) -> tuple[Any, Judge]:
+    """A pipeline and a judge on the device that `mm.core.devices` chooses, in float32, in which attacks train.
+
+    Args:
+        model: an embedded model, a folder, or a hub name.
+        judge: folder of another judge.
+    """
+    from mm import TextToImagePipeline
+
+    device = choose().device
+    pipe: Any = TextToImagePipeline.from_pretrained(model)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device, torch.float32)
+    return pipe, Judge.from_pretrained(judge).to(device)
+
+
+def batch_on(device: torch.device) -> int:
+    """Prompts a call: on a GPU a call takes as long for many as for few."""
+    return 16 if device.type == "cpu" else BATCH
 
 
 def evaluate_erase(
@@ -187,7 +211,7 @@ def taken_off(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) ->
     for k, concept in enumerate(concepts):
         without, never = copy.deepcopy(measurer.pipe), copy.deepcopy(base)
         made[k].undo(without)
-        for one in made[:k] + made[k + 1 :]:
+        for one in (*made[:k], *made[k + 1 :]):
             one.apply(never)
         banned = [c.name for c in concepts if c != concept]
         probes = probes_of(contexts, [concept], (), split=config.split, each=config.each)

@@ -42,7 +42,7 @@ def scenes_of(concept: str, count: int, seed: str) -> list[Scene]:
     made: list[Scene] = []
     while len(made) < count:
         style = concept if concept in v.STYLES else rng.choice(v.STYLES)
-        name = concept if concept in v.OBJECTS else rng.choice(v.OBJECTS)
+        name = concept if concept in v.ALL_OBJECTS else rng.choice(v.OBJECTS)
         sprites = place(rng, [Group(object=name)], style)
         ground = rng.choice(v.BACKGROUNDS) if v.shows_background(style) else "plain"
         if sprites is not None:

@@ -16,6 +16,7 @@ from mm.world.edits import sample_edit
 from mm.world.render import render
 from mm.world.scene import Scene
 
+OTHERS = 48  # instructions that must stay
 TRIES = 40  # sampled edits for each that is wanted
 
 
@@ -25,14 +26,14 @@ def world_edits(targets: Sequence[Concept], anchors: Mapping[str, str], count: i
     Args:
         targets: what is erased; objects and styles, which are all that instructions bring into a picture by name alone.
         anchors: what stands for each of them.
-        count: of each target; others that must stay are twice as many.
+        count: of each target; others that must stay are twice as many, and at least `OTHERS`.
 
     Returns:
         Instructions that bring a target in, each with its anchor in its place, and others; none without any target.
     """
     banned = {t.name for t in targets}
     made = [edit for t in targets for edit in _bringing(t.name, anchors[str(t)], banned, count)]
-    return made + _others(banned, 2 * count) if made else []
+    return made + _others(banned, max(OTHERS, 2 * count)) if made else []
 
 
 def _bringing(target: str, anchor: str, banned: set[str], count: int) -> list[Edit]:

@@ -77,7 +77,7 @@ class Inversion(EmbeddingSearch):
 
     def losses(self, pipe: Any, patch: Patch, prompts: Sequence[str]) -> Losses:
         """The distance of the prediction to the old one, at one sampling step after the other."""
-        places = [{"seed": k, "step": k, "steps": self.levels} for k in range(self.levels)]
+        places: list[dict[str, Any]] = [{"seed": k, "step": k, "steps": self.levels} for k in range(self.levels)]
         patch.scale(pipe, 0.0)
         try:
             wanted = [predict(pipe, prompts, **place) for place in places]
