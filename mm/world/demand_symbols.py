@@ -18,6 +18,7 @@ Phrase = tuple[str, ...]
 ARTICLES = ("a", "an", "the")
 _NUMBERS: dict[str, int | None] = {"a": None, "an": None, "the": None, "one": 1, "1": 1, "single": 1, "pair": 2}
 _NUMBERS |= {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
+_SPOKEN = frozenset(word for word, number in _NUMBERS.items() if number)
 _SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 _PLACING = ("in", "on", "at", "by", "under", "against", "among", "with", "over", "across", "of", "from")
 _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
@@ -69,6 +70,8 @@ def symbols_of(words: Sequence[str]) -> list[Symbol] | None:
         word = words[at]
         if thing is not None:
             out.append(Symbol(kind="N", thing=thing))
+        elif word in v.COLOURS and at and words[at - 1] in ("a", "an", *_SPOKEN):
+            return None  # "an orange and a pine": a colour is no thing
         elif word in v.COLOURS:
             out.append(Symbol(kind="C", name=word))
         elif word in ("it", "them"):
