@@ -35,7 +35,7 @@ from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
-from mm.models.dialogue import Dialogue, detokenize
+from mm.models.dialogue import detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
@@ -45,10 +45,9 @@ from mm.pipelines.drawing_loops import flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import open_picture, to_tensor
-from mm.pipelines.prompt_encoding import added_names, check_prompts, left_padded
+from mm.pipelines.prompt_encoding import added_names, check_prompts
 from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
-from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import lexicon
 from mm.world.asking import small_talk
@@ -304,10 +303,7 @@ class InterleavedPipeline(ImageEditPipeline):
 
     def _ask(self, shown: Shown, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's own answers to questions about one picture."""
-        tokens = shown.tokens.expand(len(questions), -1, -1)
-        rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
-        ids, mask = left_padded(rows, self._execution_device)
-        return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)
+        return self._ask_about(shown.tokens, questions, max_words)
 
 
 def _said(reply: str) -> Iterator[Event]:

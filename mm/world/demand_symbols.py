@@ -177,7 +177,8 @@ def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
         return None, 1
     name, plural = nouns()[words[at]]
     at += 1
-    while at < len(words) and words[at] in nouns():  # the last of several nouns is the thing, but a pine tree is a pine
+    # Behind an article, a number or a colour the last of several nouns is the thing, but a pine tree is a pine.
+    while at < len(words) and words[at] in nouns() and (at - start > 1 or (name, words[at][:4]) == ("pine", "tree")):
         last, plural = nouns()[words[at]]
         name = name if (name, last) == ("pine", "tree") else last
         at += 1
