@@ -76,8 +76,16 @@ def check_prompts(
 
 def nothing_of(prompt: str, found: lexicon.Reading) -> str:
     """What is said of a prompt that names nothing the model can draw."""
-    why = [line for line in found.problems if line != lexicon.NOTHING_LEFT]
-    return f"{prompt.strip()[:200]!r} names nothing that the model can draw: {'; '.join(why)}"
+    return f"{prompt.strip()[:200]!r} names nothing that the model can draw: {_reasons(found)}"
+
+
+def refusal_of(found: lexicon.Reading) -> str:
+    """What is said in a conversation of a prompt that is refused."""
+    return f"I cannot draw this: {_reasons(found)}."
+
+
+def _reasons(found: lexicon.Reading) -> str:
+    return "; ".join(line for line in found.problems if line != lexicon.NOTHING_LEFT)
 
 
 def in_own_words(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -80,7 +80,8 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         """
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
-            "negative": negative, "width": width, "height": height, "scheduler": scheduler, "fast": fast, "strict": strict,
+            "negative": negative, "width": width, "height": height, "scheduler": scheduler, "fast": fast,
+            "strict": strict,
         }  # fmt: skip
         yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
 
