@@ -20,15 +20,15 @@ SAME = {
     "please draw me a photo of two kitties": "a photo of two cats",
     "an automobile at nighttime": "a car at night",
     "a dog near a fir tree in the winter": "a dog next to a pine on a winter day",
-    "🐱 and 🐶": "cat and dog",
+    "🐱 and 🐶": "a cat and a dog",
     "a cat & a dog": "a cat and a dog",
     "a row of three cats": "three cats",
-    "a mosaic house in mosaic": "a mosaic house in mosaic style",
+    "a mosaic house in mosaic": "a house, mosaic style",
     "more than three stars at night": "four stars at night",
     "at least two kitties": "two cats",
 }
 SAID = {
-    "catt": ("cat", "'catt' was read as 'cat'"),
+    "catt": ("a cat", "'catt' was read as 'cat'"),
     "a rde car": ("a red car", "'rde' was read as 'red'"),
     "a hat": ("a hat", "'hat'; nearest: crown, umbrella"),
     "a rainbow and a cat": ("a cat", "'rainbow'; nearest: star, moon"),
@@ -89,6 +89,7 @@ def test_prompts_of_the_models_own_grammar_are_passed_on_unchanged() -> None:
     prompts = [
         json.loads(line)["prompt"]
         for file in sorted(FOLDER.glob("*.jsonl"))
+        if not file.name.startswith("other-words")
         for line in file.read_text().splitlines()
         if "prompt" in json.loads(line)
     ]
