@@ -16,9 +16,9 @@ import mm.cli
 from mm.core.errors import UserError
 
 
-def test_help_is_quick_and_lists_the_commands(cli):
+def test_help_is_quick_and_lists_the_commands(python):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = cli("--help")
+    done = python("-m", "mm", "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert all(f" {name} " in done.stdout for name in mm.cli.COMMANDS)
@@ -94,8 +94,8 @@ def _run_a_command_that(monkeypatch, error: Exception):
     return CliRunner().invoke(mm.cli.app, ["doctor"])
 
 
-def test_a_misspelt_command_is_named(cli):
-    done = cli("generat")
+def test_a_misspelt_command_is_named(python):
+    done = python("-m", "mm", "generat")
     assert done.returncode == 2
     assert done.stderr == "mm: No such command 'generat'. Did you mean 'generate'?; see mm --help\n"
 
