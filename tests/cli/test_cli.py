@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import types
 
@@ -17,13 +16,15 @@ from mm.core.errors import UserError
 
 
 def test_help_is_quick_and_lists_the_commands(python):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = python("-m", "mm", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0
+    """It imports nothing that takes long."""
+    code = (
+        "import runpy, sys\nsys.argv = ['mm', '--help']\ntry: runpy.run_module('mm', run_name='__main__')\n"
+        "finally: print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'gradio') if m in sys.modules])"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
     assert all(f" {name} " in done.stdout for name in mm.cli.COMMANDS)
-    # seconds of CPU, which a busy machine does not stretch
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
 def test_commands_are_frozen():
