@@ -104,6 +104,7 @@ def customize(
     job = Job(
         objective=objective, examples=examples, name=name, noun=noun, kind=kind, settings=chosen, seed=config.seed
     )
+    base = base_hash(objective.modules()[objective.parts[0]])
     wanted = _freeze(pipe)
     learner: Learner | None = None
     try:
@@ -116,7 +117,6 @@ def customize(
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
         )  # fmt: skip
-        base = base_hash(objective.modules()[objective.parts[0]])
         of_slider = None if prompts is None else asdict(prompts)
         more = [of_slider, guarded, fingerprint(class_pictures or [])]
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)

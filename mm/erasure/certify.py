@@ -86,7 +86,8 @@ def certify(
     with with_patch(pipe, patch, True):
         after = measurer.labels(prompts)
         second = list(composition(pipe)) if composition else []
-        broken = {attack.name: _attacked(measurer, patch, probes, attack) for attack in attacks}
+        own = dataclasses.replace(measurer, kept=dict(zip(prompts, after, strict=True)))
+        broken = {attack.name: _attacked(own, patch, probes, attack) for attack in attacks}
     made = Certificate(
         targets=tuple(dict.fromkeys(patch.report.get("targets", ()))) or _targets(probes),
         rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, before, after),

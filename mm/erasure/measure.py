@@ -42,7 +42,8 @@ class Measurer:
         seed: of the run.
         batch_size: prompts a call.
         call: further arguments of the pipeline, such as steps, guidance and mode.
-        kept: labels of the unchanged model by prompt, filled and read by `labels(..., base=True)`.
+        kept: labels by prompt of the model in one state, filled and read by `labels(..., base=True)`: of the unchanged
+            model, or in `mm.erasure.certify.certify`'s attacks of the patched one.
     """
 
     pipe: Any

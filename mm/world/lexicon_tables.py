@@ -36,7 +36,10 @@ class Tables:
         companions: Known words that need one of these words in the same text.
         synonyms: Other words, and the known word that each stands for.
         phrases: Several words, and what they are replaced with.
-        opening: The same at the beginning of a text.
+        shades: Words that are left out before a colour.
+        postures: Words that are left out before one that places.
+        scenery: Words that are left out before the name of a background.
+        parts: Words that are left out behind a colour.
         nouns: Words for objects of the world, with the object's name.
         near: Words for things that the world lacks, with the nearest things that it has.
         kinds: Words that no picture shows, with the kind: "colour", "size", "mood", ...
@@ -52,7 +55,10 @@ class Tables:
     companions: Mapping[str, frozenset[str]]
     synonyms: Mapping[str, str]
     phrases: Mapping[Phrase, Phrase]
-    opening: Mapping[Phrase, Phrase]
+    shades: frozenset[str]
+    postures: frozenset[str]
+    scenery: frozenset[str]
+    parts: frozenset[str]
     nouns: Mapping[str, str]
     near: Mapping[str, tuple[str, ...]]
     kinds: Mapping[str, str]
@@ -112,7 +118,10 @@ def tables(task: Task) -> Tables:
         companions={word: frozenset(others.split()) for word, others in file["companions"].items() if task == "draw"},
         synonyms={word: other for word, other in synonyms.items() if word not in known},
         phrases=_phrases(task),
-        opening=_pairs("phrases_opening") if task == "draw" else {},
+        shades=_fillers("shades", task),
+        postures=_fillers("postures", task),
+        scenery=_fillers("scenery", task),
+        parts=_fillers("parts", task),
         nouns=nouns,
         near={word: hints for word, hints in near.items() if word not in known},
         kinds={w: kind for kind, words in file["cannot"].items() for w in words.split() if w not in known},
@@ -121,8 +130,12 @@ def tables(task: Task) -> Tables:
         bindings=_texts("bindings"),
         many=_texts("many"),
         negation=_texts("negation"),
-        fillers=frozenset(file["fillers"]["words"].split()) - known if task == "draw" else frozenset(),
+        fillers=_fillers("words", task) - known,
     )
+
+
+def _fillers(name: str, task: Task) -> frozenset[str]:
+    return frozenset(raw()["fillers"][name].split()) if task == "draw" else frozenset()
 
 
 def _known(task: Task) -> frozenset[str]:

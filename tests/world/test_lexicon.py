@@ -16,7 +16,7 @@ SAME = {
     "a kitty": "a cat",
     "two kitties": "two cats",
     "a puppy dog": "a puppy",
-    "a color photograph of a cat": "a colour picture of a cat",
+    "a color photograph of a cat": "a picture of a cat",
     "please draw me a photo of two kitties": "a photo of two cats",
     "an automobile at nighttime": "a car at night",
     "a dog near a fir tree in the winter": "a dog next to a pine on a winter day",
