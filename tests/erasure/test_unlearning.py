@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from tiny import draw, tiny_pipeline
 
 import mm
 from mm.adapters import Patch
+from mm.erasure.concepts import parse
+from mm.erasure.erase import PAIRS
 from mm.erasure.gradients import predict
 from mm.erasure.methods.unlearning import picture_layers
+from mm.world.concepts import WorldContexts
 
-QUICK = {"rounds": 0, "attacked": 2, "iterations": 1, "picture_steps": 40, "picture_rate": 1e-2, "pool": 4}
+QUICK = {
+    "rounds": 0, "attacked": 2, "iterations": 1, "picture_steps": 120, "picture_rate": 5e-4, "pool": 1, "batch": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +39,21 @@ def test_picture_layers_are_those_that_read_no_text(pipe):
 
 def test_the_old_text_draws_nearer_to_the_anchor(pipe, patch):
     """With the picture side alone on the model, text features are the unchanged ones."""
-    side = Patch(entries={p: patch.entries[p] for p in picture_layers(pipe)}, name="picture side")
+    side = Patch(entries={p: patch.entries[p] for p in picture_layers(pipe)}, base=patch.base, name="picture side")
     assert len(side.entries) < len(patch.entries)
-    target, anchor, other = (["a cat on grass"], ["a dog on grass"], ["a car at night"])
-    old, wanted, kept = (predict(pipe, prompts) for prompts in (target, anchor, other))
-    before = draw(pipe)
+    pairs = random.Random(0).sample(WorldContexts().pairs(parse("cat"), "dog", PAIRS), QUICK["batch"])
+    targets, anchors = map(list, zip(*pairs, strict=True))
+    old, wanted, before = predict(pipe, targets), predict(pipe, anchors), draw(pipe)
     side.apply(pipe)
-    new, still = predict(pipe, target), predict(pipe, other)
+    new = predict(pipe, targets)
     side.undo(pipe)
     assert torch.equal(draw(pipe), before)
-    assert (new - wanted).square().sum() < 0.7 * (old - wanted).square().sum()
-    assert (still - kept).square().sum() < 0.3 * (old - wanted).square().sum()
+    assert (new - wanted).square().sum() < 0.3 * (old - wanted).square().sum()
 
 
 def test_the_report_says_what_was_trained(pipe, patch):
     facts = patch.report["unlearning"]
     assert facts["layers"] == len(picture_layers(pipe))
-    assert facts["last_loss"] < facts["first_loss"]
+    assert facts["last_loss"] < 0.3 * facts["first_loss"]
     plain = mm.erase(pipe, ["cat"], anchors="dog", method="robust", **{**QUICK, "picture_steps": 0})
     assert "unlearning" not in plain.report
