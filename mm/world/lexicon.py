@@ -32,7 +32,7 @@ _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
 _ANYTHING = "a picture"  # of a prompt that only says what is absent
-_PLACES_IN_PICTURE = frozenset("middle center centre corner corners edge foreground central centered centred".split())
+PLACES_IN_PICTURE = frozenset("middle center centre corner corners edge foreground central centered centred".split())
 HELD_OUT = frozenset(v.HELD_OUT_OBJECTS) | {v.PLURALS[name] for name in v.HELD_OUT_OBJECTS}
 _VOCABULARY = frozenset(WORDS)
 
@@ -272,7 +272,7 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
 
 def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
     """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
-    if table.lacks(word) or word in _PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
+    if table.lacks(word) or word in PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
         why = _why(word, before, table)
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
@@ -334,7 +334,7 @@ def _why(word: str, before: str, table: Tables) -> str:
         return f"{known}: a picture holds at most four things of a kind"
     if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
         return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
-    if word in _PLACES_IN_PICTURE:
+    if word in PLACES_IN_PICTURE:
         return f"{known}: {SIDES}"
     if word in table.colours:
         near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)
