@@ -70,5 +70,5 @@ def test_the_report_has_both_wordings(tmp_path: Path) -> None:
 def test_a_prompt_without_its_twin_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"id": "mine", "task": "counting", "prompt": "2 cats", "groups": [["cat", None, 2]]}))
-    with pytest.raises(UserError, match="'mine'.*does not ask for what the prompt of that id"):
+    with pytest.raises(UserError, match=r"'mine'.*does not ask for what the prompt of that id"):
         plain_twins(load_prompts(file))
