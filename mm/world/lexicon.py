@@ -31,7 +31,7 @@ _PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
 _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
-_ANYTHING = "a picture"  # of a prompt that only says what is absent
+_ANYTHING = ("a", "picture")  # of a prompt that only says what is absent
 PLACES_IN_PICTURE = frozenset("middle center centre corner corners edge foreground central centered centred".split())
 HELD_OUT = frozenset(v.HELD_OUT_OBJECTS) | {v.PLURALS[name] for name in v.HELD_OUT_OBJECTS}
 _VOCABULARY = frozenset(WORDS)
@@ -112,7 +112,7 @@ def _prompt(words: list[str], table: Tables, own: frozenset[str], found: Reading
     else:
         made = _without_absent(with_plain_pages(without_request(words)), table, found)
         if not made:
-            return _ANYTHING.split()
+            return list(_ANYTHING)
         made = _words(without_neighbours(_counted(made, table, found), table), table, own, "draw", found)
         made = without_marks(once(made), frozenset(table.nouns) | own)
         made, unread = ordered(made)

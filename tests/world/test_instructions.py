@@ -1,4 +1,4 @@
-"""Instructions in any wording: what the model is told, what is left out aloud, what is refused."""
+"""Instructions in any wording: what the model gets, what is left out aloud, what is refused."""
 
 from __future__ import annotations
 
