@@ -31,8 +31,8 @@ _PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
 _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
-_ANYTHING = "a picture"  # of a prompt that only says what is absent
-_PLACES_IN_PICTURE = frozenset("middle center centre corner corners edge foreground central centered centred".split())
+_ANYTHING = ("a", "picture")  # of a prompt that only says what is absent
+PLACES_IN_PICTURE = frozenset("middle center centre corner corners edge foreground central centered centred".split())
 HELD_OUT = frozenset(v.HELD_OUT_OBJECTS) | {v.PLURALS[name] for name in v.HELD_OUT_OBJECTS}
 _VOCABULARY = frozenset(WORDS)
 
@@ -112,7 +112,7 @@ def _prompt(words: list[str], table: Tables, own: frozenset[str], found: Reading
     else:
         made = _without_absent(with_plain_pages(without_request(words)), table, found)
         if not made:
-            return _ANYTHING.split()
+            return list(_ANYTHING)
         made = _words(without_neighbours(_counted(made, table, found), table), table, own, "draw", found)
         made = without_marks(once(made), frozenset(table.nouns) | own)
         made, unread = ordered(made)
@@ -272,7 +272,7 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
 
 def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
     """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
-    if table.lacks(word) or word in _PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
+    if table.lacks(word) or word in PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
         why = _why(word, before, table)
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
@@ -334,7 +334,7 @@ def _why(word: str, before: str, table: Tables) -> str:
         return f"{known}: a picture holds at most four things of a kind"
     if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
         return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
-    if word in _PLACES_IN_PICTURE:
+    if word in PLACES_IN_PICTURE:
         return f"{known}: {SIDES}"
     if word in table.colours:
         near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)

@@ -76,11 +76,15 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
         return Instruction(words=found.text, corrections=said, open=True)
     if seen is not None and not seen.groups:
         return Instruction(words=found.text, corrections=said, problems=(NOTHING_SEEN,), refused=True)
-    lacking = tuple(why for word, why in found.unknown.items() if tables("edit").lacks(word))
+    lacking = tuple(why for word, why in found.unknown.items() if _is_lacking(word))
     why = excluded or lacking or left_out or (CAN_CHANGE,)
     if isinstance(change, Refused) and change.reply == CANNOT:
         why = (f"sizes and directions cannot be changed, and nothing is filtered; {CAN_CHANGE}",)
     return Instruction(words=found.text, corrections=said, problems=why, refused=True)
+
+
+def _is_lacking(word: str) -> bool:
+    return tables("edit").lacks(word) or word in lexicon.PLACES_IN_PICTURE
 
 
 def _is_excluded(word: str) -> bool:
