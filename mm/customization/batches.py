@@ -48,7 +48,7 @@ class Batches:
         dropout: share of pictures without their caption, among those that the noise leaves visible.
         guarded: number of guarded prompts; their numbers follow those of the preserved ones.
         guard_batch: of them a step.
-        own: how many of the examples, from the first, are the user's; previews look at these. None: all.
+        own: how many of the examples, from the first, are the user's, which previews score. None: all.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def companions(
         examples: the user's pictures.
         name: of the subject, in their captions.
         noun: its class; "" where it is not known.
-        count: of pictures; there are fewer where the subject leaves no room, and a warning where there are none.
+        count: of pictures; there are fewer where the two would overlap, and a warning where there are none.
         seed: of nouns and drawings.
         steps: of sampling.
         progress: called with 0, since nothing is trained yet, and a text.
@@ -113,7 +113,7 @@ def companions(
                 break
     if not made:
         warnings.warn(
-            "the base drew nothing beside which the subject has room, so it is learned alone; companions=0 skips this",
+            "the base drew nothing that stays free of the subject, so it is learned alone; companions=0 skips this",
             stacklevel=3,
         )
     return made

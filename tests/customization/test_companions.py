@@ -94,7 +94,7 @@ def test_the_subject_is_found_in_our_world(tmp_path: Path) -> None:
 
 
 def test_a_run_takes_them_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are examples behind the user's own, which previews look at; without any there is a warning."""
+    """They are examples behind the user's own, which previews score; without any there is a warning."""
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data", 2)
     fast: dict[str, Any] = {"steps": 2, "batch_size": 1, "size": SIDE, "preview_every": 2, "preserve": 0.0}
     places = iter([Box(left=0.0, top=0.0, right=0.3, bottom=0.3), Box(left=0.6, top=0.6, right=0.9, bottom=0.9)] * 9)
