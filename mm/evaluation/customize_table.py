@@ -50,7 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"rank": 8}, "orthogonal": {"rank": 16}, "paca": {"rank": 16}, "s2ft": {"rank": 16},
     "eva": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
     "lokr": {"rank": 16, "factor": 4},
-    "loha": {"rank": 4}, "shira": {"rank": 8},
+    "loha": {"rank": 4}, "shira": {"rank": 8}, "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
+    "dreambooth+beside": {"rank": 8, "companions": 20},
+    "dreambooth+beside+long": {"rank": 8, "companions": 20, "steps": 600, "preview_every": 200},
 }  # fmt: skip
 
 
