@@ -18,6 +18,7 @@ Phrase = tuple[str, ...]
 ARTICLES = ("a", "an", "the")
 _NUMBERS: dict[str, int | None] = {"a": None, "an": None, "the": None, "one": 1, "1": 1, "single": 1, "pair": 2}
 _NUMBERS |= {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
+_SPOKEN = frozenset(word for word, number in _NUMBERS.items() if number)
 _SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 _PLACING = ("in", "on", "at", "by", "under", "against", "among", "with", "over", "across", "of", "from")
 _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
@@ -69,6 +70,8 @@ def symbols_of(words: Sequence[str]) -> list[Symbol] | None:
         word = words[at]
         if thing is not None:
             out.append(Symbol(kind="N", thing=thing))
+        elif word in v.COLOURS and at and words[at - 1] in ("a", "an", *_SPOKEN):
+            return None  # "an orange and a pine": a colour is no thing
         elif word in v.COLOURS:
             out.append(Symbol(kind="C", name=word))
         elif word in ("it", "them"):
@@ -174,7 +177,8 @@ def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
         return None, 1
     name, plural = nouns()[words[at]]
     at += 1
-    while at < len(words) and words[at] in nouns():  # the last of several nouns is the thing, but a pine tree is a pine
+    # Behind an article, a number or a colour the last of several nouns is the thing, but a pine tree is a pine.
+    while at < len(words) and words[at] in nouns() and (at - start > 1 or (name, words[at][:4]) == ("pine", "tree")):
         last, plural = nouns()[words[at]]
         name = name if (name, last) == ("pine", "tree") else last
         at += 1

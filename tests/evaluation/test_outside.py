@@ -59,7 +59,11 @@ def test_renders_and_large_pictures(reader, editor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         editor(render, "make the background night", num_inference_steps=1)
-    with pytest.warns(UserWarning, match="has 2000 x 2000 pixels; the result has 128 x 128"):
+    with pytest.warns(UserWarning, match="2000 x 2000 pixels; it is read at 128 x 128$"):
+        reader(render.resize((2000, 2000)))
+    with pytest.warns(UserWarning, match="300 x 200 pixels; its middle square is read at 128 x 128$"):
+        reader(render.resize((300, 200)))
+    with pytest.warns(UserWarning, match="2000 x 2000 pixels; it is read at 128 x 128, and the result has that size"):
         editor(render.resize((2000, 2000)), "make the background night", num_inference_steps=1)
 
 
