@@ -83,8 +83,10 @@ def unlearned(job: Job) -> tuple[dict[str, Entry], dict[str, Any]]:
         losses.append(float(loss.detach()))
         job.progress(k / s["picture_steps"], f"unlearning, step {k + 1} of {s['picture_steps']}, loss {losses[-1]:.4f}")
     last = losses[-len(pool) :]  # the last time through the pool
-    facts = {"first_loss": mean(b.gap for b in pool), "last_loss": mean(last), "layers": len(layers)}
-    return terms.entries(job.strength), {"unlearning": facts}
+    facts = {"first_loss": mean(b.gap for b in pool), "last_loss": mean(last)}
+    # what did not run, as a head for another mode, was not trained
+    made = {path: entry for path, entry in terms.entries(job.strength).items() if entry.tensors["up"].any()}
+    return made, {"unlearning": facts | {"layers": len(made)}}
 
 
 @torch.no_grad()
