@@ -76,7 +76,7 @@ def test_a_method(method: str, tmp_path: Path) -> None:
     assert len(pipe.tokenizer) == words
 
 
-@pytest.mark.parametrize("method", ["dora", "lokr", "loha"])
+@pytest.mark.parametrize("method", ["dora", "lokr", "loha", "oft"])
 def test_the_small_file_of_a_tuner_is_exact(method: str, tmp_path: Path) -> None:
     """peft's own tensors, read again, give the picture of the whole changes."""
     from mm.adapters.formats import read_lora
