@@ -16,9 +16,10 @@ from mm.world.words import split
 
 Phrase = tuple[str, ...]
 ARTICLES = ("a", "an", "the")
-_NUMBERS: dict[str, int | None] = {"a": None, "an": None, "the": None, "one": 1, "1": 1, "single": 1, "pair": 2}
-_NUMBERS |= {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
-_SPOKEN = frozenset(word for word, number in _NUMBERS.items() if number)
+# The number that a word before a noun says; 0 for articles.
+NUMBERS = dict.fromkeys(ARTICLES, 0) | {"one": 1, "1": 1, "single": 1, "pair": 2, "two": 2, "2": 2, "three": 3, "3": 3}
+NUMBERS |= {"four": 4, "4": 4}
+_SPOKEN = frozenset(word for word, number in NUMBERS.items() if number)
 _SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 _PLACING = ("in", "on", "at", "by", "under", "against", "among", "with", "over", "across", "of", "from")
 _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
@@ -76,8 +77,8 @@ def symbols_of(words: Sequence[str]) -> list[Symbol] | None:
             out.append(Symbol(kind="C", name=word))
         elif word in ("it", "them"):
             out.append(Symbol(kind="I"))
-        elif _NUMBERS.get(word) is not None:
-            out.append(Symbol(kind="#", name=str(_NUMBERS[word])))
+        elif NUMBERS.get(word):
+            out.append(Symbol(kind="#", name=str(NUMBERS[word])))
         elif word in _STYLE_WORDS:
             out.append(Symbol(kind="H", name=_STYLE_WORDS[word]))
         elif word in _JOINS:
@@ -162,12 +163,12 @@ def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
     """The noun phrase that begins at a position, and its length."""
     start, count, article = at, None, ""
     while at < len(words) and (
-        words[at] in _NUMBERS or (words[at] == "of" and at > start and words[at - 1] not in ARTICLES)
+        words[at] in NUMBERS or (words[at] == "of" and at > start and words[at - 1] not in ARTICLES)
     ):
         if words[at] in ARTICLES:
             article = words[at]
         elif words[at] != "of" and count is None:
-            count = _NUMBERS[words[at]]
+            count = NUMBERS[words[at]] or None
         elif words[at] != "of":
             return None, 1
         at += 1

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.demand_symbols import nouns as all_nouns
 from mm.world.words import WORDS, split
 
 Task = Literal["draw", "edit", "ask", "talk"]
@@ -156,8 +157,7 @@ def _known(task: Task) -> frozenset[str]:
 def _synonyms(task: Task) -> tuple[dict[str, str], dict[str, str]]:
     """Other words with what they stand for; and all words for objects, with the object."""
     names = v.ALL_OBJECTS if task in ("ask", "talk") else v.OBJECTS
-    nouns = {form: name for name in names for form in (name, v.PLURALS[name])}
-    nouns |= {word: name for name, pair in v.SYNONYMS.items() for word in pair}
+    nouns = {word: name for word, (name, _) in all_nouns().items() if name in names}
     found: dict[str, str] = {}
     for name in v.OBJECTS:
         found |= dict.fromkeys(plurals_of(name), v.PLURALS[name])

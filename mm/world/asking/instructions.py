@@ -21,6 +21,7 @@ from mm.world.asking.edit_words import CANNOT, Change, Refused, Seen, change_of,
 from mm.world.asking.intents import plain_line
 from mm.world.asking.phrases import clause_of
 from mm.world.lexicon_tables import tables
+from mm.world.lexicon_why import PLACES_IN_PICTURE
 
 NOTHING_SEEN = "the model sees nothing in the picture that it knows; name the thing that is to be changed"
 CAN_CHANGE = (
@@ -84,7 +85,7 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
 
 
 def _is_lacking(word: str) -> bool:
-    return tables("edit").lacks(word) or word in lexicon.PLACES_IN_PICTURE
+    return tables("edit").lacks(word) or word in PLACES_IN_PICTURE
 
 
 def _is_excluded(word: str) -> bool:
