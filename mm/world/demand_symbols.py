@@ -26,7 +26,7 @@ _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
 # Words that may stand apart from the phrase of their style ("fish, tile, mosaic").
 _STYLE_WORDS = {"glowing": "neon", "lights": "neon", "sign": "neon", "painting": "watercolor", "technical": "blueprint"}
 _STYLE_WORDS |= {"old": "sepia", "pencil": "sketch", "tile": "mosaic", "retro": "pixel art", "pixel": "pixel art"}
-_WITHOUT_MEANING = frozenset({"of", "background", "style", "art"})
+_WITHOUT_MEANING = frozenset({"of", "background", "style", "art", "landscape"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ def _phrases() -> dict[Phrase, tuple[str, str]]:
     """Phrases with their symbol and what they name."""
     out: dict[Phrase, tuple[str, str]] = {}
     for style in v.STYLES:
-        forms = [style, f"{style} style", f"in {style} style", f"in {style}", f"in a {style} style"]
+        forms = [style, f"{style} style", f"in {style} style", f"in {style}", f"in a {style} style", f"as {style}"]
+        forms += [f"in the style of {style}", f"in the style of a {style}"]
         forms += ["8-bit"] if style == "pixel art" else []
         for phrase in c.STYLE_BEFORE[style][: 1 if style == v.DEFAULT_STYLE else None]:
             core = phrase.removeprefix("a ").removeprefix("an ").removesuffix(" of")
@@ -119,7 +120,7 @@ def _phrases() -> dict[Phrase, tuple[str, str]]:
         for core in dict.fromkeys(_core(split(phrase)) for phrase in choices):
             for placing in ((), *((word,) for word in _PLACING)):
                 out |= {(*placing, *article, *core): ("G", ground) for article in ((), ("a",), ("the",))}
-    out |= {("winter",): ("G", "snow")}
+    out |= dict.fromkeys((("winter",), ("snowy",)), ("G", "snow"))
     for name, choices in c.RELATION_PHRASES.items():
         out |= {tuple(split(phrase)): ("R", name) for phrase in choices}
     for word, name in _SIDES.items():
@@ -169,7 +170,7 @@ def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
             article = words[at]
         elif words[at] != "of" and count is None:
             count = NUMBERS[words[at]] or None
-        elif words[at] != "of":
+        elif words[at] != "of" and NUMBERS[words[at]] != count:  # "one single" is one
             return None, 1
         at += 1
     colour = words[at] if at < len(words) and words[at] in v.COLOURS else None

@@ -41,6 +41,7 @@ class Tables:
         postures: Words that are left out before one that places.
         scenery: Words that are left out before the name of a background.
         parts: Words that are left out behind a colour.
+        flavours: Words that are left out where a style is named.
         nouns: Words for objects of the world, with the object's name.
         near: Words for things that the world lacks, with the nearest things that it has.
         kinds: Words that no picture shows, with the kind: "colour", "size", "mood", ...
@@ -60,6 +61,7 @@ class Tables:
     postures: frozenset[str]
     scenery: frozenset[str]
     parts: frozenset[str]
+    flavours: frozenset[str]
     nouns: Mapping[str, str]
     near: Mapping[str, tuple[str, ...]]
     kinds: Mapping[str, str]
@@ -123,6 +125,7 @@ def tables(task: Task) -> Tables:
         postures=_fillers("postures", task),
         scenery=_fillers("scenery", task),
         parts=_fillers("parts", task),
+        flavours=_fillers("flavours", task),
         nouns=nouns,
         near={word: hints for word, hints in near.items() if word not in known},
         kinds={w: kind for kind, words in file["cannot"].items() for w in words.split() if w not in known},
