@@ -20,8 +20,8 @@ _PLACING = frozenset(
 def without_neighbours(words: Sequence[str], table: Tables) -> list[str]:
     """Without postures before a word that places, shades before a colour, and the like.
 
-    Left out are also scenery before the name of a background, parts of a body behind a colour, and words that describe a
-    style that is named.
+    Left out are also scenery before the name of a background, parts of a body behind a colour, and words that describe
+    a style that is named.
 
     Args:
         words: Of a prompt, before synonyms are replaced.
