@@ -2,7 +2,7 @@
 
 Design choices:
 - Nothing is tuned at run time: the same shape gets the same tiles in every process, so its sums are added in the same
-  order and a picture stays the same. Splits do not depend on the GPU, so neither do results of `grouped_few`.
+  order and a picture stays the same. Splits do not depend on the GPU, so neither do results of `few`.
 - The sizes follow from the arithmetic of the chips; no GPU has been timed yet.
 - Shared memory of a tile stays below what its capability has (tests/test_triton.py asserts it for compiled kernels).
 - From `FOLD_FROM` tokens on, writing the weight once as int8 pays off against taking it apart in every tile.
@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FEW = 64
+PREPARE = 16  # tokens up to which one kernel rounds and projects, if a row has at most WIDEST inputs
+WIDEST = 16384
 FOLD_FROM = 1024
 _PROGRAMS = 128  # about the multiprocessors of a large GPU
 _LEAST_ROWS = 16  # of a tl.dot
@@ -51,18 +53,26 @@ def rounding(tokens: int, wide: int, rank: int, group: int, itemsize: int = 2) -
     columns = min(128 // itemsize, max(16, power(rank)))
     depth = group or 128
     programs = blocks(tokens, _LEAST_ROWS) * max(1, blocks(rank, columns))
-    splits = min(max(1, 2 * _PROGRAMS // programs), blocks(wide, 2 * depth))
+    splits = min(max(1, 8 * _PROGRAMS // programs), blocks(wide, 2 * depth))
     return Tiles(rows=_LEAST_ROWS, columns=columns, depth=depth, splits=span(blocks(wide, depth), splits)[1])
 
 
-def grouped_few(tokens: int, outputs: int, wide: int) -> Tiles:
-    """The exact product for up to FEW tokens: one group a warp; split along the inputs where outputs are few."""
+def prepare(wide: int, rank: int) -> Tiles:
+    """One row in a program; `columns` ranks of it in each of the others, `depth` inputs at a time."""
+    return Tiles(rows=1, columns=2 if rank % 2 == 0 else 1, depth=min(4096, power(wide)), warps=8)
+
+
+def few(tokens: int, outputs: int, wide: int) -> Tiles:
+    """The exact product for up to FEW tokens, split along the inputs where a program would read very long rows."""
     rows = max(_LEAST_ROWS, power(tokens))
-    columns, warps = (16, 8) if rows == 16 else (32, 4)
-    splits = min(max(1, _PROGRAMS // blocks(outputs, columns)), blocks(wide, 64 * warps))
-    return Tiles(
-        rows=rows, columns=columns, depth=64 * warps, warps=warps, splits=span(blocks(wide, 64 * warps), splits)[1]
-    )
+    columns, warps, stages = (16, 1, 8) if rows == 16 else (32, 2, 6)
+    splits = blocks(wide, 64 * 64)
+    return Tiles(rows=rows, columns=columns, warps=warps, stages=stages, splits=span(wide // 64, splits)[1])
+
+
+def combine(tokens: int, splits: int) -> Tiles:
+    """Joining the parts of `few`: tiles so small that all parts of one fit into registers."""
+    return Tiles(rows=_LEAST_ROWS, columns=64 if splits <= 4 else 32, warps=4)
 
 
 def grouped(tokens: int) -> Tiles:

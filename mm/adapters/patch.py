@@ -27,7 +27,7 @@ from mm.adapters.entry import Entry as Entry
 from mm.adapters.patch_file import FIELDS, read_patch, write_patch
 from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
-from mm.adapters.tokens import placed_rows
+from mm.adapters.tokens import placed_rows, release_words
 from mm.core.errors import UserError
 from mm.families.family import resolve
 from mm.layers.linear import BranchedLinear
@@ -70,7 +70,11 @@ class Patch:
         Raises:
             UserError: when an entry misfits or a patch of this name is there already; nothing is changed then.
         """
-        return stack_of(target).apply(self._on_rows(target, add=True), scale)
+        try:
+            return stack_of(target).apply(self._on_rows(target, add=True), scale)
+        except BaseException:
+            release_words(target)
+            raise
 
     def scale(self, target: Any, scale: float) -> None:
         """How strongly the patch acts from now on: 0 is without it, 1 in full."""

@@ -21,6 +21,7 @@ from mm.adapters.entry import Entry
 from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
 from mm.adapters.matching import Place, layer_path, match
 from mm.adapters.placed import Placed
+from mm.adapters.tokens import keep_words, release_words
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
@@ -172,12 +173,13 @@ class Stack:
         self._all([(spot.module, None) for spot in spots], lambda module, _: rescale(module, name, float(scale)))
 
     def undo(self, name: str) -> None:
-        """Takes a patch off; the model is then, bit for bit, what it would be without it."""
+        """Takes a patch off, and its words; the model is then, bit for bit, what it would be without it."""
 
         def take(module: nn.Module, _: None) -> None:
             arrange(module, [p for p in placed_on(module) if p.name != name])
 
         self._all([(spot.module, None) for spot in self._named(name)], take)
+        release_words(self.target)
 
     def clear(self) -> None:
         """Takes all patches off, the last one first."""
@@ -214,6 +216,7 @@ class Stack:
             self._fused((name,), True)
         for module in {id(spot.module): spot.module for spot in spots}.values():
             settle(module, name)
+        keep_words(self.target, {spot.path: spot.placed.entry for spot in spots})
         return Applied(
             tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots})
         )

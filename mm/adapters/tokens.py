@@ -3,14 +3,16 @@
 Design choices
 - A patch keeps its tokens in `settings["tokens"]`: the string, the tokenizer's component, the embedding's path and the
   row it had. Two patches that were made apart may have the same row, so rows are placed anew on each model.
-- Where a tokenizer has no free row, a text encoder of transformers gets one more. Taking a patch off leaves the word
-  in the tokenizer; its row then holds what it held before.
+- Where a tokenizer has no free row, a text encoder of transformers gets one more.
+- A word leaves the tokenizer with the last patch that holds its row, and the row with it. Ids are places in a list, so
+  that a row below one in use stays, under a name that no text has, until the rows above it are free too.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +23,9 @@ from mm.adapters.entry import Entry
 from mm.adapters.layer_state import placed_on
 from mm.core.errors import UserError, shown
 from mm.layers.surgery import roots_of, submodule
+
+_ADDED = "_mm_words"  # on a tokenizer: the words that patches have added, with the rows that there were before
+_FREE = "<|mm free row {}|>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +75,73 @@ def add_token(pipe: Any, table: TokenTable, token: str) -> int:
     root = roots_of(pipe)[component]
     row = len(tokenizer)
     embedding = submodule(root, path)
+    rows = getattr(embedding, "num_embeddings", 0)
     if isinstance(embedding, nn.Embedding) and row >= embedding.num_embeddings:
         resize: Any = getattr(root, "resize_token_embeddings", None)
         if resize is None:
             raise UserError(f"all {embedding.num_embeddings} rows of {table.embedding} are taken; no new word fits")
         resize(row + 1, mean_resizing=False)
     tokenizer.add_tokens([token])
+    tokenizer.__dict__.setdefault(_ADDED, {})[token] = rows
     return row
+
+
+def release_words(target: Any) -> None:
+    """Takes words whose rows no patch holds out of the tokenizers of a pipeline; a bare module has none."""
+    if isinstance(target, nn.Module):
+        return
+    for table in token_tables(target):
+        added: dict[str, int] = getattr(target.components[table.tokenizer], _ADDED, {})
+        if added:
+            _release(target, table, added)
+
+
+def keep_words(target: Any, entries: Mapping[str, Entry]) -> None:
+    """Lets the words of entries that became part of the weights stay for good."""
+    for table in () if isinstance(target, nn.Module) else token_tables(target):
+        tokenizer, entry = target.components[table.tokenizer], entries.get(table.embedding)
+        if entry is not None and entry.kind == "rows":
+            vocabulary, ids = tokenizer.get_vocab(), set(entry.tensors["ids"].tolist())
+            added = getattr(tokenizer, _ADDED, {})
+            for token in [token for token in added if vocabulary.get(token) in ids]:
+                del added[token]
+
+
+def _release(pipe: Any, table: TokenTable, added: dict[str, int]) -> None:
+    tokenizer = pipe.components[table.tokenizer]
+    component, _, path = table.embedding.partition(".")
+    root = roots_of(pipe)[component]
+    embedding = submodule(root, path)
+    held = {
+        int(row)
+        for placed in (() if embedding is None else placed_on(embedding))
+        if placed.entry.kind == "rows"
+        for row in placed.entry.tensors["ids"]
+    }
+    vocabulary, last, rows, gone = tokenizer.get_vocab(), len(tokenizer) - 1, None, set()
+    for token in reversed(list(added)):
+        if vocabulary.get(token) != last or last in held:
+            break
+        rows, last = added.pop(token), last - 1
+        gone.add(token)
+    free = {t: _FREE.format(vocabulary[t]) for t in added if t in vocabulary and vocabulary[t] not in held}
+    if gone or any(name not in vocabulary for name in free.values()):
+        _rewrite(tokenizer, gone, free)
+        for token in [token for token in added if token in free]:
+            added[free[token]] = added.pop(token)
+        tokenizer.__dict__[_ADDED] = dict(sorted(added.items(), key=lambda item: tokenizer.get_vocab()[item[0]]))
+    if rows is not None and getattr(embedding, "num_embeddings", rows) > rows:
+        root.resize_token_embeddings(rows)  # type: ignore[operator]
+
+
+def _rewrite(tokenizer: Any, gone: Collection[str], renamed: Mapping[str, str]) -> None:
+    """Takes added words out of a tokenizer, or gives them another name; ids stay."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [item for item in state["added_tokens"] if item["content"] not in gone]
+    state["added_tokens"] = [item | {"content": renamed.get(item["content"], item["content"])} for item in kept]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def own_row(pipe: Any, table: TokenTable, token: str) -> int | None:

@@ -174,6 +174,9 @@ def customize_(
     limit: Annotated[int, typer.Option(min=0, help="Compose prompts a task for the drift; 0 = none.")] = 4,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    companions: Annotated[
+        int | None, typer.Option(min=0, help="Training pictures beside something known; default: the model's.")
+    ] = None,
     one_ground: Annotated[str | None, typer.Option(help="All training pictures have this background.")] = None,
     bits: Annotated[int | None, typer.Option(help="4 trains and draws on the 4-bit copy.")] = None,
     tuning: Annotated[bool, typer.Option(help="Other prompts and seeds, for choosing settings.")] = False,
@@ -188,9 +191,11 @@ def customize_(
 
     pipe = mm.load(model, bits=bits).pipeline
     pipe.set_progress_bar_config(disable=True)
+    given = {"steps": steps, "companions": companions}
     config = CustomizeConfig(
         subjects=tuple(subject or v.HELD_OUT_OBJECTS), method=method, seed=seed, limit=limit, pictures=pictures,
-        tuning=tuning, one_ground=one_ground, settings={} if steps is None else {"steps": steps},
+        tuning=tuning, one_ground=one_ground,
+        settings={key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
     report = evaluate_customize(
         pipe, Judge.from_pretrained(), config, work=work, json_file=json, settings={"model": model, "bits": bits},

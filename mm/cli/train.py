@@ -24,6 +24,7 @@ class Stage(StrEnum):
     counter = "counter"
     joint = "joint"
     crisp = "crisp"
+    fingerprint = "fingerprint"
 
 
 @app.command(

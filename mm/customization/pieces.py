@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.tokens import TokenTable, add_token
+from mm.adapters.tokens import TokenTable, add_token, release_words
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective
 from mm.layers.linear import Branch, BranchedLinear
@@ -213,7 +213,6 @@ class Rows:
         self._tables: list[TokenTable] = list(objective.tables)
         if not self._tables:
             raise UserError(f"{type(objective.pipe).__name__} has no tokenizer that takes a new word")
-        self._sizes = {table.embedding: self.embedding(table).num_embeddings for table in self._tables}
         for table in self._tables:
             for token, start in tokens.items():
                 row = add_token(objective.pipe, table, token)
@@ -293,23 +292,7 @@ class Rows:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for table in self._tables:
-            forget(self.objective.pipe, table, [t for e, t in self.values if e == table.embedding])
-            if self.embedding(table).num_embeddings != self._sizes[table.embedding]:
-                root = roots_of(self.objective.pipe)[table.embedding.partition(".")[0]]
-                root.resize_token_embeddings(self._sizes[table.embedding])  # type: ignore[operator]
-
-
-def forget(pipe: Any, table: TokenTable, tokens: Sequence[str]) -> None:
-    """Takes words out of a tokenizer again; they must be the last that were added."""
-    import json
-
-    tokenizer = pipe.components[table.tokenizer]
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in tokens]
-    from tokenizers import Tokenizer
-
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+        release_words(self.objective.pipe)
 
 
 def halved(entry: Entry) -> Entry:

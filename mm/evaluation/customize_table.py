@@ -6,7 +6,8 @@ Design choices
 - The judge knows no such object. Fidelity is how similar pictures are to true ones by its own features, between that of
   the two parents (0) and that of other true pictures of the object (1).
 - Every method gets about the same number of stored values as LoRA of rank 8; prompts and seeds are those for tuning.
-- A cell is written when it is done, so that a stopped table goes on.
+- A cell is written when it is done, so that a stopped table goes on. Cells are independent, and several processes may
+  share them; all methods are tried on one object before the next begins, so that a table that ran out of time is fair.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +43,16 @@ PARENTS: dict[str, tuple[str, str]] = {
     "starfrog": ("star", "frog"),
 }  # fmt: skip
 GROUNDS: tuple[str, ...] = ("grass", "beach", "snow", "sky", "night")
-# Settings by which a method stores about as many values as LoRA of rank 8.
+_CENTRES = 3  # at which an object is searched for beside another
+COMPANIONS: tuple[str, ...] = ("tree", "fish", "key", "dog")
+# Settings by which a method stores about as many values as LoRA of rank 8. What follows a + names a variant.
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"rank": 8}, "orthogonal": {"rank": 16}, "paca": {"rank": 16}, "s2ft": {"rank": 16},
     "eva": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
     "lokr": {"rank": 16, "factor": 4},
-    "loha": {"rank": 4}, "shira": {"rank": 8},
+    "loha": {"rank": 4}, "shira": {"rank": 8}, "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
+    "dreambooth+beside": {"rank": 8, "companions": 20},
+    "dreambooth+beside+long": {"rank": 8, "companions": 20, "steps": 600, "preview_every": 200},
 }  # fmt: skip
 
 
@@ -55,12 +62,16 @@ class Cell:
 
     Attributes:
         fidelity: 0 as similar as the parents are, 1 as true pictures are to each other.
+        beside: the same where it is asked for beside a known object.
+        companion: share of these pictures in which the known object is seen.
         drift: share of unrelated tuning prompts that were right and no longer are.
         bytes: of the file.
         seconds: of training.
     """
 
     fidelity: float
+    beside: float
+    companion: float
     drift: float
     bytes: int
     seconds: float
@@ -90,17 +101,19 @@ def write_folder(folder: Path, name: str) -> Path:
 
 @torch.no_grad()
 def features(judge: Judge, pictures_B3HW: Tensor) -> Tensor:
-    """The judge's object logits (B, O) of uint8 pictures where it is surest of a centre, less their mean, of norm 1."""
+    """The judge's object logits (B, P, O) of uint8 pictures at the P surest centres, less their mean, of norm 1."""
     raw = judge.eval()(pictures_B3HW.float() / 255)
-    surest_B = raw.centre_BGG.flatten(1).argmax(1)
-    logits_BO = raw.object_BOGG.flatten(2)[torch.arange(len(surest_B)), :, surest_B]
-    return F.normalize(logits_BO - logits_BO.mean(1, keepdim=True), dim=1)
+    surest_BP = raw.centre_BGG.flatten(1).topk(_CENTRES, dim=1).indices
+    logits_BPO = raw.object_BOGG.flatten(2).transpose(1, 2).gather(
+        1, surest_BP[..., None].expand(-1, -1, raw.object_BOGG.shape[1])
+    )  # fmt: skip
+    return F.normalize(logits_BPO - logits_BPO.mean(2, keepdim=True), dim=2)
 
 
-def fidelity_of(judge: Judge, drawn: Tensor, name: str) -> float:
-    """See `Cell`."""
-    true = features(judge, torch.stack([joined(name, g, 1) for g in GROUNDS])).mean(0)
-    own = features(judge, torch.stack([joined(name, g, 2) for g in GROUNDS])) @ true
+def fidelity_of(judge: Judge, drawn: Tensor, name: str, centres: int = 1) -> float:
+    """How similar drawn pictures are to true ones, see `Cell`; of several centres the most similar one counts."""
+    true = features(judge, torch.stack([joined(name, g, 1) for g in GROUNDS]))[:, 0].mean(0)
+    own = features(judge, torch.stack([joined(name, g, 2) for g in GROUNDS]))[:, 0] @ true
     parents = torch.stack(
         [
             render([Scene(sprites=(Sprite(object=parent, x=64, y=64, size=60),), background=ground)])[0]
@@ -108,8 +121,9 @@ def fidelity_of(judge: Judge, drawn: Tensor, name: str) -> float:
             for ground in GROUNDS
         ]
     )
-    low, high = float((features(judge, parents) @ true).mean()), float(own.mean())
-    return (float((features(judge, drawn) @ true).mean()) - low) / max(1e-6, high - low)
+    low, high = float((features(judge, parents)[:, 0] @ true).mean()), float(own.mean())
+    similar = (features(judge, drawn)[:, :centres] @ true).amax(1)
+    return (float(similar.mean()) - low) / max(1e-6, high - low)
 
 
 def measure(pipe: Any, judge: Judge, method: str, name: str, work: Path, *, steps: int | None, limit: int) -> Cell:
@@ -118,7 +132,7 @@ def measure(pipe: Any, judge: Judge, method: str, name: str, work: Path, *, step
     if steps is not None:
         settings |= {"steps": steps, "preview_every": steps}
     started = time.monotonic()
-    patch = customize(pipe, folder, name=f"<{name}>", method=method, samples=(), **settings)
+    patch = customize(pipe, folder, name=f"<{name}>", method=method.partition("+")[0], samples=(), **settings)
     seconds = time.monotonic() - started
     file = work / f"{name}-{method}.safetensors"
     patch.write(file)
@@ -134,57 +148,122 @@ def measure(pipe: Any, judge: Judge, method: str, name: str, work: Path, *, step
     before = right()
     patch.apply(pipe)
     try:
-        texts = [f"a <{name}> {c.BACKGROUND_PHRASES[ground][2]}" for ground in GROUNDS]
-        drawn = pipe(texts, generator=torch.Generator().manual_seed(23), output_type="pt").images
+        alone = _drawn(pipe, [f"a <{name}> {c.BACKGROUND_PHRASES[ground][2]}" for ground in GROUNDS], 23)
+        beside = _drawn(pipe, beside_prompts(name), 29)
         after = right()
     finally:
         patch.undo(pipe)
     lost = sum(was and not now for was, now in zip(before, after, strict=True)) / max(1, sum(before))
-    fidelity = fidelity_of(judge, (drawn * 255).round().to(torch.uint8).cpu(), name)
+    seen = [
+        any(found.object == other for found in reading.objects)
+        for reading, other in zip(judge.read(beside), COMPANIONS * 2, strict=True)
+    ]
     return Cell(
-        fidelity=round(fidelity, 4), drift=round(lost, 4), bytes=file.stat().st_size, seconds=round(seconds, 1)
+        fidelity=round(fidelity_of(judge, alone, name), 4),
+        beside=round(fidelity_of(judge, beside, name, _CENTRES), 4), companion=round(sum(seen) / len(seen), 4),
+        drift=round(lost, 4), bytes=file.stat().st_size, seconds=round(seconds, 1),
     )  # fmt: skip
+
+
+def beside_prompts(name: str) -> list[str]:
+    """The object beside each companion, named first and last."""
+    first = [f"a <{name}> and {c.article(other)} {other}" for other in COMPANIONS]
+    return [*first, *(f"{c.article(other)} {other} and a <{name}> on grass" for other in COMPANIONS)]
+
+
+def _drawn(pipe: Any, texts: Sequence[str], seed: int) -> Tensor:
+    pictures = pipe(list(texts), generator=torch.Generator().manual_seed(seed), output_type="pt").images
+    made: Tensor = (pictures * 255).round().to(torch.uint8).cpu()
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a table holds.
+
+    Attributes:
+        work: folder of finished cells.
+        steps: of training; None takes the family's own.
+        limit: tuning prompts a task for the drift; 0 for none.
+        until: `time.time` from which no cell is begun; None: no limit.
+    """
+
+    work: Path
+    steps: int | None = None
+    limit: int = 2
+    until: float | None = None
+
+    def file(self, method: str, name: str) -> Path:
+        """Of a cell."""
+        return self.work / f"{name}-{method}-{self.steps}-{self.limit}.json"
+
+
+def fill(plan: Plan, cells: Sequence[tuple[str, str]]) -> None:
+    """Measures cells (method, object) that are not there yet, until the time is up."""
+    import mm
+
+    pipe, judge = None, Judge.from_pretrained()
+    for method, name in cells:
+        file = plan.file(method, name)
+        if file.is_file() or (plan.until is not None and time.time() > plan.until):
+            continue
+        if pipe is None:
+            pipe = mm.load("mm-tiny").pipeline
+            pipe.set_progress_bar_config(disable=True)
+        place = plan.work / f"cell-{method}-{name}"  # processes share nothing
+        place.mkdir(exist_ok=True)
+        made = measure(pipe, judge, method, name, place, steps=plan.steps, limit=plan.limit)
+        write_json(file, vars(made))
+        print(method, name, made, flush=True)
 
 
 def table(
-    work: Path, methods: Sequence[str], objects: Sequence[str], *, steps: int | None = None, limit: int = 2
+    plan: Plan, methods: Sequence[str], objects: Sequence[str], *, processes: int = 1
 ) -> dict[str, dict[str, Cell]]:  # fmt: skip
-    """All cells by method and object; those that lie in `work` are not measured again."""
-    from mm import TextToImagePipeline
+    """All cells by method and object, as far as the time allows; those that lie in the folder are not measured again.
 
-    pipe = TextToImagePipeline.from_pretrained("mm-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    judge = Judge.from_pretrained()
+    Args:
+        plan: of the table.
+        methods: of `METHODS`.
+        objects: of `PARENTS`.
+        processes: that share the cells; each has a model of its own.
+    """
+    cells = [(method, name) for name in objects for method in methods]
+    if processes == 1:
+        fill(plan, cells)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_few_threads) as pool:
+            parts = [pool.submit(fill, plan, cells[k::processes]) for k in range(processes)]
+            for part in parts:
+                part.result()
     found: dict[str, dict[str, Cell]] = {}
-    for method in methods:
-        for name in objects:
-            file = work / f"{name}-{method}-{steps}-{limit}.json"
-            if not file.is_file():
-                made = measure(pipe, judge, method, name, work, steps=steps, limit=limit)
-                write_json(file, vars(made))
-            found.setdefault(method, {})[name] = Cell(**json.loads(file.read_text()))
-            print(method, name, found[method][name], flush=True)
+    for method, name in cells:
+        if plan.file(method, name).is_file():
+            found.setdefault(method, {})[name] = Cell(**json.loads(plan.file(method, name).read_text()))
     return found
 
 
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
 def rows(found: dict[str, dict[str, Cell]]) -> list[str]:
-    """A Markdown table of means, the best fidelity less drift first."""
-    means = {m: replace(_mean(list(cells.values()))) for m, cells in found.items()}
-    order = sorted(means, key=lambda m: means[m].drift - means[m].fidelity)
+    """A Markdown table of means, the best first: fidelity, alone and beside another object, less drift."""
+    means = {method: _mean(list(cells.values())) for method, cells in found.items()}
+    order = sorted(means, key=lambda m: means[m].drift - (means[m].fidelity + means[m].beside) / 2)
     body = [
-        f"| {m} | {x.fidelity:.3f} | {x.drift:.3f} | {x.bytes >> 10} KiB | {x.seconds:.0f} s |"
+        f"| {m} | {x.fidelity:.3f} | {x.beside:.3f} | {x.companion:.3f} | {x.drift:.3f} | {x.bytes >> 10} KiB "
+        f"| {x.seconds:.0f} s | {len(found[m])} |"
         for m in order
         for x in [means[m]]
     ]
-    return ["| method | fidelity | drift | file | training |", "|---|---|---|---|---|", *body]
+    head = "| method | fidelity | beside | companion | drift | file | training | objects |"
+    return [head, "|---|---|---|---|---|---|---|---|", *body]
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
-    count = len(cells)
-    return Cell(
-        fidelity=sum(x.fidelity for x in cells) / count, drift=sum(x.drift for x in cells) / count,
-        bytes=sum(x.bytes for x in cells) // count, seconds=sum(x.seconds for x in cells) / count,
-    )  # fmt: skip
+    means = {f.name: sum(getattr(cell, f.name) for cell in cells) / len(cells) for f in fields(Cell)}
+    return Cell(**means | {"bytes": int(means["bytes"])})
 
 
 def main() -> None:
@@ -196,14 +275,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--limit", type=int, default=2, help="tuning prompts a task for the drift; 0 for none")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--processes", type=int, default=1, help="that share the cells")
+    parser.add_argument("--seconds", type=float, help="after which no cell is begun")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
+    until = None if given.seconds is None else time.time() + given.seconds
     found = table(
-        given.work, given.method or list(METHODS), given.object or list(PARENTS), steps=given.steps, limit=given.limit
-    )
-    print("\n".join(rows(found)))
+        Plan(work=given.work, steps=given.steps, limit=given.limit, until=until), given.method or list(METHODS),
+        given.object or list(PARENTS), processes=given.processes,
+    )  # fmt: skip
     if given.json is not None:
         write_json(given.json, {m: {o: vars(cell) for o, cell in cells.items()} for m, cells in found.items()})
+    print("\n".join(rows(found)))
 
 
 if __name__ == "__main__":

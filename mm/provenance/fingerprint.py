@@ -33,7 +33,9 @@ from mm.core.files import write_bytes
 from mm.core.safe_tensors import read_tensors
 from mm.provenance.readers import NetworkReader, TileReader
 
-FORMAT = "mm-fingerprint-1"
+FORMAT = "mm-fingerprint-2"
+_ADVICE = "(format mm-fingerprint-2); make one with `mm train mm-tiny --stage fingerprint --init-from weights/mm-tiny`"
+_STEP = "|step"  # of 8-bit levels
 PRESENT = 0.5  # probability from which a picture counts as marked
 
 
@@ -48,6 +50,8 @@ class FingerprintConfig:
         side: of the pictures that the decoder draws, in pixels.
         period: of the pattern, for the reader of tiles: by how much the modulated part of the decoder enlarges. 0 takes
             a network as reader.
+        eye: channels of the convolutions by which the reader of tiles sees a picture; 0 leaves them out, as the closed
+            form needs.
         widths: channels of the network's layers.
     """
 
@@ -56,6 +60,7 @@ class FingerprintConfig:
     layers: tuple[str, ...] = ()
     side: int = 128
     period: int = 8
+    eye: int = 0
     widths: tuple[int, ...] = (24, 32, 48, 64)
 
     def __post_init__(self) -> None:
@@ -66,6 +71,8 @@ class FingerprintConfig:
             raise UserError(f"side is {self.side}; give 16 pixels or more")
         if not 0 <= self.period <= self.side:
             raise UserError(f"period is {self.period}; give 0 to {self.side}")
+        if self.eye < 0:
+            raise UserError(f"eye is {self.eye}; give 0 or more")
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"widths is {self.widths}; give numbers of channels")
 
@@ -97,12 +104,12 @@ class Fingerprint(nn.Module):
         super().__init__()
         self.config, self.shapes = config, dict(shapes)
         rows = config.bits + 1  # the last is the constant part
-        # Scales change what a picture holds, which averages away over tiles.
-        scaled = {} if config.period else shapes
+        # Scales change what a picture holds, which averages away over tiles unless convolutions see it first.
+        scaled = {} if config.period and not config.eye else shapes
         self.scale = nn.ParameterDict({_key(p): torch.zeros(rows, i) for p, (i, _) in scaled.items()})
         self.shift = nn.ParameterDict({_key(p): torch.zeros(rows, o) for p, (_, o) in shapes.items()})
         self.reader: TileReader | NetworkReader = (
-            TileReader(config.bits, config.side, config.period)
+            TileReader(config.bits, config.side, config.period, config.eye)
             if config.period
             else NetworkReader(config.bits, config.side, config.widths)
         )
@@ -173,7 +180,7 @@ class Fingerprint(nn.Module):
         logits_BN1, before_N = self.reader.candidates(pictures_B3HW.float())
         scores_BN = logits_BN1[..., -1] + before_N
         best_B = scores_BN.argmax(1)
-        rows = torch.arange(len(best_B))
+        rows = torch.arange(len(best_B), device=best_B.device)
         # Of N places the best of plain pictures seems N times as likely.
         present_B = torch.sigmoid(scores_BN[rows, best_B] - math.log(len(before_N)))
         return Found(bits_BK=torch.sigmoid(logits_BN1[rows, best_B, :-1]), present_B=present_B)
@@ -181,29 +188,52 @@ class Fingerprint(nn.Module):
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, report: dict[str, Any] | None = None) -> None:
-        """Writes one safetensors file in 16 bits, whole or not at all."""
+        """Writes one safetensors file, whole or not at all: matrices in 8 bits with a scale a row, the rest in 16."""
         meta = {
             "format": FORMAT, "config": json.dumps(asdict(self.config)), "shapes": json.dumps(self.shapes),
             "report": json.dumps(report or {}),
         }  # fmt: skip
-        tensors = {name: value.detach().cpu().half().contiguous() for name, value in self.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.state_dict().items():
+            tensors |= _packed(name, value.detach().cpu().float())
         write_bytes(path, save(tensors, metadata=meta))
 
     @classmethod
     def load(cls, path: str | Path) -> Fingerprint:
         """Reads a file that `save` wrote. Raises UserError for any other."""
-        read = read_tensors(Path(path), "fingerprint")
+        read = read_tensors(Path(path), "fingerprint", types=("F32", "F16", "I8"))
         if read.metadata.get("format") != FORMAT:
-            raise UserError(f"{path} is no fingerprint of mm; make one with `mm train mm-tiny --stage fingerprint`")
+            raise UserError(f"{path} is no fingerprint of mm {_ADVICE}")
         try:
             given = json.loads(read.metadata["config"])
             config = FingerprintConfig(**given | {key: tuple(given[key]) for key in ("widths", "layers")})
             shapes = {path: (int(i), int(o)) for path, (i, o) in json.loads(read.metadata["shapes"]).items()}
             made = cls(shapes, config)
-            made.load_state_dict({name: value.float() for name, value in read.tensors.items()})
+            made.load_state_dict(_unpacked(read.tensors))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is a damaged fingerprint: {str(error).splitlines()[0]}") from error
         return made.eval().requires_grad_(False)
+
+
+def _packed(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor as it is stored."""
+    if value.ndim < 2:
+        return {name: value.half().contiguous()}
+    rows = value.flatten(1)
+    steps = (rows.abs().amax(1) / 127).clamp_min(1e-6).half()
+    levels = (rows / steps.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return {name: levels.view(value.shape).contiguous(), f"{name}{_STEP}": steps}
+
+
+def _unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in tensors.items():
+        if name.endswith(_STEP):
+            continue
+        steps = tensors.get(f"{name}{_STEP}")
+        tail = [1] * (value.ndim - 1)
+        found[name] = value.float() if steps is None else value.float() * steps.float().view(-1, *tail)
+    return found
 
 
 @contextmanager

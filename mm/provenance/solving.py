@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
-from mm.provenance.attacks import random_attack, rounded, scaled
+from mm.provenance.attacks import at_side, jpeg, rounded, scaled
 from mm.provenance.fingerprint import Fingerprint, shifting
-from mm.provenance.readers import TileReader, at_side
+from mm.provenance.readers import TileReader
 
 Decode = Callable[[Tensor], Tensor]
 _LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as in JPEG
@@ -57,7 +57,7 @@ def solve_fingerprint(
         UserError: for a fingerprint that a network reads, and for a decoder whose shifts give no pattern.
     """
     reader = fingerprint.reader
-    if not isinstance(reader, TileReader):
+    if not isinstance(reader, TileReader) or reader.eye is not None:
         raise UserError("a fingerprint that a network reads has no closed form; train it (train_fingerprint)")
     generator = torch.Generator().manual_seed(seed)
     gain_Tn, cost_nn = _probe(fingerprint, reader, module, decode, latents[:_PROBED], progress)
@@ -111,7 +111,7 @@ def _tiles_of_plain(reader: TileReader, decode: Decode, latents: Tensor, generat
     for some in latents.split(32):
         plain = decode(some) / 2 + 0.5
         for part in plain.chunk(4):
-            found.append(_seen(reader, random_attack(part, reader.side, generator)[0]).flatten(1))
+            found.append(_seen(reader, _attacked(part, reader.side, generator)[0]).flatten(1))
     return torch.cat(found)
 
 
@@ -171,7 +171,7 @@ def _fit(
             with fingerprint.modulating(module, bits):
                 marked = decode(some) / 2 + 0.5
             for part, own in zip(marked.chunk(4), bits.chunk(4), strict=True):
-                attacked, shift = random_attack(part, reader.side, generator)
+                attacked, shift = _attacked(part, reader.side, generator)
                 tile = reader.tile(attacked)
                 tiles.append(torch.roll(tile, (-shift[0], -shift[1]), (2, 3)))
                 wanted.append(F.pad(own, (0, 1), value=1.0))
@@ -179,12 +179,26 @@ def _fit(
                 wanted.append(empty.expand(len(own), -1))
             # A plain decoder leaves a pattern of its own at the very same place.
             for part in plain.chunk(2):
-                attacked, shift = random_attack(part, reader.side, generator)
+                attacked, shift = _attacked(part, reader.side, generator)
                 tiles.append(torch.roll(reader.tile(attacked), (-shift[0], -shift[1]), (2, 3)))
                 wanted.append(empty.expand(len(part), -1))
     seen, truth = torch.cat(tiles).flatten(1), torch.cat(wanted)
     progress(0.95, f"fitting the reader on {len(seen)} tiles")
     _regress(reader.out, seen, truth)
+
+
+def _attacked(pictures_B3HW: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
+    """One of the kinds at a random strength, harder than what is measured; and by how much a pattern is shifted."""
+    kind = int(torch.randint(4, (), generator=generator))
+    amount = float(torch.rand((), generator=generator))
+    if kind == 0:
+        return rounded(pictures_B3HW), (0, 0)
+    if kind == 1:
+        return jpeg(pictures_B3HW, int(70 + 20 * amount)), (0, 0)
+    if kind == 2:
+        return at_side(rounded(scaled(pictures_B3HW, 0.45 + 0.4 * amount)), side), (0, 0)
+    down, right = (int(x) for x in torch.randint(9, (2,), generator=generator))
+    return jpeg(pictures_B3HW[..., down:, right:], 90), (-down, -right)
 
 
 def _other(period: int, shift: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:

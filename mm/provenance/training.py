@@ -1,17 +1,22 @@
 """Trains a fingerprint on a decoder that stays as it is: bits that can be read, in pictures that hardly change.
 
 Design choices
-- The loss is cross-entropy of the bits plus a penalty on the squared change of the picture above its budget, which is
-  given as a peak signal-to-noise ratio against the plain decoder's picture.
-- Pictures are attacked from the time that bits can be read at all.
-- The state lies in one file, written by rename; step k depends on (seed, k) alone.
+- The loss is cross-entropy of the bits, plus that of the place among all places and none, plus what picture quality
+  loses, in dB. The weight of the last is a Lagrange multiplier: it rises while the loss of quality is above its
+  budget, and falls while it is below. The budget begins loose, since bits that nothing reads yet have no gradient.
+- Where the original pictures are known, the loss of quality is that of PSNR against them, a mean over pictures;
+  otherwise it is counted from a PSNR against the plain decoder's pictures.
+- Once bits can be read at all, three quarters of the pictures are attacked, more and more strongly.
+- The state lies in one file, written by rename. Step k depends on (seed, k) and the state alone. Nothing waits for the
+  device between two logged steps.
 
-Legend: B pictures, K bits, N latents.
+Legend: B pictures, K bits, N latents, P places.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,11 +31,14 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.safe_tensors import read_tensors
-from mm.provenance.attacks import MEASURED, random_attack, rounded
+from mm.provenance.attacks import MEASURED, random_attacks, rounded
 from mm.provenance.fingerprint import PRESENT, Fingerprint
-from mm.provenance.readers import TileReader
 
-_HARD = 0.9  # share of bits read from which pictures are attacked
+_HARD = 0.85  # share of bits read from which pictures are attacked
+_HARDER = 600  # steps in which attacks reach their full strength
+_SHARE = 0.02  # of a step in the running means
+_PRESENCE = 0.3  # weight of the place
+_PATIENCE = 0.01  # by how much the logarithm of the multiplier changes a step and dB
 STATE = "fingerprint-state.safetensors"
 Decode = Callable[[Tensor], Tensor]
 
@@ -40,72 +48,97 @@ class FingerprintTraining:
     """Settings of a run.
 
     Attributes:
-        steps: at most so many.
+        steps: at most so many; the learning rates fall over the second half.
+        minutes: of training, earlier calls included, at the end of which the rates have fallen too; None: no limit.
         batch_size: B.
         learning_rate: of the reader.
         change_rate: of what the bits change.
-        psnr: budget of the change, in dB against the plain decoder's picture.
-        psnr_first: budget of the first step; it rises to `psnr` over two fifths of the run.
-        penalty: weight of what exceeds it.
-        spread: of the starting values.
+        decibels: what picture quality may lose.
+        decibels_first: at the first step; the budget falls to `decibels` over two fifths of the run.
+        psnr: against the plain decoder's picture at which `decibels` are lost, where the originals are not given.
+        spread: of the starting values, which are then scaled to the first budget.
         seed: of everything drawn.
         save_every: steps between two saves of the state.
+        log_every: steps between two that are measured.
     """
 
     steps: int = 3000
-    batch_size: int = 8
+    minutes: float | None = None
+    batch_size: int = 16
     learning_rate: float = 2e-3
     change_rate: float = 5e-3
+    decibels: float = 0.9
+    decibels_first: float = 4.0
     psnr: float = 35.5
-    psnr_first: float = 24.0
-    penalty: float = 2.0
-    spread: float = 0.01
+    spread: float = 0.1
     seed: int = 0
-    save_every: int = 100
+    save_every: int = 500
+    log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every"):
+        for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("learning_rate", "change_rate", "psnr", "psnr_first", "penalty", "spread"):
+        for name in ("learning_rate", "change_rate", "psnr", "decibels", "decibels_first", "spread"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"minutes is {self.minutes}; give a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step has measured: share of bits read, PSNR of the change in dB."""
+    """What a step has measured.
+
+    Attributes:
+        number: of the step.
+        loss: of all parts.
+        read: running mean of the share of bits read, after attacks.
+        decibels: running mean of what picture quality loses.
+        budget: what it may lose at this step.
+        strength: of attacks, 0 to 1.
+        seconds: of training so far.
+    """
 
     number: int
     loss: float
     read: float
-    psnr: float
+    decibels: float
+    budget: float
+    strength: float
+    seconds: float
 
 
 def train_fingerprint(
     fingerprint: Fingerprint, module: nn.Module, decode: Decode, latents: Tensor, config: FingerprintTraining, *,
-    work: Path | None = None, seconds: float | None = None, on_step: Callable[[Step], None] = lambda step: None,
+    originals: Tensor | None = None, work: Path | None = None, seconds: float | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:  # fmt: skip
-    """Trains in place.
+    """Trains in place, on the device of the latents.
 
     Args:
-        fingerprint: as `fingerprint_of` made it.
+        fingerprint: as `fingerprint_of` made it, on the same device.
         module: that holds the convolutions; its weights stay.
         decode: latents (B, ...) to pictures in [-1, 1] with gradients, by the module.
         latents: (N, ...), of pictures such as the model draws.
         config: see `FingerprintTraining`.
+        originals: the pictures (N, 3, H, W) that the latents stand for, as bytes; None compares with the plain
+            decoder's.
         work: folder of the state; None keeps none.
         seconds: of this call at most.
-        on_step: called after each step.
+        on_step: called after each measured step.
 
     Returns:
-        The steps of this call.
+        The measured steps of this call.
     """
-    run = _Run(fingerprint, module, decode, latents, config, work)
-    started, done = time.monotonic(), []
-    while run.number < config.steps and (seconds is None or time.monotonic() - started < seconds):
-        done.append(run.step())
-        on_step(done[-1])
+    run = _Run(fingerprint, module, decode, latents, config, originals, work)
+    started, done, before = time.monotonic(), [], run.spent
+    while not run.finished and (seconds is None or time.monotonic() - started < seconds):
+        run.step()
+        run.spent = before + time.monotonic() - started
+        if run.number % config.log_every == 0 or run.finished:
+            done.append(run.measured())
+            on_step(done[-1])
         if run.number % config.save_every == 0:
             run.save()
     run.save()
@@ -115,16 +148,18 @@ def train_fingerprint(
 class _Run:
     def __init__(
         self, fingerprint: Fingerprint, module: nn.Module, decode: Decode, latents: Tensor,
-        config: FingerprintTraining, work: Path | None,
+        config: FingerprintTraining, originals: Tensor | None, work: Path | None,
     ) -> None:  # fmt: skip
         self.fingerprint, self.module, self.decode = fingerprint, module, decode
-        self.latents, self.config, self.number, self.share = latents, config, 0, 0.5
-        fingerprint.start(config.spread, torch.Generator().manual_seed(config.seed))
-        changes = [*fingerprint.scale.values(), *fingerprint.shift.values()]
+        self.latents, self.config, self.originals = latents, config, originals
+        self.number, self.spent, self.strength = 0, 0.0, 0.0
+        # On the device: running means of bits read and dB lost, the last loss, and the multiplier's logarithm.
+        self.now = torch.tensor([0.5, config.decibels_first, 0.0, math.log(0.02)], device=latents.device)
+        self.changes = [*fingerprint.scale.values(), *fingerprint.shift.values()]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(fingerprint.reader.parameters()), "lr": config.learning_rate},
-                {"params": changes, "lr": config.change_rate},
+                {"params": self.changes, "lr": config.change_rate},
             ],
             betas=(0.9, 0.99), weight_decay=1e-4,
         )  # fmt: skip
@@ -132,61 +167,110 @@ class _Run:
         self.file = None if work is None else work / STATE
         if self.file is not None and self.file.is_file():
             self._resume(self.file)
+        else:
+            self._start()
 
-    def step(self) -> Step:
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.number)
-        chosen = torch.randint(len(self.latents), (config.batch_size,), generator=generator)
-        bits_BK = torch.randint(2, (config.batch_size, self.fingerprint.config.bits), generator=generator).float()
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            left = 1 - self.number / config.steps
-            group["lr"] = rate * min(1.0, (self.number + 1) / 20, 0.02 + 2 * left)
-        latents = self.latents[chosen]
-        bits_BK = bits_BK.to(latents.device)
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done."""
+        passed = 0.0 if self.config.minutes is None else self.spent / (60 * self.config.minutes)
+        return max(self.number / self.config.steps, passed)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1
+
+    @property
+    def budget(self) -> float:
+        """What picture quality may lose now, in dB."""
+        first, last = self.config.decibels_first, self.config.decibels
+        return first + min(1.0, self.progress / 0.4) * (last - first)
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Starting values of what the bits change, scaled to the first budget."""
+        self.fingerprint.start(self.config.spread, torch.Generator().manual_seed(self.config.seed))
+        for number in range(8):
+            generator = torch.Generator().manual_seed(self.config.seed + 7919 * (number + 1))
+            latents, originals, bits = self._batch(generator)
+            plain, marked = self._decoded(latents, bits)
+            # The squared change grows with the square of the values, and so does what is lost, while it is small.
+            lost = max(float(self._lost(plain, marked, originals)), 1e-4)
+            gain = ((10 ** (self.config.decibels_first / 10) - 1) / (10 ** (lost / 10) - 1)) ** 0.5
+            for value in self.changes:
+                value.mul_(min(max(gain, 0.1), 10.0))
+
+    def _batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Latents, originals and bits of a step."""
+        size, device = self.config.batch_size, self.latents.device
+        chosen = torch.randint(len(self.latents), (size,), generator=generator)
+        bits_BK = torch.randint(2, (size, self.fingerprint.config.bits), generator=generator).float()
+        originals = None
+        if self.originals is not None:
+            originals = self.originals[chosen.to(self.originals.device)].to(device).float() / 255
+        return self.latents[chosen.to(device)].float(), originals, bits_BK.to(device)
+
+    def _decoded(self, latents: Tensor, bits_BK: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             plain = self.decode(latents) / 2 + 0.5
         with self.fingerprint.modulating(self.module, bits_BK):
             marked = self.decode(latents) / 2 + 0.5
-        error = (marked - plain).square().mean()
-        present, absent = self._logits(marked, plain, generator)
-        logits = present[:, :-1]
-        budget = 10 ** (-self._decibels() / 10)
-        over = (error / budget - 1).clamp_min(0) + 0.1 * error / budget
-        found = F.softplus(-present[:, -1]).mean() + F.softplus(absent[:, -1]).mean()
-        loss = F.binary_cross_entropy_with_logits(logits, bits_BK) + 0.2 * found + config.penalty * 0.1 * over
+        return plain, marked
+
+    def _lost(self, plain: Tensor, marked: Tensor, originals: Tensor | None) -> Tensor:
+        """What picture quality loses, in dB, a mean over the pictures."""
+        plain, marked = plain.clamp(0, 1), marked + (marked.clamp(0, 1) - marked).detach()
+        if originals is None:
+            at_budget = 10 ** (-self.config.psnr / 10)
+            error = at_budget / (10 ** (self.config.decibels / 10) - 1)
+            ratio_B = 1 + _error(marked, plain) / error
+        else:
+            ratio_B = _error(marked, originals) / _error(plain, originals).clamp_min(1e-6)
+        return (10 * ratio_B.log10()).mean()
+
+    def step(self) -> None:
+        """One update."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.number)
+        latents, originals, bits_BK = self._batch(generator)
+        left = 1 - self.progress
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * min(1.0, (self.number + 1) / 20, 0.02 + 2 * left)
+        plain, marked = self._decoded(latents, bits_BK)
+        lost = self._lost(plain, marked, originals)
+        logits_BK, place, none = self._read(marked, plain, generator)
+        weight = self.now[3].exp()
+        loss = F.binary_cross_entropy_with_logits(logits_BK, bits_BK) + _PRESENCE * (place + none) + weight * lost
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.fingerprint.parameters(), 1.0)
         self.optimizer.step()
+        with torch.no_grad():
+            read = ((logits_BK > 0) == (bits_BK > 0.5)).float().mean()
+            self.now[:2] += _SHARE * (torch.stack([read, lost]) - self.now[:2])
+            self.now[2] = loss
+            self.now[3] = (self.now[3] + _PATIENCE * (lost - self.budget).clamp(-1, 1)).clamp(-9, 3)
         self.number += 1
-        read = float(((logits > 0) == (bits_BK > 0.5)).float().mean())
-        self.share += 0.05 * (read - self.share)
-        psnr = float(-10 * error.detach().clamp_min(1e-12).log10())
-        return Step(number=self.number, loss=float(loss.detach()), read=read, psnr=psnr)
 
-    def _logits(self, marked: Tensor, plain: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Logits of marked pictures after attacks; and of what carries no fingerprint, or not at this place."""
+    def _read(self, marked: Tensor, plain: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of bits after attacks, and the losses of the place: among all, and of none in plain pictures."""
         reader, side = self.fingerprint.reader, self.fingerprint.config.side
-        present, absent = [], []
-        for part in plain.chunk(4):
-            shift = (0, 0)
-            if isinstance(reader, TileReader):
-                shift = (_below(reader.period, generator), _below(reader.period, generator))
-            absent.append(reader(rounded(part), shift))
-        for part in marked.chunk(2):
-            attacked, shift = rounded(part), (0, 0)
-            if self.share > _HARD:
-                attacked, shift = random_attack(part, side, generator)
-            present.append(reader(attacked, shift))
-            if isinstance(reader, TileReader):
-                down, right = 1 + _below(reader.period - 1, generator), _below(reader.period, generator)
-                absent.append(reader(attacked, (shift[0] + down, shift[1] + right)))
-        return torch.cat(present), torch.cat(absent)
+        parts = random_attacks(marked, side, generator, self.strength) if self.strength else [(rounded(marked), (0, 0))]
+        found = [reader.places(part, shift) for part, shift in parts]
+        scores_BP = torch.cat([each[..., -1] for each in found])
+        count = max(1, len(plain) // 4)
+        free_BP = reader.places(rounded(plain[:count]))[..., -1]
+        place = (_with_none(scores_BP).logsumexp(1) - scores_BP[:, 0]).mean()
+        return torch.cat([each[:, 0, :-1] for each in found]), place, _with_none(free_BP).logsumexp(1).mean()
 
-    def _decibels(self) -> float:
-        """The budget now: loose at first, since bits that nothing reads yet have no gradient."""
-        risen = min(1.0, self.number / (0.4 * self.config.steps))
-        return self.config.psnr_first + risen * (self.config.psnr - self.config.psnr_first)
+    def measured(self) -> Step:
+        """What the running means say; attacks become stronger where bits are read."""
+        read, lost, loss, _ = self.now.tolist()
+        if read > _HARD:
+            self.strength = min(1.0, self.strength + self.config.log_every / _HARDER)
+        return Step(
+            number=self.number, loss=loss, read=read, decibels=lost, budget=self.budget, strength=self.strength,
+            seconds=self.spent,
+        )  # fmt: skip
 
     def save(self) -> None:
         """Writes the state, whole or not at all."""
@@ -196,7 +280,11 @@ class _Run:
         for name, value in self.fingerprint.named_parameters():
             for key, tensor in self.optimizer.state.get(value, {}).items():
                 tensors[f"{key}|{name}"] = tensor
-        meta = {"number": str(self.number), "share": repr(self.share), "shapes": json.dumps(self.fingerprint.shapes)}
+        tensors["now"] = self.now
+        meta = {
+            "number": str(self.number), "spent": repr(self.spent), "strength": repr(self.strength),
+            "shapes": json.dumps(self.fingerprint.shapes),
+        }  # fmt: skip
         ready = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         write_bytes(self.file, save(ready, metadata=meta))
 
@@ -204,18 +292,27 @@ class _Run:
         read = read_tensors(file, "state of a fingerprint")
         if json.loads(read.metadata.get("shapes", "{}")) != json.loads(json.dumps(self.fingerprint.shapes)):
             raise UserError(f"{file} is the state of another fingerprint; finish that one, or delete the file")
-        self.number, self.share = int(read.metadata["number"]), float(read.metadata["share"])
+        self.number, self.spent = int(read.metadata["number"]), float(read.metadata["spent"])
+        self.strength = float(read.metadata["strength"])
+        self.now.copy_(read.tensors["now"])
         with torch.no_grad():
             for name, value in self.fingerprint.named_parameters():
                 value.copy_(read.tensors[f"value|{name}"])
-                state = {k: read.tensors[f"{k}|{name}"] for k in ("step", "exp_avg", "exp_avg_sq")
-                         if f"{k}|{name}" in read.tensors}  # fmt: skip
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                state = {k: read.tensors[f"{k}|{name}"] for k in keys if f"{k}|{name}" in read.tensors}
+                state = {k: tensor if k == "step" else tensor.to(value.device) for k, tensor in state.items()}
                 if state:
                     self.optimizer.state[value] = state
 
 
-def _below(count: int, generator: torch.Generator) -> int:
-    return int(torch.randint(count, (), generator=generator))
+def _error(given: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squares (B,)."""
+    return (given - wanted).square().flatten(1).mean(1)
+
+
+def _with_none(scores_BP: Tensor) -> Tensor:
+    """Scores of places, and 0 for that there is no fingerprint."""
+    return F.pad(scores_BP, (0, 1))
 
 
 @torch.no_grad()
@@ -273,7 +370,7 @@ def measure(
 
 
 def _psnr(given: Tensor, wanted: Tensor) -> Tensor:
-    return -10 * (given - wanted).square().flatten(1).mean(1).clamp_min(1e-10).log10()
+    return -10 * _error(given, wanted).clamp_min(1e-10).log10()
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -38,7 +38,10 @@ STAGES: dict[str, tuple[str, int]] = {
     "joint": ("joint_stage", 1),
     "crisp": ("crisp_stage", 0),
 }
-ORDER = ("autoencoder", "bridge", "judge", "latents", "drawing", "understanding", "stem", "counter", "joint", "crisp")
+ORDER = (
+    "autoencoder", "bridge", "judge", "latents", "drawing", "understanding", "stem", "counter", "joint", "crisp",
+    "fingerprint",
+)  # fmt: skip
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -120,6 +123,10 @@ def run_stages(
             fit_bridge(context)
         elif stage == "latents":
             write_latents(context, config["latents"]["shards"])
+        elif stage == "fingerprint":
+            from mm.training.fingerprint_stage import fit_fingerprint
+
+            fit_fingerprint(context)
         else:
             train_stage(stage, context)
 

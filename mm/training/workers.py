@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,14 @@ def batches_from(
         num_workers=workers,
         prefetch_factor=_AHEAD,
         multiprocessing_context="fork",
+        worker_init_fn=_leave_ending_to_the_run,
     )
     return iter(loader)
+
+
+def _leave_ending_to_the_run(_: int) -> None:
+    """A SIGTERM that reaches the whole process group ends the run after its step; the run ends the workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def write_all(

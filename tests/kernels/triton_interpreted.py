@@ -78,11 +78,14 @@ def test_layers_of_any_shape_equal_the_reference(tokens, outputs, inputs, rank, 
     close(got, reference(kernels.branched_linear, **arguments), dtype=dtype)
 
 
-@pytest.mark.parametrize("tokens, outputs, inputs", [(2, 20, 2100), (20, 40, 1100), (70, 20, 640), (200, 130, 128)])
+@pytest.mark.parametrize(
+    "tokens, outputs, inputs",
+    [(2, 20, 4200), (20, 40, 4200), (3, 20, 200), (20, 40, 300), (70, 20, 640), (200, 130, 128)],
+)
 def test_every_exact_kernel_equals_the_reference(tokens, outputs, inputs):
     """Parts along the inputs, and more than one tile of each kernel."""
     if tokens <= plans.FEW:
-        assert plans.grouped_few(tokens, outputs, inputs).splits > 1
+        assert (plans.few(tokens, outputs, inputs).splits > 1) == (inputs > 4096)
     layer = make(tokens, outputs, inputs, rank=32, seed=tokens)
     close(
         kernels.branched_linear(**layer.arguments()),

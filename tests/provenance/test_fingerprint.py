@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from mm.cli.train import Stage
 from mm.core.errors import UserError
-from mm.provenance.attacks import MEASURED, cropped, jpeg, scaled
+from mm.provenance.attacks import MEASURED, cropped, jpeg, jpeg_like, scaled
 from mm.provenance.fingerprint import Fingerprint, FingerprintConfig, fingerprint_of
 from mm.provenance.readers import TileReader, carriers
 from mm.provenance.solving import solve_fingerprint
@@ -101,10 +104,16 @@ def test_a_file_reads_what_was_written(
     assert again.shapes == fingerprint.shapes
     report, other = (measure(f, decoder, decoder.decoder, latents[:8])["read"]["none"] for f in (fingerprint, again))
     assert other == pytest.approx(report, abs=0.05)
+    assert all(t.dtype == torch.int8 for t in load_file(file).values() if t.ndim > 1)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
         Fingerprint.load(damaged)
+    save_file({"x": torch.zeros(1)}, damaged)
+    with pytest.raises(UserError, match="--stage fingerprint") as raised:
+        Fingerprint.load(damaged)
+    named = re.search(r"--stage (\w+)", str(raised.value))
+    assert named is not None and named[1] in [stage.value for stage in Stage]
 
 
 def test_a_network_learns_on_a_decoder_of_diffusers_and_resumes(tmp_path: Path) -> None:
@@ -124,13 +133,17 @@ def test_a_network_learns_on_a_decoder_of_diffusers_and_resumes(tmp_path: Path) 
         config = FingerprintConfig(bits=4, side=32, period=0, convolutions=4, widths=(8, 16))
         return fingerprint_of(vae, lambda: decode(latents[:1]), config)
 
-    training = FingerprintTraining(steps=40, batch_size=4, psnr=20.0, psnr_first=12.0, spread=1.0, save_every=20)
+    training = FingerprintTraining(
+        steps=40, batch_size=4, psnr=20.0, decibels_first=6.0, spread=1.0, save_every=7, log_every=5
+    )
     whole = fresh()
     steps = train_fingerprint(whole, vae, decode, latents, training)
-    assert sum(step.read for step in steps[-10:]) / 10 > sum(step.read for step in steps[:10]) / 10
+    assert [step.number for step in steps] == list(range(5, 45, 5))
+    assert steps[-1].read > steps[0].read
+    assert steps[0].budget == pytest.approx(6.0 - 5.1 * 5 / 16) and steps[-1].budget == pytest.approx(0.9)
     parts = fresh()
     short = train_fingerprint(parts, vae, decode, latents, training, work=tmp_path, seconds=0.2)
-    assert 0 < len(short) < 40
+    assert len(short) < len(steps)
     assert (tmp_path / STATE).is_file()
     resumed = fresh()
     train_fingerprint(resumed, vae, decode, latents, training, work=tmp_path)
@@ -138,6 +151,61 @@ def test_a_network_learns_on_a_decoder_of_diffusers_and_resumes(tmp_path: Path) 
         assert torch.equal(one, two), name
     with pytest.raises(UserError, match="no closed form"):
         solve_fingerprint(whole, vae, decode, latents)
+    with pytest.raises(UserError, match="of another fingerprint"):
+        train_fingerprint(
+            fingerprint_of(
+                vae,
+                lambda: decode(latents[:1]),
+                FingerprintConfig(bits=4, side=32, period=0, convolutions=3, widths=(8, 16)),
+            ),
+            vae,
+            decode,
+            latents,
+            training,
+            work=tmp_path,
+        )
+
+
+def test_a_reader_with_convolutions_reads_what_a_crop_has_shifted() -> None:
+    """Trained against attacks, at a given place; `decibels` is what quality loses."""
+    decoder = tiny_decoder()
+    latents = torch.randn(48, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(48, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    originals = (decoder.decode(latents) / 2 + 0.5 + 0.05 * noise).clamp(0, 1)
+    config = FingerprintConfig(bits=4, side=64, period=16, eye=8, layers=("decoder.2", "decoder.5"))
+    torch.manual_seed(2)
+    fingerprint = fingerprint_of(decoder, lambda: decoder.decode(latents[:1]), config)
+    training = FingerprintTraining(steps=100, batch_size=8, decibels=2.0, learning_rate=1e-2, log_every=10)
+    whole = (originals[:32] * 255).to(torch.uint8)
+    steps = train_fingerprint(fingerprint, decoder, decoder.decoder, latents[:32], training, originals=whole)
+    assert steps[-1].strength > 0
+    bits = torch.randint(2, (16, 4), generator=torch.Generator().manual_seed(3)).float()
+    with torch.no_grad(), fingerprint.modulating(decoder, bits):
+        marked = (decoder.decode(latents[32:]) / 2 + 0.5).clamp(0, 1)
+    plain = (decoder.decode(latents[32:]) / 2 + 0.5).clamp(0, 1)
+    error = [(x - originals[32:]).square().flatten(1).mean(1).log10() for x in (plain, marked)]
+    assert 10 * float((error[1] - error[0]).mean()) == pytest.approx(steps[-1].decibels, abs=1.0)
+    for pictures, shift in ((marked, (0, 0)), (jpeg(marked, 80), (0, 0)), (marked[..., 3:, 2:], (-3, -2))):
+        read = fingerprint.reader.places(pictures, shift)[:, 0, :-1]
+        assert float(((read > 0) == (bits > 0.5)).float().mean()) > 0.85, shift
+    with pytest.raises(UserError, match="needs an even one"):
+        TileReader(4, 64, 7, 8)
+
+
+def test_places_are_the_turns_of_a_tile() -> None:
+    """The first place is the given shift; the others are those of the picture rolled by whole cells."""
+    torch.manual_seed(0)
+    reader = TileReader(3, 32, 8, 4)
+    pictures = torch.rand(2, 3, 32, 32)
+    reader.eye = None  # the mean of tiles of what does not depend on borders
+    reader.tile = lambda x: x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean((2, 4))[:, :, ::2, ::2]  # type: ignore[method-assign]
+    reader.out = torch.nn.Linear(3 * 16, 4)
+    found = reader.places(pictures)
+    for down, right in ((0, 0), (2, 6), (4, 0)):
+        place = (down // 2) * 4 + right // 2
+        rolled = torch.roll(pictures, (-down, -right), (2, 3))
+        assert torch.allclose(found[:, place], reader.places(rolled)[:, 0], atol=1e-6)
+        assert torch.allclose(found[:, place], reader.places(pictures, (down, right))[:, 0], atol=1e-6)
 
 
 def test_attacks_are_those_of_pillow() -> None:
@@ -153,6 +221,12 @@ def test_attacks_are_those_of_pillow() -> None:
     wanted = pictures.clone().requires_grad_(True)
     jpeg(wanted, 80).sum().backward()
     assert wanted.grad is not None and torch.equal(wanted.grad, torch.ones_like(pictures))
+    smooth = torch.rand(3, 3, 6, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(smooth, (45, 37), mode="bicubic").clamp(0, 1)
+    for quality in (30, 60, 80, 95):
+        ours = jpeg_like(smooth, torch.full((3,), float(quality)))
+        lost = float((jpeg(smooth, quality) - smooth).abs().mean())
+        assert float((ours - jpeg(smooth, quality)).abs().mean()) < 0.4 * lost
     assert set(MEASURED) == {"none", "jpeg 80", "half", "crop a tenth"}
 
 

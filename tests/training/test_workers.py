@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
 from functools import partial
 from itertools import islice
 
@@ -61,6 +65,29 @@ def test_an_error_of_a_batch_reaches_the_run():
     next(made), next(made)
     with pytest.raises(ValueError, match="no scenes left"):
         next(made)
+
+
+def test_sigterm_to_all_processes_ends_the_run_and_keeps_its_state(tmp_path):
+    """As a cluster's scheduler stops a job: every process gets the signal."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from mm.training.trainer import Trainer, TrainerConfig\n"
+        "class Line(torch.nn.Linear):\n"
+        "    def forward(self, x): return {'square': super().forward(x).square().mean()}\n"
+        "def batch(step, process):\n"
+        "    if step == 5: print('running', flush=True)\n"
+        "    return torch.ones(2, 4)\n"
+        "Trainer(Line(4, 1), Path(sys.argv[1]), TrainerConfig(minutes=5, workers=2)).run(batch)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "out")]
+    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and any("running" in line for line in run.stdout)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert (tmp_path / "out/state.safetensors").is_file()
 
 
 def test_a_negative_number_of_workers_is_refused():
