@@ -15,13 +15,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
-
-if TYPE_CHECKING:
-    from mm.tokenizers import Autoencoder
 
 _AHEAD = 4  # batches that each process prepares
 
@@ -68,7 +66,7 @@ def _leave_ending_to_the_run(_: int) -> None:
 
 
 def write_all(
-    write: Callable[[int, Autoencoder], None], count: int, autoencoder: Autoencoder, *, device: str, workers: int = 0
+    write: Callable[[int, Any], None], count: int, autoencoder: nn.Module, *, device: str, workers: int = 0
 ) -> None:
     """Calls `write(k, autoencoder)` for k of 0 ... `count` - 1, in `workers` processes where that is above 1.
 
@@ -89,15 +87,15 @@ def write_all(
         list(pool.map(_write, [write] * count, range(count)))
 
 
-_held: Autoencoder | None = None
+_held: nn.Module | None = None
 
 
-def _begin(autoencoder: Autoencoder, device: str) -> None:
+def _begin(autoencoder: nn.Module, device: str) -> None:
     global _held
     torch.set_num_threads(1)
     _held = autoencoder.to(device)
 
 
-def _write(write: Callable[[int, Autoencoder], None], k: int) -> None:
+def _write(write: Callable[[int, Any], None], k: int) -> None:
     assert _held is not None
     write(k, _held)
