@@ -49,7 +49,7 @@ COMPANIONS: tuple[str, ...] = ("tree", "fish", "key", "dog")
 # Settings by which a method stores about as many values as LoRA of rank 8. What follows a + names a variant.
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"rank": 8}, "orthogonal": {"rank": 16}, "paca": {"rank": 16}, "s2ft": {"rank": 16},
-    "eva": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
+    "eva": {"rank": 8}, "adalora": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
     "lokr": {"rank": 16, "factor": 4},
     "loha": {"rank": 4}, "shira": {"rank": 8}, "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
     "dreambooth+beside": {"rank": 8, "companions": 20},
