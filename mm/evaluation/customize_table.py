@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -286,8 +286,13 @@ def rows(found: dict[str, dict[str, Cell]]) -> list[str]:
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
-    means = {f.name: sum(getattr(cell, f.name) for cell in cells) / len(cells) for f in fields(Cell)}
-    return Cell(**means | {"bytes": int(means["bytes"])})
+    def mean(name: str) -> float:
+        return sum(getattr(cell, name) for cell in cells) / len(cells)
+
+    return Cell(
+        fidelity=mean("fidelity"), beside=mean("beside"), companion=mean("companion"), drift=mean("drift"),
+        bytes=int(mean("bytes")), seconds=mean("seconds"),
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class _Adapters(PeftAdapters):
                 start = torch.randn(value.shape, generator=layer_seed(f"{path} {half}", job.seed))
                 value.data.copy_(orthonormal(start))
         self.model = nn.ModuleDict({name: self.roots[name] for name in self.components})
-        config = self.roots[self.components[0]].__dict__["peft_config"][ADAPTER]
+        config = vars(self.roots[self.components[0]])["peft_config"][ADAPTER]
         self.allocator = RankAllocator(self.model, config, ADAPTER)
 
     @torch.no_grad()
