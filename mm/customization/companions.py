@@ -150,7 +150,7 @@ def renamed(caption: str, name: str, noun: str, other: str) -> str:
 def subject_box(objective: Objective, example: Example, name: str, noun: str) -> Box:
     """Where the subject is: the mask's box, or where the base is wrong about the picture."""
     if example.mask is not None:
-        found = example.mask.convert("L").point(lambda value: 255 if value > 127 else 0).getbbox()
+        found = example.mask.convert("L").point([0] * 128 + [255] * 128).getbbox()
         if found is not None:
             width, height = example.mask.size
             left, top, right, bottom = found

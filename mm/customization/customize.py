@@ -113,7 +113,7 @@ def customize(
         noun=noun,
         kind=kind,
         settings=chosen,
-        seed=config.seed,
+        seed=config.seed, steps=config.steps,
     )  # fmt: skip
     base = base_hash(objective.modules()[objective.parts[0]])
     wanted = _freeze(pipe)

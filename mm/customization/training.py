@@ -164,6 +164,7 @@ class Training:
         self.progress.preserved.append(self._preserve(step) if held else (self.progress.preserved or [0.0])[-1])
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimizer.step()
+        self.learner.after_step(self.progress.step)
         self.progress.step += 1
 
     def loss(self, step: Step) -> Tensor:
@@ -289,6 +290,7 @@ class Training:
             tensors[f"best|{name}"] = self.best[name]
             for key, tensor in self.optimizer.state.get(value, {}).items():
                 tensors[f"optimizer.{key}|{name}"] = tensor
+        tensors |= {f"kept|{name}": tensor for name, tensor in self.learner.kept().items()}
         meta = {"progress": json.dumps(asdict(self.progress)), "identity": self.identity}
         ready = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         write_bytes(self.state_file, save(ready, metadata=meta))
@@ -315,3 +317,5 @@ class Training:
                     self.optimizer.state[value] = {
                         key: tensor if key == "step" else tensor.to(value.device) for key, tensor in found.items()
                     }
+        kept = {key.partition("|")[2]: tensor for key, tensor in read.tensors.items() if key.startswith("kept|")}
+        self.learner.restore(kept)

@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ COMPANIONS: tuple[str, ...] = ("tree", "fish", "key", "dog")
 # Settings by which a method stores about as many values as LoRA of rank 8. What follows a + names a variant.
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"rank": 8}, "orthogonal": {"rank": 16}, "paca": {"rank": 16}, "s2ft": {"rank": 16},
-    "eva": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
+    "eva": {"rank": 8}, "adalora": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
     "lokr": {"rank": 16, "factor": 4},
     "loha": {"rank": 4}, "shira": {"rank": 8}, "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
     "dreambooth+beside": {"rank": 8, "companions": 20},
@@ -286,8 +286,13 @@ def rows(found: dict[str, dict[str, Cell]]) -> list[str]:
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
-    means = {f.name: sum(getattr(cell, f.name) for cell in cells) / len(cells) for f in fields(Cell)}
-    return Cell(**means | {"bytes": int(means["bytes"])})
+    def mean(name: str) -> float:
+        return sum(getattr(cell, name) for cell in cells) / len(cells)
+
+    return Cell(
+        fidelity=mean("fidelity"), beside=mean("beside"), companion=mean("companion"), drift=mean("drift"),
+        bytes=int(mean("bytes")), seconds=mean("seconds"),
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ ROWS = ("textual-inversion", "detex")
 KINDS: dict[str, set[str]] = {
     "dreambooth": {"lowrank"}, "class-diffusion": {"lowrank", "rows"}, "custom-diffusion": {"dense", "rows"},
     "textual-inversion": {"rows"}, "detex": {"rows"}, "orthogonal": {"lowrank"}, "lora": {"lowrank"}, "dora": {"dense"},
-    "paca": {"lowrank"}, "s2ft": {"lowrank"}, "eva": {"lowrank"},
+    "paca": {"lowrank"}, "s2ft": {"lowrank"}, "eva": {"lowrank"}, "adalora": {"lowrank"},
     "oft": {"dense"}, "lokr": {"dense"}, "loha": {"dense"}, "shira": {"dense"},
 }  # fmt: skip
 
@@ -74,6 +74,30 @@ def test_a_method(method: str, tmp_path: Path) -> None:
     learned.undo(pipe)
     assert all(torch.equal(before[key], tensor) for key, tensor in _state(pipe).items())
     assert len(pipe.tokenizer) == words
+
+
+def test_adalora_takes_directions_away_and_resumes(tmp_path: Path) -> None:
+    """The average rank falls to the one asked for; a run in two parts ends in the same values."""
+    folder = subject_folder(tmp_path / "data")
+    long = FAST | {"steps": 12, "preview_every": 12, "save_every": 5, "rank": 4, "layers": "attention"}
+    whole = customize(tiny_pipeline_of("stable-diffusion"), folder, name="<mug>", method="adalora", **long)
+    ranks = [len(entry.tensors["down"]) for entry in whole.entries.values()]
+    assert sum(ranks) / len(ranks) == pytest.approx(4, abs=0.5)
+    assert len(set(ranks)) > 1 and max(ranks) <= 6
+
+    def stop(share: float, text: str) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    place = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        customize(tiny_pipeline_of("stable-diffusion"), folder, name="<mug>", method="adalora", work=place,
+                  samples=(), progress=stop, **long)  # fmt: skip
+    again = customize(
+        tiny_pipeline_of("stable-diffusion"), folder, name="<mug>", method="adalora", work=place, samples=(), **long
+    )
+    for path, entry in whole.entries.items():
+        assert torch.equal(entry.tensors["down"], again.entries[path].tensors["down"]), path
 
 
 @pytest.mark.parametrize("method", ["dora", "lokr", "loha", "oft"])

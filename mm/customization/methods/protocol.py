@@ -33,6 +33,7 @@ class Job:
         kind: subject, style, edit or slider.
         settings: of the method, defaults filled in.
         seed: of all starting values.
+        steps: of training, at most.
     """
 
     objective: Objective
@@ -42,6 +43,7 @@ class Job:
     kind: Kind
     settings: Mapping[str, Any]
     seed: int
+    steps: int = 1
 
     @property
     def needs_word(self) -> bool:
@@ -80,6 +82,16 @@ class Learner:
     def extra_loss(self) -> Tensor | None:
         """Added to a step's loss."""
         return None
+
+    def after_step(self, number: int) -> None:
+        """Called after the update of step `number`, counted from 0, while the gradients are still there."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the state of a run holds of the method beside its parameters."""
+        return {}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Takes back what `kept` gave."""
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "paca": "paca:PaCA",
     "s2ft": "s2ft:S2FT",
     "eva": "eva:Eva",
+    "adalora": "adalora:AdaLora",
     "lora": "through_peft:lora",
     "dora": "through_peft:dora",
     "oft": "through_peft:oft",

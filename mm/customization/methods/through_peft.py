@@ -139,6 +139,12 @@ def config_of(kind: str, settings: Mapping[str, Any], paths: list[str]) -> Any:
     common: dict[str, Any] = {"target_modules": paths}
     if kind in ("lora", "dora"):
         return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", **common)
+    if kind == "adalora":
+        steps = settings["steps"]
+        return peft.AdaLoraConfig(
+            target_r=rank, init_r=rank + (rank + 1) // 2, lora_alpha=rank + (rank + 1) // 2, total_step=steps,
+            tinit=steps // 10, tfinal=steps // 2, deltaT=max(1, steps // 50), **common,
+        )  # fmt: skip
     if kind == "oft":
         return peft.OFTConfig(oft_block_size=settings["block"], r=0, use_cayley_neumann=False, **common)
     if kind == "lokr":
