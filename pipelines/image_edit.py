@@ -48,9 +48,11 @@ from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, TextToImagePipeline
 from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
+from mm.world import vocabulary as v
 from mm.world.asking.counting import facts_of
 from mm.world.asking.edit_words import Seen
-from mm.world.asking.plans import run
+from mm.world.asking.plans import is_absent, run
+from mm.world.asking.query import Thing
 
 _MOST_WORDS = 48  # of a description
 
@@ -155,7 +157,10 @@ class ImageEditPipeline(TextToImagePipeline):
         pictures = pictures * len(prompts) if len(pictures) == 1 and not isinstance(image, (list, tuple)) else pictures
         if len(pictures) != len(prompts):
             raise UserError(f"{len(pictures)} pictures and {len(prompts)} instructions; give as many")
-        prompts = check_instructions(prompts, self.text_tokenizer, lambda at: self._seen(pictures[at]), strict=strict)
+        prompts = check_instructions(
+            prompts, self.text_tokenizer, lambda at: self._seen(pictures[at]),
+            lambda at, name: self._is_absent(pictures[at], name), strict=strict,
+        )  # fmt: skip
         if len(negatives) not in (1, len(prompts)):
             raise UserError(
                 f"{len(negatives)} negative prompts for {len(prompts)} instructions; give one, or one for each"
@@ -219,11 +224,23 @@ class ImageEditPipeline(TextToImagePipeline):
 
     def _seen(self, picture: Any) -> Seen:
         """What a source shows by the model's own description, for instructions that speak of "it"."""
-        source = to_tensor([open_picture(picture)], self.side).to(self._execution_device)
-        tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
-        tokens = self.understanding_connector(tokens.to(self.understanding_connector.dtype))
+        tokens = self._read(picture)
         (facts,) = run([facts_of()], lambda _, questions: self._ask_about(tokens, questions, _MOST_WORDS))
         return Seen(groups=facts.groups)
+
+    def _is_absent(self, picture: Any, name: str) -> bool:
+        """Whether the model sees no thing of a name in a source."""
+        if name not in v.OBJECTS:
+            return False
+        tokens = self._read(picture)
+        (absent,) = run([is_absent(Thing(name=name))], lambda _, asked: self._ask_about(tokens, asked, _MOST_WORDS))
+        return bool(absent)
+
+    def _read(self, picture: Any) -> torch.Tensor:
+        """The understanding tokens (1, S, D) of a source."""
+        source = to_tensor([open_picture(picture)], self.side).to(self._execution_device)
+        tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
+        return self.understanding_connector(tokens.to(self.understanding_connector.dtype))
 
     def _ask_about(self, tokens: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's own answers to questions about one picture, by its understanding tokens (1, S, D)."""

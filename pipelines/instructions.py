@@ -22,6 +22,7 @@ def check_instructions(
     instructions: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
     seen: Callable[[int], Seen],
+    absent: Callable[[int, str], bool],
     *,
     strict: bool | None = None,
 ) -> list[str]:
@@ -31,6 +32,7 @@ def check_instructions(
         instructions: In any wording.
         tokenizer: Of the model; words that were added to it are known.
         seen: What the picture of an instruction shows; asked for those with "it" only.
+        absent: Whether the model sees no thing of a name in the picture of an instruction.
         strict: True refuses an instruction with anything that is not understood, None one that cannot be carried out
             as a whole, and False none.
 
@@ -50,6 +52,8 @@ def check_instructions(
             read = read_instruction(text, names, seen(at))
         _refuse(text, read, strict)
         warned |= dict.fromkeys((*read.corrections, *read.problems))
+        if read.target is not None and not read.open and absent(at, read.target):
+            warned[f"the model sees no {read.target} in the picture, so the instruction may change nothing"] = None
         out.append(read.words)
     for line in warned:
         warnings.warn(line, stacklevel=_CALLER)

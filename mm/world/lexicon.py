@@ -23,16 +23,14 @@ from mm.world.lexicon_requests import in_one_spelling, with_plain_pages, without
 from mm.world.lexicon_scene import SIDES, ordered, problems_of
 from mm.world.lexicon_tables import Phrase, Tables, Task, real_words, tables
 from mm.world.lexicon_typos import nearest
+from mm.world.lexicon_why import LIST, PLACES_IN_PICTURE, why_not
 from mm.world.words import WORDS, split
 
-LIST = "`mm words` lists what it knows"
 NOTHING_LEFT = "nothing that the model knows is left; the words are passed on as they are"
-_PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
 _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
 _ANYTHING = ("a", "picture")  # of a prompt that only says what is absent
-PLACES_IN_PICTURE = frozenset("middle center centre corner corners edge foreground central centered centred".split())
 HELD_OUT = frozenset(v.HELD_OUT_OBJECTS) | {v.PLURALS[name] for name in v.HELD_OUT_OBJECTS}
 _VOCABULARY = frozenset(WORDS)
 
@@ -273,7 +271,7 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
 def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
     """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
     if table.lacks(word) or word in PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
-        why = _why(word, before, table)
+        why = why_not(word, before, table)
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
     else:
@@ -323,31 +321,3 @@ def _corrected(word: str, table: Tables, found: Reading) -> str | None:
 def _root(word: str, table: Tables) -> str:
     word = table.synonyms.get(word, word)
     return table.nouns.get(word, word)
-
-
-def _why(word: str, before: str, table: Tables) -> str:
-    """Why a word of the tables cannot be shown."""
-    known = f"the model does not know the word {word!r}"
-    if (word,) in table.negation:  # in instructions: a prompt's are left out before
-        return f"{known}: an instruction says what changes, and what is negated may be changed as well"
-    if (word,) in table.many or word.isdigit():
-        return f"{known}: a picture holds at most four things of a kind"
-    if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
-        return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
-    if word in PLACES_IN_PICTURE:
-        return f"{known}: {SIDES}"
-    if word in table.colours:
-        near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)
-        return f"{known}, a colour that it lacks; nearest: {near}"
-    if word in table.near:
-        hints = ", ".join(table.near[word])
-        return f"{known}; nearest: {hints}" if hints else f"{known}: there are no people in its pictures"
-    if table.kinds.get(word) == "style":
-        return f"{known} (style); styles: {', '.join(v.STYLES)}"
-    if word in table.kinds:
-        return f"{known} ({table.kinds[word]}) and ignores it"
-    if word in table.places:
-        return f"{known}; nearest background: {', '.join(table.places[word])}"
-    if (word,) in table.bindings:
-        return f"{known}: things stand beside, above or below each other, and nothing else is between them"
-    return f"{known} and ignores it; {LIST}"

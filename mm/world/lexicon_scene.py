@@ -8,6 +8,7 @@ from itertools import pairwise
 from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.demand import demand_of, in_order
+from mm.world.demand_symbols import NUMBERS
 from mm.world.demand_symbols import nouns as all_nouns
 from mm.world.lexicon_phrases import backgrounds
 from mm.world.words import split
@@ -18,7 +19,6 @@ UNREAD = (
     'grass, watercolor style"'
 )
 MAX_KINDS = 3  # groups of things in a scene
-_NUMBERS = {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
 _ARTICLES = ("a", "an", "the")
 
 
@@ -72,12 +72,10 @@ def _total(words: list[str], nouns: Mapping[str, str]) -> int:
     """How many things are named. Two nouns in a row are one thing."""
     total, number = 0, 1
     for word, after in zip(words, [*words[1:], ""], strict=False):
-        if word in _NUMBERS:
-            number = _NUMBERS[word]
+        if NUMBERS.get(word):
+            number = NUMBERS[word]
         elif word in nouns and after not in nouns:
             total, number = total + number, 1
-        elif word == "pair":
-            number = 2
     return total
 
 

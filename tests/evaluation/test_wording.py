@@ -37,7 +37,7 @@ def test_most_prompts_are_read() -> None:
     shares = reading_shares(load_prompts(OTHER_WORDS))["all"]
     assert shares["n"] == 200 and shares["read"] >= 190 and shares["silent"] >= 170
     tuned = reading_shares(load_prompts(OTHER_WORDS_TUNE))["all"]
-    assert tuned["silent"] >= 0.98 * tuned["n"]
+    assert tuned["read"] >= 0.98 * tuned["n"] and tuned["silent"] >= 0.9 * tuned["n"]
 
 
 def test_a_meaning_that_does_not_arrive_is_not_counted() -> None:

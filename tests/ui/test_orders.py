@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -57,23 +58,28 @@ def test_pictures_are_those_of_the_engine_and_carry_their_settings(orders: Order
 def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(
     orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second picture waits in its first step for the cancel."""
-    token, steps = CancelToken(), []
+    """The second picture waits in its first step until the cancel is reported."""
+    token, stopping, steps = CancelToken(), threading.Event(), []
     real = calls.draw
 
     def held(*arguments, on_step, **options):
         def step(number, latents):
             on_step(number, latents)
             steps.append(number)
-            assert len(steps) <= 4 or token._event.wait(300)
+            assert len(steps) <= 4 or stopping.wait(300)
 
         return real(*arguments, on_step=step, **options)
 
     monkeypatch.setattr(calls, "draw", held)
+    states = []
     for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=4), token):
+        states.append(now.state)
         if len(now.kept) == 1:
             token.cancel()
+        if now.state == "stopping":
+            stopping.set()
     assert (now.state, len(now.kept)) == ("cancelled", 1)
+    assert set(states[states.index("stopping") :]) == {"stopping", "cancelled"}
     assert steps == [0, 1, 2, 3, 0]
     assert len(list(orders.folder.iterdir())) == 1
 
@@ -95,12 +101,12 @@ def test_a_waiting_order_can_be_cancelled_before_its_turn(orders: Orders) -> Non
         run = orders.run(Draw(prompt="a cat", seed=1, steps=1), token)
         assert next(run).state == "waiting"
         token.cancel()
-        assert [now.state for now in run] == ["cancelled"]
+        assert [now.state for now in run if now.state != "stopping"] == ["cancelled"]
     idle(orders)
 
 
 def test_a_small_order_waits_for_one_picture_of_a_large_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small order comes while the large one draws its second picture, and is drawn before the third."""
+    """The small order comes while the large one draws its first or second picture, and is drawn before the next."""
     prompts, lock, real = [], orders.engine._turn, calls.draw
 
     def noted(view, arguments, *rest, **options):
@@ -116,7 +122,7 @@ def test_a_small_order_waits_for_one_picture_of_a_large_one(orders: Orders, monk
         pass
     small = list(orders.run(Draw(prompt="a cat", seed=1, steps=1), CancelToken()))[-1]
     assert (small.state, list(large)[-1].state) == ("done", "done")
-    assert prompts == ["a dog", "a dog", "a cat", "a dog", "a dog"]
+    assert prompts.index("a cat") in (1, 2) and sorted(prompts) == ["a cat", *["a dog"] * 4]
 
 
 def test_too_many_orders_are_refused(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:

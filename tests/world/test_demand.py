@@ -42,7 +42,7 @@ ORDERS = {
     "a cat and a dog with snow in the background, sepia": "a cat and a dog in the snow, sepia style",
 }
 UNREAD = (
-    "a cat in a house", "a cat and a glorp", "a neon sketch of a cat", "a cat on the beach at night", "an orange and a key",
+    "a cat in a house", "a cat and a glorp", "a neon sketch of a cat", "a cat on the beach at night", "a red and a key",
     "a red blue cat", "a cat left of a dog above a star", "four cats and four dogs", "above a cat", "night",
 )  # fmt: skip
 

@@ -47,7 +47,8 @@ def test_trained_instructions_are_passed_on_as_they_are() -> None:
     rng = random.Random(2)
     for _ in range(400):
         words = sample_edit(rng).instruction
-        assert is_trained(words) and read_instruction(words) == Instruction(words=words)
+        read = read_instruction(words)
+        assert is_trained(words) and read == Instruction(words=words, target=read.target)
 
 
 @pytest.mark.parametrize(("text", "wanted"), READ.items())
@@ -67,6 +68,11 @@ def test_words_that_only_describe_are_left_out_aloud(text: str, wanted: tuple[st
 def test_what_cannot_be_carried_out_as_a_whole_is_refused(text: str, why: str) -> None:
     found = read_instruction(text)
     assert found.refused and why in "; ".join(found.problems), found.problems
+
+
+def test_the_thing_that_changes_is_named() -> None:
+    for text, target in (("remove the dogs", "dog"), ("paint the kitty red", "cat"), ("add a dog", None)):
+        assert read_instruction(text).target == target
 
 
 def test_it_is_what_the_picture_shows() -> None:

@@ -21,6 +21,7 @@ from mm.world.asking.edit_words import CANNOT, Change, Refused, Seen, change_of,
 from mm.world.asking.intents import plain_line
 from mm.world.asking.phrases import clause_of
 from mm.world.lexicon_tables import tables
+from mm.world.lexicon_why import PLACES_IN_PICTURE
 
 NOTHING_SEEN = "the model sees nothing in the picture that it knows; name the thing that is to be changed"
 CAN_CHANGE = (
@@ -38,6 +39,7 @@ class Instruction:
         corrections: Misspelled words, as notices.
         problems: A line for each word that is left out, or for why the instruction cannot be carried out.
         refused: Whether it cannot.
+        target: The thing in the picture that it changes; None for the style, the background and what is added.
         open: Whether it speaks of "it", which only the picture can tell.
     """
 
@@ -45,6 +47,7 @@ class Instruction:
     corrections: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     refused: bool = False
+    target: str | None = None
     open: bool = False
 
 
@@ -61,7 +64,8 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
     found = lexicon.read(text, "edit", own)
     said = tuple(f"{word!r} was read as {other!r}" for word, other in found.corrections)
     if is_trained(found.text) and not found.problems:
-        return Instruction(words=found.text, corrections=said)
+        change = change_of(plain_line(found.text), Seen(), learnt)
+        return Instruction(words=found.text, corrections=said, target=getattr(change, "target", None))
     line = plain_line(found.text)
     if len(steps := steps_of(line)) > 1:
         several = f"it asks for {len(steps)} changes; give one at a time: {'; '.join(map(repr, steps))}"
@@ -71,7 +75,7 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
     left_out = tuple(why for word, why in found.unknown.items() if word in unknown)
     excluded = tuple(why for word, why in found.unknown.items() if _is_excluded(word))
     if isinstance(change, Change) and not excluded:
-        return Instruction(words=change.words, corrections=said, problems=left_out)
+        return Instruction(words=change.words, corrections=said, problems=left_out, target=change.target)
     if seen is None and re.search(r"\b(?:it|them|they|this|these|those)\b", line) and not left_out:
         return Instruction(words=found.text, corrections=said, open=True)
     if seen is not None and not seen.groups:
@@ -84,7 +88,7 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
 
 
 def _is_lacking(word: str) -> bool:
-    return tables("edit").lacks(word) or word in lexicon.PLACES_IN_PICTURE
+    return tables("edit").lacks(word) or word in PLACES_IN_PICTURE
 
 
 def _is_excluded(word: str) -> bool:
