@@ -175,11 +175,12 @@ TABLES: dict[str, Callable[[Reports], str]] = {
 
 
 def write_into(page: Path, reports: Reports) -> None:
-    """Puts each table between its marks in a page; tables whose marks the page lacks are left out."""
+    """Puts each table that has rows between its marks in a page; tables whose marks the page lacks are left out."""
     text = page.read_text()
     for name, table in TABLES.items():
         start, end = MARK.format(name, "begin"), MARK.format(name, "end")
         before, found, rest = text.partition(start)
-        if found and end in rest:
-            text = f"{before}{start}\n{table(reports)}\n{end}{rest.partition(end)[2]}"
+        made = table(reports)
+        if found and end in rest and made.count("\n") > 1:
+            text = f"{before}{start}\n{made}\n{end}{rest.partition(end)[2]}"
     write_text(page, text)

@@ -19,7 +19,7 @@ from mm.erasure.attacks.protocol import asked, result, shows
 from mm.erasure.attacks.sites import Sites
 from mm.erasure.embeddings import Embeddings, distances
 from mm.erasure.gradients import outputs, predict
-from mm.erasure.measure import Measurer
+from mm.erasure.measure import Labels, Measurer
 from mm.erasure.probes import Probe
 
 Losses = Callable[[int], Tensor]  # of each prompt, at an iteration
@@ -39,7 +39,9 @@ class EmbeddingSearch:
         chosen, pipe = asked(probes, self.most), measurer.pipe
         prompts = [p.prompt for p in chosen]
         plain = measurer.labels(prompts, base=True)
-        first, last, found = [], [], []
+        first: list[float] = []
+        last: list[float] = []
+        found: list[Labels] = []
         for start in range(0, len(prompts), measurer.batch_size):  # the rows fit one call with the same prompts
             part = prompts[start : start + measurer.batch_size]
             losses_of = self.losses(pipe, patch, part)
