@@ -21,6 +21,7 @@ from torch import Tensor
 from mm.customization.objectives.protocol import Edits, FlowObjective
 from mm.models.cache import PromptCache
 from mm.world.edits import KINDS, sample_edit
+from mm.world.vocabulary import OBJECTS
 
 
 class TrunkObjective(FlowObjective):
@@ -59,6 +60,9 @@ class TrunkObjective(FlowObjective):
         with torch.no_grad():
             tokens = connector(encoder(pictures_B3SS.to(encoder.dtype))[1].to(connector.dtype))
         return self.pipe._prompt_cache(instructions, tokens, latents_BCHW)
+
+    def known_nouns(self) -> Sequence[str]:
+        return OBJECTS
 
     def kept_instructions(self, count: int) -> list[str]:
         rng = random.Random("instructions that stay")

@@ -172,7 +172,7 @@ def _options(y: Tensor, rank: int, tiles: plans.Tiles) -> dict[str, Any]:
 def _grouped(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: int) -> None:
     """The exact product."""
     (rows, wide), outputs, by_group = operands[0].shape, y.shape[1], operands[1].shape[1] > 1
-    tiles = plans.few(rows, outputs, wide) if rows <= plans.FEW else plans.grouped(rows)
+    tiles = plans.few(rows, outputs, wide) if rows <= plans.FEW else plans.grouped()
     options, sizes = _options(y, rank, tiles), (rows, outputs, wide // GROUP, rank)
     grid = (plans.blocks(outputs, tiles.columns), plans.blocks(rows, tiles.rows))
     if rows > plans.FEW:
@@ -194,7 +194,7 @@ def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: i
     values, scales, packed, weight_scales = operands
     (rows, wide), outputs = values.shape, y.shape[1]
     weight, channel_scales = fold(packed, weight_scales)
-    tiles = plans.folded(outputs, wide, _capability(y), y.element_size())
+    tiles = plans.folded(rows, outputs, wide, _capability(y), y.element_size())
     count = plans.blocks(rows, tiles.rows) * plans.blocks(outputs, tiles.columns)
     taken = (values, scales, weight, channel_scales, *ends, y, rows, outputs, wide // GROUP, rank)
     _launch(folded, (count,), taken, BLOCK_K=tiles.depth, BAND=8, **_options(y, rank, tiles))

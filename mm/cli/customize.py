@@ -42,6 +42,9 @@ def customize(
     rate: Annotated[float | None, typer.Option(min=1e-8, help="Learning rate of layers.")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Side of the training pictures in pixels.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
+    companions: Annotated[
+        int | None, typer.Option(min=0, help="Pictures beside something known, made of yours and the model's.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of starting values, order and noise.")] = 0,
     sample: Annotated[list[str] | None, typer.Option(help="A prompt that is drawn at each preview.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of state and previews; default: OUT.work.")] = None,
@@ -67,7 +70,8 @@ def customize(
     check_call(kind, folder, name, prompts, regularization)
     import mm
 
-    given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size}
+    given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
+             "companions": companions}  # fmt: skip
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     place = work or out.with_name(f"{out.name}.work")
     engine = mm.load(model, bits=bits)

@@ -1,4 +1,4 @@
-"""`mm provenance`: what a picture says of where it comes from."""
+"""`mm provenance`: what a picture says of where it comes from, and copies of a model whose pictures say it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Example: mm provenance out/00000.png")
 def provenance(
-    picture: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
+    picture: Annotated[Path | None, typer.Argument(help="A PNG, JPEG or WebP file.")] = None,
     fingerprint: Annotated[
         Path | None, typer.Option(help="A fingerprint's file; default: the one of the embedded model, if it has one.")
     ] = None,
+    stamp: Annotated[
+        str | None, typer.Option(help="Instead: write a copy of the model whose pictures carry this number.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Of --stamp: an embedded model or a folder.")] = "mm-tiny",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Of --stamp: a new folder for the copy.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write what was found here.")] = None,
 ) -> None:
     """Reads a picture's settings, the fingerprint in its pixels, and its content credentials."""
+    from mm.core.errors import UserError
+
+    if (picture is None) == (stamp is None):
+        raise UserError("give a picture to read, or --stamp NUMBER and -o FOLDER to make a model that marks its own")
+    if (stamp is None) != (out is None):
+        raise UserError("--stamp NUMBER and -o FOLDER belong together; give both, or neither")
+    if picture is None:
+        assert stamp is not None and out is not None
+        _stamp(stamp, fingerprint, model, out)
+        return
     from dataclasses import asdict
 
     from mm.core.files import write_json
@@ -32,3 +47,26 @@ def provenance(
         print(line)
     if json_file is not None:
         write_json(json_file, asdict(found))
+
+
+def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
+    """Writes the copy of `--stamp`."""
+    from mm.core.errors import UserError
+    from mm.provenance.fingerprint import Fingerprint
+    from mm.provenance.report import embedded_fingerprint
+    from mm.provenance.stamping import number_of, stamped_copy
+
+    number = number_of(text)
+    known = Fingerprint.load(file) if file is not None else embedded_fingerprint(model)
+    if known is None:
+        raise UserError(
+            f"{model} comes without a fingerprint; make one (mm train mm-tiny --stage fingerprint --init-from "
+            "weights/mm-tiny) and give its file with --fingerprint"
+        )
+    known.bits_of(number)
+    if out.exists():
+        raise UserError(f"{out} exists; give a new folder")
+    import mm
+
+    stamped_copy(mm.load(model).pipeline, known, number, out)
+    print(f"{out}: a copy of {model} whose pictures carry {number:#0{2 + known.config.bits // 4}x}")

@@ -48,15 +48,17 @@ class Batches:
         dropout: share of pictures without their caption, among those that the noise leaves visible.
         guarded: number of guarded prompts; their numbers follow those of the preserved ones.
         guard_batch: of them a step.
+        own: how many of the examples, from the first, are the user's, which previews score. None: all.
     """
 
     def __init__(
         self, objective: Objective, examples: Sequence[Example], *, batch_size: int, seed: int, prompts: int,
         preserve_batch: int,
-        dropout: float = 0.0, guarded: int = 0, guard_batch: int = 0,
+        dropout: float = 0.0, guarded: int = 0, guard_batch: int = 0, own: int | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.seed, self.batch_size = objective, seed, batch_size
         self.prompts, self.preserve_batch, self.dropout = prompts, preserve_batch, dropout
+        self.own = len(examples) if own is None else own
         self.guarded, self.guard_batch = guarded, min(guard_batch, guarded)
         self.order = [i for i, example in enumerate(examples) for _ in range(example.repeats)]
         self.latents, self.masks = encode(objective, examples)

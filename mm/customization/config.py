@@ -32,6 +32,8 @@ class TrainingConfig:
         patience: previews without a better score after which the run stops.
         save_every: steps between two saves of the state.
         slider_pictures: that the base draws for a slider without a folder.
+        companions: pictures of the subject beside something known, made of the user's and of what the base draws
+            (`mm.customization.companions`); 0 for none.
         size: side of the training pictures in pixels; None takes the family's.
     """
 
@@ -54,6 +56,7 @@ class TrainingConfig:
     patience: int = 4
     save_every: int = 25
     slider_pictures: int = 16
+    companions: int = 0
     size: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class TrainingConfig:
         for name in ("learning_rate", "row_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("preserve", "weight_decay", "warmup", "guard_weight", "regularize"):
+        for name in ("preserve", "weight_decay", "warmup", "guard_weight", "regularize", "companions"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.caption_dropout < 1:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mm.adapters.tokens import own_row
 from mm.core.errors import UserError, shown
 from mm.customization.batches import Batches
+from mm.customization.companions import balanced, companions
 from mm.customization.config import TrainingConfig
 from mm.customization.data import KINDS, Example, Kind, fingerprint, read_folder, read_regularization
 from mm.customization.estimate import Estimate, estimate
@@ -101,9 +102,19 @@ def customize(
         check_name(name, objective)
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
     kept = _preserved(objective, examples, name, noun, kind, preserved)
+    beside = companions(
+        objective, examples, name=name, noun=noun, seed=config.seed, steps=sample_steps, progress=progress,
+        count=config.companions if kind == "subject" else 0,
+    )  # fmt: skip
     job = Job(
-        objective=objective, examples=examples, name=name, noun=noun, kind=kind, settings=chosen, seed=config.seed
-    )
+        objective=objective,
+        examples=balanced(examples, beside),
+        name=name,
+        noun=noun,
+        kind=kind,
+        settings=chosen,
+        seed=config.seed,
+    )  # fmt: skip
     base = base_hash(objective.modules()[objective.parts[0]])
     wanted = _freeze(pipe)
     learner: Learner | None = None
@@ -113,7 +124,8 @@ def customize(
         guarded = guarded_prompts(guard)
         class_pictures = None if regularization is None else read_regularization(regularization, noun=noun)
         batches = Batches(
-            objective, examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
+            objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
+            own=len(examples),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
         )  # fmt: skip
@@ -316,7 +328,8 @@ def _learned(
     family = family_of(pipe)
     best = progress.scores[progress.best]
     report = {
-        "steps": progress.step, "pictures": len(job.examples), "stopped_early": progress.stopped,
+        "steps": progress.step, "pictures": training.batches.own,
+        "companions": len(job.examples) - training.batches.own, "stopped_early": progress.stopped,
         "best_step": best[0], "score": round(best[1], 6), "error": round(best[2], 6), "drift": round(best[3], 6),
         "last_drift": round(progress.scores[-1][3], 6),
         "loss": [round(x, 5) for x in progress.losses[:: max(1, len(progress.losses) // 50)]],

@@ -24,7 +24,8 @@ from mm.core.errors import UserError
 from mm.core.files import read_regular, write_bytes
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
-READABLE = ("dora", "loha", "lokr")  # peft's own tensors that `mm.read_lora` reads
+READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
+OFT_SETTINGS = {"peft_type": "OFT", "use_cayley_neumann": False}  # as `methods.through_peft` trains it
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
 _MOST = 8 << 30
 ARCHITECTURES = {  # of ModelSpec, by family
@@ -122,6 +123,10 @@ class Learned(Patch):
                 for part, paths in parts.items()
                 for key, value in {"r": rank, "lora_alpha": rank, "target_modules": sorted(paths)}.items()
             }
+            meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
+        if self.native and self.method == "oft":
+            parts_of = dict.fromkeys(path.partition(".")[0] for path in self.entries)
+            config = {f"{part}.{key}": value for part in parts_of for key, value in OFT_SETTINGS.items()}
             meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
         return meta
 

@@ -256,7 +256,7 @@ class Training:
 
     def _held(self) -> tuple[Tensor, Tensor]:
         """Error on the pictures, and predictions for unrelated prompts, both at held noise."""
-        examples = range(len(self.batches.latents))
+        examples = range(self.batches.own)
         generator = torch.Generator().manual_seed(self.config.seed + 17)
         chosen = [examples[i % len(examples)] for i in range(max(_SCORED, len(examples)))]
         noise = torch.randn(len(chosen), *self.batches.latents.shape[1:], generator=generator)

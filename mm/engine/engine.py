@@ -287,7 +287,8 @@ class Engine:
         pipe, pictures, line = self._pipeline_for("converse"), 0, ""
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         steps = self.capabilities.steps_of(request)
-        options = {} if steps is None else {"steps": steps}
+        options: dict[str, Any] = {} if steps is None else {"steps": steps}
+        options |= {} if request.strict is None else {"strict": request.strict}
         with self._computing(cancel, notices):
             events = pipe.turn(request.conversation, request.words, request.image, seed=seed, **options)
             for event in events:

@@ -16,8 +16,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,6 +43,7 @@ PARENTS: dict[str, tuple[str, str]] = {
     "starfrog": ("star", "frog"),
 }  # fmt: skip
 GROUNDS: tuple[str, ...] = ("grass", "beach", "snow", "sky", "night")
+_SECONDS = 5.0  # between two times that finished cells are collected
 _CENTRES = 3  # at which an object is searched for beside another
 COMPANIONS: tuple[str, ...] = ("tree", "fish", "key", "dog")
 # Settings by which a method stores about as many values as LoRA of rank 8. What follows a + names a variant.
@@ -50,7 +51,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"rank": 8}, "orthogonal": {"rank": 16}, "paca": {"rank": 16}, "s2ft": {"rank": 16},
     "eva": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
     "lokr": {"rank": 16, "factor": 4},
-    "loha": {"rank": 4}, "shira": {"rank": 8},
+    "loha": {"rank": 4}, "shira": {"rank": 8}, "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
+    "dreambooth+beside": {"rank": 8, "companions": 20},
+    "dreambooth+beside+long": {"rank": 8, "companions": 20, "steps": 600, "preview_every": 200},
 }  # fmt: skip
 
 
@@ -196,11 +199,16 @@ class Plan:
         return self.work / f"{name}-{method}-{self.steps}-{self.limit}.json"
 
 
-def fill(plan: Plan, cells: Sequence[tuple[str, str]]) -> None:
-    """Measures cells (method, object) that are not there yet, until the time is up."""
+def fill(plan: Plan, cells: Sequence[tuple[str, str]]) -> list[str]:
+    """Measures cells (method, object) that are not there yet, until the time is up.
+
+    Returns:
+        What went wrong, a line a cell; the others are measured all the same.
+    """
     import mm
 
     pipe, judge = None, Judge.from_pretrained()
+    failures = []
     for method, name in cells:
         file = plan.file(method, name)
         if file.is_file() or (plan.until is not None and time.time() > plan.until):
@@ -210,14 +218,21 @@ def fill(plan: Plan, cells: Sequence[tuple[str, str]]) -> None:
             pipe.set_progress_bar_config(disable=True)
         place = plan.work / f"cell-{method}-{name}"  # processes share nothing
         place.mkdir(exist_ok=True)
-        made = measure(pipe, judge, method, name, place, steps=plan.steps, limit=plan.limit)
+        try:
+            made = measure(pipe, judge, method, name, place, steps=plan.steps, limit=plan.limit)
+        except Exception as error:
+            failures.append(f"{method} {name}: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+            continue
         write_json(file, vars(made))
         print(method, name, made, flush=True)
+    return failures
 
 
 def table(
-    plan: Plan, methods: Sequence[str], objects: Sequence[str], *, processes: int = 1
-) -> dict[str, dict[str, Cell]]:  # fmt: skip
+    plan: Plan, methods: Sequence[str], objects: Sequence[str], *, processes: int = 1,
+    on_cells: Callable[[dict[str, dict[str, Cell]]], None] = lambda found: None,
+) -> tuple[dict[str, dict[str, Cell]], list[str]]:  # fmt: skip
     """All cells by method and object, as far as the time allows; those that lie in the folder are not measured again.
 
     Args:
@@ -225,15 +240,26 @@ def table(
         methods: of `METHODS`.
         objects: of `PARENTS`.
         processes: that share the cells; each has a model of its own.
+        on_cells: called with the cells so far, every few seconds.
+
+    Returns:
+        The cells, and what went wrong, a line a cell.
     """
     cells = [(method, name) for name in objects for method in methods]
     if processes == 1:
-        fill(plan, cells)
+        failures = fill(plan, cells)
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_few_threads) as pool:
             parts = [pool.submit(fill, plan, cells[k::processes]) for k in range(processes)]
-            for part in parts:
-                part.result()
+            while wait(parts, timeout=_SECONDS).not_done:
+                on_cells(_found(plan, cells))
+            failures = [line for part in parts for line in part.result()]
+    found = _found(plan, cells)
+    on_cells(found)
+    return found, failures
+
+
+def _found(plan: Plan, cells: Sequence[tuple[str, str]]) -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for method, name in cells:
         if plan.file(method, name).is_file():
@@ -278,13 +304,17 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     until = None if given.seconds is None else time.time() + given.seconds
-    found = table(
+
+    def keep(found: dict[str, dict[str, Cell]]) -> None:
+        if given.json is not None:
+            write_json(given.json, {m: {o: vars(cell) for o, cell in cells.items()} for m, cells in found.items()})
+
+    found, failures = table(
         Plan(work=given.work, steps=given.steps, limit=given.limit, until=until), given.method or list(METHODS),
-        given.object or list(PARENTS), processes=given.processes,
+        given.object or list(PARENTS), processes=given.processes, on_cells=keep,
     )  # fmt: skip
-    if given.json is not None:
-        write_json(given.json, {m: {o: vars(cell) for o, cell in cells.items()} for m, cells in found.items()})
-    print("\n".join(rows(found)))
+    print("\n".join([*rows(found), *failures]))
+    raise SystemExit(1 if failures else 0)
 
 
 if __name__ == "__main__":

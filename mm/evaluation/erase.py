@@ -58,7 +58,8 @@ class EraseConfig:
     options: of `mm.erase`. split: prompts for tuning or for reporting. each: prompts of each role (twice as many of
     retained concepts). composition: prompts a task, 0 for none. quantize: names of `mm.evaluation.quantizers`. attacks:
     names of `mm.evaluation.erase_attacks`. attacked: prompts an attack, None for each attack's own number. patch_bits:
-    widths of the patch's own tensors. steps, mode: of the pictures.
+    widths of the patch's own tensors. baked: measure quantized models also with the patch baked in before.
+    steps, mode: of the pictures.
     """
 
     targets: tuple[str, ...] = (*OBJECTS, *STYLES)
@@ -72,6 +73,7 @@ class EraseConfig:
     attacks: tuple[str, ...] = ()
     attacked: int | None = None
     patch_bits: tuple[int, ...] = ()
+    baked: bool = True
     mode: str = "flow"
     steps: int | None = None
     seed: int = 0
@@ -179,7 +181,7 @@ def _measure(
     return certify(
         measurer, patch, probes, attacks=[world_attack(name, config.attacked) for name in config.attacks],
         quantization={name: quantizer(name) for name in config.quantize}, composition=verdicts,
-        patch_bits=config.patch_bits, pictures=shown,
+        patch_bits=config.patch_bits, baked=config.baked, pictures=shown,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ QUICK = (
 )  # fmt: skip
 SEARCHES = ("prompt-search", "genetic")
 TRAINED = ("relearn-5", "relearn-20", "user-lora", "benign-500")
+PARTS = (("quick", QUICK, 12, 30.0), ("trained", TRAINED, 16, 30.0), ("searches", SEARCHES, 6, 30.0))
 ATTACKED = ("wolf", "car", "apple", "neon", "owl", "guitar", "watercolor", "cat")  # by every attack
 COMPARED = ("wolf", "car", "neon")  # by every method
 FIVE = ("wolf", "fox", "owl", "car", "tree")
@@ -77,33 +78,35 @@ def _cells(n: Callable[[int], int], seed: int) -> Iterator[Cell]:
         config = EraseConfig(targets=targets, each=n(each), seed=seed, batch_size=BATCH, **more)
         return Cell(name=name, config=config, seconds=seconds)
 
+    def attacked(method: str) -> Iterator[Cell]:
+        for part, attacks, most, seconds in PARTS:
+            for concept in ATTACKED:
+                name = f"attacks/{method}/{concept}/{part}"
+                yield cell(name, seconds, concept, each=most, method=method, attacks=attacks, attacked=n(most))
+
     every = (*OBJECTS, *STYLES)
-    for method in (PRESET, FAST):
-        for concept in ATTACKED:
-            for part, attacks, most, seconds in (
-                ("quick", QUICK, 12, 40), ("trained", TRAINED, 16, 40), ("searches", SEARCHES, 6, 30)
-            ):  # fmt: skip
-                yield cell(
-                    f"attacks/{method}/{concept}/{part}", seconds, concept, each=most, method=method, attacks=attacks,
-                    attacked=n(most),
-                )  # fmt: skip
+    # quantizing takes longest and must begin first
+    for q in QUANTIZED[:4]:
+        yield cell(f"quantized/{q}", 100, *FIVE, each=100, how="together", quantize=(q,), baked=False)
+    yield from attacked(PRESET)
     for concept in every:
         for method in (FAST, PRESET):
-            yield cell(f"alone/{method}/{concept}", 15, concept, each=36, method=method, composition=n(16))
-    yield cell("together", 30, *TWENTY, each=120, how="together", composition=n(48))
-    for q in QUANTIZED:
-        yield cell(f"quantized/{q}", 45, *FIVE, each=100, how="together", quantize=(q,))
-    yield cell("quantized/patch", 15, *FIVE, each=100, how="together", patch_bits=(8, 4))
-    yield cell("stacked", 40, *OBJECTS, each=12, how="stacked")
+            yield cell(f"alone/{method}/{concept}", 10, concept, each=36, method=method, composition=n(16))
+    yield cell("together", 25, *TWENTY, each=120, how="together", composition=n(48))
+    yield cell("stacked", 30, *OBJECTS, each=12, how="stacked")
+    for q in QUANTIZED[4:]:
+        yield cell(f"quantized/{q}", 20, *FIVE, each=100, how="together", quantize=(q,))
+    yield cell("quantized/patch", 10, *FIVE, each=100, how="together", patch_bits=(8, 4))
     for concept in every:
-        yield cell(f"codes/{concept}", 25, concept, each=36, mode="codes")
+        yield cell(f"codes/{concept}", 20, concept, each=36, mode="codes")
+    yield from attacked(FAST)
     for name in LEARNED:
-        yield Cell(name=f"never/{name}", config=None, seconds=15)
+        yield Cell(name=f"never/{name}", config=None, seconds=10)
     for concept in COMPARED:
         for method in METHODS:
             yield cell(
-                f"methods/{method}/{concept}", 40, concept, each=24, method=method, attacks=(*QUICK, *SEARCHES[:1]),
-                attacked=n(6), quantize=("int4",),
+                f"methods/{method}/{concept}", 25, concept, each=24, method=method, attacks=QUICK, attacked=n(6),
+                quantize=("int4",), baked=False,
             )  # fmt: skip
 
 
@@ -154,7 +157,7 @@ class Worker:
         self, folder: Path, model: str = "mm-tiny", seconds: float = 1e9, progress: Callable[[str], None] = print
     ) -> None:
         self.folder, self.model, self.seconds, self.progress = folder, model, seconds, progress
-        self.started, self.slower = time.monotonic(), 1.0
+        self.started, self.took, self.expected = time.monotonic(), 0.0, 0.0
         self.parts: tuple[Any, Judge] | None = None
         self.kept: dict[str, dict[str, Labels]] = {}
 
@@ -164,7 +167,8 @@ class Worker:
         made = 0
         for cell in cells:
             left = self.seconds - (time.monotonic() - self.started)
-            if self.slower * cell.seconds <= left and claimed(self.folder / cell.file):
+            slower = self.took / self.expected if self.expected else 1.0
+            if slower * cell.seconds <= left and claimed(self.folder / cell.file):
                 self.one(cell)
                 made += 1
         return made
@@ -179,7 +183,7 @@ class Worker:
         except (UserError, RuntimeError, ValueError) as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         took = time.monotonic() - started
-        self.slower = max(self.slower, took / cell.seconds) if took > 1 else self.slower
+        self.took, self.expected = self.took + took, self.expected + cell.seconds
         write_json(self.folder / cell.file, found | {"cell": cell.name, "took": round(took, 1)})
         self.progress(f"{cell.name}: {found.get('error', 'done')} ({took:.1f} s)")
 

@@ -7,6 +7,7 @@ machines are merged by naming them with `--also`.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,7 +61,9 @@ def _measure(given: argparse.Namespace, cells: Sequence[Cell], arguments: Sequen
         Worker(given.folder, given.model, given.seconds, progress).run(cells)
         return
     command = [sys.executable, "-W", "ignore", "-m", "mm.evaluation.erase_table", *arguments, "--worker"]
-    for process in [subprocess.Popen(command) for _ in range(given.processes)]:
+    threads = str(max(1, (os.cpu_count() or 1) // given.processes))
+    own = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+    for process in [subprocess.Popen(command, env=own) for _ in range(given.processes)]:
         process.wait()
 
 

@@ -1,4 +1,4 @@
-"""How drawing prompts in other words are read: the share whose meaning arrives, without drawing anything.
+"""Drawing prompts in other words: how many are read as what they say, and how their pictures score (`--wording`).
 
 Design choices
 - `other-words.jsonl` says what 200 prompts of `compose.jsonl` say, as strangers write. The two lines have one id, and
@@ -12,17 +12,38 @@ Design choices
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mm.evaluation.prompts import FOLDER, Prompt, load_prompts
+import torch
+
+from mm.core.errors import UserError
+from mm.core.files import write_json
+from mm.core.statistics import paired_change
+from mm.evaluation.compose import (
+    ComposeConfig,
+    ProgressCallback,
+    drawn_and_judged,
+    limited,
+    score,
+    true_scene,
+)
+from mm.evaluation.prompts import COMPOSE, FOLDER, Prompt, load_prompts
+from mm.evaluation.report import save_grid
 from mm.world import lexicon
 from mm.world import vocabulary as v
 from mm.world.demand import Demand, demand_of
+from mm.world.judge import Judge
+from mm.world.render import render
 from mm.world.scene import Group
-from mm.world.tasks import TASKS, Expectation
+from mm.world.tasks import TASKS, Expectation, satisfies
 from mm.world.words import split
+
+if TYPE_CHECKING:
+    from mm import TextToImagePipeline
 
 OTHER_WORDS = FOLDER / "other-words.jsonl"
 OTHER_WORDS_TUNE = FOLDER / "other-words-tune.jsonl"
@@ -67,6 +88,78 @@ def reading_shares(prompts: Sequence[Prompt]) -> dict[str, dict[str, int]]:
         mine = [arrival_of(prompt) for prompt in prompts if task in ("all", prompt.wanted.task)]
         out[task] = {"read": sum(a.read for a in mine), "silent": sum(a.silent for a in mine), "n": len(mine)}
     return out
+
+
+def plain_twins(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """For each prompt the one of `compose.jsonl` with its id, which asks for the same in the models' own words.
+
+    Raises:
+        UserError: for an id that is not there, or asks for something else.
+    """
+    plain = {prompt.id: prompt for prompt in load_prompts(COMPOSE)}
+    for prompt in prompts:
+        if prompt.id not in plain or plain[prompt.id].wanted != prompt.wanted:
+            raise UserError(
+                f"prompt {prompt.id!r} ({prompt.text!r}) does not ask for what the prompt of that id in {COMPOSE.name} "
+                "does; give it the groups, relation, background and style of that line"
+            )
+    return [plain[prompt.id] for prompt in prompts]
+
+
+def evaluate_wording(
+    pipe: TextToImagePipeline,
+    judge: Judge,
+    config: ComposeConfig,
+    *,
+    prompts: str | Path = OTHER_WORDS,
+    json_file: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    progress: ProgressCallback | None = None,
+) -> dict[str, Any]:
+    """Draws prompts in other words and their plain twins from the same seeds, and reports both.
+
+    Args:
+        pipe: Draws.
+        judge: Reads the pictures.
+        config: Of both runs.
+        prompts: A file whose ids are those of `compose.jsonl`.
+        json_file: For the report; a picture grid is written beside it.
+        settings: Of the model, for the report.
+        progress: Called with the pictures drawn and all, for each of both runs.
+
+    Returns:
+        The report of `evaluate_compose` for the other words, with "plain" (that of the twins), "change" (other words
+        less plain: mean over pictures, interval over prompts) and "reading" (`reading_shares`).
+    """
+    chosen = limited(load_prompts(prompts), config.limit)
+    twins = plain_twins(chosen)
+    with warnings.catch_warnings():  # of words that are left out, which "reading" counts
+        warnings.simplefilter("ignore")
+        asked, pictures, verdicts = drawn_and_judged(pipe, judge, config, chosen, progress)
+    as_plain = drawn_and_judged(pipe, judge, config, twins, progress)[2]
+    clusters = [at // config.pictures for at in range(len(asked))]
+    mean, low, high = paired_change([w.ok for w in as_plain], [w.ok for w in verdicts], clusters)
+    report = score(verdicts, asked) | {
+        "ceiling": ceiling_of(judge, chosen, config.seed),
+        "plain": score(as_plain, asked),
+        "change": {"score": round(mean, 4), "low": round(low, 4), "high": round(high, 4)},
+        "reading": reading_shares(chosen),
+        "settings": asdict(config) | {"prompts": str(prompts)} | (settings or {}),
+    }
+    if json_file is not None:
+        write_json(json_file, report)
+        shown = torch.linspace(0, len(asked) - 1, min(len(asked), 48)).long()
+        save_grid(
+            json_file.with_suffix(".png"), pictures[shown], [asked[i].text for i in shown],
+            [verdicts[i].ok for i in shown],
+        )  # fmt: skip
+    return report
+
+
+def ceiling_of(judge: Judge, prompts: Sequence[Prompt], seed: int) -> float:
+    """The judge's score on true renders of the prompts' scenes."""
+    readings = judge.read(render([true_scene(prompt, seed) for prompt in prompts]))
+    return score([satisfies(r, p.wanted) for r, p in zip(readings, prompts, strict=True)], prompts)["overall"]
 
 
 def main() -> None:

@@ -87,6 +87,11 @@ def demand_of(words: Sequence[str]) -> Demand | None:
     )  # fmt: skip
 
 
+def names_surroundings(words: Sequence[str]) -> bool:
+    """Whether the words name a background or a style."""
+    return any(symbol.kind in "GS" for symbol in symbols_of(words) or ())
+
+
 def in_order(words: Sequence[str]) -> list[str]:
     """The words in the order that the models were trained with; unchanged where they are, or are not read in full."""
     found = demand_of(words)

@@ -6,7 +6,7 @@ R relation, E side of the picture, P preposition, J join, O opener.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,15 +16,17 @@ from mm.world.words import split
 
 Phrase = tuple[str, ...]
 ARTICLES = ("a", "an", "the")
-_NUMBERS: dict[str, int | None] = {"a": None, "an": None, "the": None, "one": 1, "1": 1, "single": 1, "pair": 2}
-_NUMBERS |= {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
+# The number that a word before a noun says; 0 for articles.
+NUMBERS = dict.fromkeys(ARTICLES, 0) | {"one": 1, "1": 1, "single": 1, "pair": 2, "two": 2, "2": 2, "three": 3, "3": 3}
+NUMBERS |= {"four": 4, "4": 4}
+_SPOKEN = frozenset(word for word, number in NUMBERS.items() if number)
 _SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 _PLACING = ("in", "on", "at", "by", "under", "against", "among", "with", "over", "across", "of", "from")
 _JOINS = frozenset({"and", "with", ",", ";", ":", ".", "!", "?", "-", "(", ")"})
 # Words that may stand apart from the phrase of their style ("fish, tile, mosaic").
 _STYLE_WORDS = {"glowing": "neon", "lights": "neon", "sign": "neon", "painting": "watercolor", "technical": "blueprint"}
 _STYLE_WORDS |= {"old": "sepia", "pencil": "sketch", "tile": "mosaic", "retro": "pixel art", "pixel": "pixel art"}
-_WITHOUT_MEANING = frozenset({"of", "background", "style", "art"})
+_WITHOUT_MEANING = frozenset({"of", "background", "style", "art", "landscape"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +71,14 @@ def symbols_of(words: Sequence[str]) -> list[Symbol] | None:
         word = words[at]
         if thing is not None:
             out.append(Symbol(kind="N", thing=thing))
+        elif word in v.COLOURS and at and words[at - 1] in ("a", "an", *_SPOKEN):
+            return None  # "an orange and a pine": a colour is no thing
         elif word in v.COLOURS:
             out.append(Symbol(kind="C", name=word))
         elif word in ("it", "them"):
             out.append(Symbol(kind="I"))
-        elif _NUMBERS.get(word) is not None:
-            out.append(Symbol(kind="#", name=str(_NUMBERS[word])))
+        elif NUMBERS.get(word):
+            out.append(Symbol(kind="#", name=str(NUMBERS[word])))
         elif word in _STYLE_WORDS:
             out.append(Symbol(kind="H", name=_STYLE_WORDS[word]))
         elif word in _JOINS:
@@ -100,26 +104,15 @@ def nouns() -> dict[str, tuple[str, bool | None]]:
 @cache
 def _phrases() -> dict[Phrase, tuple[str, str]]:
     """Phrases with their symbol and what they name."""
-    out: dict[Phrase, tuple[str, str]] = {}
-    for style in v.STYLES:
-        forms = [style, f"{style} style", f"in {style} style", f"in {style}", f"in a {style} style"]
-        forms += ["8-bit"] if style == "pixel art" else []
-        for phrase in c.STYLE_BEFORE[style][: 1 if style == v.DEFAULT_STYLE else None]:
-            core = phrase.removeprefix("a ").removeprefix("an ").removesuffix(" of")
-            forms += [phrase, core, f"a {core}", f"an {core}", f"{core} of", f"in {core}"]
-        out |= {tuple(split(form)): ("S", style) for form in forms}
+    out = {phrase: ("S", style) for style in v.STYLES for phrase in _style_phrases(style)}
     openers = [p.removesuffix(" of") for p in c.STYLE_BEFORE[v.DEFAULT_STYLE][1:]]
-    openers += [word.split()[-1] for word in openers]
-    out |= {tuple(split(phrase + end)): ("O", "") for phrase in openers for end in ("", " of")}
-    for ground, choices in c.BACKGROUND_PHRASES.items():
-        for core in dict.fromkeys(_core(split(phrase)) for phrase in choices):
-            for placing in ((), *((word,) for word in _PLACING)):
-                out |= {(*placing, *article, *core): ("G", ground) for article in ((), ("a",), ("the",))}
-    out |= {("winter",): ("G", "snow")}
-    for name, choices in c.RELATION_PHRASES.items():
-        out |= {tuple(split(phrase)): ("R", name) for phrase in choices}
+    openers += [opener.split()[-1] for opener in openers]
+    out |= {tuple(split(opener + end)): ("O", "") for opener in openers for end in ("", " of")}
+    out |= {phrase: ("G", ground) for ground in v.BACKGROUNDS for phrase in _ground_phrases(ground)}
+    out |= dict.fromkeys((("winter",), ("snowy",)), ("G", "snow"))
+    out |= {tuple(split(p)): ("R", name) for name, choices in c.RELATION_PHRASES.items() for p in choices}
+    begins = [(*placing, *article) for placing in ((), ("on",), ("to",), ("at",)) for article in ((), ("the",))]
     for word, name in _SIDES.items():
-        begins = [(*p, *a) for p in ((), ("on",), ("to",), ("at",)) for a in ((), ("the",))]
         out |= {(*begin, word, *side): ("E", name) for begin in begins for side in ((), ("side",))}
     return out | {
         ("next", "to"): ("J", "next to"),
@@ -128,16 +121,29 @@ def _phrases() -> dict[Phrase, tuple[str, str]]:
     }
 
 
+def _style_phrases(style: str) -> Iterator[Phrase]:
+    forms = [style, f"{style} style", f"in {style} style", f"in {style}", f"in a {style} style", f"as {style}"]
+    forms += [f"in the style of {style}", f"in the style of a {style}"]
+    forms += ["8-bit"] if style == "pixel art" else []
+    for phrase in c.STYLE_BEFORE[style][: 1 if style == v.DEFAULT_STYLE else None]:
+        core = phrase.removeprefix("a ").removeprefix("an ").removesuffix(" of")
+        forms += [phrase, core, f"a {core}", f"an {core}", f"{core} of", f"in {core}"]
+    yield from (tuple(split(form)) for form in forms)
+
+
+def _ground_phrases(ground: str) -> Iterator[Phrase]:
+    """The words for a background with any preposition and article, or none."""
+    for phrase in c.BACKGROUND_PHRASES[ground]:
+        words = split(phrase)
+        while words[0] in (*_PLACING, *ARTICLES):
+            words = words[1:]
+        for placing in ((), *((word,) for word in _PLACING)):
+            yield from ((*placing, *article, *words) for article in ((), ("a",), ("the",)))
+
+
 @cache
 def _longest() -> int:
     return max(map(len, _phrases()))
-
-
-def _core(words: list[str]) -> Phrase:
-    """A background's phrase without its preposition and article."""
-    while words[0] in (*_PLACING, *ARTICLES):
-        words = words[1:]
-    return tuple(words)
 
 
 def _phrase_at(words: Sequence[str], at: int) -> tuple[tuple[str, str] | None, int]:
@@ -159,13 +165,13 @@ def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
     """The noun phrase that begins at a position, and its length."""
     start, count, article = at, None, ""
     while at < len(words) and (
-        words[at] in _NUMBERS or (words[at] == "of" and at > start and words[at - 1] not in ARTICLES)
+        words[at] in NUMBERS or (words[at] == "of" and at > start and words[at - 1] not in ARTICLES)
     ):
         if words[at] in ARTICLES:
             article = words[at]
         elif words[at] != "of" and count is None:
-            count = _NUMBERS[words[at]]
-        elif words[at] != "of":
+            count = NUMBERS[words[at]] or None
+        elif words[at] != "of" and NUMBERS[words[at]] != count:  # "one single" is one
             return None, 1
         at += 1
     colour = words[at] if at < len(words) and words[at] in v.COLOURS else None
@@ -174,7 +180,8 @@ def _thing_at(words: Sequence[str], at: int) -> tuple[Thing | None, int]:
         return None, 1
     name, plural = nouns()[words[at]]
     at += 1
-    while at < len(words) and words[at] in nouns():  # the last of several nouns is the thing, but a pine tree is a pine
+    # Behind an article, a number or a colour the last of several nouns is the thing, but a pine tree is a pine.
+    while at < len(words) and words[at] in nouns() and (at - start > 1 or (name, words[at][:4]) == ("pine", "tree")):
         last, plural = nouns()[words[at]]
         name = name if (name, last) == ("pine", "tree") else last
         at += 1

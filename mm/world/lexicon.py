@@ -16,21 +16,22 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mm.world import vocabulary as v
-from mm.world.demand import demand_of, in_order, is_trained
+from mm.world.demand import demand_of, is_trained, names_surroundings
 from mm.world.lexicon_neighbours import once, without_neighbours
 from mm.world.lexicon_phrases import BOND, COUNTS, THING, TRAIT, with_articles, without_marks
 from mm.world.lexicon_requests import in_one_spelling, with_plain_pages, without_request
-from mm.world.lexicon_scene import problems_of
+from mm.world.lexicon_scene import SIDES, ordered, problems_of
 from mm.world.lexicon_tables import Phrase, Tables, Task, real_words, tables
 from mm.world.lexicon_typos import nearest
+from mm.world.lexicon_why import LIST, PLACES_IN_PICTURE, why_not
 from mm.world.words import WORDS, split
 
-LIST = "`mm words` lists what it knows"
-_PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
+NOTHING_LEFT = "nothing that the model knows is left; the words are passed on as they are"
 _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
-_ANYTHING = "a picture"  # of a prompt that only says what is absent
+_ANYTHING = ("a", "picture")  # of a prompt that only says what is absent
+HELD_OUT = frozenset(v.HELD_OUT_OBJECTS) | {v.PLURALS[name] for name in v.HELD_OUT_OBJECTS}
 _VOCABULARY = frozenset(WORDS)
 
 
@@ -42,11 +43,15 @@ class Reading:
         text: For the model.
         corrections: Misspelled words with the words that they were read as.
         problems: A line for each thing that the model does not understand or cannot show.
+        unknown: Words that are not known, each with its line of the problems.
+        nothing: Whether a prompt names things, and the model knows none of them.
     """
 
     text: str
     corrections: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+    nothing: bool = False
 
     @property
     def notices(self) -> list[str]:
@@ -70,17 +75,26 @@ def read(text: str, task: Task = "draw", names: Iterable[str] = ()) -> Reading:
     words = _split(in_one_spelling(text) if task == "draw" else text, own)
     if not any(word[0].isalnum() or word in own or word in table.synonyms for word in words):
         foreign = any(letter.isalpha() for letter in text)
-        return Reading(text=text, problems=[_foreign(text) if foreign else f"{text.strip()[:60]!r} has no words"])
+        said = _foreign(text) if foreign else f"{text.strip()[:60]!r} has no words"
+        return Reading(text=text, problems=[said], nothing=True)
     if not _is_english(words, task, own):
-        return Reading(text=text, problems=[_foreign(text)])
+        return Reading(text=text, problems=[_foreign(text)], nothing=True)
     found = Reading(text=text)
     made = _prompt(words, table, own, found) if task == "draw" else _words(words, table, own, task, found)
     if not made:
-        found.problems.append("nothing that the model knows is left; the words are passed on as they are")
+        found.problems.append(NOTHING_LEFT)
     elif made != _split(text, own):
         found.text = re.sub(r" ([,.;:!?])", r"\1", " ".join(with_articles(made)))
     found.problems = list(dict.fromkeys(found.problems))
+    if task == "draw" and not _things(made, table, own):
+        found.nothing = bool(found.problems) or not names_surroundings(made)
+        found.problems = found.problems or [f"no thing is named, so the picture may show any; {LIST}"]
     return found
+
+
+def _things(words: list[str], table: Tables, own: frozenset[str]) -> bool:
+    """Whether words name a thing that the model may know; adapters learn those that are held out."""
+    return any(word in table.nouns or word in own or word in HELD_OUT for word in words)
 
 
 def _words(words: list[str], table: Tables, own: frozenset[str], task: Task, found: Reading) -> list[str]:
@@ -96,10 +110,13 @@ def _prompt(words: list[str], table: Tables, own: frozenset[str], found: Reading
     else:
         made = _without_absent(with_plain_pages(without_request(words)), table, found)
         if not made:
-            return _ANYTHING.split()
+            return list(_ANYTHING)
         made = _words(without_neighbours(_counted(made, table, found), table), table, own, "draw", found)
         made = without_marks(once(made), frozenset(table.nouns) | own)
-        made = in_order(made)
+        made, unread = ordered(made)
+        exempt = own | HELD_OUT
+        excused = found.problems and unread != [SIDES]
+        found.problems += [] if excused or exempt & set(made) or not _things(made, table, own) else unread
     found.problems += problems_of(made, table.nouns)
     return made
 
@@ -107,7 +124,7 @@ def _prompt(words: list[str], table: Tables, own: frozenset[str], found: Reading
 def _is_own(words: list[str]) -> bool:
     """Whether the words are a caption of the models' own grammar."""
     demand = demand_of(words)
-    return demand is not None and is_trained(words, demand)
+    return demand is not None and is_trained(words, demand) and not HELD_OUT & set(words)
 
 
 def _foreign(text: str) -> str:
@@ -253,12 +270,14 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
 
 def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
     """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
-    if table.lacks(word) or (task == "edit" and word.isdigit()):
-        found.problems.append(_why(word, before, table))
+    if table.lacks(word) or word in PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
+        why = why_not(word, before, table)
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
     else:
-        found.problems.append(f"the model does not know the word {word!r} and ignores it; {LIST}")
+        why = f"the model does not know the word {word!r} and ignores it; {LIST}"
+    found.problems.append(why)
+    found.unknown[word] = why
     mark = BOND if _stands_between(before, after, table) else _mark(word, after[:1], table)
     kept = word in _VOCABULARY and word not in table.kinds and word not in table.colours and word not in table.places
     kept = kept and (task != "draw" or mark != BOND)
@@ -302,27 +321,3 @@ def _corrected(word: str, table: Tables, found: Reading) -> str | None:
 def _root(word: str, table: Tables) -> str:
     word = table.synonyms.get(word, word)
     return table.nouns.get(word, word)
-
-
-def _why(word: str, before: str, table: Tables) -> str:
-    """Why a word of the tables cannot be shown."""
-    known = f"the model does not know the word {word!r}"
-    if (word,) in table.negation:  # in instructions: a prompt's are left out before
-        return f"{known}: an instruction says what changes, and what is negated may be changed as well"
-    if (word,) in table.many or word.isdigit():
-        return f"{known}: a picture holds at most four things of a kind"
-    if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
-        return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
-    if word in table.colours:
-        near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)
-        return f"{known}, a colour that it lacks; nearest: {near}"
-    if word in table.near:
-        hints = ", ".join(table.near[word])
-        return f"{known}; nearest: {hints}" if hints else f"{known}: there are no people in its pictures"
-    if word in table.kinds:
-        return f"{known} ({table.kinds[word]}) and ignores it"
-    if word in table.places:
-        return f"{known}; nearest background: {', '.join(table.places[word])}"
-    if (word,) in table.bindings:
-        return f"{known}: things stand beside, above or below each other, and nothing else is between them"
-    return f"{known} and ignores it; {LIST}"

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from mm.world.captions import article
 from mm.world.lexicon_tables import raw
 
+_TRAINED_MEDIA = ("picture", "image", "photo", "drawing")
 _MARKS = (",", ":", "-", ".", "!", "?", ";")
 _GROUND = r"(?:(?:blue|night|open) )?(?:sky|grass|lawn|meadow|beach|sea|ocean|snow|clouds)"
 # Spellings that are brought into another before words are split.
@@ -84,7 +86,8 @@ def without_request(words: Sequence[str]) -> list[str]:
         at += 1
     if at == len(words) or medium == shown or shown == at:
         return list(words[start:] or words)
-    return ["a", "picture", "of", *words[at:]]
+    named = words[shown - 1] if words[shown - 1] in _TRAINED_MEDIA else "picture"
+    return [article(named), named, "of", *words[at:]]
 
 
 def with_plain_pages(words: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.demand_symbols import nouns as all_nouns
 from mm.world.words import WORDS, split
 
 Task = Literal["draw", "edit", "ask", "talk"]
@@ -40,6 +41,7 @@ class Tables:
         postures: Words that are left out before one that places.
         scenery: Words that are left out before the name of a background.
         parts: Words that are left out behind a colour.
+        flavours: Words that are left out where a style is named.
         nouns: Words for objects of the world, with the object's name.
         near: Words for things that the world lacks, with the nearest things that it has.
         kinds: Words that no picture shows, with the kind: "colour", "size", "mood", ...
@@ -59,6 +61,7 @@ class Tables:
     postures: frozenset[str]
     scenery: frozenset[str]
     parts: frozenset[str]
+    flavours: frozenset[str]
     nouns: Mapping[str, str]
     near: Mapping[str, tuple[str, ...]]
     kinds: Mapping[str, str]
@@ -122,6 +125,7 @@ def tables(task: Task) -> Tables:
         postures=_fillers("postures", task),
         scenery=_fillers("scenery", task),
         parts=_fillers("parts", task),
+        flavours=_fillers("flavours", task),
         nouns=nouns,
         near={word: hints for word, hints in near.items() if word not in known},
         kinds={w: kind for kind, words in file["cannot"].items() for w in words.split() if w not in known},
@@ -156,8 +160,7 @@ def _known(task: Task) -> frozenset[str]:
 def _synonyms(task: Task) -> tuple[dict[str, str], dict[str, str]]:
     """Other words with what they stand for; and all words for objects, with the object."""
     names = v.ALL_OBJECTS if task in ("ask", "talk") else v.OBJECTS
-    nouns = {form: name for name in names for form in (name, v.PLURALS[name])}
-    nouns |= {word: name for name, pair in v.SYNONYMS.items() for word in pair}
+    nouns = {word: name for word, (name, _) in all_nouns().items() if name in names}
     found: dict[str, str] = {}
     for name in v.OBJECTS:
         found |= dict.fromkeys(plurals_of(name), v.PLURALS[name])

@@ -292,7 +292,7 @@ def test_one_layer_under_two_spellings_is_an_error(model):
 
 _BAD = {
     "no LoRA layout": {"odd.key": torch.zeros(1)},
-    r"'.*oft_blocks' is an orthogonal adapter": pair(TO_Q) | {f"{TO_K}.oft_blocks": torch.ones(2, 2)},
+    r"'.*boft_R' is an orthogonal adapter": pair(TO_Q) | {f"{TO_K}.boft_R": torch.ones(2, 2)},
     r"\(IA\)3": {f"{TO_K}.on_input": torch.ones(1), f"{TO_K}.weight": torch.ones(32)},
     "textual inversion": pair(TO_Q) | {"bundle_emb.word.string_to_param": torch.ones(4)},
     "2 adapters .a, b.": {f"{TO_Q}.lora_A.a.weight": noise(2, 32), f"{TO_Q}.lora_B.a.weight": noise(32, 2),

@@ -16,9 +16,8 @@ from mm.customization.merging.files import read_adapter
 LAYOUTS = ("diffusers", "kohya", "comfyui", "peft", "auto")
 REFUSED = {
     **{(method, "diffusers"): "an entry of kind 'dense'" for method in ("dora", "loha", "lokr", "oft")},
-    ("oft", "peft"): "an orthogonal adapter \\(OFT\\), which mm does not apply",
 }
-AUTO = {"lora": "diffusers", "dora": "peft", "loha": "peft", "lokr": "peft", "oft": "mm"}
+AUTO = {"lora": "diffusers", "dora": "peft", "loha": "peft", "lokr": "peft", "oft": "peft"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -76,7 +76,7 @@ def test_a_method(method: str, tmp_path: Path) -> None:
     assert len(pipe.tokenizer) == words
 
 
-@pytest.mark.parametrize("method", ["dora", "lokr", "loha"])
+@pytest.mark.parametrize("method", ["dora", "lokr", "loha", "oft"])
 def test_the_small_file_of_a_tuner_is_exact(method: str, tmp_path: Path) -> None:
     """peft's own tensors, read again, give the picture of the whole changes."""
     from mm.adapters.formats import read_lora
@@ -140,7 +140,7 @@ def test_only_the_chosen_rows_and_columns_change(method: str, tmp_path: Path) ->
 
 def test_eva_starts_where_the_inputs_vary_most(tmp_path: Path) -> None:
     """Rows span the leading directions of a layer's inputs, found apart by a whole decomposition."""
-    from mm.customization.methods.eva import Eva, _batches, directions
+    from mm.customization.methods.eva import Eva, _batches, _predicted, directions
     from mm.customization.methods.protocol import Job
 
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
@@ -156,7 +156,7 @@ def test_eva_starts_where_the_inputs_vary_most(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         for batch in _batches(job):
-            objective.predict(batch["latents"], batch["level"], batch["condition"])
+            _predicted(objective, batch)
     handle.remove()
     inputs = torch.cat(seen)
     spread = inputs - inputs.mean(0)
@@ -173,3 +173,17 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
         customize(pipe, folder, name="<mug>", method="orthogonal", slot=99, **FAST)
     with pytest.raises(UserError, match="layers is 'some'"):
         customize(pipe, folder, name="<mug>", layers="some", **FAST)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["eva", "shira"])
+def test_our_model_in_bfloat16(method: str, tmp_path: Path) -> None:
+    """Its denoiser holds layers that read text, and its weights are not of the trained values' type."""
+    import mm
+
+    pipe = mm.TextToImagePipeline.from_pretrained("mm-tiny").to(torch.bfloat16)
+    short = FAST | {"steps": 1, "batch_size": 1, "size": 128, "preview_every": 1, "rank": 2, "layers": "text"}
+    learned = customize(pipe, subject_folder(tmp_path / "data", 2), name="<mug>", method=method, **short)
+    assert {entry.kind for entry in learned.entries.values()} == KINDS[method] | {"rows"}
+    changed = [e.tensors["delta"] for e in learned.entries.values() if e.kind == "dense"]
+    assert all(delta.dtype == torch.float32 and bool(delta.any()) for delta in changed)

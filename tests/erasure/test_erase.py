@@ -51,7 +51,13 @@ def sites_of(pipe, method: str) -> set[str]:
     first = [
         f"trunk.text_layers.0.{x}" for x in (*(f"attn.to_{y}" for y in ("q", "k", "v", "out")), "ff.up", "ff.down")
     ]
+    drawing = [
+        f"{block}.{x}"
+        for block in ("trunk.picture_layers.0", "trunk.picture_layers.1", "velocity_decoder.layers.0")
+        for x in (*(f"attn.to_{y}" for y in ("q", "k", "v", "out")), "ff.up", "ff.down")
+    ]
     return set({
+        "robust": [*pictures, *drawing],
         "speed": [p for p in pictures if "to_v" in p],
         "hirm": first,
         "dve": ["velocity_decoder.feature_in"],

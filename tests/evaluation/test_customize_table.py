@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,13 +56,31 @@ def test_prompts_ask_for_every_companion_twice() -> None:
 @pytest.mark.slow
 def test_a_cell_is_measured_once(tmp_path: Path) -> None:
     plan = Plan(work=tmp_path, steps=1, limit=0)
-    found = table(plan, ["lokr"], ["catcar"])
-    again = table(plan, ["lokr"], ["catcar"])
+    found, failures = table(plan, ["lokr"], ["catcar"])
+    again, _ = table(plan, ["lokr"], ["catcar"])
+    assert not failures
     cell = found["lokr"]["catcar"]
     assert again == found
     assert cell.bytes > 1000
     assert cell.drift == 0
-    assert table(Plan(work=tmp_path, steps=1, limit=0, until=1.0), ["lora", "lokr"], ["catcar"]) == found
+    assert table(Plan(work=tmp_path, steps=1, limit=0, until=1.0), ["lora", "lokr"], ["catcar"]) == (found, [])
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = Cell(fidelity=0.5, beside=0.5, companion=1.0, drift=0.0, bytes=1024, seconds=1.0)
+
+    def measured(pipe: object, judge: object, method: str, *_: object, **__: object) -> Cell:
+        if method == "lora":
+            raise ValueError("no such thing")
+        return low
+
+    monkeypatch.setattr("mm.evaluation.customize_table.measure", measured)
+    monkeypatch.setattr(
+        "mm.load", lambda name: SimpleNamespace(pipeline=SimpleNamespace(set_progress_bar_config=lambda disable: None))
+    )
+    found, failures = table(Plan(work=tmp_path), ["lora", "lokr"], ["catcar"])
+    assert found == {"lokr": {"catcar": low}}
+    assert failures == ["lora catcar: ValueError: no such thing"]
 
 
 def test_the_table_begins_with_the_best() -> None:

@@ -18,7 +18,7 @@ from mm.pipelines.pictures import open_picture, to_tensor
 from mm.world.render import render
 from mm.world.scene import Scene, Sprite
 
-READS = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector", "autoencoder")
+READS = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector")
 
 
 @pytest.fixture(scope="module")

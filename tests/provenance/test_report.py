@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +95,38 @@ def test_a_file_without_credentials_has_none(tmp_path: Path) -> None:
     if not credentials.available():
         pytest.skip("needs c2pa-python (the c2pa extra)")
     assert credentials.read_credentials(_picture(tmp_path)) is None
+
+
+def test_a_stamped_copy_draws_with_the_changed_decoder(tmp_path: Path) -> None:
+    """The copy has the bits in its weights, loads as any model, and nothing is left of a call that fails."""
+    made = Fingerprint({"decoder.16": (32, 12)}, FingerprintConfig(bits=4, period=4))
+    with torch.no_grad():
+        made.shift["decoder/16"].copy_(torch.randn(5, 12, generator=torch.Generator().manual_seed(0)))
+    file, folder = tmp_path / "fingerprint.safetensors", tmp_path / "copy"
+    made.save(file)
+
+    def call(*arguments: str) -> Any:
+        return CliRunner().invoke(mm.cli.app, ["provenance", *arguments])
+
+    done = call("--stamp", "0b1010", "--fingerprint", str(file), "-o", str(folder))
+    assert done.exit_code == 0, done.output
+    plain, copy = (mm.TextToImagePipeline.from_pretrained(name).autoencoder for name in ("mm-tiny", folder))
+    read = Fingerprint.load(file)
+    wanted = read.changes("decoder.16", read.bits_of(0b1010)[None])[1][0]
+    change = copy.decoder[16].bias.float() - plain.decoder[16].bias.float()
+    assert torch.allclose(change, wanted, atol=0.02)
+    assert torch.equal(copy.decoder[11].weight, plain.decoder[11].weight)
+    for arguments, message in (
+        (("--stamp", "1", "--fingerprint", str(file), "-o", str(folder)), "exists; give a new folder"),
+        (("--stamp", "16", "--fingerprint", str(file), "-o", str(tmp_path / "b")), "does not fit into 4 bits"),
+        (("--stamp", "ten", "--fingerprint", str(file), "-o", str(tmp_path / "b")), "is no number"),
+        (("--stamp", "1"), "belong together"),
+        ((), "give a picture to read"),
+    ):
+        failed = call(*arguments)
+        assert failed.exit_code == 1 and message in failed.stderr, failed.output
+    other = tmp_path / "other.safetensors"
+    Fingerprint({"decoder.99": (3, 3)}, FingerprintConfig(bits=4, period=4)).save(other)
+    failed = call("--stamp", "1", "--fingerprint", str(other), "-o", str(tmp_path / "b"))
+    assert failed.exit_code == 1 and "no layer decoder.99" in failed.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "fingerprint.safetensors", "other.safetensors"]

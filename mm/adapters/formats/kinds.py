@@ -1,6 +1,6 @@
 """What an adapter's tensors stand for: a thin product, or a change of a whole weight; and a change of the bias.
 
-Source of DoRA: Liu et al. 2024; of the products: `products`.
+Source of DoRA: Liu et al. 2024; of the products: `products`; of rotations: `rotations`.
 
 Design choices
 - A LoRA on linear layers stays a thin product. All else is computed exactly as a change of the weight, in fp32.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mm.adapters.formats.layouts import Parts
 from mm.adapters.formats.names import Piece
 from mm.adapters.formats.products import full_change, matrices, product
+from mm.adapters.formats.rotations import turned
 from mm.adapters.formats.settings import Strengths
 from mm.core.errors import UserError
 from mm.layers.linear import BranchedLinear
@@ -30,7 +31,14 @@ from mm.layers.offloading import stored
 from mm.layers.originals import original_weight
 
 _LORA = {"down", "up"}
-KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude": "DoRA", "diff": "a full change"}
+KINDS = {
+    "oft_": "OFT",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "dora_scale": "DoRA",
+    "magnitude": "DoRA",
+    "diff": "a full change",
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,14 +69,18 @@ def change_of(module: str, parts: Parts, pieces: Sequence[Piece], strengths: Str
     tensors = parts.tensors
     kind = next((k for mark, k in KINDS.items() if any(part.startswith(mark) for part in tensors)), "LoRA")
     shape = _shape(module, pieces)
+    if kind == "OFT":
+        weight = torch.cat([_base(piece).float() for piece in pieces])
+        delta = turned(module, parts, weight.cpu(), strengths.section_of(module))
+        return Change(kind=kind, delta=delta.to(torch.promote_types(_base_dtype(pieces), torch.bfloat16)))
     _check_complete(module, parts)
     scale = strengths.of(module, _rank(tensors), float(tensors["alpha"]) if "alpha" in tensors else None)
     bias = _bias(module, parts, shape[0], scale)
-    weight = set(tensors) - {"alpha", "up_bias", "diff_b"}
-    if weight == _LORA and all(isinstance(piece.layer, nn.Linear) for piece in pieces):
+    named = set(tensors) - {"alpha", "up_bias", "diff_b"}
+    if named == _LORA and all(isinstance(piece.layer, nn.Linear) for piece in pieces):
         down, up = matrices(module, parts, shape)
         return Change(kind=kind, scale=scale, down=down, up=up, bias=bias)
-    if not weight:
+    if not named:
         return Change(kind=kind, bias=bias)
     made = product(module, parts, shape)
     delta = torch.zeros(shape) if made is None else scale * made

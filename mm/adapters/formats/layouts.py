@@ -27,6 +27,9 @@ _ENDINGS = {  # part: its endings; the first that matches counts
     "alpha": r"(?:[._]lora)?\.alpha",
     "magnitude": r"\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?",
     "dora_scale": r"\.dora_scale(?:\.weight)?",
+    "oft_R": rf"\.oft_R{_ADAPTER}\.weight",
+    "oft_blocks": r"\.oft_blocks",
+    "rescale": r"\.rescale",
     "diff": r"\.diff|\.w_norm",
     "diff_b": r"\.diff_b|\.b_norm",
 }
@@ -35,7 +38,7 @@ _ENDINGS |= {part: rf"\.{part}{_ADAPTER}" for part in
               "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}  # fmt: skip
 _PARTS = {part: re.compile(rf"(?P<module>.+?)(?:{ending})") for part, ending in _ENDINGS.items()}
 _FOREIGN = {  # pattern in a key: what it stands for, which mm does not apply
-    r"\.(oft_|boft_)": "an orthogonal adapter (OFT)",
+    r"\.boft_|\.oft_": "an orthogonal adapter of another kind (BOFT, or OFT of peft before 0.16)",
     r"\.on_input$|\.ia3_": "an (IA)3 adapter",
     r"\.[ab][12]\.weight$": "a GLoRA adapter",
     r"lora_embedding_[AB]": "a LoRA on an embedding",

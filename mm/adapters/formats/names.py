@@ -25,8 +25,8 @@ from mm.families import family_of
 from mm.layers.surgery import roots_of, submodule
 
 DENOISERS: tuple[str, ...] = tuple("transformer unet trunk prior decoder".split())
-_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_", "unet.", "transformer.", "model.diffusion_model.",
-             "diffusion_model.")  # fmt: skip
+_DENOISER = ("lora_unet_", "oft_unet_", "lora_transformer_", "lycoris_", "unet.", "transformer.",
+             "model.diffusion_model.", "diffusion_model.")  # fmt: skip
 PREFIXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_DENOISER, DENOISERS),
     "lora_te_": ("text_encoder",),

@@ -23,15 +23,15 @@ from mm.layers.surgery import locate, roots_of, submodule
 def read_lora(
     source: str | Path | Mapping[str, Tensor], target: Any, *, name: str = "lora", truncate_to: int | None = None
 ) -> Patch:
-    """A LoRA, DoRA, LoHa or LoKr of another program as a patch for a model.
+    """A LoRA, DoRA, LoHa, LoKr or OFT of another program as a patch for a model.
 
     Args:
         source: a safetensors file, a folder that peft or diffusers saved, or tensors by key, in the layout of peft,
             diffusers, kohya, LyCORIS, ComfyUI or XLabs.
         target: the module or pipeline it is for; its layers say what the file's names stand for.
         name: of the patch.
-        truncate_to: a rank to which changes of whole weights of linear layers (DoRA, LoHa, LoKr) are cut down; what is
-            lost is printed. Layers of 4-bit weights need it. Without it such changes are exact.
+        truncate_to: a rank to which changes of whole weights of linear layers (DoRA, LoHa, LoKr, OFT) are cut down;
+            what is lost is printed. Layers of 4-bit weights need it. Without it such changes are exact.
 
     Returns:
         A patch whose entries are all of the file's tensors.

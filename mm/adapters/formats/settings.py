@@ -48,6 +48,13 @@ class Strengths:
             return {k: v for k, v in self.settings.items() if "." not in k}
         return {k.removeprefix(f"{prefix}."): v for k, v in self.settings.items() if k.startswith(f"{prefix}.")}
 
+    def _prefix(self, module: str) -> str:
+        return next((p for p in self._prefixes() if module.startswith(f"{p}.")), "")
+
+    def section_of(self, module: str) -> dict[str, Any]:
+        """The settings of a module's component, without its name."""
+        return self._section(self._prefix(module))
+
     def of(self, module: str, rank: int | None, alpha: float | None) -> float:
         """The factor of a module's change.
 
@@ -58,8 +65,9 @@ class Strengths:
         """
         if alpha is not None:
             return 1.0 if rank is None or alpha == 0 else alpha / rank
-        prefix = next((p for p in self._prefixes() if module.startswith(f"{p}.")), "")
-        own, name = self._section(prefix), module.removeprefix(f"{prefix}.") if prefix else module
+        own = self.section_of(module)
+        prefix = self._prefix(module)
+        name = module.removeprefix(f"{prefix}.") if prefix else module
         set_alpha = _by_pattern(own.get("alpha_pattern"), name, own.get("lora_alpha", own.get("alpha")))
         if set_alpha is None:
             return 1.0
@@ -72,7 +80,9 @@ class Strengths:
 
 def _check(own: Mapping[str, Any], prefix: str) -> None:
     of = f" of {prefix!r}" if prefix else ""
-    for key in ("lora_alpha", "alpha", "r"):
+    # An OFT's r of 0 means that the size of its blocks is given.
+    rotates = own.get("peft_type") == "OFT" or "oft_block_size" in own
+    for key in ("lora_alpha", "alpha", *(() if rotates else ("r",))):
         _number(own.get(key), f"{key}{of}", optional=True)
     if not isinstance(own.get("use_rslora", False), bool | None):
         raise UserError(f"the setting use_rslora{of} is {own['use_rslora']!r}, not true or false")

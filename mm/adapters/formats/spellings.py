@@ -18,7 +18,7 @@ from mm.layers.surgery import clean, submodule
 def layer_paths(root: nn.Module) -> Iterator[str]:
     """Paths of modules with a weight, an adapter's own left out, and those that projections were fused from."""
     for path, module in root.named_modules():
-        if re.search(r"\.lora_[AB]\.|lora_magnitude|\.lokr_|\.hada_", path):
+        if re.search(r"\.lora_[AB]\.|lora_magnitude|\.lokr_|\.hada_|\.oft_R", path):
             continue
         if isinstance(module, nn.Linear) or module._parameters.get("weight") is not None:
             yield clean(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mm.core.errors import UserError
 from mm.customization.batches import encode
 from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.objectives.protocol import Objective
 from mm.customization.pieces import Branches
 from mm.layers.surgery import roots_of
 
@@ -64,7 +65,7 @@ def directions(job: Job) -> dict[str, Tensor]:
         )
         made = get_eva_state_dict(
             roots_of(objective.pipe).get(part, root), batches, peft_config=config,
-            forward_fn=lambda _, batch: objective.predict(batch["latents"], batch["level"], batch["condition"]),
+            forward_fn=lambda _, batch: _predicted(objective, batch),
             prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
         )  # fmt: skip
         for below, rows in made.items():
@@ -73,6 +74,12 @@ def directions(job: Job) -> dict[str, Tensor]:
     if not found:
         raise UserError("the layers' inputs do not vary; give more pictures")
     return {path: found[path] for path in paths if path in found}
+
+
+def _predicted(objective: Objective, batch: Mapping[str, Any]) -> Tensor:
+    """The prompts are encoded here, since layers that read text may belong to the component."""
+    condition = objective.encode_prompts(batch["captions"])
+    return objective.predict(batch["latents"], batch["level"], condition)
 
 
 class _Batch(dict[str, Any]):
@@ -92,6 +99,6 @@ def _batches(job: Job) -> list[_Batch]:
         generator = torch.Generator().manual_seed(job.seed + number)
         noise = torch.randn(clean.shape, generator=generator).to(objective.device)
         level_B = level.expand(len(chosen)).to(objective.device)
-        condition = objective.encode_prompts([job.examples[i].caption for i in chosen])
-        made.append(_Batch(latents=objective.noised(clean, noise, level_B), level=level_B, condition=condition))
+        captions = [job.examples[i].caption for i in chosen]
+        made.append(_Batch(latents=objective.noised(clean, noise, level_B), level=level_B, captions=captions))
     return made

@@ -95,6 +95,9 @@ class PeftAdapters:
     def _change(self, layer: Any) -> Tensor:
         """W' - W, from what the layer makes of the unit vectors with and without the adapter."""
         base = layer.get_base_layer()
+        if self.kind == "shira":  # peft's layer takes inputs of the weight's own type alone
+            sparse: Tensor = layer.get_delta_weight(ADAPTER)
+            return sparse.to_dense().float()
         unit = torch.eye(base.in_features, device=base.weight.device)
         with_it = layer(unit).float()
         layer._disable_adapters = True

@@ -23,6 +23,7 @@ from mm.core.errors import UserError
 from mm.families import family_of
 from mm.families.family import resolve
 
+NOUNS: tuple[str, ...] = ("dog", "car", "tree", "cup", "cat", "chair", "apple", "bird")
 Edits = Literal["no", "also", "only"]
 INSTRUCTIONS: tuple[str, ...] = (
     "make it night", "turn it into a watercolor", "add a dog", "remove the person", "make the sky red",
@@ -70,6 +71,10 @@ class Objective(ABC):
     def kept_instructions(self, count: int) -> list[str]:
         """Instructions whose results stay as they are while an edit is learned; at most `count`."""
         return list(INSTRUCTIONS[:count])
+
+    def known_nouns(self) -> Sequence[str]:
+        """Things that the base draws, of which pictures beside the subject are made."""
+        return NOUNS
 
     @abstractmethod
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:

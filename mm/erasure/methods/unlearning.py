@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ STEPS = 4  # of the sampling in which predictions are taken
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-    """Prompts, where their predictions are taken, and what these should be; the first `targets` of them are targets."""
+    """Prompts, where their predictions are taken, and what these should be; the first `targets` of them are targets.
+
+    `gap` is the loss before training.
+    """
 
     prompts: list[str]
     place: dict[str, Any]
     wanted: Tensor
     targets: int
+    gap: float
 
 
 def picture_layers(pipe: Any) -> dict[str, nn.Linear]:
@@ -77,9 +82,11 @@ def unlearned(job: Job) -> tuple[dict[str, Entry], dict[str, Any]]:
         schedule.step()
         losses.append(float(loss.detach()))
         job.progress(k / s["picture_steps"], f"unlearning, step {k + 1} of {s['picture_steps']}, loss {losses[-1]:.4f}")
-    last = losses[-10:]
-    facts = {"first_loss": losses[0], "last_loss": sum(last) / len(last), "layers": len(layers)}
-    return terms.entries(job.strength), {"unlearning": facts}
+    last = losses[-len(pool) :]  # the last time through the pool
+    facts = {"first_loss": mean(b.gap for b in pool), "last_loss": mean(last)}
+    # what did not run, as a head for another mode, was not trained
+    made = {path: entry for path, entry in terms.entries(job.strength).items() if entry.tensors["up"].any()}
+    return made, {"unlearning": facts | {"layers": len(made)}}
 
 
 @torch.no_grad()
@@ -94,4 +101,5 @@ def _batch(job: Job, rng: random.Random, number: int) -> _Batch:
     # the noise of prompt k of a call depends on k, so that anchors are predicted again behind the targets
     prompts = [*[t for t, _ in pairs], *kept, *[a for _, a in pairs[:half]]]
     own = predict(job.pipe, prompts, **place)
-    return _Batch(prompts=prompts, place=place, wanted=torch.cat([old[:n], own[n:]]), targets=n)
+    gap = float((own[:n] - old[:n]).square().mean())
+    return _Batch(prompts=prompts, place=place, wanted=torch.cat([old[:n], own[n:]]), targets=n, gap=gap)

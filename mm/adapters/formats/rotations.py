@@ -1,0 +1,115 @@
+"""Weights turned by orthogonal adapters (OFT), computed in fp32 once the shapes fit.
+
+Sources: Qiu et al. 2023, OFT, arXiv 2306.07280. A block's rotation comes from a skew-symmetric matrix Q by Cayley's
+transform. Files differ in the rest:
+
+- peft (`oft_R`) turns a layer's inputs: W' = W R^T. It keeps the upper triangle of Q in rows. R is (I - Q)(I + Q)^-1,
+  or with `use_cayley_neumann` a series of (I + Q)(I - Q)^-1 cut after some terms (Qiu et al. 2025, arXiv 2506.19847).
+- kohya's scripts and LyCORIS (`oft_blocks`) turn its outputs: W' = R^T W, R = (I + Q)(I - Q)^-1 with Q = B - B^T. The
+  norm of Q is at most alpha times the outputs; LyCORIS takes an alpha of 0 for no bound, and may scale the outputs
+  (`rescale`).
+
+Legend: N outputs, K inputs, r blocks of b x b values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.adapters.formats.layouts import Parts
+from mm.core.errors import UserError
+
+KOHYA = "oft_unet_"  # names in files of kohya's scripts begin so
+PARTS = {"oft_R", "oft_blocks", "rescale"}
+_TERMS = 5  # of peft's series, by default
+
+
+def turned(module: str, parts: Parts, weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """The change W' - W of a weight, in its shape.
+
+    Args:
+        module: its name in the file.
+        parts: its tensors.
+        weight: of the layer, before any patch.
+        settings: peft's, for the module.
+
+    Raises:
+        UserError: where the tensors do not fit, or do not say how they are meant.
+    """
+    extra = set(parts.tensors) - PARTS - {"alpha"}
+    if extra or len(PARTS & set(parts.tensors) - {"rescale"}) != 1:
+        raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
+    flat = weight.float().flatten(1)
+    if "oft_R" in parts.tensors:
+        made = _inputs_turned(module, parts, flat, weight, settings)
+    else:
+        made = _outputs_turned(module, parts, flat)
+    return (made - flat).view(weight.shape)
+
+
+def _inputs_turned(
+    module: str, parts: Parts, flat_NK: Tensor, weight: Tensor, settings: Mapping[str, Any]
+) -> Tensor:  # fmt: skip
+    if "alpha" in parts.tensors or "rescale" in parts.tensors:
+        raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
+    if math.prod(weight.shape[2:]) > 1:
+        raise UserError(f"{module} is a convolution over several pixels, whose inputs peft's OFT turns apart; not read")
+    neumann, terms = settings.get("use_cayley_neumann"), settings.get("num_cayley_neumann_terms", _TERMS)
+    if not isinstance(neumann, bool) or isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= 64:
+        raise UserError(
+            f"{parts.keys['oft_R']!r} is an OFT of peft whose settings do not say how it is meant (use_cayley_neumann, "
+            "num_cayley_neumann_terms); keep adapter_config.json beside the file"
+        )
+    rows, key = parts.tensors["oft_R"].float(), parts.keys["oft_R"]
+    side = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2
+    inputs = flat_NK.shape[1]
+    shared = rows.ndim == 2 and len(rows) == 1 and side != inputs
+    if rows.ndim != 2 or side * (side - 1) // 2 != rows.shape[1] or inputs % side or (
+        not shared and len(rows) * side != inputs
+    ):  # fmt: skip
+        raise UserError(f"{key!r} has shape {tuple(rows.shape)}, and {module} has {inputs} inputs here")
+    upper = torch.triu_indices(side, side, 1)
+    skew = torch.zeros(len(rows), side, side)
+    skew[:, upper[0], upper[1]] = rows
+    skew = skew - skew.transpose(1, 2)
+    eye = torch.eye(side)
+    rotation = _series(skew, terms) if neumann else torch.linalg.solve(eye + skew, eye - skew, left=False)
+    rotation = rotation.expand(inputs // side, -1, -1)
+    return torch.einsum("nrk,rjk->nrj", flat_NK.unflatten(1, (-1, side)), rotation).flatten(1)
+
+
+def _series(skew: Tensor, terms: int) -> Tensor:
+    """peft's: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), whose last term counts once; 3 terms are 4."""
+    terms = 4 if terms == 3 else terms
+    total, power = torch.eye(skew.shape[-1]).expand_as(skew).clone(), skew
+    for number in range(1, terms):
+        total = total + power * (1.0 if number == terms - 1 and terms > 2 else 2.0)
+        power = power @ skew
+    return total
+
+
+def _outputs_turned(module: str, parts: Parts, flat_NK: Tensor) -> Tensor:
+    blocks, key, outputs = parts.tensors["oft_blocks"].float(), parts.keys["oft_blocks"], len(flat_NK)
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[0] * blocks.shape[1] != outputs:
+        raise UserError(f"{key!r} has shape {tuple(blocks.shape)}, and {module} has {outputs} outputs here")
+    skew = blocks - blocks.transpose(1, 2)
+    alpha = float(parts.tensors["alpha"]) if "alpha" in parts.tensors else None
+    if alpha is not None and (alpha > 0 or module.startswith(KOHYA)):
+        norm = float(skew.norm())
+        skew = skew * (min(norm, max(0.0, alpha) * outputs) + 1e-8) / (norm + 1e-8)
+    eye = torch.eye(blocks.shape[1])
+    rotation = torch.linalg.solve(eye - skew, eye + skew, left=False)
+    made = torch.einsum("knm,kni->kmi", rotation, flat_NK.unflatten(0, (len(blocks), -1))).flatten(0, 1)
+    if "rescale" not in parts.tensors:
+        return made
+    scale = parts.tensors["rescale"].float()
+    if scale.numel() != outputs:
+        raise UserError(
+            f"{parts.keys['rescale']!r} has shape {tuple(scale.shape)}; {module} has {outputs} outputs here"
+        )
+    return made * scale.view(-1, 1)
