@@ -59,14 +59,16 @@ def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(
     orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second picture waits in its first step until the cancel is reported."""
-    token, stopping, steps = CancelToken(), threading.Event(), []
+    token, begun, stopping, steps = CancelToken(), threading.Event(), threading.Event(), []
     real = calls.draw
 
     def held(*arguments, on_step, **options):
         def step(number, latents):
             on_step(number, latents)
             steps.append(number)
-            assert len(steps) <= 4 or stopping.wait(300)
+            if len(steps) == 5:
+                begun.set()
+                assert stopping.wait(300)
 
         return real(*arguments, on_step=step, **options)
 
@@ -75,6 +77,7 @@ def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(
     for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=4), token):
         states.append(now.state)
         if len(now.kept) == 1:
+            assert begun.wait(300)
             token.cancel()
         if now.state == "stopping":
             stopping.set()
