@@ -30,7 +30,7 @@ _FOLD_STEPS = tl.constexpr(16.0)  # -8 * 16 is int8's lowest value
 
 
 @triton.jit
-def _nibbles(both: tl.tensor) -> tl.tensor:
+def _nibbles(both: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """The two weights of each byte as int8, times 16: a nibble n stands for n - 8, and in the upper half of a byte
     (n - 8) * 16 is n with its top bit turned. So nothing is subtracted, and four bytes take one instruction or two."""
     early = ((both << 4) ^ 0x80).to(tl.int8, bitcast=True)

@@ -98,8 +98,9 @@ def release_words(target: Any) -> None:
 
 def keep_words(target: Any, entries: Mapping[str, Entry]) -> None:
     """Lets the words of entries that became part of the weights stay for good."""
+    components: Any = getattr(target, "components", {})
     for table in () if isinstance(target, nn.Module) else token_tables(target):
-        tokenizer, entry = target.components[table.tokenizer], entries.get(table.embedding)
+        tokenizer, entry = components[table.tokenizer], entries.get(table.embedding)
         if entry is not None and entry.kind == "rows":
             vocabulary, ids = tokenizer.get_vocab(), set(entry.tensors["ids"].tolist())
             added = getattr(tokenizer, _ADDED, {})
