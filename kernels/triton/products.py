@@ -76,7 +76,7 @@ def grouped(
     w_at = packed + column[None, :] * (G * _HALF) + half[:, None]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for group in range(G):
-        early, late = _nibbles(tl.load(w_at + group * _HALF))
+        early, late = _nibbles(tl.load(w_at + group * _HALF))  # pyright: ignore[reportGeneralTypeIssues]
         part = tl.dot(tl.load(a_at + group * _GROUP), early, out_dtype=tl.int32)
         part = tl.dot(tl.load(a_at + group * _GROUP + _HALF), late, part, out_dtype=tl.int32)
         step = tl.load(weight_scales + column * G + group).to(tl.float32)[None, :] * _PER_NIBBLE
