@@ -78,7 +78,7 @@ def read(text: str, task: Task = "draw", names: Iterable[str] = ()) -> Reading:
         said = _foreign(text) if foreign else f"{text.strip()[:60]!r} has no words"
         return Reading(text=text, problems=[said], nothing=True)
     if not _is_english(words, task, own):
-        return Reading(text=text, problems=[_foreign(text)], nothing=True)
+        return Reading(text=text, problems=[_foreign(text)], nothing=not _things(words, table, own))
     found = Reading(text=text)
     made = _prompt(words, table, own, found) if task == "draw" else _words(words, table, own, task, found)
     if not made:
