@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_page import png, save_reader, served
+from tiny_page import CHROMIUM, browser_of, png, save_reader, served
 
 import mm
 from mm.core.png_settings import read_settings, save_png
 from mm.ui import forms
 
-CHROMIUM = shutil.which("chromium")
-OPTIONS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
 EVIL = "a red cat ![x](http://evil.example/a.png) <img src=http://evil.example/b.png onerror=alert(1)>"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 pytestmark = [
@@ -38,11 +35,8 @@ def app(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as player:
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    with browser_of() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_page import png, served
+from tiny_page import CHROMIUM, browser_of, png, served
 from tiny_pipelines import SIDE, tiny_pipeline_of
 
 import mm
 from mm.core.png_settings import read_settings
 
-CHROMIUM = shutil.which("chromium")
-OPTIONS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium, and playwright"),
@@ -36,14 +33,11 @@ def app(tmp_path_factory):
 
 @pytest.fixture
 def tab(app):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as player:
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    with browser_of() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(app[0])
         page.wait_for_selector("#go")
         yield page
-        browser.close()
 
 
 def test_a_picture_is_the_start_of_another(app, tab, tmp_path: Path) -> None:
