@@ -19,12 +19,10 @@ class UnderstandingOutput(BaseOutput):
     Attributes:
         answers: One for each question.
         outside: Whether each picture is outside of the model's domain.
-        psnr: PSNR in dB of each picture's reconstruction; infinite where it is not measured.
     """
 
     answers: list[str]
     outside: list[bool]
-    psnr: list[float]
 
 
 def paired(image: Any, question: str | Sequence[str] | None) -> tuple[list[Any], list[str]]:

@@ -19,6 +19,14 @@ def are_outside(connector: Connector, tokens_BLC: torch.Tensor) -> list[bool] | 
     return None if distance_B is None else (distance_B > 1).tolist()
 
 
+def size_notes(size: tuple[int, int], side: int) -> list[str]:
+    """What is said of a picture of another size than the one that is read: `side` pixels on each side."""
+    if size == (side, side):
+        return []
+    what = "it" if size[0] == size[1] else "its middle square"
+    return [f"the picture has {size[0]} x {size[1]} pixels; {what} is read at {side} x {side}"]
+
+
 def warn_of(
     connector: Connector, tokens_BLC: torch.Tensor, pictures: Sequence[Image.Image], side: int, *, stacklevel: int
 ) -> None:
@@ -37,8 +45,6 @@ def warn_of(
             "the picture is unlike those that the model was trained on; it will see something else in it, and the "
             "result will not resemble it"
         )
-    for width, height in {picture.size for picture in pictures} - {(side, side)}:
-        crop = "" if width == height else "its middle square is read, and "
-        lines.append(f"the picture has {width} x {height} pixels; {crop}the result has {side} x {side}")
-    for line in lines:
+    notes = [note for picture in pictures for note in size_notes(picture.size, side)]
+    for line in dict.fromkeys(lines + [f"{note}, and the result has that size" for note in notes]):
         warnings.warn(line, stacklevel=stacklevel + 1)

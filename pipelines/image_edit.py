@@ -40,12 +40,21 @@ from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.domain import warn_of
 from mm.pipelines.guidance import GuidanceBranches
+from mm.pipelines.instructions import check_instructions
 from mm.pipelines.pictures import as_pictures, open_picture, squared, to_tensor
-from mm.pipelines.prompt_encoding import check_prompts, left_padded, negatives_of
+from mm.pipelines.prompt_encoding import left_padded, negatives_of
 from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, TextToImagePipeline
+from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
+from mm.world import vocabulary as v
+from mm.world.asking.counting import facts_of
+from mm.world.asking.edit_words import Seen
+from mm.world.asking.plans import is_absent, run
+from mm.world.asking.query import Thing
+
+_MOST_WORDS = 48  # of a description
 
 
 class ImageEditPipeline(TextToImagePipeline):
@@ -99,7 +108,7 @@ class ImageEditPipeline(TextToImagePipeline):
         image_guidance_scale: float | None = None,
         mode: str = "flow",
         num_images_per_prompt: int = 1,
-        strict: bool = False,
+        strict: bool | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -123,7 +132,8 @@ class ImageEditPipeline(TextToImagePipeline):
             image_guidance_scale: Guidance towards the source.
             mode: "flow" or "codes".
             num_images_per_prompt: Results for each picture.
-            strict: Whether an instruction with words that are not understood is refused.
+            strict: True refuses an instruction with words that are not understood, None one that cannot be carried
+                out as a whole; False tries all.
             generator: As in `TextToImagePipeline`, as are the arguments below.
             latents: Starting noise (B, 16, 8, 8) of flow mode.
             output_type: "pil", "np", "pt" or "latent".
@@ -140,15 +150,17 @@ class ImageEditPipeline(TextToImagePipeline):
         """
         guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
-        prompts = check_prompts(
-            [prompt] if isinstance(prompt, str) else list(prompt), self.text_tokenizer, "edit", strict=strict
-        )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = negatives_of(negative_prompt, self.text_tokenizer)
         num_inference_steps = steps_for(mode, num_inference_steps)
         pictures = as_pictures(image)
         pictures = pictures * len(prompts) if len(pictures) == 1 and not isinstance(image, (list, tuple)) else pictures
         if len(pictures) != len(prompts):
             raise UserError(f"{len(pictures)} pictures and {len(prompts)} instructions; give as many")
+        prompts = check_instructions(
+            prompts, self.text_tokenizer, lambda at: self._seen(pictures[at]),
+            lambda at, name: self._is_absent(pictures[at], name), strict=strict,
+        )  # fmt: skip
         if len(negatives) not in (1, len(prompts)):
             raise UserError(
                 f"{len(negatives)} negative prompts for {len(prompts)} instructions; give one, or one for each"
@@ -175,7 +187,7 @@ class ImageEditPipeline(TextToImagePipeline):
             each = [k // num_images_per_prompt for k in range(len(generators))]
             made = [
                 self(
-                    [pictures[i]], [prompts[i]], negative_prompt=negatives[i], generator=[generators[k]],
+                    [pictures[i]], [prompts[i]], negative_prompt=negatives[i], generator=[generators[k]], strict=False,
                     latents=None if latents is None else latents[k : k + 1], **options,
                 )[0]
                 for k, i in enumerate(each)
@@ -186,18 +198,18 @@ class ImageEditPipeline(TextToImagePipeline):
         tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
         warn_of(self.understanding_connector, tokens, opened, side, stacklevel=3)
         mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
-        with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run:
+        with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run_:
             assert self.autoencoder is not None
             clean = self.autoencoder.encode(source.to(self.autoencoder.dtype)).float()
             branches = self._edit_branches(
                 prompts, negatives, tokens, clean, num_images_per_prompt, guidance_scale, image_guidance_scale
             )
-            on_step = run.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            on_step = run_.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
             clean = clean.repeat_interleave(num_images_per_prompt, 0)
             noise = self.prepare_latents(generators, latents) if mode == "flow" else None
             if noise is not None and mask is not None:
-                on_step = _keep_outside(run, clean, noise, mask, on_step)
-            drawn = self._draw_latents(noise, generators, branches, num_inference_steps, run, on_step)
+                on_step = _keep_outside(run_, clean, noise, mask, on_step)
+            drawn = self._draw_latents(noise, generators, branches, num_inference_steps, run_, on_step)
         if mode == "codes" and mask is not None:
             drawn = torch.where(_coarse(mask, drawn.shape[-1]) > 0, drawn, clean)
         source = source.repeat_interleave(num_images_per_prompt, 0)
@@ -209,6 +221,33 @@ class ImageEditPipeline(TextToImagePipeline):
         """One edited picture each, from its own seed."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return self(list(pictures), list(instructions), generator=generators).images
+
+    def _seen(self, picture: Any) -> Seen:
+        """What a source shows by the model's own description, for instructions that speak of "it"."""
+        tokens = self._read(picture)
+        (facts,) = run([facts_of()], lambda _, questions: self._ask_about(tokens, questions, _MOST_WORDS))
+        return Seen(groups=facts.groups)
+
+    def _is_absent(self, picture: Any, name: str) -> bool:
+        """Whether the model sees no thing of a name in a source."""
+        if name not in v.OBJECTS:
+            return False
+        tokens = self._read(picture)
+        (absent,) = run([is_absent(Thing(name=name))], lambda _, asked: self._ask_about(tokens, asked, _MOST_WORDS))
+        return bool(absent)
+
+    def _read(self, picture: Any) -> torch.Tensor:
+        """The understanding tokens (1, S, D) of a source."""
+        source = to_tensor([open_picture(picture)], self.side).to(self._execution_device)
+        tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
+        return self.understanding_connector(tokens.to(self.understanding_connector.dtype))
+
+    def _ask_about(self, tokens: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
+        """The model's own answers to questions about one picture, by its understanding tokens (1, S, D)."""
+        tokens = tokens.expand(len(questions), -1, -1)
+        rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
+        ids, mask = left_padded(rows, self._execution_device)
+        return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)
 
     def _edit_branches(
         self,

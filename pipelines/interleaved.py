@@ -35,7 +35,7 @@ from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.models.codes import CodeHead
 from mm.models.connectors import Connector
-from mm.models.dialogue import Dialogue, detokenize
+from mm.models.dialogue import detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
@@ -45,10 +45,9 @@ from mm.pipelines.drawing_loops import flow_steps
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import open_picture, to_tensor
-from mm.pipelines.prompt_encoding import added_names, check_prompts, left_padded
+from mm.pipelines.prompt_encoding import added_names, check_prompts, refusal_of
 from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
-from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import lexicon
 from mm.world.asking import small_talk
@@ -75,6 +74,7 @@ class _Drawing:
     steps: int
     scale: float
     max_words: int
+    strict: bool | None
 
 
 class InterleavedPipeline(ImageEditPipeline):
@@ -124,6 +124,7 @@ class InterleavedPipeline(ImageEditPipeline):
         steps: int = 12,
         guidance_scale: float | None = None,
         max_words: int = 48,
+        strict: bool | None = None,
     ) -> Generator[Event, None, None]:
         """Adds a turn of the user and generates the reply.
 
@@ -137,6 +138,8 @@ class InterleavedPipeline(ImageEditPipeline):
             steps: Sampling steps of a picture.
             guidance_scale: Of classifier-free guidance.
             max_words: The longest answer of the model in words.
+            strict: Of a new picture: True refuses words that are not understood, None a prompt of which no thing is
+                known, in a reply; False draws all. A change that is not understood as a whole is never made.
 
         Yields:
             Events in the order in which they happen.
@@ -154,7 +157,7 @@ class InterleavedPipeline(ImageEditPipeline):
             raise UserError("the turn is empty (the prompt is empty); say what to draw, change or describe")
         now = conversation.copy()
         scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
-        how = _Drawing(seed=seed, steps=steps, scale=scale, max_words=max_words)
+        how = _Drawing(seed=seed, steps=steps, scale=scale, max_words=max_words, strict=strict)
         if picture is not None:
             _warn_if_full(now.add(self._given(picture)))
         intent = intent_of(words, now.last is not None, added_names(self.text_tokenizer))
@@ -194,7 +197,11 @@ class InterleavedPipeline(ImageEditPipeline):
     def _draw_new(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
         """Draws a new picture, as `TextToImagePipeline` does; "..., then add a dog" changes it after that."""
         first, *changes = steps_of(words, drawn=True)
-        (prompt,) = check_prompts([first], self.text_tokenizer)
+        read = lexicon.read(first, names=added_names(self.text_tokenizer))
+        if (how.strict and read.problems) or (how.strict is None and read.nothing):
+            yield from _said(refusal_of(read))
+            return
+        (prompt,) = check_prompts([first], self.text_tokenizer, strict=False)
         branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
         yield from self._drawn(now, branches, how)
         named = clause_of(first.lower(), added_names(self.text_tokenizer)).things
@@ -304,10 +311,7 @@ class InterleavedPipeline(ImageEditPipeline):
 
     def _ask(self, shown: Shown, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's own answers to questions about one picture."""
-        tokens = shown.tokens.expand(len(questions), -1, -1)
-        rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
-        ids, mask = left_padded(rows, self._execution_device)
-        return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)
+        return self._ask_about(shown.tokens, questions, max_words)
 
 
 def _said(reply: str) -> Iterator[Event]:

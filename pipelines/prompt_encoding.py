@@ -29,7 +29,7 @@ _STEP = 32  # prompts are padded to a multiple of this many tokens
 
 
 def check_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, task: Task = "draw", *, strict: bool = False
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, task: Task = "draw", *, strict: bool | None = None
 ) -> list[str]:
     """Reads prompts, and warns of what is not understood and of prompts that are too long.
 
@@ -37,13 +37,14 @@ def check_prompts(
         prompts: In any wording.
         tokenizer: Of the model; words that were added to it are known.
         task: Whose words are known: "draw" or "edit".
-        strict: Whether what is not understood is an error.
+        strict: True refuses a prompt with anything that is not understood, None one of which nothing can be done, and
+            False none.
 
     Returns:
         The prompts in the model's words; what it cannot read of a long one is cut off, as diffusers does.
 
     Raises:
-        UserError: Where there is no prompt, or one is empty or no text; with `strict` for what is not understood.
+        UserError: Where there is no prompt, or one is empty or no text; for what is refused (`strict`).
     """
     if not prompts:
         raise UserError("there is no prompt in the list; say what to draw, for example ['two red cats on grass']")
@@ -59,6 +60,8 @@ def check_prompts(
         found = lexicon.read(fitting, task, names)
         if strict and found.problems:
             raise UserError(f"{prompt.strip()[:200]!r} is refused (strict): {'; '.join(found.problems)}")
+        if strict is None and found.nothing:
+            raise UserError(f"{nothing_of(prompt, found)}. To draw it all the same: --no-strict, or strict=False")
         if fitting != prompt:
             warned[
                 f"the prompt is longer than the {tokenizer.model_max_length} tokens that the model reads; ignored: "
@@ -69,6 +72,20 @@ def check_prompts(
     for line in warned:
         warnings.warn(line, stacklevel=_CALLER)
     return out
+
+
+def nothing_of(prompt: str, found: lexicon.Reading) -> str:
+    """What is said of a prompt that names nothing the model can draw."""
+    return f"{prompt.strip()[:200]!r} names nothing that the model can draw: {_reasons(found)}"
+
+
+def refusal_of(found: lexicon.Reading) -> str:
+    """What is said in a conversation of a prompt that is refused."""
+    return f"I cannot draw this: {_reasons(found)}."
+
+
+def _reasons(found: lexicon.Reading) -> str:
+    return "; ".join(line for line in found.problems if line != lexicon.NOTHING_LEFT)
 
 
 def in_own_words(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -141,7 +158,7 @@ def conditions(
     negative_prompt_embeds: PromptCache | None = None,
     *,
     checked: bool = True,
-    strict: bool = False,
+    strict: bool | None = None,
 ) -> Conditions:
     """What a call is conditioned on; `checked`: whether prompts are read and warned of, `strict`: see `check_prompts`.
 

@@ -207,7 +207,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         num_images_per_prompt: int = 1,
         best_of: int = 1,
         fast: bool | Mapping[str, Any] = False,
-        strict: bool = False,
+        strict: bool | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
@@ -237,7 +237,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             sigmas: Noise levels of the steps in flow mode, falling, each above 0; instead of num_inference_steps.
             prompt_embeds: An encoded prompt, as `encode_prompt` returns it, instead of `prompt`.
             negative_prompt_embeds: The same for the negative prompt.
-            strict: Whether a prompt with words that are not understood is refused, before anything is drawn.
+            strict: True refuses a prompt with words that are not understood, None one of which no thing is known,
+                before anything is drawn; False draws all.
             best_of: The most times that a picture is drawn, until the model's own counter reads the numbers of things
                 that the prompt asks for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
             fast: Less work a picture (docs/fast.md): True is the measured mix, a mapping names single settings of
@@ -315,7 +316,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         """Latents of the best of several tries, one prompt a picture; `options` are those of `__call__`."""
 
         def draw(some: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
-            return self(list(some), generator=list(generators), output_type="latent", **options).images
+            return self(list(some), generator=list(generators), output_type="latent", strict=False, **options).images
 
         if self.count_reader is None:
             if not (name := self.name_or_path):

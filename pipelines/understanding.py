@@ -15,6 +15,7 @@ Legend: B rows, T tokens, S understanding tokens, D width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,29 +27,24 @@ from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
-from mm.core.picture_metrics import psnr
 from mm.models.connectors import Connector
 from mm.models.dialogue import Dialogue, detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.pipelines.answers import UnderstandingOutput, paired
-from mm.pipelines.domain import are_outside
+from mm.pipelines.domain import are_outside, size_notes
 from mm.pipelines.loading import SharedFolderMixin
-from mm.pipelines.pictures import to_tensor
+from mm.pipelines.pictures import open_picture, to_tensor
 from mm.pipelines.prompt_encoding import left_padded
 from mm.pipelines.questions import read_questions
 from mm.pipelines.unified import UnifiedUnderstandingPipeline, kind_at
-from mm.tokenizers import Autoencoder
 from mm.world.asking.plans import plan, run
-
-OUTSIDE_BELOW = 21.0  # dB; see docs/reading.md for how it was chosen
 
 
 class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
     """Answers questions about pictures."""
 
-    model_cpu_offload_seq = "autoencoder->understanding_encoder->understanding_connector->trunk"
-    _optional_components = ["autoencoder"]  # noqa: RUF012
+    model_cpu_offload_seq = "understanding_encoder->understanding_connector->trunk"
 
     def __init__(
         self,
@@ -56,7 +52,6 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
         trunk: Trunk,
         understanding_encoder: UnderstandingEncoder,
         understanding_connector: Connector,
-        autoencoder: Autoencoder | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -64,7 +59,6 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
             trunk=trunk,
             understanding_encoder=understanding_encoder,
             understanding_connector=understanding_connector,
-            autoencoder=autoencoder,
         )
 
     @classmethod
@@ -97,17 +91,20 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
             UserError: A picture cannot be read, a question is empty, or lists of different lengths.
 
         Warns:
-            UserWarning: A question is not understood; its answer then says what can be asked.
+            UserWarning: A question is not understood; its answer then says what can be asked. A picture is cropped, or
+                read at another size.
         """
         pictures, questions = paired(image, question)
         queries = read_questions(questions, self.text_tokenizer)
-        pixels = to_tensor(pictures, self.understanding_encoder.config.image_size).to(self._execution_device)
-        quality = self._reconstruction_psnr(pixels)
+        side = self.understanding_encoder.config.image_size
+        opened = [open_picture(picture) for picture in pictures]
+        for line in dict.fromkeys(line for picture in opened for line in size_notes(picture.size, side)):
+            warnings.warn(line, stacklevel=3)
+        pixels = to_tensor(opened, side).to(self._execution_device)
         plain, tokens = self._tokens(pixels)
-        outside = are_outside(self.understanding_connector, plain)
-        outside = [p < OUTSIDE_BELOW for p in quality] if outside is None else outside
+        outside = are_outside(self.understanding_connector, plain) or [False] * len(opened)
         answers = run(list(map(plan, queries)), lambda rows, asked: self._answer(tokens[rows], asked, max_words))
-        return UnderstandingOutput(answers=answers, outside=outside, psnr=quality)
+        return UnderstandingOutput(answers=answers, outside=outside)
 
     def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """One answer a pair."""
@@ -131,13 +128,6 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
         """The encoder's tokens (B, L, W), and the understanding tokens that the trunk reads."""
         tokens = self.understanding_encoder(pixels.to(self.understanding_encoder.dtype))[1]
         return tokens, self.understanding_connector(tokens.to(self.understanding_connector.dtype))
-
-    def _reconstruction_psnr(self, pixels: torch.Tensor) -> list[float]:
-        """PSNR in dB of each picture after encoding and decoding."""
-        if self.autoencoder is None:
-            return [float("inf")] * len(pixels)
-        decoded = self.autoencoder.decode(self.autoencoder.encode(pixels.to(self.autoencoder.dtype)))
-        return psnr(decoded.float().clamp(-1, 1), pixels.float(), data_range=2.0).tolist()
 
     def _answer(self, tokens: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's answers; `tokens` (B, S, D) are the understanding tokens of each question's picture."""

@@ -209,7 +209,7 @@ class UnifiedUnderstandingPipeline(UnifiedPipeline):
             raise UserError(f"max_words is {max_words}; give 1 or more")
         answers = self.family.answer([open_picture(p) for p in pictures], questions, max_words)
         self.maybe_free_model_hooks()
-        return UnderstandingOutput(answers=answers, outside=[False] * len(answers), psnr=[float("inf")] * len(answers))
+        return UnderstandingOutput(answers=answers, outside=[False] * len(answers))
 
     def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """One answer a pair."""

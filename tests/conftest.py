@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test goes online, not even to ask whether a file is new
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall each other where cores are few
 
 import pytest
+from forked import Forks
 
 import mm
 
@@ -36,6 +38,14 @@ def python() -> Run:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Run:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs python commands in forks of a process that has imported the large libraries."""
+    server = Forks(tmp_path_factory.mktemp("huggingface"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def cli(forks: Forks) -> Run:
     """Runs `mm ARGUMENTS` from the repository root, in a process of its own."""
-    return lambda *arguments, **options: run_python("-m", "mm", *arguments, **options)
+    return partial(forks.run, "-m", "mm")

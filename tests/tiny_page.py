@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from PIL import Image
 from tiny import tiny_reader
 
 from mm import InterleavedPipeline
+
+CHROMIUM = shutil.which("chromium")
+_OPTIONS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
+
+
+@contextlib.contextmanager
+def browser_of() -> Iterator[Any]:
+    """Debian's Chromium, driven by playwright; skips the test where that is not installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=_OPTIONS)
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 def save_reader(folder: Path) -> Path:

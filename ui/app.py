@@ -19,6 +19,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from mm.core.errors import UserError
+from mm.core.threads import release_team
 from mm.engine.engine import Engine
 from mm.families import family_of
 from mm.ui import shown, style
@@ -152,6 +153,7 @@ def launch(
     parts = Parts(orders=Orders(for_page(engine), folder or Path(tempfile.mkdtemp(prefix="mm-ui-"))))
     page = build(parts, adapters)
     guard = Middleware(Guard, readers=parts.readers)
+    release_team()  # this thread drew pictures of words; from now on other threads compute
     try:
         page.launch(
             server_name=host,

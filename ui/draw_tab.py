@@ -54,6 +54,8 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
     served = sized or set(can.fast_tasks) >= {"edit", "image_to_image", "inpaint"} & set(can.tasks)
     if can.fast and served and not can.negative_needs:
         fields["fast"] = gr.Checkbox(False, label="Fast: leave out work that changes a picture little")
+    if can.strict:
+        fields["strict"] = gr.Checkbox(False, label="Strict: refuse words that the model does not know")
     if can.negative and not can.negative_needs:
         fields["negative"] = gr.Textbox(
             label="Negative prompt", placeholder=can.negative_default or None, max_length=MAX_PROMPT, lines=1
@@ -200,7 +202,7 @@ class DrawTab:
             "prompt": asked.prompt, "negative": asked.negative or "", "width": size[0], "height": size[1],
             "seed": "" if asked.seed is None else str(asked.seed), "steps": self.can.steps_of(asked),
             "guidance": self.can.guidance_of(asked), "mode": self.can.mode(asked), "scheduler": asked.scheduler or "",
-            "fast": asked.fast is not False,
+            "fast": asked.fast is not False, "strict": bool(asked.strict),
         }  # fmt: skip
         return [values.get(name, gr.skip()) for name in self.fields]
 

@@ -121,6 +121,7 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
         "mode": choice("mode", values.get("mode")),
         "scheduler": choice("scheduler", values.get("scheduler")),
         "fast": flag("fast", values.get("fast")),
+        "strict": flag("strict", values.get("strict")) or None,
     }
 
 

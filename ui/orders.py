@@ -7,6 +7,8 @@ Design choices
 - The engine's events are read in a thread of their own. A cancel, or a reader that has gone, is noticed while an order
   waits for its turn, too.
 - Steps are reported a few times a second, however fast they are.
+- That an order is stopping is reported here, in order with its other reports: the answer to the click on Cancel may
+  arrive after the order's last report, and would replace it.
 - Files carry their settings and are what the page shows and offers: Gradio re-encodes PIL pictures and would drop them.
 """
 
@@ -47,7 +49,7 @@ class Progress:
         preview: a rough picture of the current one.
         text: what was said so far.
         notices: warnings, each once.
-        state: "waiting" for the model, "running", "done" or "cancelled".
+        state: "waiting" for the model, "running", "stopping" after a cancel, "done" or "cancelled".
     """
 
     count: int
@@ -142,6 +144,8 @@ class Orders:
                 return
             if event is not None:
                 now = self._after(now, event)
+            if token.cancelled and now.state in ("waiting", "running"):
+                now = replace(now, state="stopping")
             urgent = isinstance(event, Picture | Notice | Words | Done) or now.state != sent.state
             if now is not sent and (urgent or time.monotonic() - reported >= STATUS_SECONDS):
                 yield now

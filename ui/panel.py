@@ -41,7 +41,7 @@ class Panel:
         self.details = gr.HTML(shown.details(None), elem_id=f"{name}-details", padding=False)
         self.gallery.select(self._choose, visit, self.details, **AT_ONCE)
         go.click(None, None, None, js=style.show_results(name), api_visibility="private")
-        cancel.click(self._stop, visit, self.status, **AT_ONCE)
+        cancel.click(self._stop, visit, None, **AT_ONCE)
 
     @property
     def outputs(self) -> list[Any]:
@@ -91,9 +91,8 @@ class Panel:
                 _BUSY if over else gr.skip(),
             ]
 
-    def _stop(self, name: str) -> Any:
-        visit = self.parts.visits.open(name)
-        return shown.status("stopping") if visit.cancel() else gr.skip()
+    def _stop(self, name: str) -> None:
+        self.parts.visits.open(name).cancel()
 
     def _choose(self, name: str, event: gr.SelectData) -> str:
         visit = self.parts.visits.open(name)

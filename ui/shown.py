@@ -54,6 +54,8 @@ def progress(now: Progress, *, left: float | None = None) -> str:
         return status(f"{done} {of} done", now.notices)
     if now.state == "cancelled":
         return status(f"stopped; {done} {of} done", now.notices)
+    if now.state == "stopping":
+        return status("stopping", now.notices)
     if now.state == "waiting":
         return status("waiting for the model", now.notices, done=0)
     share = (done + (now.step / now.steps if now.steps else 0)) / now.count

@@ -64,7 +64,7 @@ class TalkTab:
         outputs = [self.chat, self.status, self.words, self.picture, self.send]
         for start in (self.send.click, self.words.submit):
             start(self._say, [visit, self.words, self.picture], outputs, **QUEUED)
-        halt.click(self._stop, visit, self.status, **AT_ONCE)
+        halt.click(self._stop, visit, None, **AT_ONCE)
         for start in (new.click, self.chat.clear):
             start(self._anew, visit, [self.chat, self.status, self.send], **AT_ONCE)
 
@@ -76,7 +76,7 @@ class TalkTab:
                 if visit.messages is not conversation:  # a new one was begun
                     break
                 fields = [gr.skip(), gr.skip()] if sent else ["", None]
-                line = "done" if now.progress.state == "done" else "answering"
+                line = now.progress.state if now.progress.state in ("stopping", "done") else "answering"
                 sent = True
                 update = gr.update(interactive=now.progress.state == "done")
                 yield [as_chat(now.messages), shown.status(line, now.progress.notices), *fields, update]
@@ -90,8 +90,8 @@ class TalkTab:
             again = words if sent else gr.skip()  # what was typed comes back, to be changed and sent again
             yield [as_chat(visit.messages), shown.error(line), again, gr.skip(), gr.update(interactive=True)]
 
-    def _stop(self, name: str) -> Any:
-        return shown.status("stopping") if self.parts.visits.open(name).cancel() else gr.skip()
+    def _stop(self, name: str) -> None:
+        self.parts.visits.open(name).cancel()
 
     def _anew(self, name: str) -> list[Any]:
         self.parts.visits.open(name).new_conversation()

@@ -23,11 +23,11 @@ from torch import Tensor
 from mm.kernels.dense import expanded_lowbit_linear
 from mm.kernels.packing import GROUP, padded
 from mm.kernels.triton import plans
-from mm.kernels.triton.products import combine, expand, folded, grouped, grouped_few
-from mm.kernels.triton.rounding import round_rows, survey
+from mm.kernels.triton.products import combine, expand, few, folded, grouped
+from mm.kernels.triton.rounding import prepare, round_rows, survey
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_EXPAND_ROWS, _EXPAND_BYTES = 16, 256
+_EXPAND_ROWS, _EXPAND_GROUPS = 16, 8
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -68,6 +68,8 @@ def quantize_activations(
     if not rows:
         return values, scales, x.new_empty(rows, rank, dtype=torch.float32)
     down = down if rank else None
+    if not group and rows <= plans.PREPARE and wide <= plans.WIDEST:
+        return _prepared(x, smooth, down, values, scales, float(_top(bits, unsigned)), unsigned, shift)
     tiles = plans.rounding(rows, wide, rank, group, 2 if down is None else down.element_size())
     each, splits = plans.span(plans.blocks(wide, tiles.depth), tiles.splits)
     absmax_SM = None if group else scales.new_empty(splits, rows)
@@ -76,7 +78,7 @@ def quantize_activations(
     low = low_SMR[0] if splits == 1 else scales.new_empty(rows, rank)
     sizes = (shift, rows, columns, wide // GROUP, rank)
     options: dict[str, Any] = {
-        "TOP": float((15 if unsigned else 7) if bits == 4 else 127),
+        "TOP": float(_top(bits, unsigned)),
         "UNSIGNED": unsigned,
         "BLOCK_M": tiles.rows,
         "BLOCK_K": tiles.depth,
@@ -95,10 +97,34 @@ def quantize_activations(
         _launch(survey, (row_blocks, splits, rank_blocks), found, **surveyed, **options)
         if not group:
             joined = low if splits > 1 and rank else None
-            taken = (x, smooth, absmax_SM, low_SMR, values, scales, joined, *sizes, splits)
-            _launch(round_rows, (row_blocks, step_blocks), taken, **options)
+            taken = (x, smooth, absmax_SM, low_SMR, values, scales, joined, *sizes)
+            parts = {"SPLITS": splits, "BLOCK_S": plans.power(splits)}
+            _launch(round_rows, (row_blocks, step_blocks), taken, **parts, **options)
         elif splits > 1:
             low = low_SMR.sum(0)
+    return values, scales, low
+
+
+def _top(bits: int, unsigned: bool) -> int:
+    """The largest rounded value."""
+    return (15 if unsigned else 7) if bits == 4 else 127
+
+
+def _prepared(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, values: Tensor, scales: Tensor, top: float, unsigned: bool,
+    shift: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`quantize_activations` of few tokens, in one launch."""
+    (rows, columns), wide, rank = x.shape, values.shape[1], 0 if down is None else down.shape[0]
+    low = scales.new_empty(rows, rank)
+    tiles = plans.prepare(wide, rank)
+    grid = (rows, 1 + (plans.blocks(rank, tiles.columns) if rank else 0))
+    with _on(x):
+        _launch(
+            prepare, grid, (x, smooth, down, values, scales, low, shift, columns, wide // GROUP, rank),
+            TOP=top, UNSIGNED=unsigned, WHOLE=plans.power(wide), BLOCK_R=tiles.columns, BLOCK_K=tiles.depth,
+            num_warps=tiles.warps, enable_fp_fusion=False,
+        )  # fmt: skip
     return values, scales, low
 
 
@@ -146,20 +172,21 @@ def _options(y: Tensor, rank: int, tiles: plans.Tiles) -> dict[str, Any]:
 def _grouped(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: int) -> None:
     """The exact product."""
     (rows, wide), outputs, by_group = operands[0].shape, y.shape[1], operands[1].shape[1] > 1
-    few = rows <= plans.FEW
-    tiles = plans.grouped_few(rows, outputs, wide) if few else plans.grouped(rows)
+    tiles = plans.few(rows, outputs, wide) if rows <= plans.FEW else plans.grouped()
     options, sizes = _options(y, rank, tiles), (rows, outputs, wide // GROUP, rank)
     grid = (plans.blocks(outputs, tiles.columns), plans.blocks(rows, tiles.rows))
-    if not few:
+    if rows > plans.FEW:
         _launch(grouped, grid, (*operands, *ends, y, *sizes), BY_GROUP=by_group, **options)
         return
-    each, splits = plans.span(plans.blocks(wide, tiles.depth), tiles.splits)
+    each, splits = plans.span(wide // GROUP, tiles.splits)
     parts = y if splits == 1 else y.new_empty(splits, rows, outputs, dtype=torch.float32)
-    at_once = tiles.depth // GROUP
-    taken = (*operands, *ends, parts, *sizes, each * at_once)
-    _launch(grouped_few, (*grid, splits), taken, BY_GROUP=by_group, SPLIT=splits > 1, BLOCK_G=at_once, **options)
+    taken = (*operands, *ends, parts, *sizes, each)
+    _launch(few, (*grid, splits), taken, BY_GROUP=by_group, SPLIT=splits > 1, **options)
     if splits > 1:
-        _launch(combine, grid, (parts, *ends, y, rows, outputs, rank, splits), **options)
+        join = plans.combine(rows, splits)
+        grid = (plans.blocks(outputs, join.columns), plans.blocks(rows, join.rows))
+        taken = (parts, *ends, y, rows, outputs, rank)
+        _launch(combine, grid, taken, SPLITS=splits, BLOCK_S=plans.power(splits), **_options(y, rank, join))
 
 
 def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: int) -> None:
@@ -167,7 +194,7 @@ def _folded(operands: tuple[Any, ...], ends: tuple[Any, ...], y: Tensor, rank: i
     values, scales, packed, weight_scales = operands
     (rows, wide), outputs = values.shape, y.shape[1]
     weight, channel_scales = fold(packed, weight_scales)
-    tiles = plans.folded(outputs, wide, _capability(y), y.element_size())
+    tiles = plans.folded(rows, outputs, wide, _capability(y), y.element_size())
     count = plans.blocks(rows, tiles.rows) * plans.blocks(outputs, tiles.columns)
     taken = (values, scales, weight, channel_scales, *ends, y, rows, outputs, wide // GROUP, rank)
     _launch(folded, (count,), taken, BLOCK_K=tiles.depth, BAND=8, **_options(y, rank, tiles))
@@ -178,8 +205,8 @@ def fold(packed: Tensor, weight_scales_NG: Tensor) -> tuple[Tensor, Tensor]:
     outputs, wide = packed.shape[0], 2 * packed.shape[1]
     weight = packed.new_empty(outputs, wide, dtype=torch.int8)
     channel_scales = packed.new_empty(outputs, dtype=torch.float32)
-    grid = (plans.blocks(outputs, _EXPAND_ROWS), plans.blocks(wide // 2, _EXPAND_BYTES))
-    sizes = {"BLOCK_N": _EXPAND_ROWS, "BLOCK_C": _EXPAND_BYTES, "BLOCK_G": plans.power(wide // GROUP)}
+    grid = (plans.blocks(outputs, _EXPAND_ROWS), plans.blocks(wide // GROUP, _EXPAND_GROUPS))
+    sizes = {"BLOCK_N": _EXPAND_ROWS, "BLOCK_C": _EXPAND_GROUPS, "BLOCK_G": plans.power(wide // GROUP)}
     taken = (packed, weight_scales_NG, weight, channel_scales, outputs, wide // GROUP)
     with _on(packed):
         _launch(expand, grid, taken, enable_fp_fusion=False, **sizes)

@@ -1,4 +1,4 @@
-"""Triton kernels of the 4-bit product: `grouped_few`, `grouped` (both exact) and, for many tokens, `expand` + `folded`.
+"""Triton kernels of the 4-bit product: `few`, `grouped` (both exact) and, for many tokens, `expand` + `folded`.
 
 Shapes: M tokens, N outputs, C = 64 G inputs in groups, R = ranks of all branches, S splits of C.
 
@@ -6,8 +6,8 @@ Design choices:
 - Products are 8-bit integers with 32-bit sums: exact, and Hopper's wgmma where a tile has 64 rows. No GPU since Ada has
   4-bit products, and the 8-bit ones run twice as fast as bf16's.
 - `grouped` takes weights apart in registers, sums a group in int32 and scales it in fp32: what `reference` computes, up
-  to the rounding of fp32. `grouped_few` reads several groups of a row at a time, since few tokens leave nothing to do
-  but wait for weights; where outputs are few it is split along C too, and `combine` adds the parts in fixed order.
+  to the rounding of fp32. `few` is the same in small tiles and split along C, since few tokens leave nothing to do but
+  wait for weights, and that takes many loads at a time; `combine` adds the parts in a fixed order.
 - Scaling every 64 columns costs as much as the products of a large tile. So for many tokens `expand` writes the weight
   once as int8 with a scale per output, and `folded` scales only at the end. The scale of an output is its largest
   group's over 16: groups that differ by powers of two (down to 1/16) are folded without error, others are off by at
@@ -25,7 +25,17 @@ from mm.kernels.triton.rounding import round_half_even
 
 _GROUP = tl.constexpr(64)
 _HALF = tl.constexpr(32)
+_PER_NIBBLE = tl.constexpr(1 / 16)  # see `_nibbles`; a power of two rounds nothing
 _FOLD_STEPS = tl.constexpr(16.0)  # -8 * 16 is int8's lowest value
+
+
+@triton.jit
+def _nibbles(both: tl.tensor) -> tl.tensor:
+    """The two weights of each byte as int8, times 16: a nibble n stands for n - 8, and in the upper half of a byte
+    (n - 8) * 16 is n with its top bit turned. So nothing is subtracted, and four bytes take one instruction or two."""
+    early = ((both << 4) ^ 0x80).to(tl.int8, bitcast=True)
+    late = ((both & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
+    return early, late
 
 
 @triton.jit
@@ -66,10 +76,10 @@ def grouped(
     w_at = packed + column[None, :] * (G * _HALF) + half[:, None]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for group in range(G):
-        both = tl.load(w_at + group * _HALF)
-        part = tl.dot(tl.load(a_at + group * _GROUP), (both & 15).to(tl.int8) - 8, out_dtype=tl.int32)
-        part = tl.dot(tl.load(a_at + group * _GROUP + _HALF), (both >> 4).to(tl.int8) - 8, part, out_dtype=tl.int32)
-        step = tl.load(weight_scales + column * G + group).to(tl.float32)[None, :]
+        early, late = _nibbles(tl.load(w_at + group * _HALF))
+        part = tl.dot(tl.load(a_at + group * _GROUP), early, out_dtype=tl.int32)
+        part = tl.dot(tl.load(a_at + group * _GROUP + _HALF), late, part, out_dtype=tl.int32)
+        step = tl.load(weight_scales + column * G + group).to(tl.float32)[None, :] * _PER_NIBBLE
         if BY_GROUP:
             step = step * tl.load(scales + row * G + group)[:, None]
         sums += part.to(tl.float32) * step
@@ -79,58 +89,57 @@ def grouped(
 
 
 @triton.jit
-def grouped_few(
+def few(
     values: tl.tensor, scales: tl.tensor, packed: tl.tensor, weight_scales: tl.tensor, bias: tl.tensor, low: tl.tensor,
     up: tl.tensor, branch_scales: tl.tensor, y: tl.tensor, M: tl.tensor, N: tl.tensor, G: tl.tensor, R: tl.tensor,
     span: tl.tensor, BY_GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`grouped` for few tokens: BLOCK_G groups at once, one a warp, joined at the end. Grid (column blocks, row blocks,
-    S); with SPLIT, y is (S, M, N), each part the sum of `span` groups."""
+    """`grouped` for few tokens. Grid (column blocks, row blocks, S); with SPLIT, y is (S, M, N), each part the sum of
+    `span` groups."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     half = tl.arange(0, _HALF)
     row, column = tl.minimum(rows, M - 1).to(tl.int64), tl.minimum(columns, N - 1).to(tl.int64)
     first = tl.program_id(2) * span
+    inside = rows[:, None] < M  # rows that are not there are not read
+    a_at = values + rows[:, None].to(tl.int64) * (G * _GROUP) + half[None, :]
+    w_at = packed + column[None, :] * (G * _HALF) + half[:, None]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     last = tl.minimum(first + span, G)
-    sums = tl.zeros([BLOCK_G, BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(first, last, BLOCK_G):
-        group = (start + tl.arange(0, BLOCK_G))[:, None, None]
-        there = group < last
-        w_at = packed + column[None, None, :] * (G * _HALF) + group * _HALF + half[None, :, None]
-        a_at = values + row[None, :, None] * (G * _GROUP) + group * _GROUP + half[None, None, :]
-        both = tl.load(w_at, mask=there, other=0)
-        a, b = tl.load(a_at, mask=there, other=0), tl.load(a_at + _HALF, mask=there, other=0)
-        part = tl.dot(a, (both & 15).to(tl.int8) - 8, out_dtype=tl.int32)
-        part = tl.dot(b, (both >> 4).to(tl.int8) - 8, part, out_dtype=tl.int32)
-        step = tl.load(weight_scales + column[None, None, :] * G + group, mask=there, other=0.0).to(tl.float32)
+    following = tl.load(weight_scales + column * G + first)  # a step ahead: loads of 2 bytes are not pipelined
+    for group in range(first, last):
+        step = following.to(tl.float32)[None, :] * _PER_NIBBLE
+        following = tl.load(weight_scales + column * G + tl.minimum(group + 1, last - 1))
+        early, late = _nibbles(tl.load(w_at + group * _HALF))
+        part = tl.dot(tl.load(a_at + group * _GROUP, mask=inside, other=0), early, out_dtype=tl.int32)
+        part = tl.dot(tl.load(a_at + group * _GROUP + _HALF, mask=inside, other=0), late, part, out_dtype=tl.int32)
         if BY_GROUP:
-            step = step * tl.load(scales + row[None, :, None] * G + group, mask=there, other=0.0)
+            step = step * tl.load(scales + row * G + group)[:, None]
         sums += part.to(tl.float32) * step
-    total = tl.sum(sums, 0)
     if not BY_GROUP:
-        total *= tl.load(scales + row)[:, None]
+        sums *= tl.load(scales + row)[:, None]
     if SPLIT:
         at = y + (tl.program_id(2) * M + rows[:, None].to(tl.int64)) * N + columns[None, :]
-        tl.store(at, total, mask=(rows[:, None] < M) & (columns[None, :] < N))
+        tl.store(at, sums, mask=inside & (columns[None, :] < N))
     else:
-        _finish(total, rows, columns, bias, low, up, branch_scales, y, M, N, R, BLOCK_R, PRECISION)
+        _finish(sums, rows, columns, bias, low, up, branch_scales, y, M, N, R, BLOCK_R, PRECISION)
 
 
 @triton.jit
 def combine(
     parts_SMN: tl.tensor, bias: tl.tensor, low: tl.tensor, up: tl.tensor, branch_scales: tl.tensor, y: tl.tensor,
-    M: tl.tensor, N: tl.tensor, R: tl.tensor, splits: tl.tensor,
+    M: tl.tensor, N: tl.tensor, R: tl.tensor, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (column blocks, row blocks): the parts of `grouped_few`, added in order, with bias and branch."""
+    """Grid (column blocks, row blocks): the parts of `few`, added in a fixed order, with bias and branch. BLOCK_S is
+    the power of two from SPLITS on: all parts are read at once."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = (rows[:, None] < M) & (columns[None, :] < N)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for split in range(splits):
-        at = parts_SMN + (split * M + rows[:, None].to(tl.int64)) * N + columns[None, :]
-        sums += tl.load(at, mask=there, other=0.0)
+    split = tl.arange(0, BLOCK_S)[:, None, None]
+    at = parts_SMN + (split * M + rows[None, :, None].to(tl.int64)) * N + columns[None, None, :]
+    there = (split < SPLITS) & (rows[None, :, None] < M) & (columns[None, None, :] < N)
+    sums = tl.sum(tl.load(at, mask=there, other=0.0), 0)
     _finish(sums, rows, columns, bias, low, up, branch_scales, y, M, N, R, BLOCK_R, PRECISION)
 
 
@@ -139,7 +148,7 @@ def expand(
     packed: tl.tensor, weight_scales: tl.tensor, weight: tl.tensor, channel_scales: tl.tensor, N: tl.tensor,
     G: tl.tensor, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (row blocks of the weight, blocks of BLOCK_C packed bytes): int8 (N, C) with a scale per row, fp32 (N,)."""
+    """Grid (row blocks of the weight, blocks of BLOCK_C groups): int8 (N, C) with a scale per row, fp32 (N,)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     each = tl.arange(0, BLOCK_G)
     row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]
@@ -149,17 +158,17 @@ def expand(
     channel = tl.max(tl.where(steps != steps, float("inf"), steps), 1) * (1 / _FOLD_STEPS)
     if tl.program_id(1) == 0:
         tl.store(channel_scales + rows, channel, mask=rows < N)
-    at = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    both = tl.load(packed + row * (G * _HALF) + at, mask=at < G * _HALF, other=0)
-    group = at // _HALF
+    group = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     step = tl.load(weight_scales + row * G + group, mask=group < G, other=0.0).to(tl.float32)
-    ratio = tl.math.div_rn(step, tl.where(channel == 0.0, 1.0, channel)[:, None])
-    columns = group * _GROUP + at % _HALF
-    there = (rows[:, None] < N) & (at < G * _HALF)
+    ratio = tl.math.div_rn(step, tl.where(channel == 0.0, 1.0, channel)[:, None])[:, :, None]
+    at = group[:, :, None] * _HALF + tl.arange(0, _HALF)[None, None, :]
+    columns = group[:, :, None] * _GROUP + tl.arange(0, _HALF)[None, None, :]
+    there = (rows[:, None, None] < N) & (group[:, :, None] < G)
+    both = tl.load(packed + row[:, :, None] * (G * _HALF) + at, mask=there, other=0)
     for half in tl.static_range(2):
         q = ((both >> (4 * half)) & 15).to(tl.float32) - 8.0
         folded_q = tl.minimum(round_half_even(q * ratio), 127.0)
-        tl.store(weight + row * (G * _GROUP) + columns + half * _HALF, folded_q.to(tl.int8), mask=there)
+        tl.store(weight + row[:, :, None] * (G * _GROUP) + columns + half * _HALF, folded_q.to(tl.int8), mask=there)
 
 
 @triton.jit

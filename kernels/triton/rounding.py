@@ -1,11 +1,12 @@
-"""Triton kernels that round activations: `survey` finds magnitudes and projects down, `round_rows` rounds.
+"""Triton kernels that round activations: `survey` finds magnitudes and projects down, `round_rows` rounds; `prepare`.
 
 Shapes: M tokens, K inputs, C = K rounded up to whole groups of 64, G = C / 64, R = ranks of all branches, S splits.
 
 Design choices:
 - A scale per token needs the whole row before the first value can be rounded, so x is swept twice (the second time
   mostly from L2); a scale per group needs one sweep, and `survey` does all of it.
-- Few tokens are split along C so that a GPU is filled; the parts are joined in fixed order, never by atomics.
+- Few tokens are split along C so that a GPU is filled; the parts are joined in fixed order, never by atomics. For the
+  fewest, `prepare` does all of it in one launch: a launch takes as long as their arithmetic.
 - The steps are `reference`'s, in its order: divisions are IEEE's, and the launcher forbids fused multiply-adds, since
   either would move values across a rounding edge.
 - A row with NaN gets the scale infinity and zero values, so that its outputs are NaN (0 * inf), as the reference's are.
@@ -97,16 +98,18 @@ def survey(
 @triton.jit
 def round_rows(
     x: tl.tensor, smooth: tl.tensor, absmax_SM: tl.tensor, low_SMR: tl.tensor, values: tl.tensor, scales: tl.tensor,
-    low: tl.tensor, shift: tl.tensor, M: tl.tensor, K: tl.tensor, G: tl.tensor, R: tl.tensor, splits: tl.tensor,
-    TOP: tl.constexpr, UNSIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    low: tl.tensor, shift: tl.tensor, M: tl.tensor, K: tl.tensor, G: tl.tensor, R: tl.tensor,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, TOP: tl.constexpr, UNSIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (row blocks, column blocks): one scale per token; `low`, unless None, is the sum of its parts."""
+    """Grid (row blocks, column blocks): one scale per token; `low`, unless None, is the sum of its parts. BLOCK_S is
+    the power of two from SPLITS on: the parts are read at once, not one after the other."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside, at = rows[:, None] < M, rows[:, None].to(tl.int64)
-    absmax = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(splits):
-        absmax = tl.maximum(absmax, tl.load(absmax_SM + split * M + rows, mask=rows < M, other=0.0))
+    split = tl.arange(0, BLOCK_S)[:, None]
+    parts = tl.load(absmax_SM + split * M + rows[None, :], mask=(split < SPLITS) & (rows[None, :] < M), other=0.0)
+    absmax = tl.max(parts, 0)
     tile = tl.load(x + at * K + columns[None, :], mask=inside & (columns[None, :] < K), other=0.0)
     q = _rounded(_smoothed(tile, smooth, shift, columns, K), absmax, TOP, UNSIGNED)
     tl.store(values + at * (G * _GROUP) + columns[None, :], q, mask=inside & (columns[None, :] < G * _GROUP))
@@ -117,6 +120,38 @@ def round_rows(
                 ranks = start + tl.arange(0, BLOCK_R)
                 there = inside & (ranks[None, :] < R)
                 total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-                for split in range(splits):
-                    total += tl.load(low_SMR + (split * M + at) * R + ranks[None, :], mask=there, other=0.0)
+                for part in tl.static_range(SPLITS):
+                    total += tl.load(low_SMR + (part * M + at) * R + ranks[None, :], mask=there, other=0.0)
                 tl.store(low + at * R + ranks[None, :], total, mask=there)
+
+
+@triton.jit
+def prepare(
+    x: tl.tensor, smooth: tl.tensor, down: tl.tensor, values: tl.tensor, scales: tl.tensor, low: tl.tensor,
+    shift: tl.tensor, K: tl.tensor, G: tl.tensor, R: tl.tensor, TOP: tl.constexpr, UNSIGNED: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (M, 1 + rank blocks), for few tokens: `survey` and `round_rows` in one launch, one scale per token. The
+    first program of a row rounds it, WHOLE (a power of two) inputs at once; each other projects onto BLOCK_R ranks, in
+    fp32."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        columns = tl.arange(0, WHOLE)
+        one = row + tl.arange(0, 1)
+        tile = tl.load(x + row * K + columns[None, :], mask=columns[None, :] < K, other=0.0)
+        v = _smoothed(tile, smooth, shift, columns, K)
+        absmax = _absmax(v, UNSIGNED)
+        q = _rounded(v, absmax, TOP, UNSIGNED)
+        tl.store(values + row * (G * _GROUP) + columns[None, :], q, mask=columns[None, :] < G * _GROUP)
+        tl.store(scales + one, tl.math.div_rn(absmax, tl.full([1], TOP, tl.float32)))
+    else:
+        if down is not None:
+            ranks = (tl.program_id(1) - 1) * BLOCK_R + tl.arange(0, BLOCK_R)
+            sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+            for start in range(0, K, BLOCK_K):
+                columns = start + tl.arange(0, BLOCK_K)
+                a = tl.load(x + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+                there = (ranks[:, None] < R) & (columns[None, :] < K)
+                b = tl.load(down + ranks[:, None] * K + columns[None, :], mask=there, other=0.0).to(tl.float32)
+                sums += a[None, :] * b
+            tl.store(low + row * R + ranks, tl.sum(sums, 1), mask=ranks < R)

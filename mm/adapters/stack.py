@@ -9,77 +9,25 @@ Design choices
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
 from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
 from mm.adapters.matching import Place, layer_path, match
 from mm.adapters.placed import Placed
+from mm.adapters.stack_items import Applied, Spot, StackItem, base_matches_of, in_the_way, item_of, same_entry
 from mm.adapters.tokens import keep_words, release_words
 from mm.core.errors import UserError
-from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import check_groups, refresh_groups
 from mm.layers.surgery import clean, roots_of
 
 if TYPE_CHECKING:
     from mm.adapters.patch import Patch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Applied:
-    """What was done; `str` says it."""
-
-    tensors: int
-    layers: int
-
-    def __str__(self) -> str:
-        return f"{self.tensors} of {self.tensors} tensors applied to {self.layers} layers"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackItem:
-    """One patch on a model.
-
-    Attributes:
-        name: of the patch.
-        method: that made it.
-        scale: how strongly it acts.
-        layers: how many it changes.
-        tensors: how many it has.
-        base_matches: whether the model is the one it was made for; None where the patch does not say.
-        kinds: of its entries.
-        fused: its low-rank entries act in the weights.
-    """
-
-    name: str
-    method: str
-    scale: float
-    layers: int
-    tensors: int
-    base_matches: bool | None
-    kinds: tuple[str, ...]
-    fused: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Spot:
-    """One entry on one layer, as found in a model."""
-
-    path: str
-    module: nn.Module
-    placed: Placed
-
-    @property
-    def key(self) -> tuple[int, bool]:
-        """The layer, and whether its bias is meant."""
-        return id(self.module), self.placed.in_bias
 
 
 def stack_of(target: Any) -> Stack:
@@ -100,7 +48,7 @@ class Stack:
         by_name: dict[str, list[Placed]] = {}
         for spot in sorted(self._spots(), key=lambda s: s.placed.order):
             by_name.setdefault(spot.placed.name, []).append(spot.placed)
-        return tuple(_item(placed) for placed in by_name.values())
+        return tuple(item_of(placed) for placed in by_name.values())
 
     def names(self) -> tuple[str, ...]:
         """Their names, in order."""
@@ -153,7 +101,7 @@ class Stack:
             raise UserError("the patch has no name; give it one, by which it is taken off again")
         places = match(patch.name, patch.entries, self.target)
         self._check_free(patch.name, places)
-        base = _base_matches(patch, self.target)
+        base = base_matches_of(patch, self.target)
         order = 1 + max((spot.placed.order for spot in self._spots()), default=0)
         common: dict[str, Any] = {"name": patch.name, "scale": float(scale), "order": order, "method": patch.method}
 
@@ -210,7 +158,7 @@ class Stack:
         self._check_weights(name)
         spots = self._named(name)
         for spot in spots:
-            if below := _in_the_way(spot):
+            if below := in_the_way(spot):
                 raise UserError(f"{spot.path}: {name!r} acts on what {below!r} gives there; bake {below!r} first")
         if any(spot.placed.is_branch for spot in spots):
             self._fused((name,), True)
@@ -223,20 +171,20 @@ class Stack:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _spots(self) -> Iterator[_Spot]:
+    def _spots(self) -> Iterator[Spot]:
         for component, root in roots_of(self.target).items():
             for path, module in root.named_modules():
                 for placed in placed_on(module):
                     end = ".bias" if placed.in_bias else ""
-                    yield _Spot(path=f"{component}.{clean(path)}{end}".strip("."), module=module, placed=placed)
+                    yield Spot(path=f"{component}.{clean(path)}{end}".strip("."), module=module, placed=placed)
 
-    def _named(self, name: str) -> Sequence[_Spot]:
+    def _named(self, name: str) -> Sequence[Spot]:
         found = [spot for spot in self._spots() if spot.placed.name == name]
         if not found:
             raise UserError(f"no patch {name!r} is applied; applied: {', '.join(self.names()) or 'none'}")
         return found
 
-    def _of(self, name: str, entries: dict[str, Entry]) -> Sequence[_Spot]:
+    def _of(self, name: str, entries: dict[str, Entry]) -> Sequence[Spot]:
         """Where a patch's own entries are. Raises UserError where some are missing or others of that name are there."""
         places = match(name, entries, self.target)
         spots = {spot.key: spot for spot in self._spots() if spot.placed.name == name}
@@ -244,7 +192,7 @@ class Stack:
         if missing:
             raise UserError(f"{len(missing)} of {len(places)} layers lack patch {name!r}: {missing[0]} first")
         for place in places:
-            if not _same(place.entry, spots[place.key].placed.entry):
+            if not same_entry(place.entry, spots[place.key].placed.entry):
                 raise UserError(f"another patch named {name!r} is applied to {place.path}; its tensors are others")
         if len(spots) != len(places):
             raise UserError(f"another patch named {name!r} is applied: to {len(spots)} layers, not {len(places)}")
@@ -299,59 +247,3 @@ class Stack:
             raise
         for root in roots_of(self.target).values():
             refresh_groups(root)
-
-
-def _item(placed: Sequence[Placed]) -> StackItem:
-    first = placed[0]
-    return StackItem(
-        name=first.name,
-        method=first.method,
-        scale=first.scale,
-        layers=len({layer_path(p.path, p.entry) for p in placed}),
-        tensors=sum(len(p.entry.tensors) for p in placed),
-        base_matches=first.base_matches,
-        kinds=tuple(sorted({p.entry.kind for p in placed})),
-        fused=any(p.fused for p in placed),
-    )
-
-
-def _same(one: Entry, other: Entry) -> bool:
-    if one is other:
-        return True
-    return (one.kind, one.scope, one.scale, set(one.tensors)) == (
-        other.kind,
-        other.scope,
-        other.scale,
-        set(other.tensors),
-    ) and all(torch.equal(one.tensors[k].cpu(), other.tensors[k].cpu()) for k in one.tensors)
-
-
-def _in_the_way(spot: _Spot) -> str:
-    """The name of a patch below that does not commute with this one; empty where there is none."""
-    stack = placed_on(spot.module)
-    below = stack[: stack.index(spot.placed)]
-    mine = spot.placed.entry
-    for other in below:
-        if "bias" in (mine.kind, other.entry.kind):
-            continue
-        if "rotation" in (mine.kind, other.entry.kind):
-            return other.name
-        if mine.kind == "rows" and torch.isin(mine.tensors["ids"].cpu(), other.entry.tensors["ids"].cpu()).any():
-            return other.name
-    return ""
-
-
-def _base_matches(patch: Patch, target: Any) -> bool | None:
-    if not patch.base:
-        warnings.warn(
-            f"patch {patch.name!r} does not say which model it was made for; shapes fit, more is not known",
-            stacklevel=4,
-        )
-        return None
-    hashes = [base_hash(root) for root in roots_of(target).values()]
-    if patch.base not in hashes:
-        warnings.warn(
-            f"patch {patch.name!r} was made for another base ({patch.base[:12]}..., this is {hashes[0][:12]}...)",
-            stacklevel=4,
-        )
-    return patch.base in hashes

@@ -49,6 +49,7 @@ class Generate:
         lora: "FILE" or "FILE:SCALE", or a list of them, in this order.
         model: an embedded model, or a folder.
         fast: less work a picture: true, or an object of single settings (docs/fast.md).
+        strict: true refuses words that the model does not know, false refuses nothing.
         options: further arguments of the pipeline's call, by name.
     """
 
@@ -67,6 +68,7 @@ class Generate:
     lora: tuple[str, ...] = ()
     model: str | None = None
     fast: bool | dict[str, Any] = False
+    strict: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +93,8 @@ class Generate:
             raise UserError(f'options is {shown(self.options)}; give an object such as {{"clip_skip": 1}}')
         if not isinstance(self.fast, bool | dict):
             raise UserError(f"fast is {shown(self.fast)}; give true, false, or an object of settings")
+        if self.strict is not None and not isinstance(self.strict, bool):
+            raise UserError(f"strict is {shown(self.strict)}; give true or false")
         if self.image is None and (self.mask is not None or self.strength is not None):
             given = "mask" if self.mask is not None else "strength"
             raise UserError(f"{given} is given without image; it acts on a picture to start from")

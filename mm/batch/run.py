@@ -278,7 +278,7 @@ def _warnings(engine: Engine, one: Planned) -> list[str]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_prompts([one.draft.prompt], engine.pipeline.text_tokenizer)
+        check_prompts([one.draft.prompt], engine.pipeline.text_tokenizer, strict=one.draft.strict)
     return [str(warning.message) for warning in caught]
 
 

@@ -25,6 +25,7 @@ def chat(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     seed: Annotated[int, typer.Option(min=0, help="Picture k of the conversation has seed + k.")] = 0,
     steps: shared.StepsOption = None,
+    strict: shared.StrictOption = None,
     base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
@@ -37,7 +38,7 @@ def chat(
 
     output.check_folder(out)
     loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
-    talk = Talk(loading.engine(), out, seed=seed, steps=steps)
+    talk = Talk(loading.engine(), out, seed=seed, steps=steps, strict=strict)
     interactive = sys.stdin.isatty()
     if interactive:
         print("say what to draw, change or describe; /image FILE, /new, /quit\n> ", end="", flush=True)
@@ -52,9 +53,10 @@ class Talk:
     leaves the conversation as it was before; at the prompt it ends the command.
     """
 
-    def __init__(self, engine: Engine, out: Path, *, seed: int, steps: int | None) -> None:
+    def __init__(self, engine: Engine, out: Path, *, seed: int, steps: int | None, strict: bool | None) -> None:
         """Begins a conversation. Raises UserError where the model cannot converse."""
-        self.engine, self.out, self.seed, self.steps = engine, out, seed, steps
+        self.engine, self.out = engine, out
+        self.settings: dict[str, Any] = {"seed": seed, "steps": steps, "strict": strict}
         self.conversation: Any = engine.converse()
         self.picture: Any = None
 
@@ -105,6 +107,6 @@ class Talk:
             path = output.save_numbered(self.out, output.picture_bytes(event.picture, event.settings))
             print(f"[{path}]", end="", flush=True)
 
-        turn = Turn(conversation=self.conversation, words=words, image=self.picture, seed=self.seed, steps=self.steps)
+        turn = Turn(conversation=self.conversation, words=words, image=self.picture, **self.settings)
         follow(self.engine.run(turn), keep)
         print(flush=True)

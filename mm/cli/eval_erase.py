@@ -36,34 +36,32 @@ def erase(
     json: Annotated[Path | None, typer.Option("--json", help="Write the report here, and a grid beside it.")] = None,
 ) -> None:
     """Erases concepts and measures what is drawn instead, what is kept, and what attacks bring back."""
-    from mm import TextToImagePipeline
     from mm.adapters.patch import Patch
-    from mm.core.devices import place
     from mm.core.errors import UserError
     from mm.erasure.erase import DEFAULT
-    from mm.evaluation.erase import EraseConfig, evaluate_erase
-    from mm.world.judge import Judge
+    from mm.evaluation.erase import EraseConfig, batch_on, evaluate_erase, loaded
 
-    loaded = Patch.load(patch) if patch else None
-    if loaded is not None:
+    given_patch = Patch.load(patch) if patch else None
+    if given_patch is not None:
         if targets:
             raise UserError("targets and --patch exclude each other; the patch says what it erases")
-        targets, how = list(loaded.report.get("concepts", ())), "together"
+        targets, how = list(given_patch.report.get("concepts", ())), "together"
         if not targets:
             raise UserError(f"{patch} does not say what it erases; it is no patch of mm erase")
     given: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
+    pipe, reader = loaded(model, judge)
     config = EraseConfig(
         **given, how=how, method=method or DEFAULT, options=dict(setting_of(s) for s in setting or ()),  # type: ignore[arg-type]
         split="tune" if tuning else "report", each=limit, composition=composition, quantize=tuple(quantize or ()),
         attacks=tuple(attack or ()), patch_bits=tuple(patch_bits or ()), mode=mode.value, steps=steps, seed=seed,
+        batch_size=batch_on(pipe.device),
     )  # fmt: skip
-    pipe = place(TextToImagePipeline.from_pretrained(model))
     report = evaluate_erase(
-        pipe, Judge.from_pretrained(judge), config, patch=loaded, json_file=json, settings={"model": model},
+        pipe, reader, config, patch=given_patch, json_file=json, settings={"model": model},
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
-    if loaded is not None and patch is not None:
-        loaded.save(patch)
+    if given_patch is not None and patch is not None:
+        given_patch.save(patch)
     print(table(report))
 
 

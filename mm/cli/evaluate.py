@@ -37,6 +37,8 @@ def compose(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
     best_of: Annotated[int, typer.Option(min=1, help="Draw again, so often at most, where numbers are wrong.")] = 1,
+    wording: Annotated[bool, typer.Option(help="200 prompts in other words, beside the same in plain ones.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that are drawn at a time.")] = 16,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: Json = None,
@@ -46,11 +48,13 @@ def compose(
 
     from mm.evaluation.compose import ComposeConfig, evaluate_compose
     from mm.evaluation.prompts import COMPOSE
+    from mm.evaluation.wording import OTHER_WORDS, evaluate_wording
     from mm.world.judge import Judge
 
     config = ComposeConfig(
-        mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance, best_of=best_of
-    )
+        mode=mode.value, seed=seed, limit=limit, pictures=pictures, steps=steps, guidance=guidance, best_of=best_of,
+        batch_size=batch_size,
+    )  # fmt: skip
     pipe, loaded = _pipeline("draw", model, bits, lora)
     with tqdm(unit="picture", desc="drawing") as bar:
 
@@ -58,16 +62,17 @@ def compose(
             bar.total = total
             bar.update(done - bar.n)
 
-        report = evaluate_compose(
+        evaluate = evaluate_wording if wording else evaluate_compose
+        report = evaluate(
             pipe,
-            Judge.from_pretrained(judge),
+            Judge.from_pretrained(judge).to(pipe.device),
             config,
-            prompts=prompts or COMPOSE,
+            prompts=prompts or (OTHER_WORDS if wording else COMPOSE),
             json_file=json,
             settings=loaded,
             progress=progress,
         )
-    _print(_compose_table(report))
+    _print(_wording_table(report) if wording else _compose_table(report))
 
 
 @app.command(epilog="Example: mm eval fidelity --limit 10 --json runs/fidelity.json")
@@ -298,6 +303,23 @@ def _print(table: Any) -> None:
 
     # A pipe has no width of its own, and rich would squeeze the columns into 80.
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def _wording_table(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    settings, plain = report["settings"], report["plain"]
+    table = Table(title=f"compose in other words, {settings['mode']}, {report['n']} pictures each")
+    for name in ("task", "other words", "plain", "read", "in silence", "of"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for name in [*report["tasks"], "overall", "style", "background"]:
+        said = report["reading"].get("all" if name == "overall" else name, {})
+        rows = [r[name] if name == "overall" else r["tasks"].get(name, r.get(name))["score"] for r in (report, plain)]
+        scores = ("" if x is None else f"{x:.3f}" for x in rows)
+        table.add_row(name, *scores, *(str(said.get(key, "")) for key in ("read", "silent", "n")))
+    change = report["change"]
+    table.caption = f"change {change['score']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}] of a picture"
+    return table
 
 
 def _compose_table(report: dict[str, Any]) -> Any:

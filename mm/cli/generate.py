@@ -33,7 +33,7 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(min=1, max=64, help="Draw again, so often at most, until numbers are right (mm-tiny).")
     ] = None,
-    strict: shared.StrictOption = False,
+    strict: shared.StrictOption = None,
     fast: shared.FastOption = False,
     fast_set: shared.FastSetOption = None,
     like: Annotated[
@@ -64,7 +64,7 @@ def generate(
     given = {
         "count": count, "seed": seed, "steps": steps, "mode": mode.value if mode else None, "guidance": guidance,
         "negative": negative, "size": shared.size(size), "strength": strength, "best_of": best_of, "prompt": prompt,
-        "options": shared.arguments(more, strict) or None, "fast": shared.fast(fast, fast_set),
+        "options": shared.settings(more) or None, "strict": strict, "fast": shared.fast(fast, fast_set),
     }  # fmt: skip
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     run(

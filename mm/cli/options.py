@@ -98,7 +98,11 @@ GuidanceOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Refuse words that are not understood, before anything is drawn (mm-tiny).")
+    bool | None,
+    typer.Option(
+        "--strict/--no-strict",
+        help="Refuse words that are not understood, or nothing at all; default: what leaves nothing to do (mm-tiny).",
+    ),
 ]
 FastOption = Annotated[bool, typer.Option("--fast", help="Leave out work that changes a picture little: docs/fast.md.")]
 FastSetOption = Annotated[
@@ -172,11 +176,6 @@ def size(text: str | None) -> tuple[int, int] | None:
 def fast(chosen: bool, given: list[str] | None) -> bool | dict[str, Any] | None:
     """`Draw.fast` of --fast and --fast-set, each of which suffices; None where neither is given."""
     return settings(given, "--fast-set", "threshold=0.98") if given else chosen or None
-
-
-def arguments(given: list[str] | None, strict: bool) -> dict[str, Any]:
-    """The further arguments of a call: --set and --strict."""
-    return settings(given) | ({"strict": True} if strict else {})
 
 
 def settings(given: list[str] | None, option: str = "--set", example: str = "clip_skip=1") -> dict[str, Any]:

@@ -40,6 +40,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Samples a step and device.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="AdamW's rate.")] = None,
     codes_share: Annotated[float | None, typer.Option(help="Share of the drawing steps in codes mode.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that make batches ahead of time, for a GPU that would wait.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of scenes, wording and noise.")] = None,
 ) -> None:
     """Trains a published model, or resumes a stopped run."""
@@ -54,5 +57,6 @@ def train(
         publish_to=publish,
         **flags,
         codes_share=codes_share,
+        workers=workers,
         seed=seed,
     )

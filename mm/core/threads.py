@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: a bounded spin, set before torch loads, so that a busy machine does not stall them.
+"""OpenMP's threads: a bounded spin, set before torch loads, and a team that is released after the work.
 
 Design choices
 - By default threads of GNU's OpenMP spin for milliseconds while they wait. As soon as another process wants a core, the
@@ -8,16 +8,26 @@ Design choices
 - Both are avoided by a spin that ends after some microseconds. `benchmarks/busy.py` measures it.
 - The variables are read when the OpenMP library is loaded, that is with torch. Only the commands set them; `import mm`
   in a script changes nothing of the process.
+- GNU's OpenMP keeps a team of threads for each thread that has computed. As soon as all teams together have more
+  threads than the machine has cores, none of them spins for longer than about a microsecond, and each small operation
+  wakes sleeping threads. `release_team` ends the calling thread's team: a process that computes in one thread at a
+  time then has one team at a time. A new team costs some 50 microseconds a core.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import sys
 from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
 
 SPIN_COUNT = 10_000  # turns of GNU's waiting loop (see benchmarks/busy.py)
 BLOCK_TIME = "1"  # milliseconds that Intel's and LLVM's OpenMP spin before they sleep
 _GNU, _LLVM = "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
+_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0, section 3.2.43
 _POLICY = ("OMP_WAIT_POLICY", _GNU, _LLVM)
 
 
@@ -36,6 +46,32 @@ def bound_spinning(environment: MutableMapping[str, str] | None = None) -> bool:
     environment[_GNU] = str(SPIN_COUNT)
     environment[_LLVM] = BLOCK_TIME
     return True
+
+
+def release_team() -> bool:
+    """Ends the idle OpenMP threads that wait for more work of the calling thread; its next operation starts new ones.
+
+    Returns:
+        Whether there is a GNU OpenMP of torch that can do so. Others (macOS, Windows) are left as they are.
+    """
+    library = _gnu_openmp() if "torch" in sys.modules else None
+    return library is not None and library.omp_pause_resource_all(_PAUSE_HARD) == 0
+
+
+@functools.cache
+def _gnu_openmp() -> Any:
+    """The GNU OpenMP library that torch has loaded, or None."""
+    try:
+        files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+        found = [ctypes.CDLL(file, mode=os.RTLD_NOLOAD | os.RTLD_LAZY) for file in sorted(files, key=_beside_torch)]
+    except OSError:
+        return None
+    return next((library for library in found if hasattr(library, "omp_pause_resource_all")), None)
+
+
+def _beside_torch(file: str) -> bool:
+    """False, which sorts first, for a file in torch's own folder; other packages bring libraries of their own."""
+    return Path(sys.modules["torch"].__path__[0]) not in Path(file).parents
 
 
 def policy(environment: MutableMapping[str, str] | None = None) -> str:

@@ -73,6 +73,7 @@ def arguments_of(
     if can.guidance_name:
         given[can.guidance_name] = can.guidance_of(first)
     given |= _prompts(requests, can, one_negative)
+    given |= {"strict": first.strict} if can.strict else {}
     if isinstance(first, Draw):
         given |= _drawn_from(first, can, takes)
         given |= {"strength": first.strength, "best_of": first.best_of if first.best_of > 1 else None}

@@ -11,15 +11,32 @@ Design choices
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
 
 from mm.layers.linear import BranchedLinear
 
+_SHARED: ContextVar[bool] = ContextVar("shared", default=False)
+
+
+@contextlib.contextmanager
+def shared_calls() -> Iterator[None]:
+    """Pictures share calls also where activations are rounded: for rates over many pictures that nobody draws again."""
+    token = _SHARED.set(True)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
 
 def rounds_activations(pipe: Any) -> bool:
-    """Whether a module of the pipeline has layers that round their inputs."""
+    """Whether a module of the pipeline has layers that round their inputs; never inside of `shared_calls`."""
+    if _SHARED.get():
+        return False
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     return any(
         isinstance(layer, BranchedLinear) and layer.bits != 16 and layer.activation.bits != 16

@@ -39,6 +39,7 @@ class Capabilities:
         negative_needs: the argument without which a negative prompt has no effect; empty where guidance suffices.
         negative_default: the negative prompt where none is given.
         best_of: whether pictures can be drawn again until their numbers are right.
+        strict: whether prompts are read by a list of words, so that others can be refused.
         schedulers: class names that can be chosen.
         image_guidance: whether editing takes a guidance of its own for the source.
         fast: "module:function" of `Family.fast`; empty where no work can be left out.
@@ -60,6 +61,7 @@ class Capabilities:
     negative_needs: str = ""
     negative_default: str = ""
     best_of: bool = False
+    strict: bool = False
     schedulers: tuple[str, ...] = ()
     image_guidance: bool = False
     fast: str = ""
@@ -118,6 +120,10 @@ class Capabilities:
         if request.guidance is not None and self.guidance_name is None:
             raise UserError(f"guidance is {request.guidance:g}; {self.model} has none; leave it out")
         self.fast_of(request)
+        if request.strict is not None and not self.strict:
+            raise UserError(
+                f"strict is {request.strict}; {self.model} has no list of words that it knows; leave it out"
+            )
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             known = ", ".join(self.schedulers) or "only its own"
             raise UserError(f"scheduler is {shown(request.scheduler)}; {self.model} takes {known}")

@@ -6,18 +6,22 @@ Design choices
 - Runs share the model. They take turns call by call (`FairLock`), so a small order waits for one batch of a large one.
   A run that waits can be cancelled; `Done` comes when nothing of it works any more.
 - Nothing of a run is kept on the pipeline: each call gets a view with a scheduler of its own.
+- A run ends its OpenMP threads with each turn (`release_team`), so that the next one, in whatever thread, has the cores
+  to itself.
 """
 
 from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
+from mm.core.threads import release_team
 from mm.engine import calls
 from mm.engine.arguments import arguments_of, grouped, size_of, unbinned
 from mm.engine.attaching import Adapter, attach_all, detach, facts_of
@@ -192,7 +196,7 @@ class Engine:
         notices = Notices(emit)
         try:
             if isinstance(request, Describe):
-                with self._turn.turn(cancel), notices:
+                with self._computing(cancel, notices):
                     emit(self._answer(request))
                 emit(Done(pictures=0))
             elif isinstance(request, Turn):
@@ -201,6 +205,15 @@ class Engine:
                 self._draw(_singles(request), request.batch_size, cancel, emit, previews)
         except RunCancelledError:  # while it waited for its turn
             emit(Done(pictures=0, cancelled=True))
+
+    @contextmanager
+    def _computing(self, cancel: CancelToken, notices: Notices) -> Iterator[None]:
+        """A turn on the model, with warnings as events."""
+        with self._turn.turn(cancel), notices:
+            try:
+                yield
+            finally:
+                release_team()
 
     def _answer(self, request: Describe) -> Words:
         reader = self._pipeline_for("describe")
@@ -225,7 +238,7 @@ class Engine:
                 break
             places, together = [at for at, _ in group], [request for _, request in group]
             try:
-                with self._turn.turn(cancel), notices:
+                with self._computing(cancel, notices):
                     made = self._call(together, places, cancel, emit, previews)
             except RunCancelledError:
                 break
@@ -274,8 +287,9 @@ class Engine:
         pipe, pictures, line = self._pipeline_for("converse"), 0, ""
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         steps = self.capabilities.steps_of(request)
-        options = {} if steps is None else {"steps": steps}
-        with self._turn.turn(cancel), notices:
+        options: dict[str, Any] = {} if steps is None else {"steps": steps}
+        options |= {} if request.strict is None else {"strict": request.strict}
+        with self._computing(cancel, notices):
             events = pipe.turn(request.conversation, request.words, request.image, seed=seed, **options)
             for event in events:
                 if cancel.cancelled:

@@ -16,6 +16,7 @@ from typing import Any
 from mm.core import devices
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
+from mm.core.threads import release_team
 from mm.engine import memory
 from mm.engine.attaching import Adapter, attach_all
 from mm.engine.engine import Engine
@@ -87,6 +88,7 @@ def load(
     names, lines = attach_all(pipe, adapters)
     notes += lines
     pipes = Pipelines(pipe, family, folder, kind)
+    release_team()  # the model may be run in another thread
     return Engine(
         pipe,
         capabilities_of(name, pipe, family, folder),

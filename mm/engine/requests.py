@@ -86,6 +86,8 @@ class Sampling:
         scheduler: name of a diffusers scheduler class that the model can take; None keeps the model's own.
         batch_size: pictures drawn in one call; changes no picture.
         fast: less work a picture (docs/fast.md): True is the model's measured mix, a mapping names single settings.
+        strict: for models that read their prompts by a list of words: True refuses words that are not known, False
+            refuses nothing, None what leaves nothing to do.
         options: further keyword arguments for the pipeline's call, under its own names.
     """
 
@@ -97,6 +99,7 @@ class Sampling:
     scheduler: str | None = None
     batch_size: int = 1
     fast: bool | Mapping[str, Any] = False
+    strict: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,6 +113,8 @@ class Sampling:
             number("guidance", self.guidance, 0, MAX_GUIDANCE)
         if not isinstance(self.fast, bool | Mapping):
             raise UserError(f"fast is {shown(self.fast)}; give true, false or settings by name")
+        if self.strict is not None and not isinstance(self.strict, bool):
+            raise UserError(f"strict is {shown(self.strict)}; give true or false, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

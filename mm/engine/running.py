@@ -2,9 +2,9 @@
 
 Design choices
 - Read as an iterator, a worker thread draws while the caller reads: a page can serve others meanwhile.
-- `each` works in the caller's own thread. OpenMP keeps a team of threads for every thread that has computed, and waits
-  less patiently as soon as the teams together have more threads than the machine has cores: on two cores a picture of
-  the small model took 1.5 times as long in a thread of its own (`benchmarks/engine_overhead.py`).
+- `each` works in the caller's own thread.
+- The caller's OpenMP threads are ended before a worker thread begins (`mm.core.threads`): two teams of threads together
+  made a picture of the small model take 1.5 times as long in a thread of its own (`benchmarks/engine_overhead.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 
+from mm.core.threads import release_team
 from mm.engine.events import CancelToken, Event
 
 Emit = Callable[[Event], None]
@@ -53,6 +54,7 @@ class Run(Iterator[Event]):
             finally:
                 events.put(None)
 
+        release_team()
         thread = threading.Thread(target=body, name="mm-run", daemon=True)
         thread.start()
         try:

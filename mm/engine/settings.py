@@ -59,6 +59,7 @@ def settings_of(request: Draw | Edit | Turn, can: Capabilities, model: str, seed
         "scheduler": request.scheduler,
         "best_of": best_of if best_of > 1 else None,
         "fast": can.fast_of(request),
+        "strict": request.strict,
         "options": _writable(request.options) or None,
         "model": model,
     }
@@ -134,6 +135,7 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
     given: dict[str, Any] = {"prompt": prompt}
     same = {"negative_prompt": "negative", "seed": "seed", "steps": "steps", "guidance": "guidance"}
     same |= {"strength": "strength", "options": "options", "best_of": "best_of", "fast": "fast"}
+    same |= {"strict": "strict"}
     given |= {field: settings[key] for key, field in same.items() if settings.get(key) is not None}
     if settings.get("mode") in can.modes:
         given["mode"] = settings["mode"]
@@ -175,6 +177,8 @@ def _fit(given: dict[str, Any], can: Capabilities, notes: list[str]) -> None:
         notes.append(f"{can.model} takes no negative prompt here; the picture's is left out")
     if not can.best_of:
         given.pop("best_of", None)
+    if not can.strict:
+        given.pop("strict", None)
     if not can.fast and given.pop("fast", None) is not None:
         notes.append(f"{can.model} cannot leave out work (fast); the picture is drawn in full")
 

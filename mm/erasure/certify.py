@@ -61,6 +61,7 @@ def certify(
     quantization: Mapping[str, Quantizer] | None = None,
     composition: Composition | None = None,
     patch_bits: Sequence[int] = (),
+    baked: bool = True,
     pictures: bool = True,
 ) -> Certificate:
     """Measures a patch on the measurer's pipeline, and writes what was found into the patch's report.
@@ -73,6 +74,7 @@ def certify(
         quantization: by name, a function that quantizes a pipeline in place. It gets copies.
         composition: gives verdicts on pictures of prompts without the targets, the same prompts at each call.
         patch_bits: widths at which the patch's own tensors are measured, too.
+        baked: whether quantized copies are also measured with the patch baked in before, which quantizes a second one.
         pictures: keep some, before and after, for a grid.
 
     Returns:
@@ -86,12 +88,13 @@ def certify(
     with with_patch(pipe, patch, True):
         after = measurer.labels(prompts)
         second = list(composition(pipe)) if composition else []
-        broken = {attack.name: _attacked(measurer, patch, probes, attack) for attack in attacks}
+        own = dataclasses.replace(measurer, kept=dict(zip(prompts, after, strict=True)))
+        broken = {attack.name: _attacked(own, patch, probes, attack) for attack in attacks}
     made = Certificate(
         targets=tuple(dict.fromkeys(patch.report.get("targets", ()))) or _targets(probes),
         rates=rates_of(probes, after), base=rates_of(probes, before), instead=_instead(probes, before, after),
         composition=_change(first, second) if composition else None,
-        quantized={k: _quantized(measurer, patch, probes, q) for k, q in (quantization or {}).items()}
+        quantized={k: _quantized(measurer, patch, probes, q, baked) for k, q in (quantization or {}).items()}
         | {f"patch at {bits} bits": _rounded(measurer, patch, probes, bits) for bits in patch_bits},
         attacks=broken, seconds={"make": patch.report.get("seconds"), "measure": round(time.monotonic() - started, 1)},
         settings={"seed": measurer.seed, **{k: x for k, x in measurer.call.items() if _jsonable(x)}},
@@ -195,7 +198,9 @@ def _change(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
     return {key: round(value, 4) for key, value in names.items()} | {"n": len(before)}
 
 
-def _quantized(measurer: Measurer, patch: Patch, probes: Sequence[Probe], quantize: Quantizer) -> dict[str, Any]:
+def _quantized(
+    measurer: Measurer, patch: Patch, probes: Sequence[Probe], quantize: Quantizer, baked: bool
+) -> dict[str, Any]:
     """Rates of a quantized copy without the patch, with it, and with it baked in before quantizing."""
     prompts = [p.prompt for p in probes]
     pipe = _without(measurer.pipe, patch)
@@ -204,6 +209,8 @@ def _quantized(measurer: Measurer, patch: Patch, probes: Sequence[Probe], quanti
     rows: dict[str, Any] = {"base": rates_of(probes, own.labels(prompts))}
     patch.apply(pipe)
     rows["rates"] = rates_of(probes, own.labels(prompts))
+    if not baked:
+        return rows
     try:
         pipe = _without(measurer.pipe, patch)
         patch.bake(pipe)

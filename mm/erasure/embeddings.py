@@ -1,5 +1,11 @@
 """Word embeddings that are optimized against an erasure.
 
+Design choices
+- Prompts are searched together: their losses are added up and Adam works on each number alone, so each prompt's search
+  is the one that it would be alone. The best rows are kept for each prompt.
+- Rows belong to the token numbers that they were made for. A text with other tokens, such as the empty prompt of
+  guidance, is read without them, also where it has the same length.
+
 Legend: B prompts, T tokens, N outputs of a layer, D width of an embedding.
 """
 
@@ -15,20 +21,27 @@ from torch import Tensor, nn
 from mm.layers.surgery import roots_of
 
 
+def word_tables(pipe: Any) -> list[nn.Embedding]:
+    """The tables of word embeddings: those with a row for every word of a tokenizer."""
+    sizes = [len(t.get_vocab()) for n, t in pipe.components.items() if "tokenizer" in n and callable(t)]
+    return [
+        m for root in roots_of(pipe).values() for m in root.modules()
+        if isinstance(m, nn.Embedding) and m.num_embeddings >= min(sizes, default=1 << 30)
+    ]  # fmt: skip
+
+
 class Embeddings:
     """A learned change of the word embeddings at every token of prompts; `rate` in units of the table's deviation."""
 
     def __init__(self, pipe: Any, rate: float) -> None:
-        sizes = [len(t.get_vocab()) for n, t in pipe.components.items() if "tokenizer" in n and callable(t)]
-        self.tables = [
-            m for root in roots_of(pipe).values() for m in root.modules()
-            if isinstance(m, nn.Embedding) and m.num_embeddings >= min(sizes, default=1 << 30)
-        ]  # fmt: skip
+        self.tables = word_tables(pipe)
         self.rows: dict[int, Tensor] = {}
+        self.ids: dict[int, Tensor] = {}
         self.sizes: dict[int, float] = {}
         self.rate = rate
         self.optimizer: torch.optim.Optimizer | None = None
-        self.best: tuple[float, list[Tensor]] = (float("inf"), [])
+        self.best: list[float] = []
+        self.best_rows: list[Tensor] = []
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -41,36 +54,45 @@ class Embeddings:
                 handle.remove()
 
     def _hook(self, table: nn.Module, args: Any, out: Tensor) -> Tensor:
-        """Adds the rows; sequences of another shape, such as that of the empty prompt, are left alone."""
-        key, ids = id(table), args[0]
-        if ids.ndim != 2:
+        """Adds the rows to the prompts that they belong to."""
+        key, ids = id(table), args[0] if args else None
+        if ids is None or ids.ndim != 2:
             return out
         if key not in self.rows:
-            self.rows[key] = torch.zeros(*ids.shape, out.shape[-1], requires_grad=True)
+            self.ids[key] = ids.clone()
+            self.rows[key] = torch.zeros(*ids.shape, out.shape[-1], device=out.device, requires_grad=True)
             self.sizes[key] = float(table.weight.detach().float().square().mean().sqrt())  # type: ignore[operator]
-        if tuple(ids.shape) != tuple(self.rows[key].shape[:2]):
+        if not torch.equal(ids, self.ids[key]):
             return out
         return out + (self.sizes[key] * self.rows[key]).to(out.dtype)
 
-    def step(self, loss: Tensor) -> None:
-        """One step of Adam on all rows; the rows of the smallest loss are kept."""
-        rows = list(self.rows.values())
-        if float(loss.detach()) < self.best[0]:
-            self.best = (float(loss.detach()), [row.detach().clone() for row in rows])
+    def step(self, losses_B: Tensor) -> None:
+        """One step of Adam on all rows; of each prompt the rows of the smallest loss are kept."""
+        rows, now = list(self.rows.values()), losses_B.detach().tolist()
+        if not self.best:
+            self.best, self.best_rows = [float("inf")] * len(now), [row.detach().clone() for row in rows]
+        for b, loss in enumerate(now):
+            if loss < self.best[b]:
+                self.best[b] = loss
+                for kept, row in zip(self.best_rows, rows, strict=True):
+                    kept[b] = row.detach()[b]
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(rows, lr=self.rate)
-        for row, grad in zip(rows, torch.autograd.grad(loss, rows, allow_unused=True), strict=True):
+        for row, grad in zip(rows, torch.autograd.grad(losses_B.sum(), rows, allow_unused=True), strict=True):
             row.grad = torch.zeros_like(row) if grad is None else grad
         self.optimizer.step()
 
-    def take_best(self) -> float:
-        """Puts the best rows back and returns their loss."""
-        for row, best in zip(self.rows.values(), self.best[1], strict=True):
+    def take_best(self) -> list[float]:
+        """Puts the best rows of each prompt back and returns their losses."""
+        for row, best in zip(self.rows.values(), self.best_rows, strict=True):
             row.data.copy_(best)
-        return self.best[0]
+        return self.best
 
 
-def distance(now: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
-    """The mean over layers of the squared distance over the wanted outputs' square."""
-    parts = [(now[p].float() - wanted[p].float()).square().sum() / wanted[p].float().square().sum() for p in wanted]
-    return torch.stack(parts).mean()
+def distances(now: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
+    """For each prompt, (B,): the mean over layers of the squared distance over the wanted outputs' square."""
+    parts = []
+    for path, goal in wanted.items():
+        size = goal.float().square().flatten(1).sum(1)
+        parts.append((now[path].float() - goal.float()).square().flatten(1).sum(1) / size.clamp_min(1e-30))
+    return torch.stack(parts).mean(0)

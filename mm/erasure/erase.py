@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import statistics
 import time
@@ -27,6 +28,7 @@ from mm.erasure.methods.protocol import Job
 from mm.erasure.methods.registry import method_of
 from mm.erasure.neighbours import Neighbours
 from mm.erasure.reading import reading_rows
+from mm.erasure.routes import edits_of, rows_of
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
 from mm.layers.base_hash import base_hash
@@ -38,6 +40,7 @@ DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
+EDITS, FEW_EDITS = 48, 4  # pairs of instructions for editing, in all and of a target, where a model edits
 
 
 @torch.no_grad()
@@ -99,9 +102,14 @@ def erase(
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
+    instructions = edits_of(contexts, concepts, placed, max(FEW_EDITS, EDITS // len(concepts)))
+    progress(0.2, f"reading {len(instructions)} instructions for editing")
+    both, read = dict(features), rows_of(pipe, layers, groups, instructions)
+    for path, found in read.items():
+        both[path] = features[path].joined(found.target_TD, found.anchor_TD, found.retained_RD)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
-        pipe=pipe, layers=layers, groups=groups, features=features, weights=weights, strength=strength, pairs=pairs,
+        pipe=pipe, layers=layers, groups=groups, features=both, weights=weights, strength=strength, pairs=pairs,
         retained=others, template=template, base=_base(pipe, layers), targets=len(concepts),
         settings=chosen,
         progress=lambda share, text: progress(0.3 + 0.7 * share, text),
@@ -110,8 +118,9 @@ def erase(
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
         "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
+        "edits": len(instructions) if read else 0,
         "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
-        **margins(job, made.entries),
+        **margins(dataclasses.replace(job, features=features), made.entries),  # on the concept's own words
     }  # fmt: skip
     name = "no-" + "-".join(str(c).replace(" ", "-") for c in concepts[:3])
     return Patch(

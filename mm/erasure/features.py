@@ -23,7 +23,7 @@ from mm.families import family_of
 CHUNK = 64  # prompts in one call
 SMALL = 64  # pixels a side, or the nearest that the family draws
 # Arguments of some pipelines that would put words around the prompt (SANA), or choose another size (PixArt, SANA).
-PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False}
+PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False, "strict": False}
 
 
 class _RecordedError(Exception):
@@ -31,13 +31,16 @@ class _RecordedError(Exception):
 
 
 @torch.no_grad()
-def record(pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str]) -> dict[str, list[Tensor]]:
+def record(
+    pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str], pictures: Sequence[Any] = ()
+) -> dict[str, list[Tensor]]:
     """What each layer reads for each prompt.
 
     Args:
         pipe: a diffusers pipeline.
         layers: the layers by path.
         prompts: what they are to read.
+        pictures: one a prompt, for a pipeline that edits pictures by prompts; none for others.
 
     Returns:
         For each path a tensor (T, D) a prompt, in float32 on the CPU.
@@ -48,12 +51,12 @@ def record(pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str]) -
     out: dict[str, list[Tensor]] = {path: [] for path in layers}
     for start in range(0, len(prompts), CHUNK):
         chunk = list(prompts[start : start + CHUNK])
-        for path, x_BTD in _seen(pipe, layers, chunk).items():
+        for path, x_BTD in _seen(pipe, layers, chunk, list(pictures[start : start + CHUNK])).items():
             out[path] += list(x_BTD)
     return out
 
 
-def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str]) -> dict[str, Tensor]:
+def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def hook(path: str) -> Any:
@@ -68,7 +71,7 @@ def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str]) -> dic
 
     handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in layers.items()]
     try:
-        draw_once(pipe, prompts)
+        draw_once(pipe, prompts, pictures)
     except _RecordedError:
         pass
     finally:
@@ -81,16 +84,17 @@ def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str]) -> dic
             if len(prompts) == 1:
                 seen[path] = x.reshape(1, -1, x.shape[-1])
             else:  # a layer without a batch dimension: prompts one by one
-                parts = [_seen(pipe, layers, [prompt]) for prompt in prompts]
+                parts = [_seen(pipe, layers, [prompt], pictures[i : i + 1]) for i, prompt in enumerate(prompts)]
                 return {p: torch.nn.utils.rnn.pad_sequence([q[p][0] for q in parts], batch_first=True) for p in layers}
     return {path: x[-len(prompts) :] for path, x in seen.items()}  # with guidance, the prompts' rows come last
 
 
-def draw_once(pipe: Any, prompts: list[str]) -> Any:
-    """One sampling step for each prompt, without guidance and without decoding."""
+def draw_once(pipe: Any, prompts: list[str], pictures: Sequence[Any] = ()) -> Any:
+    """One sampling step for each prompt, without guidance and without decoding; with pictures, each is edited."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1, "output_type": "latent"}
     given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)} | PLAIN
+    given |= {"image": list(pictures)} if pictures else {}
     family = family_of(pipe)
     if family is not None and family.size is not None:  # text does not depend on the picture's size
         given |= dict.fromkeys(("height", "width"), family.size.nearest(SMALL))

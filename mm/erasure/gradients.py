@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ class Dense:
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self.layers = dict(layers)
         self.deltas = {
-            path: torch.zeros(layer.out_features, layer.in_features).requires_grad_() for path, layer in layers.items()
+            path: torch.zeros(layer.out_features, layer.in_features, device=device_of(layer)).requires_grad_()
+            for path, layer in layers.items()
         }
         self.masks: dict[str, Tensor] = {}
 
@@ -183,7 +185,7 @@ class Dense:
     def entries(self, strength: float = 1.0) -> dict[str, Entry]:
         """The changes as entries of a patch."""
         return {
-            path: Entry(kind="dense", tensors={"delta": strength * delta.detach().clone()})
+            path: Entry(kind="dense", tensors={"delta": strength * delta.detach().cpu().clone()})
             for path, delta in self.deltas.items()
         }
 
@@ -206,6 +208,11 @@ def _added(layers: Mapping[str, nn.Linear], term: Callable[[str, Tensor], Tensor
             handle.remove()
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors are."""
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
 def descend(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """One step of an optimizer with given gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -224,7 +231,8 @@ class LowRank:
             # As a LoRA starts: down random, up zero, so that nothing changes at first.
             down = torch.randn(rank, layer.in_features, generator=g) / layer.in_features**0.5
             self.terms[path] = Trained(
-                down_rD=down.requires_grad_(), up_Nr=torch.zeros(layer.out_features, rank).requires_grad_()
+                down_rD=down.to(device_of(layer)).requires_grad_(),
+                up_Nr=torch.zeros(layer.out_features, rank, device=device_of(layer)).requires_grad_(),
             )
 
     @property
@@ -240,7 +248,7 @@ class LowRank:
         """The terms as entries of a patch."""
         return {
             path: Entry(kind="lowrank", tensors={
-                "down": term.down_rD.detach().clone(), "up": strength * term.up_Nr.detach().clone()
+                "down": term.down_rD.detach().cpu().clone(), "up": strength * term.up_Nr.detach().cpu().clone()
             })
             for path, term in self.terms.items()
         }  # fmt: skip

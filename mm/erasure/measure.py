@@ -42,7 +42,8 @@ class Measurer:
         seed: of the run.
         batch_size: prompts a call.
         call: further arguments of the pipeline, such as steps, guidance and mode.
-        kept: labels of the unchanged model by prompt, filled and read by `labels(..., base=True)`.
+        kept: labels by prompt of the model in one state, filled and read by `labels(..., base=True)`: of the unchanged
+            model, or in `mm.erasure.certify.certify`'s attacks of the patched one.
     """
 
     pipe: Any
@@ -82,6 +83,7 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[torch.Generator], **
     takes = inspect.signature(type(pipe).__call__).parameters
     family = family_of(pipe)
     given: dict[str, Any] = {"prompt": list(prompts), "generator": list(seeds), "output_type": "pil"}
+    given["strict"] = False  # a search's prompts need not make sense
     if family is not None:
         given["num_inference_steps"] = family.steps_for(call.get("mode"))
         if family.guidance is not None:

@@ -43,6 +43,13 @@ class Features:
             if not torch.isfinite(getattr(self, name)).all():
                 raise UserError(f"{name.split('_')[0]} features hold NaN or infinity: the model is broken")
 
+    def joined(self, target_TD: Tensor, anchor_TD: Tensor, retained_RD: Tensor) -> Features:
+        """These features and more of each kind."""
+        return Features(
+            target_TD=torch.cat([self.target_TD, target_TD]), anchor_TD=torch.cat([self.anchor_TD, anchor_TD]),
+            retained_RD=torch.cat([self.retained_RD, retained_RD]),
+        )  # fmt: skip
+
     @cached_property
     def moments(self) -> Moments:
         """The second moments by which the closed forms see these features."""

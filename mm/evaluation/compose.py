@@ -154,6 +154,20 @@ def score(verdicts: Sequence[Verdict], asked: Sequence[Prompt]) -> dict[str, Any
     }
 
 
+def drawn_and_judged(
+    pipe: TextToImagePipeline,
+    judge: Judge,
+    config: ComposeConfig,
+    chosen: Sequence[Prompt],
+    progress: ProgressCallback | None,
+) -> tuple[list[Prompt], torch.Tensor, list[Verdict]]:
+    """The prompt, the picture (B, 3, 128, 128) and the verdict of each picture, a prompt's pictures together."""
+    jobs = [(p, picture_seed(config.seed, p.id, i)) for p in chosen for i in range(config.pictures)]
+    asked = [prompt for prompt, _ in jobs]
+    pictures = draw(pipe, jobs, config, progress)
+    return asked, pictures, [satisfies(r, p.wanted) for r, p in zip(judge.read(pictures), asked, strict=True)]
+
+
 def evaluate_compose(
     pipe: TextToImagePipeline,
     judge: Judge,
@@ -166,10 +180,7 @@ def evaluate_compose(
 ) -> dict[str, Any]:
     """Draws, judges and reports; with `json_file`, writes it and a grid PNG beside it."""
     chosen = limited(load_prompts(prompts), config.limit)
-    jobs = [(p, picture_seed(config.seed, p.id, i)) for p in chosen for i in range(config.pictures)]
-    asked = [prompt for prompt, _ in jobs]
-    pictures = draw(pipe, jobs, config, progress)
-    verdicts = [satisfies(r, p.wanted) for r, p in zip(judge.read(pictures), asked, strict=True)]
+    asked, pictures, verdicts = drawn_and_judged(pipe, judge, config, chosen, progress)
 
     renders = render([true_scene(p, config.seed) for p in chosen])
     ceilings = []
@@ -186,7 +197,7 @@ def evaluate_compose(
     }
     if json_file is not None:
         write_json(json_file, report)
-        shown = torch.linspace(0, len(jobs) - 1, min(len(jobs), 48)).long()
+        shown = torch.linspace(0, len(asked) - 1, min(len(asked), 48)).long()
         labels, marks = [asked[i].text for i in shown], [verdicts[i].ok for i in shown]
         save_grid(json_file.with_suffix(".png"), pictures[shown], labels, marks)
     return report

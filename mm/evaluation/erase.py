@@ -9,12 +9,17 @@ Design choices
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from mm.adapters.patch import Patch
+from mm.core.devices import choose
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import share, wilson
@@ -39,6 +44,7 @@ STYLES: tuple[str, ...] = ("watercolor", "neon", "mosaic", "sepia")
 TWENTY: tuple[str, ...] = (
     *OBJECTS, "tiger", "bear", "frog", "butterfly", "pizza", "donut", "boat", "castle", "crown", "sunflower",
 )  # fmt: skip
+BATCH = 128  # prompts a call on a GPU
 SHOWN = 2  # certificates that keep pictures for the grid
 How = Literal["alone", "together", "stacked"]
 ProgressCallback = Callable[[str], None]
@@ -51,7 +57,9 @@ class EraseConfig:
     targets: concepts, as `mm.erase` takes them. how: each alone, all in one patch, or in stacked patches. method and
     options: of `mm.erase`. split: prompts for tuning or for reporting. each: prompts of each role (twice as many of
     retained concepts). composition: prompts a task, 0 for none. quantize: names of `mm.evaluation.quantizers`. attacks:
-    names of `mm.evaluation.erase_attacks`. patch_bits: widths of the patch's own tensors. steps, mode: of the pictures.
+    names of `mm.evaluation.erase_attacks`. attacked: prompts an attack, None for each attack's own number. patch_bits:
+    widths of the patch's own tensors. baked: measure quantized models also with the patch baked in before.
+    steps, mode: of the pictures.
     """
 
     targets: tuple[str, ...] = (*OBJECTS, *STYLES)
@@ -63,7 +71,9 @@ class EraseConfig:
     composition: int = 0
     quantize: tuple[str, ...] = ()
     attacks: tuple[str, ...] = ()
+    attacked: int | None = None
     patch_bits: tuple[int, ...] = ()
+    baked: bool = True
     mode: str = "flow"
     steps: int | None = None
     seed: int = 0
@@ -76,9 +86,31 @@ class EraseConfig:
             raise UserError(f"how is {self.how!r}; give alone, together or stacked")
         if self.split not in ("tune", "report"):
             raise UserError(f"split is {self.split!r}; give tune or report")
-        for name in ("each", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("each", "batch_size", "attacked"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+
+
+def loaded(model: str = "mm-tiny", judge: Path | None = None) -> tuple[Any, Judge]:
+    """A pipeline and a judge on the device that `mm.core.devices` chooses, in float32, in which attacks train.
+
+    Args:
+        model: an embedded model, a folder, or a hub name.
+        judge: folder of another judge.
+    """
+    from mm import TextToImagePipeline
+
+    device = choose().device
+    pipe: Any = TextToImagePipeline.from_pretrained(model)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device, torch.float32)
+    return pipe, Judge.from_pretrained(judge).to(device)
+
+
+def batch_on(device: torch.device) -> int:
+    """Prompts a call: on a GPU a call takes as long for many as for few."""
+    return 16 if device.type == "cpu" else BATCH
 
 
 def evaluate_erase(
@@ -123,13 +155,16 @@ def evaluate_erase(
                 continue
             shown = config.split == "report" and len(found) < SHOWN
             found[", ".join(names)] = _measure(measurer, judge, one, names, config, shown)
+        undone = {}
         if config.how == "stacked":
             found = _stacked(measurer, made, config)
+            undone = taken_off(measurer, made, config)
     finally:
         for one in reversed(made):
             one.undo(pipe)
         pipe.set_progress_bar_config(**quiet)
     report = summary(found) | {"settings": _plain(config) | dict(settings or {})}
+    report |= {"undone": undone} if undone else {}
     if json_file is not None:
         write_json(json_file, report)
         rows = [row for c in found.values() for row in c.pictures]
@@ -144,9 +179,9 @@ def _measure(
     probes = probes_of(contexts_of(measurer.pipe), concepts, (), split=config.split, each=config.each)
     verdicts = composition(judge, [c.name for c in concepts], config) if config.composition else None
     return certify(
-        measurer, patch, probes, attacks=[world_attack(name) for name in config.attacks],
+        measurer, patch, probes, attacks=[world_attack(name, config.attacked) for name in config.attacks],
         quantization={name: quantizer(name) for name in config.quantize}, composition=verdicts,
-        patch_bits=config.patch_bits, pictures=shown,
+        patch_bits=config.patch_bits, baked=config.baked, pictures=shown,
     )  # fmt: skip
 
 
@@ -162,6 +197,47 @@ def _stacked(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) -> 
         # the base of one patch in a stack is the stack without it
         found[str(concept)] = certify(measurer.on(pipe), patch, probes, pictures=False)
     return found
+
+
+def taken_off(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) -> dict[str, Any]:
+    """What each patch of a stack leaves when it alone is taken off.
+
+    Returns:
+        By target: "shown", the share of its pictures that show it again; "base", that of the unchanged model; "equal",
+        whether every tensor of the model and every branch is, bit for bit, that of a stack made without the patch.
+    """
+    concepts, contexts, found = [parse(name) for name in config.targets], contexts_of(measurer.pipe), {}
+    base = copy.deepcopy(measurer.pipe)
+    for one in reversed(made):
+        one.undo(base)
+    for k, concept in enumerate(concepts):
+        without, never = copy.deepcopy(measurer.pipe), copy.deepcopy(base)
+        made[k].undo(without)
+        for one in (*made[:k], *made[k + 1 :]):
+            one.apply(never)
+        banned = [c.name for c in concepts if c != concept]
+        probes = probes_of(contexts, [concept], (), split=config.split, each=config.each)
+        probes = [p for p in probes if p.role == "target" and not any(holds(p.prompt, name) for name in banned)]
+        seen = [measurer.on(pipe).labels([p.prompt for p in probes]) for pipe in (without, base)]
+        shown = [share([s is not None and p.concept in s for p, s in zip(probes, x, strict=True)]) for x in seen]
+        found[str(concept)] = {"shown": shown[0], "base": shown[1], "equal": same_bits(without, never)}
+    return found
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether all tensors of two pipelines' modules, and the branches of their layers, are equal bit for bit."""
+    return [_bits(part) for part in _modules(one)] == [_bits(part) for part in _modules(other)]
+
+
+def _modules(pipe: Any) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def _bits(module: nn.Module) -> dict[str, bytes]:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()
+    }
 
 
 def composition(judge: Judge, targets: Sequence[str], config: EraseConfig) -> Callable[[Any], list[bool]]:

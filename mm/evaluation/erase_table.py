@@ -1,101 +1,83 @@
-"""`python -m mm.evaluation.erase_table`: all methods on all columns, as JSON and as the table in docs/erasure.md.
+"""`python -m mm.evaluation.erase_table`: measures the cells of docs/erasure.md and writes its tables.
 
-Every method erases the same targets alone and is measured on held-out prompts, under the same attacks and the same
-quantization. Results of finished methods are kept in the JSON file, so that a run that was stopped goes on.
+Several processes share the work (`--processes`), and a run that was stopped goes on where it was. Folders of other
+machines are merged by naming them with `--also`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mm.core.files import write_json, write_text
-from mm.core.safe_json import read_object
-from mm.erasure.methods.registry import METHODS
-from mm.evaluation.erase import EraseConfig, evaluate_erase
-from mm.evaluation.erase_attacks import NAMES
-
-START, END = "<!-- table of methods: begin -->", "<!-- table of methods: end -->"
-RATES = {"UA": "UA", "IRA": "IRA", "CRA": "CRA", "wording": "wording", "lookalike": "look-alikes"}
+from mm.evaluation.erase_cells import Cell, Worker, finished, plan, tuning
+from mm.evaluation.erase_pages import TABLES, write_into
 
 
-def measure(pipe: Any, judge: Any, method: str, config: EraseConfig, kept: dict[str, Any]) -> dict[str, Any]:
-    """One row: the report of a method on the config's targets."""
-    chosen = EraseConfig(
-        method=method, targets=config.targets, each=config.each, attacks=config.attacks, quantize=config.quantize,
-        seed=config.seed,
-    )  # fmt: skip
-    return evaluate_erase(pipe, judge, chosen, kept=kept)
-
-
-def row(report: Mapping[str, Any]) -> dict[str, str]:
-    """A row's cells by column."""
-    concepts = list(report["concepts"].values())
-    cells = {title: f"{report['tasks'][name]['score']:.2f}" for name, title in RATES.items()}
-    made = [c["seconds"]["make"] for c in concepts if c["seconds"]["make"] is not None]
-    cells["seconds"] = f"{sum(made) / len(made):.0f}" if made else ""
-    for name in concepts[0]["quantized"]:
-        rates = [c["quantized"][name]["rates"] for c in concepts]
-        cells[f"{name} UA / IRA"] = " / ".join(f"{_mean(rates, k):.2f}" for k in ("UA", "IRA"))
-    for name in concepts[0]["attacks"]:
-        found = [c["attacks"][name]["success"]["score"] for c in concepts]
-        cells[name] = f"{sum(x or 0.0 for x in found) / len(found):.2f}"
-    return cells
-
-
-def _mean(rates: list[Mapping[str, Any]], name: str) -> float:
-    return sum(r[name]["score"] or 0.0 for r in rates) / len(rates)
-
-
-def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows as a table in Markdown, methods as columns so that it fits a page."""
-    rows = {method: row(report) for method, report in reports.items()}
-    columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
-    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    lines += [f"| {c} | " + " | ".join(cells.get(c, "") for cells in rows.values()) + " |" for c in columns]
-    return "\n".join(lines)
-
-
-def write_into(page: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts the table between its marks in a page."""
-    text = page.read_text()
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    write_text(page, f"{before}{START}\n{table(reports)}\n{END}{after}")
-
-
-def main() -> None:
-    """Measures what the JSON file lacks, and writes both."""
-    from mm import TextToImagePipeline
-    from mm.world.judge import Judge
-
-    parser = argparse.ArgumentParser(description="Measures all methods of erasure on all columns.")
-    parser.add_argument("--json", type=Path, required=True, help="kept results, one entry a method")
-    parser.add_argument("--page", type=Path, help="a page with the marks of the table")
-    parser.add_argument("--target", action="append", help="concepts; default wolf")
-    parser.add_argument("--method", action="append", choices=list(METHODS), help="default: all")
-    parser.add_argument("--attack", action="append", choices=NAMES, help="default: all")
-    parser.add_argument("--quantize", action="append", help="names of quantizations; default int4, none for no re-test")
-    parser.add_argument("--limit", type=int, default=8, help="prompts of each role")
-    given = parser.parse_args()
-    config = EraseConfig(
-        targets=tuple(given.target or ("wolf",)), each=given.limit, attacks=tuple(given.attack or NAMES),
-        quantize=tuple(q for q in given.quantize or ("int4",) if q != "none"),
-    )  # fmt: skip
-    reports: dict[str, Any] = read_object(given.json, "results") if given.json.is_file() else {}
-    pipe, judge = TextToImagePipeline.from_pretrained("mm-tiny"), Judge.from_pretrained()
-    kept: dict[str, Any] = {}
-    for method in given.method or METHODS:
-        if method not in reports:
-            reports[method] = measure(pipe, judge, method, config, kept)
-            write_json(given.json, reports)
-            print(method, json.dumps(row(reports[method])), flush=True)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures what the folder lacks, and prints and writes the tables; 1 where cells are missing."""
+    parser = argparse.ArgumentParser(description="Measures erasures: all methods, attacks and quantizations.")
+    parser.add_argument("--folder", type=Path, required=True, help="one JSON file for each finished cell")
+    parser.add_argument("--model", default="mm-tiny", help="an embedded model, a folder, or a hub name")
+    parser.add_argument("--only", action="append", help="begin of cells' names, such as attacks/robust; default: all")
+    parser.add_argument("--tuning", action="store_true", help="variants of the robust preset, on tuning prompts")
+    parser.add_argument("--size", type=float, default=1.0, help="share of the prompts of a full run")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no cell that would end after this")
+    parser.add_argument("--processes", type=int, default=1, help="that share the cells")
+    parser.add_argument("--also", type=Path, action="append", default=[], help="another folder of finished cells")
+    parser.add_argument("--page", type=Path, help="a page with the marks of the tables")
+    parser.add_argument("--no-run", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    cells = [
+        c
+        for c in (tuning if given.tuning else plan)(given.size)
+        if not given.only or any(c.name.startswith(p) for p in given.only)
+    ]
+    if not given.no_run:
+        _measure(given, cells, list(sys.argv[1:] if arguments is None else arguments))
+    if given.worker:
+        return 0
+    reports = {name: report for folder in (given.folder, *given.also) for name, report in finished(folder).items()}
+    for name, table in TABLES.items():
+        print(f"\n{name}\n{table(reports)}")
     if given.page is not None:
-        write_into(given.page, {m: reports[m] for m in METHODS if m in reports})
+        write_into(given.page, reports)
+    missing = [c.name for c in cells if c.name not in reports]
+    print(
+        f"\n{len(cells) - len(missing)} of {len(cells)} cells" + (f"; missing: {', '.join(missing)}" if missing else "")
+    )
+    return 1 if missing else 0
+
+
+def _measure(given: argparse.Namespace, cells: Sequence[Cell], arguments: Sequence[str]) -> None:
+    if not given.worker:
+        _free(given.folder, cells)
+    if given.processes == 1 or given.worker:
+        progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        Worker(given.folder, given.model, given.seconds, progress).run(cells)
+        return
+    command = [sys.executable, "-W", "ignore", "-m", "mm.evaluation.erase_table", *arguments, "--worker"]
+    threads = str(max(1, (os.cpu_count() or 1) // given.processes))
+    own = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+    for process in [subprocess.Popen(command, env=own) for _ in range(given.processes)]:
+        process.wait()
+
+
+def _free(folder: Path, cells: Sequence[Cell]) -> None:
+    """Takes off the claims of cells that an earlier run did not finish, so that they are made now."""
+    done = finished(folder) if folder.is_dir() else {}
+    for cell in cells:
+        if cell.name not in done:
+            for kind in (".claim", ".json"):
+                (folder / cell.file).with_suffix(kind).unlink(missing_ok=True)
+    for patch in folder.glob("*.claim"):
+        if not patch.with_suffix(".safetensors").is_file() and not patch.with_suffix(".json").is_file():
+            patch.unlink()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

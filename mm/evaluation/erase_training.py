@@ -58,9 +58,9 @@ def train_lora(
     losses = []
     with torch.enable_grad(), terms.on():
         for _ in range(steps):
-            rows = torch.randint(len(clean), (min(batch, len(clean)),), generator=g)
-            noise = torch.randn(len(rows), *clean.shape[1:], generator=g)
-            sigma = torch.sigmoid(torch.randn(len(rows), generator=g))
+            rows = torch.randint(len(clean), (min(batch, len(clean)),), generator=g).to(clean.device)
+            noise = torch.randn(len(rows), *clean.shape[1:], generator=g).to(clean.device)
+            sigma = torch.sigmoid(torch.randn(len(rows), generator=g)).to(clean.device)
             s = sigma.view(-1, 1, 1, 1)
             noisy = (1 - s) * clean[rows] + s * noise
             cache = pipe.trunk.encode_text(ids[rows], mask[rows])
@@ -87,7 +87,7 @@ def inverted(pipe: Any, clean_BCHW: Tensor, steps: int) -> Tensor:
     ids, mask = tokenize([""], pipe.text_tokenizer, clean_BCHW.device)
     cache = pipe.trunk.encode_text(ids, mask).repeat(len(clean_BCHW))
     x = clean_BCHW
-    levels = torch.linspace(0, 1, steps + 1)
+    levels = torch.linspace(0, 1, steps + 1, device=x.device)
     for low, high in itertools.pairwise(levels):
         sigma = low.expand(len(x))
         features = pipe.trunk(x, sigma, cache, "flow")

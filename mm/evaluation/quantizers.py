@@ -67,6 +67,6 @@ def nf4_rounded(weight: Tensor) -> Tensor:
     """The nearest NF4 values of a weight, in blocks of 64 of its flattened values."""
     flat = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).reshape(-1, BLOCK)
     size = flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
-    levels = torch.tensor(NF4)
+    levels = torch.tensor(NF4, device=flat.device)
     edges = (levels[1:] + levels[:-1]) / 2
     return (levels[torch.bucketize(flat / size, edges)] * size).flatten()[: weight.numel()].reshape(weight.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from mm.training.preview import judged_preview
 from mm.training.publishing import publish, publish_drawing
 from mm.training.scene_labels import noun_ids, noun_labels
 from mm.training.stage import Stage, StageContext, device
+from mm.training.workers import write_all
 from mm.world.edits import Edit
 from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
@@ -195,9 +197,9 @@ def publish_joint(module: Any, folder: Any) -> None:
 def stage(context: StageContext) -> Stage:
     """The joint stage; edit pairs that are missing are written first."""
     config, settings = context.trainer_config("joint"), context.settings(JointConfig, "drawing", "joint")
-    autoencoder = context.load(Autoencoder, "autoencoder").to(device())
-    for k in range(context.config["joint"]["edit_shards"]):
-        write_edit_shard(context.state / "edits", k, autoencoder)
+    autoencoder = context.load(Autoencoder, "autoencoder")
+    write = partial(write_edit_shard, context.state / "edits")
+    write_all(write, context.config["joint"]["edit_shards"], autoencoder, device=device(), workers=context.workers)
     encoder = context.load(UnderstandingEncoder, "understanding_encoder")
     stem = context.load(LatentStem, "latent_stem")
     drawing = build_drawing(context, settings)

@@ -10,6 +10,8 @@ import torch
 
 from mm.models.text import build_text_tokenizer
 
+_FILE = "diffusion_pytorch_model.safetensors"
+_LARGEST = "12MB"  # of one file: some hosts of git repositories refuse larger ones
 PUBLISHED = ("trunk", "velocity_decoder", "code_head")
 
 
@@ -23,4 +25,10 @@ def publish_drawing(module: Any, folder: Path) -> None:
 def publish(part: Any, folder: Path) -> None:
     """Writes one part in bf16 with its config."""
     # A copy, since a cast there and back would round the fp32 weights.
-    copy.deepcopy(part).to(torch.bfloat16).save_pretrained(folder)
+    copy.deepcopy(part).to(torch.bfloat16).save_pretrained(folder, max_shard_size=_LARGEST)
+    # diffusers leaves the index of an earlier save in several files beside a single file, and reads it first
+    single, index = folder / _FILE, folder / f"{_FILE}.index.json"
+    if not any(folder.glob("*-of-*.safetensors")):
+        index.unlink(missing_ok=True)
+    elif index.is_file():
+        single.unlink(missing_ok=True)

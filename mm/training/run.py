@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mm.tokenizers.bridge import BINS
 from mm.training.latents import write_shard
 from mm.training.stage import StageContext, device
 from mm.training.trainer import Trainer
+from mm.training.workers import write_all
 
 # Stages that the trainer runs: the module of each, and how many shards of latents it needs to begin.
 STAGES: dict[str, tuple[str, int]] = {
@@ -54,15 +56,11 @@ def read_config(name: str) -> dict[str, Any]:
 def write_latents(context: StageContext, shards: int) -> None:
     """Renders and encodes the shards that are missing."""
     settings = context.config["latents"]
-    autoencoder = context.load(Autoencoder, "autoencoder").to(device())
-    for k in range(shards):
-        write_shard(
-            context.state / "latents",
-            k,
-            autoencoder,
-            seed=settings["seed"],
-            scene_shares=settings.get("scene_shares"),
-        )
+    write = partial(
+        write_shard, context.state / "latents", seed=settings["seed"], scene_shares=settings.get("scene_shares")
+    )
+    autoencoder = context.load(Autoencoder, "autoencoder")
+    write_all(write, shards, autoencoder, device=device(), workers=context.workers)
 
 
 def train_stage(name: str, context: StageContext) -> Trainer:

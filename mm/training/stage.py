@@ -76,6 +76,11 @@ class StageContext:
         """Where averaged weights go."""
         return self.publish_to or self.state / "model"
 
+    @property
+    def workers(self) -> int:
+        """Processes that write shards and make batches; 0 is this one."""
+        return self.flags.get("workers") or 0
+
     def trainer_config(self, name: str) -> TrainerConfig:
         """The trainer's config of a stage."""
         return override(TrainerConfig(**self.config[name]["trainer"]), self.flags)

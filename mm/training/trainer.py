@@ -34,6 +34,7 @@ from torch import nn
 from mm.core.files import write_bytes
 from mm.training.averages import WeightAverage
 from mm.training.optimizers import flatten_state, muon_and_adamw, restore_state
+from mm.training.workers import batches_from
 
 Batches = Callable[[int, int], Any]  # (step, process) -> batch
 Evaluate = Callable[["Trainer"], "dict[str, Any] | None"]
@@ -60,6 +61,7 @@ class TrainerConfig:
         seed: Of batches.
         save_minutes: Between two saves of the state.
         preview_minutes: Between two evaluations.
+        workers: Processes that make batches ahead of time; 0 makes them in the training process.
     """
 
     minutes: float = 60.0
@@ -77,10 +79,13 @@ class TrainerConfig:
     seed: int = 0
     save_minutes: float = 4.0
     preview_minutes: float = 15.0
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.minutes <= 0 or self.batch_size < 1:
             raise ValueError(f"minutes {self.minutes} and batch_size {self.batch_size} must be positive")
+        if self.workers < 0:
+            raise ValueError(f"workers {self.workers} must not be negative")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule {self.schedule!r} is none of linear, cosine")
         if not 0 <= self.ema < 1:
@@ -168,9 +173,10 @@ class Trainer:
         saved = evaluated = self.seconds
         smoothed: dict[str, float] = {}
         stop = _Terminated()
+        made = batches_from(batches, self.step, process=self.accelerator.process_index, workers=self.config.workers)
         while self.seconds < 60 * self.config.minutes and not stop.requested:
             start = time.monotonic()
-            batch = moved(batches(self.step, self.accelerator.process_index), self.accelerator.device)
+            batch = moved(next(made), self.accelerator.device)
             for name, value in self.train_step(batch).items():
                 smoothed[name] = smoothed.get(name, value) + 0.02 * (value - smoothed.get(name, value))
             self.seconds += time.monotonic() - start

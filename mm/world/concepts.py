@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from mm.erasure.concepts import Concept
 from mm.erasure.probes import Probe, Split
+from mm.erasure.routes import Edit
 from mm.world import vocabulary as v
-from mm.world.captions import BACKGROUND_PHRASES, STYLE_BEFORE, caption
+from mm.world.captions import caption
+from mm.world.concept_edits import world_edits
 from mm.world.concept_probes import world_probes
+from mm.world.concept_words import forms, holds, joined, phrases, tokens, with_article
 from mm.world.scene import sample_scene
 
 MOST = 96  # pairs of prompts a target
 KEPT = 240  # general prompts that must stay
-
-
-def forms(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The singular and the plural words for an object; other concepts have one word."""
-    if name not in v.ALL_OBJECTS:
-        return (name,), (name,)
-    synonym = v.SYNONYMS.get(name)
-    return ((name, synonym[0]), (v.PLURALS[name], synonym[1])) if synonym else ((name,), (v.PLURALS[name],))
 
 
 @cache
@@ -32,24 +27,6 @@ def captions(count: int, seed: str) -> tuple[str, ...]:
     """Captions of random scenes that training may see, full and partial ones."""
     rng = random.Random(f"concepts {seed}")
     return tuple(caption(sample_scene(rng), rng, detail=rng.choice(("full", "partial"))) for _ in range(count))
-
-
-def tokens(prompt: str) -> list[str]:
-    """Words and marks of a prompt."""
-    return re.findall(r"\w+(?:-\w+)*|[^\w\s]", prompt)
-
-
-def joined(words: Sequence[str]) -> str:
-    """Words and marks as a prompt."""
-    return re.sub(r" ([,.])", r"\1", " ".join(words))
-
-
-def holds(prompt: str, name: str) -> bool:
-    """Whether a prompt names a concept, in any form."""
-    if name in STYLE_BEFORE or name in BACKGROUND_PHRASES:
-        return any(re.search(rf"\b{re.escape(phrase)}\b", prompt) for phrase in _phrases(name, ""))
-    singular, plural = forms(name)
-    return bool(set(tokens(prompt)) & {*singular, *plural})
 
 
 class WorldContexts:
@@ -99,18 +76,22 @@ class WorldContexts:
             spot = rng.choice(spots)
             number = places[words[spot]]
             word = rng.choice(forms(target)[number])
-            made.append((_article(words, spot, word), _article(words, spot, into[number])))
+            made.append((with_article(words, spot, word), with_article(words, spot, into[number])))
         return made
 
     def _words(self, target: str, anchor: str, of: str | None, count: int) -> list[tuple[str, str]]:
         """Captions that hold one of a concept's phrases, with the anchor's in its place."""
-        swaps = _phrases(target, anchor)
+        swaps = phrases(target, anchor)
         pattern = re.compile("|".join(rf"\b{re.escape(phrase)}\b" for phrase in swaps))
         found = [p for p in captions(40 * MOST, "words") if pattern.search(p)]
         if of is not None:
             found = [re.sub(rf"\b{target} \w+", f"{target} {of}", p, count=1) for p in found]
         made = [(p, joined(tokens(pattern.sub(lambda m: swaps[m.group()], p)))) for p in found[:count]]
         return [(target, anchor)] if not made and anchor else made
+
+    def edits(self, targets: Sequence[Any], anchors: Mapping[str, str], count: int) -> list[Edit]:
+        """Instructions for editing by which concepts are erased and others are kept."""
+        return world_edits(targets, anchors, count)
 
     def probes(
         self, targets: Sequence[Concept], retained: Sequence[str], *, split: Split = "report", each: int = 24
@@ -127,21 +108,3 @@ class WorldContexts:
             if name in v.OBJECTS:
                 made += [p for p, _ in self._objects(name, name, 16) if not any(holds(p, b) for b in banned)]
         return made
-
-
-def _phrases(target: str, anchor: str) -> dict[str, str]:
-    """The phrases of a style, a background or a colour, longest first, and what stands for each of them."""
-    words = {target: anchor}
-    for table in (STYLE_BEFORE, BACKGROUND_PHRASES):
-        if target in table:
-            other = table.get(anchor, ("",))
-            words |= {phrase: other[i % len(other)] for i, phrase in enumerate(table[target])}
-    return dict(sorted(words.items(), key=lambda item: -len(item[0])))
-
-
-def _article(words: Sequence[str], spot: int, word: str) -> str:
-    """The prompt with `word` at `spot`, and the article before it put right."""
-    made = [*words[:spot], *([word] if word else []), *words[spot + 1 :]]
-    if word and spot and made[spot - 1] in ("a", "an"):
-        made[spot - 1] = "an" if word[0] in "aeiou" else "a"
-    return joined(made)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.demand_symbols import nouns
 from mm.world.scene import Group
 
 _COUNTS = {word: n for n, words in c.COUNT_WORDS.items() for word in words} | {"an": 1}
-_NOUNS = {noun: o for o in v.ALL_OBJECTS for noun in (o, v.PLURALS[o])}
-_NOUNS |= {noun: o for o, pair in v.SYNONYMS.items() for noun in pair}
+_NOUNS = {noun: name for noun, (name, _) in nouns().items()}
 
 
 @dataclass(frozen=True, kw_only=True)

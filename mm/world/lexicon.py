@@ -16,18 +16,22 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mm.world import vocabulary as v
+from mm.world.demand import demand_of, is_trained, names_surroundings
+from mm.world.lexicon_neighbours import once, without_neighbours
 from mm.world.lexicon_phrases import BOND, COUNTS, THING, TRAIT, with_articles, without_marks
-from mm.world.lexicon_scene import problems_of
+from mm.world.lexicon_requests import in_one_spelling, with_plain_pages, without_request
+from mm.world.lexicon_scene import SIDES, ordered, problems_of
 from mm.world.lexicon_tables import Phrase, Tables, Task, real_words, tables
 from mm.world.lexicon_typos import nearest
+from mm.world.lexicon_why import LIST, PLACES_IN_PICTURE, why_not
 from mm.world.words import WORDS, split
 
-LIST = "`mm words` lists what it knows"
-_PLACED = frozenset({"in", "at", "on", "near", "under", "by"})
+NOTHING_LEFT = "nothing that the model knows is left; the words are passed on as they are"
 _NAME = r"<[a-z0-9_-]+>"
 _MARKS = frozenset(",.;:!?()'\"-")
 _JOINS = frozenset({"and", "with", ",", "or", "but"})
-_ANYTHING = "a picture"  # of a prompt that only says what is absent
+_ANYTHING = ("a", "picture")  # of a prompt that only says what is absent
+HELD_OUT = frozenset(v.HELD_OUT_OBJECTS) | {v.PLURALS[name] for name in v.HELD_OUT_OBJECTS}
 _VOCABULARY = frozenset(WORDS)
 
 
@@ -39,11 +43,15 @@ class Reading:
         text: For the model.
         corrections: Misspelled words with the words that they were read as.
         problems: A line for each thing that the model does not understand or cannot show.
+        unknown: Words that are not known, each with its line of the problems.
+        nothing: Whether a prompt names things, and the model knows none of them.
     """
 
     text: str
     corrections: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+    nothing: bool = False
 
     @property
     def notices(self) -> list[str]:
@@ -63,31 +71,60 @@ def read(text: str, task: Task = "draw", names: Iterable[str] = ()) -> Reading:
         The text in the models' words, with what was corrected and what is not understood.
     """
     own = frozenset(names)
-    words, table = _split(text, own), tables(task)
+    table = tables(task)
+    words = _split(in_one_spelling(text) if task == "draw" else text, own)
     if not any(word[0].isalnum() or word in own or word in table.synonyms for word in words):
         foreign = any(letter.isalpha() for letter in text)
-        return Reading(text=text, problems=[_foreign(text) if foreign else f"{text.strip()[:60]!r} has no words"])
+        said = _foreign(text) if foreign else f"{text.strip()[:60]!r} has no words"
+        return Reading(text=text, problems=[said], nothing=True)
     if not _is_english(words, task, own):
-        return Reading(text=text, problems=[_foreign(text)])
+        return Reading(text=text, problems=[_foreign(text)], nothing=True)
     found = Reading(text=text)
-    made = _opened(words, table)
-    if task == "draw":
-        made = _without_absent(made, table, found)
-        only_absent = not made
-        made = _counted(made, table, found)
-    made = _phrased(made, table.phrases)
-    made = [word for one in _each(made, table, own, task, found) for word in one]
-    if task == "draw":
-        made = without_marks(made, frozenset(table.nouns) | own)
-        found.problems += problems_of(made, table.nouns)
-        if only_absent and words:
-            made = _ANYTHING.split()
+    made = _prompt(words, table, own, found) if task == "draw" else _words(words, table, own, task, found)
     if not made:
-        found.problems.append("nothing that the model knows is left; the words are passed on as they are")
-    elif made != words:
+        found.problems.append(NOTHING_LEFT)
+    elif made != _split(text, own):
         found.text = re.sub(r" ([,.;:!?])", r"\1", " ".join(with_articles(made)))
     found.problems = list(dict.fromkeys(found.problems))
+    if task == "draw" and not _things(made, table, own):
+        found.nothing = bool(found.problems) or not names_surroundings(made)
+        found.problems = found.problems or [f"no thing is named, so the picture may show any; {LIST}"]
     return found
+
+
+def _things(words: list[str], table: Tables, own: frozenset[str]) -> bool:
+    """Whether words name a thing that the model may know; adapters learn those that are held out."""
+    return any(word in table.nouns or word in own or word in HELD_OUT for word in words)
+
+
+def _words(words: list[str], table: Tables, own: frozenset[str], task: Task, found: Reading) -> list[str]:
+    """Phrases, then single words in the models' own."""
+    made = _phrased(words, table.phrases)
+    return [word for one in _each(made, table, own, task, found) for word in one]
+
+
+def _prompt(words: list[str], table: Tables, own: frozenset[str], found: Reading) -> list[str]:
+    """A drawing prompt in the models' own words and order."""
+    if _is_own(words):
+        made = words
+    else:
+        made = _without_absent(with_plain_pages(without_request(words)), table, found)
+        if not made:
+            return list(_ANYTHING)
+        made = _words(without_neighbours(_counted(made, table, found), table), table, own, "draw", found)
+        made = without_marks(once(made), frozenset(table.nouns) | own)
+        made, unread = ordered(made)
+        exempt = own | HELD_OUT
+        excused = found.problems and unread != [SIDES]
+        found.problems += [] if excused or exempt & set(made) or not _things(made, table, own) else unread
+    found.problems += problems_of(made, table.nouns)
+    return made
+
+
+def _is_own(words: list[str]) -> bool:
+    """Whether the words are a caption of the models' own grammar."""
+    demand = demand_of(words)
+    return demand is not None and is_trained(words, demand) and not HELD_OUT & set(words)
 
 
 def _foreign(text: str) -> str:
@@ -108,18 +145,6 @@ def _is_english(words: list[str], task: Task, names: frozenset[str]) -> bool:
     known = [word for word in plain if tables(task).has(word) or word in _VOCABULARY or word in real_words()]
     foreign = [word for word in plain if any(letter.isalpha() and not letter.isascii() for letter in word)]
     return not (len(plain) >= 3 and 2 * len(known) < len(plain)) and 2 * len(foreign) < max(len(plain), 1)
-
-
-def _opened(words: list[str], table: Tables) -> list[str]:
-    """Without the request around what is drawn, such as "please draw"."""
-    while (hit := _longest(words, 0, table.opening)) is not None:
-        new = [*table.opening[hit], *words[len(hit) :]]
-        if new == words or not new[len(table.opening[hit]) :]:
-            break
-        words = new
-        if table.opening[hit]:
-            break
-    return words
 
 
 def _longest(words: list[str], at: int, phrases: Iterable[Phrase]) -> Phrase | None:
@@ -219,14 +244,17 @@ def _each(
     words: list[str], table: Tables, names: frozenset[str], task: Task, found: Reading
 ) -> Iterator[tuple[str, ...]]:
     """What each word becomes."""
+    present = {table.synonyms.get(word, word) for word in words}
     for at, word in enumerate(words):
         before = words[at - 1] if at else ""
         needs = table.companions.get(word)
-        if word in names or (word in table.known and (needs is None or needs & set(words))):
+        if word in names or (word in table.known and (needs is None or needs & present)):
             yield (word,)
+        elif word in table.fillers or table.synonyms.get(word) in table.fillers:
+            yield ()
         elif word in table.synonyms:
             yield tuple(table.synonyms[word].split())
-        elif word in table.fillers or not word[0].isalnum():
+        elif not word[0].isalnum():
             yield ()
         elif task in ("ask", "talk"):
             yield _asked(word, table, found)
@@ -242,18 +270,26 @@ def _asked(word: str, table: Tables, found: Reading) -> tuple[str, ...]:
 
 def _unknown(word: str, before: str, after: list[str], table: Tables, found: Reading, task: Task) -> tuple[str, ...]:
     """A word that is not known: corrected, or named in a problem and, in a prompt, replaced by a mark."""
-    if table.lacks(word) or (task == "edit" and word.isdigit()):
-        found.problems.append(_why(word, before, table))
+    if table.lacks(word) or word in PLACES_IN_PICTURE or (task == "edit" and word.isdigit()):
+        why = why_not(word, before, table)
     elif word not in _VOCABULARY and (other := _corrected(word, table, found)) is not None:
         return (other,)
     else:
-        found.problems.append(f"the model does not know the word {word!r} and ignores it; {LIST}")
-    mark = _mark(word, after[:1], table)
+        why = f"the model does not know the word {word!r} and ignores it; {LIST}"
+    found.problems.append(why)
+    found.unknown[word] = why
+    mark = BOND if _stands_between(before, after, table) else _mark(word, after[:1], table)
     kept = word in _VOCABULARY and word not in table.kinds and word not in table.colours and word not in table.places
     kept = kept and (task != "draw" or mark != BOND)
     if task == "draw" and not kept:
         return (mark,)
     return (word,) if kept or mark == THING else ()  # an instruction without its object is another instruction
+
+
+def _stands_between(before: str, after: list[str], table: Tables) -> bool:
+    """Whether a word stands between two things of the world, as a verb does: "a bear greets a fox"."""
+    rest = after[1:] if after[:1] in (["a"], ["an"], ["the"]) else after
+    return _names_thing(before, table) and bool(rest) and _names_thing(rest[0], table) and rest[0] not in table.near
 
 
 def _mark(word: str, after: list[str], table: Tables) -> str:
@@ -285,27 +321,3 @@ def _corrected(word: str, table: Tables, found: Reading) -> str | None:
 def _root(word: str, table: Tables) -> str:
     word = table.synonyms.get(word, word)
     return table.nouns.get(word, word)
-
-
-def _why(word: str, before: str, table: Tables) -> str:
-    """Why a word of the tables cannot be shown."""
-    known = f"the model does not know the word {word!r}"
-    if (word,) in table.negation:  # in instructions: a prompt's are left out before
-        return f"{known}: an instruction says what changes, and what is negated may be changed as well"
-    if (word,) in table.many or word.isdigit():
-        return f"{known}: a picture holds at most four things of a kind"
-    if word in table.places and before in _PLACED | {"the", "a", "an"} and word not in table.near:
-        return f"{known}, a place that it cannot draw; nearest: {', '.join(table.places[word])}"
-    if word in table.colours:
-        near = ", ".join(table.colours[word]) or ", ".join(v.COLOURS)
-        return f"{known}, a colour that it lacks; nearest: {near}"
-    if word in table.near:
-        hints = ", ".join(table.near[word])
-        return f"{known}; nearest: {hints}" if hints else f"{known}: there are no people in its pictures"
-    if word in table.kinds:
-        return f"{known} ({table.kinds[word]}) and ignores it"
-    if word in table.places:
-        return f"{known}; nearest background: {', '.join(table.places[word])}"
-    if (word,) in table.bindings:
-        return f"{known}: things stand beside, above or below each other, and nothing else is between them"
-    return f"{known} and ignores it; {LIST}"

@@ -14,6 +14,7 @@ from functools import cache
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.demand_symbols import NUMBERS
 from mm.world.lexicon_tables import Phrase
 from mm.world.words import split
 
@@ -22,7 +23,7 @@ THING = "\0thing"  # a noun
 TRAIT = "\0trait"  # an adjective, or what else belongs to a neighbour
 BOND = "\0bond"  # what binds two things
 
-COUNTS = frozenset({"one", "two", "three", "four", "1", "2", "3", "4"})
+COUNTS = frozenset(word for word, number in NUMBERS.items() if number and word not in ("single", "pair"))
 _BEFORE_NOUNS = frozenset({"a", "an", "the", "single", *COUNTS, *v.COLOURS})
 _JOINS: tuple[Phrase, ...] = (("and",), ("with",), ("or",), (",",), ("next", "to"), ("beside",), (BOND,))
 _PLACING: tuple[Phrase, ...] = (("in",), ("on",), ("at",), ("by",), ("under",), ("among",), ("against",))

@@ -7,12 +7,32 @@ from itertools import pairwise
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.demand import demand_of, in_order
+from mm.world.demand_symbols import NUMBERS
+from mm.world.demand_symbols import nouns as all_nouns
 from mm.world.lexicon_phrases import backgrounds
 from mm.world.words import split
 
+SIDES = 'a place in the picture cannot be asked for; positions are between two things, as in "a cat left of a dog"'
+UNREAD = (
+    'the words are not understood in full, so the picture may lack some; write it as in "two red cats left of a dog on '
+    'grass, watercolor style"'
+)
 MAX_KINDS = 3  # groups of things in a scene
-_NUMBERS = {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
 _ARTICLES = ("a", "an", "the")
+
+
+def ordered(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words in the order that the models were trained with, and a line for what is not read of them."""
+    demand = demand_of(words)
+    lines = [UNREAD] if demand is None and not _explained(words) else []
+    return in_order(words), [SIDES] if demand is not None and demand.lone_side else lines
+
+
+def _explained(words: list[str]) -> bool:
+    """Whether `problems_of` says why words are not read: a thing in a thing, a crowd, a colour without a thing."""
+    table = {word: name for word, (name, _) in all_nouns().items()}
+    return any(True for _ in problems_of(words, table))
 
 
 def problems_of(words: list[str], nouns: Mapping[str, str]) -> Iterator[str]:
@@ -33,6 +53,7 @@ def problems_of(words: list[str], nouns: Mapping[str, str]) -> Iterator[str]:
     if total > limit and len(kinds) <= MAX_KINDS:
         yield f"a picture in {style} style holds at most {limit} things, and {total} are named; some will be missing"
     yield from _inside(words, nouns)
+    yield from _grounds(words)
     yield from _hidden(words, nouns, style)
     yield from _fruit(words, nouns)
 
@@ -51,12 +72,10 @@ def _total(words: list[str], nouns: Mapping[str, str]) -> int:
     """How many things are named. Two nouns in a row are one thing."""
     total, number = 0, 1
     for word, after in zip(words, [*words[1:], ""], strict=False):
-        if word in _NUMBERS:
-            number = _NUMBERS[word]
+        if NUMBERS.get(word):
+            number = NUMBERS[word]
         elif word in nouns and after not in nouns:
             total, number = total + number, 1
-        elif word == "pair":
-            number = 2
     return total
 
 
@@ -69,6 +88,14 @@ def _inside(words: list[str], nouns: Mapping[str, str]) -> Iterator[str]:
         if word == "in" and end < len(words) and words[end] in nouns:
             place = " ".join(words[at : end + 1])
             yield f"nothing is drawn inside other things; {place!r} is not understood as a place"
+
+
+def _grounds(words: list[str]) -> Iterator[str]:
+    """Backgrounds in a colour: "a red background"."""
+    for colour, word in pairwise(words):
+        if colour in v.COLOURS and word in ("background", "sky", "grass", "snow", "sea", "beach", "night", "sand"):
+            if (colour, word) != ("blue", "sky"):
+                yield f"backgrounds have no colours, so {f'{colour} {word}'!r} is not drawn; {', '.join(v.BACKGROUNDS)}"
 
 
 def _hidden(words: list[str], nouns: Mapping[str, str], style: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.demand_symbols import nouns as all_nouns
 from mm.world.words import WORDS, split
 
 Task = Literal["draw", "edit", "ask", "talk"]
@@ -36,7 +37,11 @@ class Tables:
         companions: Known words that need one of these words in the same text.
         synonyms: Other words, and the known word that each stands for.
         phrases: Several words, and what they are replaced with.
-        opening: The same at the beginning of a text.
+        shades: Words that are left out before a colour.
+        postures: Words that are left out before one that places.
+        scenery: Words that are left out before the name of a background.
+        parts: Words that are left out behind a colour.
+        flavours: Words that are left out where a style is named.
         nouns: Words for objects of the world, with the object's name.
         near: Words for things that the world lacks, with the nearest things that it has.
         kinds: Words that no picture shows, with the kind: "colour", "size", "mood", ...
@@ -52,7 +57,11 @@ class Tables:
     companions: Mapping[str, frozenset[str]]
     synonyms: Mapping[str, str]
     phrases: Mapping[Phrase, Phrase]
-    opening: Mapping[Phrase, Phrase]
+    shades: frozenset[str]
+    postures: frozenset[str]
+    scenery: frozenset[str]
+    parts: frozenset[str]
+    flavours: frozenset[str]
     nouns: Mapping[str, str]
     near: Mapping[str, tuple[str, ...]]
     kinds: Mapping[str, str]
@@ -112,7 +121,11 @@ def tables(task: Task) -> Tables:
         companions={word: frozenset(others.split()) for word, others in file["companions"].items() if task == "draw"},
         synonyms={word: other for word, other in synonyms.items() if word not in known},
         phrases=_phrases(task),
-        opening=_pairs("phrases_opening") if task == "draw" else {},
+        shades=_fillers("shades", task),
+        postures=_fillers("postures", task),
+        scenery=_fillers("scenery", task),
+        parts=_fillers("parts", task),
+        flavours=_fillers("flavours", task),
         nouns=nouns,
         near={word: hints for word, hints in near.items() if word not in known},
         kinds={w: kind for kind, words in file["cannot"].items() for w in words.split() if w not in known},
@@ -121,8 +134,12 @@ def tables(task: Task) -> Tables:
         bindings=_texts("bindings"),
         many=_texts("many"),
         negation=_texts("negation"),
-        fillers=frozenset(file["fillers"]["words"].split()) - known if task == "draw" else frozenset(),
+        fillers=_fillers("words", task) - known,
     )
+
+
+def _fillers(name: str, task: Task) -> frozenset[str]:
+    return frozenset(raw()["fillers"][name].split()) if task == "draw" else frozenset()
 
 
 def _known(task: Task) -> frozenset[str]:
@@ -143,8 +160,7 @@ def _known(task: Task) -> frozenset[str]:
 def _synonyms(task: Task) -> tuple[dict[str, str], dict[str, str]]:
     """Other words with what they stand for; and all words for objects, with the object."""
     names = v.ALL_OBJECTS if task in ("ask", "talk") else v.OBJECTS
-    nouns = {form: name for name in names for form in (name, v.PLURALS[name])}
-    nouns |= {word: name for name, pair in v.SYNONYMS.items() for word in pair}
+    nouns = {word: name for word, (name, _) in all_nouns().items() if name in names}
     found: dict[str, str] = {}
     for name in v.OBJECTS:
         found |= dict.fromkeys(plurals_of(name), v.PLURALS[name])

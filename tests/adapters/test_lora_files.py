@@ -320,10 +320,10 @@ _BAD = {
 @pytest.mark.parametrize("message", _BAD)
 def test_what_cannot_be_applied_is_named(model, message):
     before = run("FLUX", model)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=message):
         mm.read_lora(_BAD[message], model)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert torch.equal(run("FLUX", model), before)
 
 
@@ -411,9 +411,9 @@ def test_patterns_match_as_peft_matches_and_take_linear_time():
         for name in names:
             want = re.match(rf"(.*\.)?({pattern})$", name) is not None
             assert matches(pattern, name) == want, (pattern, name)
-    start = time.monotonic()
+    start = time.process_time()
     assert not matches(".*" * 100 + "b", "a" * 400)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,18 +19,11 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def mm(*words: object, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = os.environ | ({"MM_CACHE": str(cache)} if cache else {})
-    return subprocess.run(
-        [sys.executable, "-m", "mm", *map(str, words)], capture_output=True, text=True, timeout=180, env=env
-    )
-
-
-def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
+def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path, cli):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on grass\n\ntwo red dogs\n")
     out = tmp_path / "small"
-    done = mm(
+    done = cli(
         "quantize", model, "-o", out, "--prompts", prompts, "--steps", 2, "--pictures", 2, "--compose", 1, "--rank", 2
     )
     assert done.returncode == 0, done.stderr
@@ -50,34 +40,34 @@ def test_a_copy_is_written_with_its_report_and_draws(model, tmp_path):
     assert {layer["path"].split(".")[0] for layer in report["layers"]} == {"trunk", "velocity_decoder", "code_head"}
     assert Image.open(out / "report.png").width > 300
     assert not (out / ".parts").exists()
-    drawn = mm("generate", "a cat", "--model", out, "-o", tmp_path / "pictures", "--seed", 1, "--steps", 2)
+    drawn = cli("generate", "a cat", "--model", out, "-o", tmp_path / "pictures", "--seed", 1, "--steps", 2)
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "pictures" / "00000.png").is_file()
 
 
-def test_generate_in_4_bits_makes_the_copy_once(model, tmp_path):
+def test_generate_in_4_bits_makes_the_copy_once(model, tmp_path, cli):
     words = ("generate", "a cat", "--model", model, "--bits", 4, "--seed", 1, "--steps", 2, "-o")
-    first = mm(*words, tmp_path / "a", cache=tmp_path / "cache")
+    first = cli(*words, tmp_path / "a", env={"MM_CACHE": str(tmp_path / "cache")})
     assert first.returncode == 0, first.stderr
     made = list((tmp_path / "cache" / "quantized").iterdir())
     assert len(made) == 1
     stamp = (made[0] / "report.json").stat().st_mtime_ns
-    again = mm(*words, tmp_path / "b", cache=tmp_path / "cache")
+    again = cli(*words, tmp_path / "b", env={"MM_CACHE": str(tmp_path / "cache")})
     assert again.returncode == 0, again.stderr
     assert (made[0] / "report.json").stat().st_mtime_ns == stamp
     pictures = [(tmp_path / name / "00000.png").read_bytes() for name in "ab"]
     assert pictures[0] == pictures[1]
     (made[0] / "report.json").unlink()  # as if the first run had been killed
-    third = mm(*words, tmp_path / "d", cache=tmp_path / "cache")
+    third = cli(*words, tmp_path / "d", env={"MM_CACHE": str(tmp_path / "cache")})
     assert third.returncode == 0, third.stderr
     assert (made[0] / "report.json").is_file()
     assert (tmp_path / "d" / "00000.png").read_bytes() == pictures[0]
-    plain = mm("generate", "a cat", "--model", model, "--seed", 1, "--steps", 2, "-o", tmp_path / "c")
+    plain = cli("generate", "a cat", "--model", model, "--seed", 1, "--steps", 2, "-o", tmp_path / "c")
     assert plain.returncode == 0
     assert (tmp_path / "c" / "00000.png").read_bytes() != pictures[0]
 
 
-def test_wrong_input_is_one_line(model, tmp_path):
+def test_wrong_input_is_one_line(model, tmp_path, cli):
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("keep")
@@ -92,7 +82,7 @@ def test_wrong_input_is_one_line(model, tmp_path):
         (("quantize", model, "-o", tmp_path / "x", "--component", "unet", "--data-free"), "no module unet"),
     )
     for words, text in cases:
-        done = mm(*words)
+        done = cli(*words)
         assert done.returncode == 1
         assert text in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr

@@ -8,19 +8,18 @@ checked instead.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forks
 from packaging.requirements import Requirement
 from pages import LANGUAGES, ROOT, Block, Command, blocks_of, commands_of, outside_blocks, pages
 
+RUNNER = Path(__file__).parent / "run_page.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # command: (how it is checked, why it does not run here)
@@ -93,32 +92,27 @@ RUNNING = [page for page in pages() if steps_of(page)]
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `home` (HF_HOME), `files` (what pages read) and `mm-tiny.safetensors` (a LoRA for README.md)."""
+def world(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
+    """A folder with `files` (what pages read) and `mm-tiny.safetensors` (a LoRA for README.md); HF_HOME is filled."""
     from stand_ins import fill_hub, write_files, write_mm_tiny_lora
 
     folder = tmp_path_factory.mktemp("documentation")
-    fill_hub(folder / "home")
+    fill_hub(forks.home)
     write_files(folder / "files")
     write_mm_tiny_lora(folder / "mm-tiny.safetensors")
     return folder
 
 
 @pytest.mark.parametrize("page", RUNNING)
-def test_page(page: str, world: Path, tmp_path: Path) -> None:
+def test_page(page: str, world: Path, tmp_path: Path, forks: Forks) -> None:
     work = tmp_path / "work"
     shutil.copytree(world / "files", work)
     if page == "README.md":
         shutil.copy(world / "mm-tiny.safetensors", work / "style.safetensors")
     steps = tmp_path / "steps.json"
     steps.write_text(json.dumps(steps_of(page)), encoding="utf-8")
-    env = os.environ | {
-        "HF_HOME": str(world / "home"), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    env.pop("HF_HUB_CACHE", None)
-    command = [sys.executable, str(Path(__file__).parent / "run_page.py"), str(steps)]
-    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = forks.run(RUNNER, steps, cwd=work, env=env)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -192,12 +186,9 @@ def test_commands_are_split_as_a_shell_does() -> None:
         ({"kind": "python", "text": "import socket\nsocket.create_connection(('127.0.0.1', 9))\n"}, "network"),
     ],
 )
-def test_a_step_that_fails_fails_its_page(tmp_path: Path, step: dict[str, Any], message: str) -> None:
+def test_a_step_that_fails_fails_its_page(tmp_path: Path, step: dict[str, Any], message: str, forks: Forks) -> None:
     file = tmp_path / "steps.json"
     file.write_text(json.dumps([{"page": "page.md", "line": 7, "stdin": ""} | step]), encoding="utf-8")
-    runner = Path(__file__).parent / "run_page.py"
-    done = subprocess.run(
-        [sys.executable, str(runner), str(file)], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
+    done = forks.run(RUNNER, file)
     assert done.returncode != 0
     assert message in done.stderr

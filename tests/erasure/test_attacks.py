@@ -8,13 +8,14 @@ from tiny import draw, tiny_pipeline
 
 import mm
 from mm.core.errors import UserError
-from mm.erasure.attacks.embedding import EmbeddingSearch
+from mm.erasure.attacks.embedding import EmbeddingSearch, Inversion
 from mm.erasure.attacks.genetic import Genetic
 from mm.erasure.attacks.noise import Noise
 from mm.erasure.attacks.paraphrase import Paraphrase, rewritten
 from mm.erasure.attacks.prompt_search import PromptSearch
 from mm.erasure.attacks.registry import ATTACKS, attack_of
 from mm.erasure.attacks.sites import Sites, words_of
+from mm.erasure.embeddings import Embeddings
 from mm.erasure.measure import Measurer
 from mm.erasure.probes import Probe
 
@@ -54,6 +55,7 @@ def test_every_attack_reports_with_and_without(pipe, patched, name):
         "prompt-search": lambda: PromptSearch(most=1, prefix=2, iterations=2, candidates=3),
         "genetic": lambda: Genetic(most=1, length=3, population=8, generations=2),
         "embedding": lambda: EmbeddingSearch(most=1, iterations=2),
+        "inversion": lambda: Inversion(most=1, iterations=2),
         "noise": lambda: Noise(most=2, tries=2),
     }.get(name, lambda: attack_of(name))()
     probes = [*PROBES, Probe(prompt="draw a cat", role="wording", concept="cat")]
@@ -88,6 +90,29 @@ def test_embedding_search_comes_nearer(pipe, patched):
     )
     assert many["distance_after"] < 0.8 * many["distance_before"]
     assert few["distance_before"] == many["distance_before"]
+
+
+def test_the_search_leaves_the_empty_prompt_of_guidance_alone(pipe):
+    search = Embeddings(pipe, 1.0)
+    empty = pipe._encode([""])
+    with search.on():
+        first = pipe._encode(["a cat"])
+        search.rows[id(search.tables[0])].data.fill_(1.0)
+        assert not torch.equal(pipe._encode(["a cat"]).values[0], first.values[0])
+        assert torch.equal(pipe._encode([""]).values[0], empty.values[0])  # has as many tokens with its padding
+
+
+def test_prompts_are_searched_as_they_would_be_alone(pipe, patched):
+    judge = measurer(pipe, [frozenset()])
+    both = EmbeddingSearch(iterations=6).run(judge, patched, PROBES)
+    each = [EmbeddingSearch(iterations=6).run(judge, patched, [probe]) for probe in PROBES]
+    for name in ("distance_before", "distance_after"):
+        assert both[name] == pytest.approx(sum(found[name] for found in each) / 2, rel=1e-3)
+
+
+def test_inversion_comes_nearer_to_the_old_predictions(pipe, patched):
+    found = Inversion(most=1, iterations=20, levels=2).run(measurer(pipe, [frozenset()]), patched, PROBES)
+    assert found["distance_after"] < 0.8 * found["distance_before"]
 
 
 def test_evolved_prompts_do_not_name_the_concept(pipe, patched):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from mm.core.errors import UserError
 from mm.erasure.certificate import harmonic, rates_of
 from mm.erasure.concepts import parse
 from mm.erasure.probes import Probe, plain_probes
-from mm.evaluation.erase import EraseConfig, evaluate_erase
+from mm.evaluation.erase import EraseConfig, evaluate_erase, same_bits
 from mm.models.text import unknown_words
 from mm.world.concept_labels import label_judge
 from mm.world.concept_probes import world_probes
@@ -163,6 +164,21 @@ def test_an_evaluation_reports_and_restores(pipe, how, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["tasks"]["UA"]["n"] == report["tasks"]["UA"]["n"] > 0
     assert Image.open(tmp_path / "r.png").size[0] > 0
     assert {"overall", "ceiling", "n", "tasks", "settings"} <= set(report)
+    if how == "stacked":
+        assert {name: found["equal"] for name, found in report["undone"].items()} == {"cat": True, "neon": True}
+        assert report["undone"]["cat"]["shown"] == report["undone"]["cat"]["base"]
+        assert report["undone"]["cat"]["base"]["n"] == 2
+
+
+def test_the_bits_of_a_stack_are_compared(pipe, patch):
+    one = copy.deepcopy(pipe)
+    assert same_bits(one, pipe)
+    patch.apply(one)
+    assert not same_bits(one, pipe)
+    patch.undo(one)
+    assert same_bits(one, pipe)
+    one.trunk.words.weight.data[0, 0] += 1e-6
+    assert not same_bits(one, pipe)
 
 
 def test_the_command_measures_a_patch_file(pipe, patch, tmp_path):

@@ -39,7 +39,7 @@ def test_tokens_are_matched(target, anchor, places):
 
 
 QUICK = {
-    "robust": {"rounds": 1, "attacked": 4, "iterations": 3},
+    "robust": {"rounds": 1, "attacked": 4, "iterations": 3, "picture_steps": 2},
     **{name: {"steps": 3, "batch": 2} for name in ("hirm", "esd", "salun")},
     **{name: {"steps": 2, "prompts": 4} for name in ("dve", "prune")},
 }
@@ -51,7 +51,13 @@ def sites_of(pipe, method: str) -> set[str]:
     first = [
         f"trunk.text_layers.0.{x}" for x in (*(f"attn.to_{y}" for y in ("q", "k", "v", "out")), "ff.up", "ff.down")
     ]
+    drawing = [
+        f"{block}.{x}"
+        for block in ("trunk.picture_layers.0", "trunk.picture_layers.1", "velocity_decoder.layers.0")
+        for x in (*(f"attn.to_{y}" for y in ("q", "k", "v", "out")), "ff.up", "ff.down")
+    ]
     return set({
+        "robust": [*pictures, *drawing],
         "speed": [p for p in pictures if "to_v" in p],
         "hirm": first,
         "dve": ["velocity_decoder.feature_in"],
@@ -129,8 +135,8 @@ def test_pruned_weights_are_filled(pipe):
 
 def test_the_adversary_of_the_robust_preset_gains_less_each_round(pipe):
     """Embeddings that attack the last round's patch end further from the target than those that attack plain UCE."""
-    plain = mm.erase(pipe, ["cat"], anchors="dog", method="robust", rounds=1, attacked=6, iterations=10).report
-    rounds = mm.erase(pipe, ["cat"], anchors="dog", method="robust", rounds=3, attacked=6, iterations=10).report
+    given = {"anchors": "dog", "method": "robust", "attacked": 6, "iterations": 10, "picture_steps": 0}
+    plain, rounds = (mm.erase(pipe, ["cat"], rounds=n, **given).report for n in (1, 3))
     assert len(rounds["attack_distances"]) == 3
     assert rounds["attack_distances"][0] == plain["attack_distances"][0]
     assert all(after < before for before, after in rounds["attack_distances"])

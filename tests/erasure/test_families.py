@@ -101,7 +101,7 @@ def test_every_method_on_public_families(family, method):
     pipe = tiny_pipeline_of(family)
     before, picture = state(pipe), draw_with(family, pipe)
     quick = {
-        "robust": {"rounds": 1, "attacked": 2, "iterations": 2},
+        "robust": {"rounds": 1, "attacked": 2, "iterations": 2, "picture_steps": 1, "batch": 2},
         **{name: {"steps": 2, "batch": 2} for name in ("hirm", "esd", "salun")},
         **{name: {"steps": 2, "prompts": 2} for name in ("dve", "prune")},
     }.get(method, {})

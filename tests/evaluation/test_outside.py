@@ -12,6 +12,8 @@ import mm
 from mm.evaluation.outside import crops, fit, halves, mean_tokens, measure, photographs, rendered
 from mm.models.connectors import Connector
 from mm.models.understanding_encoder import UnderstandingEncoder
+from mm.world.render import render
+from mm.world.scene import Scene, Sprite
 
 pytest.importorskip("skimage", reason="the photographs are part of the dev extra")
 pytest.importorskip("sklearn")
@@ -59,8 +61,27 @@ def test_renders_and_large_pictures(reader, editor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         editor(render, "make the background night", num_inference_steps=1)
-    with pytest.warns(UserWarning, match="has 2000 x 2000 pixels; the result has 128 x 128"):
+    with pytest.warns(UserWarning, match="2000 x 2000 pixels; it is read at 128 x 128$"):
+        reader(render.resize((2000, 2000)))
+    with pytest.warns(UserWarning, match="300 x 200 pixels; its middle square is read at 128 x 128$"):
+        reader(render.resize((300, 200)))
+    with pytest.warns(UserWarning, match="2000 x 2000 pixels; it is read at 128 x 128, and the result has that size"):
         editor(render.resize((2000, 2000)), "make the background night", num_inference_steps=1)
+
+
+def test_a_thing_that_is_not_there_is_named_and_it_is_what_is_there(editor) -> None:
+    picture = Image.fromarray(
+        render([Scene(sprites=(Sprite(object="cat", x=64, y=64, size=60),))])[0].permute(1, 2, 0).numpy()
+    )
+    with pytest.warns(UserWarning, match="sees no dog in the picture"):
+        editor(picture, "remove the dog", num_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        named, meant = (
+            editor(picture, words, num_inference_steps=1, generator=torch.Generator().manual_seed(1), output_type="np")
+            for words in ("make the cat green", "could you make it green")
+        )
+    assert (named.images == meant.images).all()
 
 
 def test_statistics_are_those_of_a_principal_component_analysis() -> None:

@@ -20,13 +20,26 @@ from mm.kernels.triton import launch, plans
 # numpy says of every NaN that it met one
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROOT = Path(__file__).parents[2]
+DEFAULT_FOLD_FROM = plans.FOLD_FROM
 assert launch.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _on_triton():
-    with kernels.use_backend("triton"):
+    """The exact kernels, except where a test asks for the folded one."""
+    with kernels.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "FOLD_FROM", 1024)
         yield
+
+
+def test_more_than_few_tokens_are_folded_by_default(monkeypatch):
+    layer = make(70, 20, 640, rank=0, extras=False)
+    exact = kernels.branched_linear(**layer.arguments())
+    monkeypatch.setattr(plans, "FOLD_FROM", DEFAULT_FOLD_FROM)
+    whole = kernels.branched_linear(**layer.arguments())
+    assert not torch.equal(exact, whole) and (exact - whole).norm() / exact.norm() < 0.01
+    few = {**layer.arguments(), "x": layer.x[:64]}
+    close(kernels.branched_linear(**few), reference(kernels.branched_linear, **few), dtype=torch.float32)
 
 
 def reference(op, *arguments, **named):
@@ -78,11 +91,14 @@ def test_layers_of_any_shape_equal_the_reference(tokens, outputs, inputs, rank, 
     close(got, reference(kernels.branched_linear, **arguments), dtype=dtype)
 
 
-@pytest.mark.parametrize("tokens, outputs, inputs", [(2, 20, 2100), (20, 40, 1100), (70, 20, 640), (200, 130, 128)])
+@pytest.mark.parametrize(
+    "tokens, outputs, inputs",
+    [(2, 20, 4200), (20, 40, 4200), (3, 20, 200), (20, 40, 300), (70, 20, 640), (200, 130, 128)],
+)
 def test_every_exact_kernel_equals_the_reference(tokens, outputs, inputs):
     """Parts along the inputs, and more than one tile of each kernel."""
     if tokens <= plans.FEW:
-        assert plans.grouped_few(tokens, outputs, inputs).splits > 1
+        assert plans.few(tokens, outputs, inputs).splits > 1 or inputs < 1600
     layer = make(tokens, outputs, inputs, rank=32, seed=tokens)
     close(
         kernels.branched_linear(**layer.arguments()),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from PIL import Image
@@ -123,7 +120,7 @@ def test_an_empty_turn_and_what_is_no_picture_are_named(pipe):
     assert state == pipe.start()
 
 
-def test_scripts_run_through_python_and_the_command(pipe, tmp_path):
+def test_scripts_run_through_python_and_the_command(pipe, tmp_path, cli):
     out = pipe.chat(["hello", "draw a cat"], steps=2)
     assert out[0] == ("Hello! What can I draw for you?", None)
     assert out[1][0] == "" and out[1][1] is not None
@@ -131,11 +128,11 @@ def test_scripts_run_through_python_and_the_command(pipe, tmp_path):
     picture = tmp_path / "red.png"
     Image.new("RGB", (64, 64), "red").save(picture)
     script = f"hello\n/image {picture}\nwhat is it?\n/new\n/quit\nnever said\n"
-    command = [sys.executable, "-m", "mm", "chat", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--steps", "1"], input=script, capture_output=True, text=True, timeout=180)
+    command = ["chat", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
+    done = cli(*command, "--steps", "1", given=script)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
-    wrong = subprocess.run(command, input="/image none.png\n/what\n", capture_output=True, text=True, timeout=180)
+    wrong = cli(*command, given="/image none.png\n/what\n")
     assert wrong.returncode == 1
     assert "no picture at none.png" in wrong.stderr
     assert "unknown command '/what'" in wrong.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,7 @@ from mm.pipelines.pictures import open_picture, to_tensor
 from mm.world.render import render
 from mm.world.scene import Scene, Sprite
 
-READS = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector", "autoencoder")
+READS = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector")
 
 
 @pytest.fixture(scope="module")
@@ -204,12 +201,6 @@ def test_wrong_edits_are_named(editor, pictures):
 # ---- folders and commands -------------------------------------------------------------------------------------------
 
 
-def mm(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mm", *map(str, words)], capture_output=True, text=True, timeout=180, env=os.environ
-    )
-
-
 def test_one_folder_serves_drawing_reading_and_editing(folder, reader, pictures, tmp_path):
     draws = TextToImagePipeline.from_pretrained(folder)
     assert draws.trunk.config.reads
@@ -218,23 +209,23 @@ def test_one_folder_serves_drawing_reading_and_editing(folder, reader, pictures,
     ImageEditPipeline.from_pretrained(folder)
 
 
-def test_describe_and_edit_commands(folder, pictures, tmp_path):
+def test_describe_and_edit_commands(folder, pictures, tmp_path, cli):
     file = tmp_path / "cat.png"
     pictures[0].save(file)
-    done = mm("describe", file, "--ask", "what is it?", "--model", folder, "--json", tmp_path / "a.json")
+    done = cli("describe", file, "--ask", "what is it?", "--model", folder, "--json", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a.json").read_text())
     assert rows[0]["answer"] == done.stdout.strip()
     out = tmp_path / "new" / "edited.png"
     words = ("edit", file, "make the cat blue", "-o", out, "--model", folder, "--steps", 2, "--seed", 5)
-    assert mm(*words).returncode == 0
+    assert cli(*words).returncode == 0
     assert json.loads(Image.open(out).info["mm"])["seed"] == 5
     for wrong, text in (
         (words, "exists; choose another name"),
         (("describe", tmp_path / "none.png", "--model", folder), "no picture at"),
         (("edit", file, "", "-o", tmp_path / "x.png", "--model", folder), "instruction is empty"),
     ):
-        failed = mm(*wrong)
+        failed = cli(*wrong)
         assert failed.returncode == 1
         assert text in failed.stderr.splitlines()[-1]
         assert "Traceback" not in failed.stderr

@@ -64,7 +64,7 @@ def test_calls_in_two_threads_draw_what_they_draw_alone() -> None:
     def job(options: dict[str, Any]) -> torch.Tensor:
         def meet(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
             if step < 3:  # every step of one call falls between two of another
-                barrier.wait(timeout=60)
+                barrier.wait(timeout=300)
             return {}
 
         return draw(pipe, callback_on_step_end=meet, **options)

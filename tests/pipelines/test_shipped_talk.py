@@ -61,7 +61,7 @@ def talker() -> InterleavedPipeline:
 
 @pytest.fixture(scope="module")
 def reader(talker: InterleavedPipeline) -> UnderstandingPipeline:
-    names = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector", "autoencoder")
+    names = ("text_tokenizer", "trunk", "understanding_encoder", "understanding_connector")
     return UnderstandingPipeline(**{name: getattr(talker, name) for name in names})
 
 

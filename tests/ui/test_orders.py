@@ -14,10 +14,10 @@ from tiny import tiny_pipeline
 import mm
 from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
+from mm.engine import calls
 from mm.engine.events import CancelToken
 from mm.engine.prompts import expand
 from mm.engine.requests import Draw
-from mm.engine.running import Run
 from mm.ui.guard import Readers, trim
 from mm.ui.orders import Orders, keep_all
 from mm.ui.public import for_page, settings_for_page, without_folders
@@ -38,7 +38,7 @@ def orders(engine, tmp_path: Path) -> Orders:
 
 def idle(orders: Orders) -> None:
     """Waits until nothing runs."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while orders.active and time.monotonic() < end:
         time.sleep(0.01)
     assert not orders.active
@@ -58,20 +58,32 @@ def test_pictures_are_those_of_the_engine_and_carry_their_settings(orders: Order
 def test_a_cancel_stops_within_a_step_and_keeps_what_is_finished(
     orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token, late = CancelToken(), []
-    inner = Run._threaded
+    """The second picture waits in its first step until the cancel is reported."""
+    token, begun, stopping, steps = CancelToken(), threading.Event(), threading.Event(), []
+    real = calls.draw
 
-    def counted(self):
-        for event in inner(self):
-            late.extend([event] * (type(event).__name__ == "Step" and token.cancelled))
-            yield event
+    def held(*arguments, on_step, **options):
+        def step(number, latents):
+            on_step(number, latents)
+            steps.append(number)
+            if len(steps) == 5:
+                begun.set()
+                assert stopping.wait(300)
 
-    monkeypatch.setattr(Run, "_threaded", counted)
-    for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=30), token):
+        return real(*arguments, on_step=step, **options)
+
+    monkeypatch.setattr(calls, "draw", held)
+    states = []
+    for now in orders.run(Draw(prompt="a cat", seed=1, count=5, steps=4), token):
+        states.append(now.state)
         if len(now.kept) == 1:
+            assert begun.wait(300)
             token.cancel()
+        if now.state == "stopping":
+            stopping.set()
     assert (now.state, len(now.kept)) == ("cancelled", 1)
-    assert len(late) <= 1
+    assert set(states[states.index("stopping") :]) == {"stopping", "cancelled"}
+    assert steps == [0, 1, 2, 3, 0]
     assert len(list(orders.folder.iterdir())) == 1
 
 
@@ -92,39 +104,38 @@ def test_a_waiting_order_can_be_cancelled_before_its_turn(orders: Orders) -> Non
         run = orders.run(Draw(prompt="a cat", seed=1, steps=1), token)
         assert next(run).state == "waiting"
         token.cancel()
-        assert [now.state for now in run] == ["cancelled"]
+        assert [now.state for now in run if now.state != "stopping"] == ["cancelled"]
     idle(orders)
 
 
-def test_a_small_order_waits_for_one_picture_of_a_large_one(orders: Orders) -> None:
-    """At the end of the small order the large one has drawn at most two pictures more than when it came."""
-    large, drawn = CancelToken(), []
+def test_a_small_order_waits_for_one_picture_of_a_large_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small order comes while the large one draws its first or second picture, and is drawn before the next."""
+    prompts, lock, real = [], orders.engine._turn, calls.draw
 
-    def draw_many() -> None:
-        for now in orders.run(Draw(prompt="a dog", seed=1, count=60, steps=6), large):
-            drawn[:] = now.files
+    def noted(view, arguments, *rest, **options):
+        prompts.append(arguments["prompt"])
+        end = time.monotonic() + 300
+        while len(prompts) == 2 and not lock._waiting and time.monotonic() < end:
+            time.sleep(0.005)
+        return real(view, arguments, *rest, **options)
 
-    thread = threading.Thread(target=draw_many)
-    thread.start()
-    while not drawn:
-        time.sleep(0.005)
-    before = len(drawn)
-    small = list(orders.run(Draw(prompt="a cat", seed=1, steps=6), CancelToken()))[-1]
-    after = len(drawn)
-    large.cancel()
-    thread.join()
-    assert small.state == "done"
-    assert after - before <= 2
-    assert after < 60
+    monkeypatch.setattr(calls, "draw", noted)
+    large = orders.run(Draw(prompt="a dog", seed=1, count=4, steps=1), CancelToken())
+    while next(large).state == "waiting":
+        pass
+    small = list(orders.run(Draw(prompt="a cat", seed=1, steps=1), CancelToken()))[-1]
+    assert (small.state, list(large)[-1].state) == ("done", "done")
+    assert prompts.index("a cat") in (1, 2) and sorted(prompts) == ["a cat", *["a dog"] * 4]
 
 
 def test_too_many_orders_are_refused(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm.ui.orders.MAX_ORDERS", 1)
-    run = orders.run(Draw(prompt="a cat", seed=1, count=9, steps=9), CancelToken())
-    next(run)
-    with pytest.raises(UserError, match="running or waiting"):
-        next(orders.run(Draw(prompt="a cat"), CancelToken()))
-    run.close()
+    with orders.engine._turn:  # another run holds the model
+        run = orders.run(Draw(prompt="a cat", seed=1, steps=1), CancelToken())
+        next(run)
+        with pytest.raises(UserError, match="running or waiting"):
+            next(orders.run(Draw(prompt="a cat"), CancelToken()))
+        run.close()
     idle(orders)
     assert list(orders.run(Draw(prompt="a cat", steps=1), CancelToken()))[-1].state == "done"
 

@@ -36,6 +36,19 @@ def has_said(orders: Orders, monkeypatch: pytest.MonkeyPatch, answer: str) -> No
     says(orders.engine._pipeline_for("converse"), monkeypatch, answer)
 
 
+def waiting(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The model begins no turn before the event is set, so that a turn cannot be over before it is stopped."""
+    pipe, go_on = orders.engine._pipeline_for("converse"), threading.Event()
+    real = pipe.turn
+
+    def held(*arguments, **options):
+        assert go_on.wait(300)
+        yield from real(*arguments, **options)
+
+    monkeypatch.setattr(pipe, "turn", held)
+    return go_on
+
+
 def test_words_and_pictures_come_with_their_settings(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
     visit = Visit("a")
     last = list(say(orders, visit, "hello, who are you?", None))[-1]
@@ -69,9 +82,11 @@ def test_a_given_picture_is_made_smaller_and_a_stopped_turn_leaves_nothing(
     assert Image.open(visit.messages[0]["file"]).size == (1024, 683)
     assert visit.messages[1]["text"] == "yes"
     before = visit.conversation.copy()
+    stop = waiting(orders, monkeypatch)
     turn = say(orders, visit, "draw a cat", None)
     next(turn)
     visit.cancel()
+    stop.set()
     with pytest.raises(UserError, match="stopped"):
         list(turn)
     for words, picture, message in (
@@ -90,12 +105,13 @@ def test_a_stop_before_the_first_word_ends_when_the_turn_is_undone(
 ) -> None:
     """The turn has begun and says nothing for a while: the visit is free only once the model works no more."""
     pipe, visit = orders.engine._pipeline_for("converse"), Visit("a")
-    real, begun, ended = pipe.turn, threading.Event(), threading.Event()
+    real, begun, stopped, ended = pipe.turn, threading.Event(), threading.Event(), threading.Event()
 
     def slow(*arguments, **options):
         try:
             begun.set()
-            time.sleep(0.5)
+            assert stopped.wait(300)
+            time.sleep(0.3)  # long enough for a turn that does not wait for this one to be over
             yield from real(*arguments, **options)
         finally:
             ended.set()
@@ -103,18 +119,20 @@ def test_a_stop_before_the_first_word_ends_when_the_turn_is_undone(
     monkeypatch.setattr(pipe, "turn", slow)
     turn = say(orders, visit, "draw a cat", None)
     next(turn)
-    assert begun.wait(10)
+    assert begun.wait(300)
     visit.cancel()
+    stopped.set()
     with pytest.raises(UserError, match="stopped"):
         list(turn)
     assert ended.is_set() and visit.conversation.turns == 0
 
 
-def test_a_new_conversation_frees_a_running_one(orders: Orders) -> None:
-    visit = Visit("a")
+def test_a_new_conversation_frees_a_running_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+    visit, stop = Visit("a"), waiting(orders, monkeypatch)
     turn = say(orders, visit, "draw a cat", None)
     next(turn)
     visit.new_conversation()
+    stop.set()
     said = ["hello", "Hello! What can I draw for you?"]
     assert [m["text"] for m in list(say(orders, visit, "hello", None))[-1].messages] == said
     with pytest.raises(UserError, match="stopped"):

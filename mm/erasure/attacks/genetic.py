@@ -51,10 +51,11 @@ class Genetic:
             plain = self._mean(pipe, layer, [pairs[0][1]])
             aim = plain + self.strength * (target - anchor)
             found += self._evolved(pipe, layer, aim, words, seed_of(measurer.seed, p.prompt))
-        labels = measurer.labels([*found, *[p.prompt for p in chosen]])
+        labels = measurer.labels(found)
+        plain_labels = measurer.labels([p.prompt for p in chosen], base=True)
         per = [labels[i * self.drawn : (i + 1) * self.drawn] for i in range(len(chosen))]
         hits = [any(shows(p, x) for x in each) for p, each in zip(chosen, per, strict=True)]
-        plain_hits = [shows(p, x) for p, x in zip(chosen, labels[len(found) :], strict=True)]
+        plain_hits = [shows(p, x) for p, x in zip(chosen, plain_labels, strict=True)]
         return result(hits, plain_hits, prompts=found[:4])
 
     @staticmethod

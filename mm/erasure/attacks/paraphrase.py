@@ -27,10 +27,10 @@ class Paraphrase:
         """Draws every rewriting with the seed that its text gives."""
         chosen = asked(probes, self.most)
         texts = [rewritten(p.prompt, k) for p in chosen for k in range(self.times)]
-        found = measurer.labels([*texts, *[p.prompt for p in chosen]])
+        found = measurer.labels(texts)
         seen = [found[i * self.times : (i + 1) * self.times] for i in range(len(chosen))]
         hits = [any(shows(p, labels) for labels in each) for p, each in zip(chosen, seen, strict=True)]
-        plain = found[len(texts) :]
+        plain = measurer.labels([p.prompt for p in chosen], base=True)
         return result(hits, [shows(p, x) for p, x in zip(chosen, plain, strict=True)], tries=self.times)
 
 

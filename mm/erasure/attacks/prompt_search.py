@@ -36,10 +36,11 @@ class PromptSearch:
         words = words_of(measurer.pipe, ())
         found = [self.search(sites, p.prompt, words, seed_of(measurer.seed, p.prompt)) for p in chosen]
         texts = [text for each, _ in found for text in each]
-        labels = measurer.labels([*texts, *[p.prompt for p in chosen]])
+        labels = measurer.labels(texts)
+        before = measurer.labels([p.prompt for p in chosen], base=True)
         per = [labels[i * self.drawn : (i + 1) * self.drawn] for i in range(len(chosen))]
         hits = [any(shows(p, x) for x in each) for p, each in zip(chosen, per, strict=True)]
-        plain = [shows(p, x) for p, x in zip(chosen, labels[len(texts) :], strict=True)]
+        plain = [shows(p, x) for p, x in zip(chosen, before, strict=True)]
         gain = [first - best for _, (first, best) in found]
         return result(
             hits, plain, iterations=self.iterations, prompts=texts[:6],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mm.core.errors import UserError
-from mm.erasure.attacks.embedding import EmbeddingSearch
+from mm.erasure.attacks.embedding import EmbeddingSearch, Inversion
 from mm.erasure.attacks.genetic import Genetic
 from mm.erasure.attacks.noise import Noise
 from mm.erasure.attacks.paraphrase import Paraphrase
@@ -12,7 +12,7 @@ from mm.erasure.attacks.protocol import Attack
 from mm.erasure.attacks.wording import Wording
 
 ATTACKS: dict[str, type[Attack]] = {
-    kind.name: kind for kind in (Wording, Paraphrase, PromptSearch, Genetic, EmbeddingSearch, Noise)
+    kind.name: kind for kind in (Wording, Paraphrase, PromptSearch, Genetic, EmbeddingSearch, Inversion, Noise)
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mm.adapters.patch import Patch
@@ -49,16 +50,14 @@ class Sites:
         """
         features = record(self.pipe, self.layers, list(prompts))
         length = count_tokens(self.pipe, prompt)
-        made = []
-        for i, candidate in enumerate(prompts):
-            shift = count_tokens(self.pipe, candidate) - length
-            total = 0.0
-            for path in self.layers:
-                old = wanted[path][1:length]
-                new = features[path][i][1 + shift : length + shift] @ self.new[path].T
-                total += float((new - old).square().sum() / old.square().sum().clamp_min(1e-30))
-            made.append(total / len(self.layers))
-        return made
+        shifts = [count_tokens(self.pipe, candidate) - length for candidate in prompts]
+        parts = []
+        for path in self.layers:
+            old = wanted[path][1:length]
+            x_BTD = torch.stack([x[1 + k : length + k] for x, k in zip(features[path], shifts, strict=True)])
+            gaps_B = (x_BTD @ self.new[path].T - old).square().flatten(1).sum(1)
+            parts.append(gaps_B / old.square().sum().clamp_min(1e-30))
+        return [float(x) for x in torch.stack(parts).mean(0)]
 
 
 def weight_of(layer: nn.Linear) -> Tensor:

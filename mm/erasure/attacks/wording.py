@@ -20,6 +20,6 @@ class Wording:
         """Draws them, and the plain ones beside them."""
         worded = [p for p in probes if p.role == "wording"]
         plain = asked(probes, len(worded))
-        found = measurer.labels([p.prompt for p in [*worded, *plain]])
+        found = measurer.labels([p.prompt for p in [*worded, *plain]], base=True)
         hits = [shows(p, labels) for p, labels in zip([*worded, *plain], found, strict=True)]
         return result(hits[: len(worded)], hits[len(worded) :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from mm.adapters.patch import Patch
 from mm.erasure.alignment import matched, moved
-from mm.erasure.embeddings import Embeddings, distance
+from mm.erasure.embeddings import Embeddings, distances
 from mm.erasure.gradients import outputs
 from mm.erasure.methods.protocol import Job
 from mm.erasure.solver import Features
@@ -48,11 +49,11 @@ def adversarial_features(
     try:
         edited = {path: _named(pipe, path) for path in job.layers}
         with search.on():
-            first = 0.0
+            first: list[float] = []
             for _ in range(iterations):
-                loss = distance(outputs(pipe, edited, targets, grad=True), wanted)
-                first = first or float(loss.detach())
-                search.step(loss)
+                losses = distances(outputs(pipe, edited, targets, grad=True), wanted)
+                first = first or losses.tolist()
+                search.step(losses)
             last = search.take_best()
             read = outputs(pipe, {p: edited[p] for p in firsts}, targets, grad=False, reads=True)
     finally:
@@ -67,7 +68,7 @@ def adversarial_features(
             goals.append(anchors[path][n + i][there])
         x, goal = (torch.cat(parts).detach().double().cpu() for parts in (rows, goals))
         features[path] = Features(target_TD=x, anchor_TD=goal, retained_RD=goal[:0])
-    return Found(features=features, distances=(round(first, 4), round(last, 4)))
+    return Found(features=features, distances=(round(mean(first), 4), round(mean(last), 4)))
 
 
 def _named(pipe: Any, path: str) -> nn.Module:

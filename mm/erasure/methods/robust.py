@@ -20,6 +20,7 @@ from mm.erasure.methods.adversary import adversarial_features
 from mm.erasure.methods.protocol import Job, Made
 from mm.erasure.methods.rece import derived, widened
 from mm.erasure.methods.uce import UCE, lowrank_entries
+from mm.erasure.methods.unlearning import unlearned
 
 
 class Robust(UCE):
@@ -28,6 +29,7 @@ class Robust(UCE):
     name = "robust"
     defaults: dict[str, Any] = {  # noqa: RUF012
         **UCE.defaults, "rounds": 3, "attacked": 16, "iterations": 20, "rate": 0.1, "weight": 1.0, "seed": 0,
+        "picture_steps": 160, "picture_rank": 16, "picture_rate": 2e-3, "picture_preserve": 2.0, "batch": 4, "pool": 40,
     }  # fmt: skip
 
     def make(self, job: Job) -> Made:
@@ -51,7 +53,9 @@ class Robust(UCE):
             for first, features in attack.features.items():
                 more[first].append(features.moments)
             entries, facts = self._solved(job, found, more)
-        return Made(entries=entries, report={"groups": facts, "attack_distances": distances})
+        more_entries, unlearning = unlearned(job)
+        report = {"groups": facts, "attack_distances": distances, **unlearning}
+        return Made(entries=entries | more_entries, report=report)
 
     def _solved(
         self, job: Job, found: dict[str, solver.Moments], more: dict[str, list[solver.Moments]]

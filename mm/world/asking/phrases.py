@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from mm.world import vocabulary as v
 from mm.world.asking.query import CATEGORIES, Thing
+from mm.world.demand_symbols import nouns
 
 _NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 _NUMBERS |= {"nine": 9, "ten": 10, "couple": 2, "pair": 2} | {str(n): n for n in range(21)}
@@ -146,11 +147,7 @@ class Clause:
 
 def _nouns() -> dict[str, tuple[str, bool]]:
     """Words to the object or category that they name, and whether the word is a plural."""
-    out: dict[str, tuple[str, bool]] = {}
-    for name in v.OBJECTS:
-        out |= {v.PLURALS[name]: (name, True), name: (name, False)}
-    for name, (one, several) in v.SYNONYMS.items():
-        out |= {one: (name, False), several: (name, True)}
+    out = {word: (name, bool(plural)) for word, (name, plural) in nouns().items() if name in v.OBJECTS}
     for name, words in _CATEGORY_WORDS.items():
         out |= {word: (name, word not in _SINGULAR_CATEGORIES) for word in words.split()}
     return out
