@@ -64,10 +64,10 @@ def fit_fingerprint(context: StageContext) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = True
     autoencoder = context.load(Autoencoder, "autoencoder").float().to(place).requires_grad_(False)
     torch.manual_seed(config.seed)
-    made = fingerprint_of(autoencoder, lambda: autoencoder.decode(torch.zeros(1, 16, 8, 8, device=place)), settings)
-    made = made.to(place)
-    work = context.state / "fingerprint"
+    print(f"rendering and encoding {data.scenes} scenes", flush=True)
     latents, originals = encoded(autoencoder, data.scenes, f"fingerprint {config.seed}", place)
+    made = fingerprint_of(autoencoder, lambda: autoencoder.decode(latents[:1]), settings).to(place)
+    work = context.state / "fingerprint"
     train_fingerprint(
         made, autoencoder, autoencoder.decoder, latents, config, originals=originals, work=work, on_step=_shown
     )
