@@ -43,11 +43,11 @@ def heading(*names: str) -> list[str]:
 def results(reports: Reports) -> str:
     """Erasures alone, together, stacked and in codes mode."""
     rows = {
-        f"fourteen concepts, each alone, {method}": cells_of(reports, "alone", method) for method in (FAST, PRESET)
+        f"concepts alone, {method}": cells_of(reports, "alone", method) for method in (FAST, PRESET)
     } | {
         "twenty objects in one patch": cells_of(reports, "together"),
         "ten patches stacked": cells_of(reports, "stacked"),
-        "fourteen concepts in codes mode": cells_of(reports, "codes"),
+        "concepts alone in codes mode": cells_of(reports, "codes"),
     }  # fmt: skip
     lines = [
         "| what | UA | IRA (base) | CRA (base) | wording | look-alikes (base) | composition | relative H |",

@@ -54,7 +54,7 @@ def test_instructions_bring_the_target_and_others_do_not(target, anchor):
     made = world_edits([concept], {str(concept): anchor}, 6)
     asked, kept = [e for e in made if e.instead], [e for e in made if not e.instead]
     assert (len(asked), len(kept)) == (6, 48)
-    assert all(holds(e.text, concept.name) and not holds(e.instead, concept.name) for e in asked)
+    assert all(holds(e.text, concept.name) and not holds(e.instead or "", concept.name) for e in asked)
     assert not any(holds(e.text, concept.name) for e in kept)
     assert all(e.picture.size == (128, 128) for e in made)
 
@@ -68,6 +68,7 @@ def test_concepts_without_instructions_have_none():
 def test_features_are_those_of_the_editor(model):
     pipe = TextToImagePipeline.from_pretrained(model)
     editor = editor_of(pipe)
+    assert editor is not None
     assert editor.trunk is pipe.trunk
     layers, concept = text_layers(pipe), parse("cat")
     groups = [[path] for path in layers]

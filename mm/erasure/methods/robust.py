@@ -28,7 +28,7 @@ class Robust(UCE):
 
     name = "robust"
     defaults: dict[str, Any] = {  # noqa: RUF012
-        **UCE.defaults, "rounds": 3, "attacked": 16, "iterations": 20, "rate": 0.1, "weight": 1.0, "seed": 0,
+        **UCE.defaults, "rounds": 3, "attacked": 16, "iterations": 20, "rate": 0.02, "weight": 1.0, "seed": 0,
         "picture_steps": 160, "picture_rank": 16, "picture_rate": 2e-3, "picture_preserve": 2.0, "batch": 4, "pool": 40,
     }  # fmt: skip
 
