@@ -1,4 +1,4 @@
-"""Checks instructions to change pictures: trained wordings, warnings, refusals, and "it" by what the picture shows."""
+"""Checks instructions to change pictures: trained wordings, warnings, and "it" by what the picture shows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from mm.core.errors import UserError
 from mm.pipelines.prompt_encoding import added_names, check_prompts
 from mm.world.asking.edit_words import Seen
-from mm.world.asking.instructions import Instruction, read_instruction
+from mm.world.asking.instructions import read_instruction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _CALLER = 4  # frames from here to who called the pipeline
-WAY_OUT = "To try it all the same: --no-strict, or strict=False"
+NOT_WHOLE = "cannot be carried out as a whole"
 
 
 def check_instructions(
@@ -33,8 +33,8 @@ def check_instructions(
         tokenizer: Of the model; words that were added to it are known.
         seen: What the picture of an instruction shows; asked for those with "it" only.
         absent: Whether the model sees no thing of a name in the picture of an instruction.
-        strict: True refuses an instruction with anything that is not understood, None one that cannot be carried out
-            as a whole, and False none.
+        strict: True refuses an instruction with anything that is not understood. Otherwise what is left of it is
+            carried out, with warnings; False passes it on without reading its wording.
 
     Returns:
         Instructions in the model's words.
@@ -50,20 +50,15 @@ def check_instructions(
         read = read_instruction(text, names)
         if read.open:
             read = read_instruction(text, names, seen(at))
-        _refuse(text, read, strict)
-        warned |= dict.fromkeys((*read.corrections, *read.problems))
+        why = "; ".join(read.problems)
+        if strict and why:
+            raise UserError(f"{text.strip()[:200]!r} is refused (strict): {why}")
+        if read.partial:
+            warned[f"{text.strip()[:200]!r} {NOT_WHOLE}: {why}. `strict` refuses such an instruction"] = None
+        warned |= dict.fromkeys(read.corrections if read.partial else (*read.corrections, *read.problems))
         if read.target is not None and not read.open and absent(at, read.target):
             warned[f"the model sees no {read.target} in the picture, so the instruction may change nothing"] = None
         out.append(read.words)
     for line in warned:
         warnings.warn(line, stacklevel=_CALLER)
     return out
-
-
-def _refuse(text: str, read: Instruction, strict: bool | None) -> None:
-    """Raises UserError for an instruction that is refused."""
-    why = "; ".join(read.problems)
-    if strict and read.problems:
-        raise UserError(f"{text.strip()[:200]!r} is refused (strict): {why}")
-    if read.refused:
-        raise UserError(f"{text.strip()[:200]!r} cannot be carried out: {why}. {WAY_OUT}")

@@ -37,8 +37,8 @@ def check_prompts(
         prompts: In any wording.
         tokenizer: Of the model; words that were added to it are known.
         task: Whose words are known: "draw" or "edit".
-        strict: True refuses a prompt with anything that is not understood, None one of which nothing can be done, and
-            False none.
+        strict: True refuses a prompt with anything that is not understood. Otherwise it is drawn with warnings; None
+            adds one where nothing is left to draw.
 
     Returns:
         The prompts in the model's words; what it cannot read of a long one is cut off, as diffusers does.
@@ -61,7 +61,7 @@ def check_prompts(
         if strict and found.problems:
             raise UserError(f"{prompt.strip()[:200]!r} is refused (strict): {'; '.join(found.problems)}")
         if strict is None and found.nothing:
-            raise UserError(f"{nothing_of(prompt, found)}. To draw it all the same: --no-strict, or strict=False")
+            warned[f"{nothing_of(prompt, found)}. `strict` refuses such a prompt"] = None
         if fitting != prompt:
             warned[
                 f"the prompt is longer than the {tokenizer.model_max_length} tokens that the model reads; ignored: "

@@ -101,7 +101,7 @@ StrictOption = Annotated[
     bool | None,
     typer.Option(
         "--strict/--no-strict",
-        help="Refuse words that are not understood, or nothing at all; default: what leaves nothing to do (mm-tiny).",
+        help="Refuse a prompt with words that are not understood (mm-tiny); by default they are named and left out.",
     ),
 ]
 FastOption = Annotated[bool, typer.Option("--fast", help="Leave out work that changes a picture little: docs/fast.md.")]

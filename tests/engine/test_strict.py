@@ -43,17 +43,21 @@ def test_the_field_is_frozen_and_checked() -> None:
 @pytest.mark.parametrize(
     ("prompt", "strict", "refused"),
     [
-        ("a hat", None, True), ("a hat", True, True), ("a hat", False, False),
+        ("a hat", None, False), ("a hat", True, True), ("a hat", False, False),
         ("a black cat", None, False), ("a black cat", True, True), ("a kitty", True, False),
     ],
 )  # fmt: skip
 def test_drawing(engine: Engine, prompt: str, strict: bool | None, refused: bool) -> None:
     request = Draw(prompt=prompt, seed=1, steps=1, strict=strict)
     if refused:
-        with pytest.raises(UserError, match=r"names nothing that the model can draw|is refused"):
+        with pytest.raises(UserError, match=r"is refused \(strict\)"):
             events_of(engine, request)
         return
-    (picture,) = [one for one in events_of(engine, request) if isinstance(one, Picture)]
+    events = events_of(engine, request)
+    (picture,) = [one for one in events if isinstance(one, Picture)]
+    said = " ".join(one.text for one in events[: events.index(picture)] if isinstance(one, Notice))
+    assert ("names nothing that the model can draw" in said) is (prompt == "a hat" and strict is None)
+    assert ("hat" in said) is (prompt == "a hat") and ("black" in said) is (prompt == "a black cat")
     assert picture.settings.get("strict") is strict  # so that the picture can be drawn again
     assert request_of(picture.settings, engine.capabilities).strict is strict
 
@@ -61,7 +65,7 @@ def test_drawing(engine: Engine, prompt: str, strict: bool | None, refused: bool
 @pytest.mark.parametrize(
     ("words", "strict", "refused"),
     [
-        ("make the cat black", None, True), ("make the cat black", False, False),
+        ("make the cat black", None, False), ("make the cat black", True, True),
         ("add a cute dog", None, False), ("add a cute dog", True, True), ("add a dog", True, False),
     ],
 )  # fmt: skip
@@ -70,10 +74,13 @@ def test_editing(engine: Engine, words: str, strict: bool | None, refused: bool)
 
     request = Edit(image=Image.new("RGB", (16, 16)), instruction=words, seed=1, steps=1, strict=strict)
     if refused:
-        with pytest.raises(UserError, match=r"cannot be carried out|is refused"):
+        with pytest.raises(UserError, match=r"is refused \(strict\)"):
             events_of(engine, request)
     else:
-        assert [one for one in events_of(engine, request) if isinstance(one, Picture)]
+        events = events_of(engine, request)
+        first = next(at for at, one in enumerate(events) if isinstance(one, Picture))
+        said = " ".join(one.text for one in events[:first] if isinstance(one, Notice))
+        assert ("cannot be carried out as a whole: 'black'" in said) is ("black" in words)
 
 
 def test_conversation(engine: Engine) -> None:
@@ -107,13 +114,13 @@ def test_page_and_api(engine: Engine) -> None:
 
 
 def test_batch_rows(engine: Engine, tmp_path: Path, cli) -> None:
-    rows = [("bad", {"prompt": "a hat"}), ("strict", {"prompt": "a black cat", "strict": True})]
-    rows += [("kept", {"prompt": "a hat", "strict": False}), ("good", {"prompt": "a cat"})]
+    rows = [("bad", {"prompt": "a hat", "strict": True}), ("strict", {"prompt": "a black cat", "strict": True})]
+    rows += [("kept", {"prompt": "a hat"}), ("good", {"prompt": "a cat"})]
     jobs = tmp_path / "jobs.jsonl"
     lines = [{"custom_id": name, "task": "generate", "body": body | {"steps": 1}} for name, body in rows]
     jobs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = cli("batch", str(jobs), "-o", str(tmp_path / "out"), "--model", engine.name, "--batch-size", "4")
     assert done.returncode == 2, done.stderr
     assert sorted(path.name.split("-")[0] for path in tmp_path.rglob("*.png")) == ["000000003", "000000004"]
-    assert "'a hat' names nothing that the model can draw" in done.stderr
+    assert "'a hat' is refused (strict)" in done.stderr
     assert "'a black cat' is refused (strict)" in done.stderr

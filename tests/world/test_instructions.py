@@ -54,20 +54,20 @@ def test_trained_instructions_are_passed_on_as_they_are() -> None:
 @pytest.mark.parametrize(("text", "wanted"), READ.items())
 def test_other_wordings_become_trained_ones(text: str, wanted: str | None) -> None:
     found = read_instruction(text)
-    assert (found.refused, found.problems, found.open) == (False, (), wanted is None)
+    assert (found.partial, found.problems, found.open) == (False, (), wanted is None)
     assert wanted is None or found.words == wanted
 
 
 @pytest.mark.parametrize(("text", "wanted"), LEFT_OUT.items())
 def test_words_that_only_describe_are_left_out_aloud(text: str, wanted: tuple[str, str]) -> None:
     found = read_instruction(text)
-    assert not found.refused and found.words == wanted[0] and wanted[1] in " ".join(found.problems)
+    assert not found.partial and found.words == wanted[0] and wanted[1] in " ".join(found.problems)
 
 
 @pytest.mark.parametrize(("text", "why"), REFUSED.items())
 def test_what_cannot_be_carried_out_as_a_whole_is_refused(text: str, why: str) -> None:
     found = read_instruction(text)
-    assert found.refused and why in "; ".join(found.problems), found.problems
+    assert found.partial and why in "; ".join(found.problems), found.problems
 
 
 def test_the_thing_that_changes_is_named() -> None:

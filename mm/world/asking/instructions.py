@@ -1,9 +1,9 @@
-"""Instructions to `mm edit` and its pipeline: brought into a trained wording, or refused with what can be changed.
+"""Instructions to `mm edit` and its pipeline: brought into a trained wording, with what of them cannot be done.
 
 Design choices
 - What Talk makes of a change (`mm.world.asking.edit_words`) is used here as well, so that an instruction means the same
-  in both. An instruction is never carried out in part: one whose colour, thing, place or style the model lacks is
-  refused. Words that only describe ("a cute dog") are left out and named.
+  in both. One whose colour, thing, place or style the model lacks is `partial`: the caller says so, or refuses
+  it. Words that only describe ("a cute dog") are left out and named.
 - An instruction in a trained wording is passed on as it is.
 """
 
@@ -37,8 +37,8 @@ class Instruction:
     Attributes:
         words: For the model.
         corrections: Misspelled words, as notices.
-        problems: A line for each word that is left out, or for why the instruction cannot be carried out.
-        refused: Whether it cannot.
+        problems: A line for each word that is left out, or for why the instruction cannot be carried out as a whole.
+        partial: Whether it cannot be carried out as a whole.
         target: The thing in the picture that it changes; None for the style, the background and what is added.
         open: Whether it speaks of "it", which only the picture can tell.
     """
@@ -46,7 +46,7 @@ class Instruction:
     words: str
     corrections: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    refused: bool = False
+    partial: bool = False
     target: str | None = None
     open: bool = False
 
@@ -69,7 +69,7 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
     line = plain_line(found.text)
     if len(steps := steps_of(line)) > 1:
         several = f"it asks for {len(steps)} changes; give one at a time: {'; '.join(map(repr, steps))}"
-        return Instruction(words=found.text, corrections=said, problems=(several,), refused=True)
+        return Instruction(words=found.text, corrections=said, problems=(several,), partial=True)
     change = change_of(line, seen or Seen(), learnt)
     unknown = {word for word, _ in clause_of(plain_line(text), own).unknown}
     left_out = tuple(why for word, why in found.unknown.items() if word in unknown)
@@ -79,12 +79,12 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
     if seen is None and re.search(r"\b(?:it|them|they|this|these|those)\b", line) and not left_out:
         return Instruction(words=found.text, corrections=said, open=True)
     if seen is not None and not seen.groups:
-        return Instruction(words=found.text, corrections=said, problems=(NOTHING_SEEN,), refused=True)
+        return Instruction(words=found.text, corrections=said, problems=(NOTHING_SEEN,), partial=True)
     lacking = tuple(why for word, why in found.unknown.items() if _is_lacking(word))
     why = excluded or lacking or left_out or (CAN_CHANGE,)
     if isinstance(change, Refused) and change.reply == CANNOT:
         why = (f"sizes and directions cannot be changed, and nothing is filtered; {CAN_CHANGE}",)
-    return Instruction(words=found.text, corrections=said, problems=why, refused=True)
+    return Instruction(words=found.text, corrections=said, problems=why, partial=True)
 
 
 def _is_lacking(word: str) -> bool:
