@@ -80,13 +80,23 @@ class Forks:
         return code
 
     def close(self) -> None:
-        """Ends the server."""
-        self._server.communicate()
+        """Ends the server. An empty line says so, since another fork of this process may hold its input open."""
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.write("\n")
+        self._server.stdin.close()
+        try:
+            self._server.wait(60)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+        self._server.stdout.close()
 
 
 def _serve() -> list[str]:
     """Forks a child for each line; returns in the child alone, which has its streams, folder and environment then."""
     for line in iter(sys.stdin.readline, ""):
+        if not line.strip():
+            break
         job = json.loads(line)
         child = os.fork()
         if child == 0:

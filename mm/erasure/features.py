@@ -23,7 +23,7 @@ from mm.families import family_of
 CHUNK = 64  # prompts in one call
 SMALL = 64  # pixels a side, or the nearest that the family draws
 # Arguments of some pipelines that would put words around the prompt (SANA), or choose another size (PixArt, SANA).
-PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False, "strict": False}
+PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False}
 
 
 class _RecordedError(Exception):

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -174,20 +174,21 @@ class Trainer:
         smoothed: dict[str, float] = {}
         stop = _Terminated()
         made = batches_from(batches, self.step, process=self.accelerator.process_index, workers=self.config.workers)
-        while self.seconds < 60 * self.config.minutes and not stop.requested:
-            start = time.monotonic()
-            batch = moved(next(made), self.accelerator.device)
-            for name, value in self.train_step(batch).items():
-                smoothed[name] = smoothed.get(name, value) + 0.02 * (value - smoothed.get(name, value))
-            self.seconds += time.monotonic() - start
-            if self.step % _LOG_STEPS == 0:
-                self.log(**smoothed)
-            if self.seconds - saved > 60 * self.config.save_minutes:
-                self.save()
-                saved = self.seconds
-            if evaluate and self.seconds - evaluated > 60 * self.config.preview_minutes:
-                evaluated = self.seconds
-                self._evaluate(evaluate)
+        with closing(made):
+            while self.seconds < 60 * self.config.minutes and not stop.requested:
+                start = time.monotonic()
+                batch = moved(next(made), self.accelerator.device)
+                for name, value in self.train_step(batch).items():
+                    smoothed[name] = smoothed.get(name, value) + 0.02 * (value - smoothed.get(name, value))
+                self.seconds += time.monotonic() - start
+                if self.step % _LOG_STEPS == 0:
+                    self.log(**smoothed)
+                if self.seconds - saved > 60 * self.config.save_minutes:
+                    self.save()
+                    saved = self.seconds
+                if evaluate and self.seconds - evaluated > 60 * self.config.preview_minutes:
+                    evaluated = self.seconds
+                    self._evaluate(evaluate)
         self.save()
         if evaluate:
             self._evaluate(evaluate)

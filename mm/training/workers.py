@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -36,8 +36,8 @@ class _Steps(Dataset[Any]):
 
 def batches_from(
     batches: Callable[[int, int], Any], start: int, *, process: int = 0, workers: int = 0
-) -> Iterator[Any]:
-    """The batches of steps `start`, `start` + 1, ... in order.
+) -> Generator[Any]:
+    """The batches of steps `start`, `start` + 1, ... in order; close it to end the processes.
 
     Args:
         batches: Makes the batch of a step for a process of training.
@@ -46,7 +46,7 @@ def batches_from(
         workers: Processes that make batches; 0 makes them here, when they are asked for.
     """
     if workers == 0:
-        return (batches(step, process) for step in itertools.count(start))
+        yield from (batches(step, process) for step in itertools.count(start))  # without an end
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     loader: DataLoader[Any] = DataLoader(
         _Steps(batches, process),
@@ -57,7 +57,11 @@ def batches_from(
         multiprocessing_context="fork",
         worker_init_fn=_leave_ending_to_the_run,
     )
-    return iter(loader)
+    made: Any = iter(loader)
+    try:
+        yield from made
+    finally:  # the traceback of an error keeps the iterator, and with it the processes
+        made._shutdown_workers()
 
 
 def _leave_ending_to_the_run(_: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -63,8 +64,10 @@ def test_an_error_of_a_batch_reaches_the_run():
 
     made = batches_from(broken, 0, workers=2)
     next(made), next(made)
+    before = multiprocessing.active_children()
     with pytest.raises(ValueError, match="no scenes left"):
         next(made)
+    assert len(before) == 2 and not multiprocessing.active_children()
 
 
 def test_sigterm_to_all_processes_ends_the_run_and_keeps_its_state(tmp_path):
