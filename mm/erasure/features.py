@@ -22,8 +22,9 @@ from mm.families import family_of
 
 CHUNK = 64  # prompts in one call
 SMALL = 64  # pixels a side, or the nearest that the family draws
-# Arguments of some pipelines that would put words around the prompt (SANA), or choose another size (PixArt, SANA).
-PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False}
+# Arguments of some pipelines that would put words around the prompt (SANA), choose another size (PixArt, SANA), or ask
+# the model about a picture before it is edited (ours).
+PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False, "strict": False}
 
 
 class _RecordedError(Exception):
