@@ -11,6 +11,7 @@ Legend: B prompts, T tokens, D width.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ def draw_once(pipe: Any, prompts: list[str], pictures: Sequence[Any] = ()) -> An
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe(**{key: value for key, value in given.items() if key in takes})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the words: the prompts are not the user's
+            return pipe(**{key: value for key, value in given.items() if key in takes})
     finally:
         pipe.set_progress_bar_config(**quiet)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,8 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[torch.Generator], **
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        return list(pipe(**{key: value for key, value in given.items() if key in takes}).images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the words: the prompts are not the user's
+            return list(pipe(**{key: value for key, value in given.items() if key in takes}).images)
     finally:
         pipe.set_progress_bar_config(**quiet)
