@@ -40,7 +40,7 @@ DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
-EDITS, FEW_EDITS = 48, 4  # pairs of instructions for editing, in all and of a target, where a model edits
+EDITS, FEW_EDITS = 48, 2  # pairs of instructions for editing, in all and of a target, where a model edits
 
 
 @torch.no_grad()
