@@ -40,7 +40,7 @@ DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
 PAIRS = 256  # pairs of prompts in all, shared by the targets
-EDITS, FEW_EDITS = 48, 2  # pairs of instructions for editing, in all and of a target, where a model edits
+EDITS, FEW_EDITS = 48, 6  # pairs of instructions for editing in all, and of a target at least: else there are none
 
 
 @torch.no_grad()
@@ -102,7 +102,8 @@ def erase(
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
-    instructions = edits_of(contexts, concepts, placed, max(FEW_EDITS, EDITS // len(concepts)))
+    of_each = EDITS // len(concepts)  # a few of each of many targets cost the erasure more than they bring
+    instructions = edits_of(contexts, concepts, placed, of_each) if of_each >= FEW_EDITS else []
     progress(0.2, f"reading {len(instructions)} instructions for editing")
     both, read = dict(features), rows_of(pipe, layers, groups, instructions)
     for path, found in read.items():
