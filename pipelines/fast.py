@@ -107,13 +107,13 @@ class FastCodes:
         full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
     """
 
-    steps: int = 26
-    revising: float = 0.375
-    revised: float = 0.25
+    steps: int = 16
+    revising: float = 0.25
+    revised: float = 0.5
     confidence: float | None = -0.4
     neighbours: bool = True
-    guided_from: float = 0.0
-    guided_until: float = 1.0
+    guided_from: float = 0.1
+    guided_until: float = 0.7
     full_every: int = 1
 
     def __post_init__(self) -> None:
@@ -129,8 +129,8 @@ class FastCodes:
             raise UserError(f"fast: confidence is {value!r}; give a log-probability, 0 or below")
         if self.full_every > 1 and (self.guided_from, self.guided_until) != (0, 1):
             raise UserError(
-                f"fast: full_every is {self.full_every} and guidance is computed in a part of the steps; local steps "
-                "need it in all: leave guided_from and guided_until out"
+                f"fast: full_every is {self.full_every}, and local steps need guidance in all steps; also give "
+                "guided_from 0 and guided_until 1"
             )
 
     def revisions(self, steps: int) -> int:
@@ -138,7 +138,10 @@ class FastCodes:
         return math.floor(steps * self.revising)
 
 
-FULL_CODES = FastCodes(steps=STEPS["codes"], confidence=None, neighbours=False)
+FULL_CODES = FastCodes(
+    steps=STEPS["codes"], revising=0.375, revised=0.25,
+    confidence=None, neighbours=False, guided_from=0.0, guided_until=1.0,
+)  # fmt: skip
 
 
 def fast_settings(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

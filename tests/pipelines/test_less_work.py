@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import nn
 from mm.core.errors import UserError
 from mm.models.cache import PromptCache
 from mm.pipelines.code_filling import neighbours, planned, revised
-from mm.pipelines.fast import LEVELS, SIMILARITY, FastCodes, FastFlow, fast_settings, flow_plan, similarity_at
+from mm.pipelines.fast import (
+    FULL_CODES,
+    LEVELS,
+    SIMILARITY,
+    FastCodes,
+    FastFlow,
+    fast_settings,
+    flow_plan,
+    similarity_at,
+)
 from mm.pipelines.sampling import code_steps, masked_steps
 
 ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0, "spaced": False}
@@ -82,7 +92,7 @@ def plain_codes(pipe: Any, prompt: str, seed: int, fill: int, again: int) -> tor
 
 @torch.no_grad()
 def test_codes_mode_with_nothing_left_out_is_a_plain_loop(pipe: Any):
-    none = {"confidence": None, "neighbours": False, "full_every": 1, "steps": 8}
+    none = asdict(FULL_CODES) | {"steps": 8}
     for seed in (1, 2):
         wanted = plain_codes(pipe, "a dog", seed, fill=5, again=3)
         got = pipe("a dog", mode="codes", generator=seeded(seed), fast=none, output_type="latent").images
@@ -92,7 +102,7 @@ def test_codes_mode_with_nothing_left_out_is_a_plain_loop(pipe: Any):
 def test_unconditional_features_are_computed_where_guidance_counts(pipe: Any):
     trunk = rows_of(pipe, "trunk")
     plain = {"mode": "codes", "generator": seeded(1), "output_type": "latent"}
-    none = {"confidence": None, "neighbours": False, "steps": 8}
+    none = asdict(FULL_CODES) | {"steps": 8}
     full = pipe("a dog", fast=none, **plain).images
     known = [1 - left / 64 for left in (64, *masked_steps(64, 5)[:-1])] + [0.75] * 3
     assert trunk == [1] + [2] * 7  # guidance of an empty picture is zero
@@ -145,10 +155,11 @@ def test_ended_guidance_is_a_callback_that_ends_it(pipe: Any):
 
 def test_a_picture_does_not_depend_on_its_batch(pipe: Any):
     prompts = ["two red cats on grass", "a dog", "three stars at night"]
+    codes = asdict(FULL_CODES) | {"steps": 10}
     for fast in ({"mode": "flow", "fast": True}, {"mode": "flow", "fast": ALL | {"steps": 6, "threshold": 0.99}},
+                 {"mode": "codes", "fast": codes | {"confidence": -4.0, "neighbours": True}},
                  {"mode": "codes", "fast": {"steps": 10, "confidence": -4.0}},
-                 {"mode": "codes", "fast": {"steps": 10, "confidence": -4.0, "guided_from": 0.2, "guided_until": 0.8}},
-                 {"mode": "codes", "fast": {"steps": 10, "full_every": 3}}):  # fmt: skip
+                 {"mode": "codes", "fast": codes | {"full_every": 3}}):  # fmt: skip
         together = draw(pipe, prompts, generator=seeded(1, 2, 3), **fast)
         alone = [draw(pipe, one, generator=seeded(seed), **fast) for seed, one in enumerate(prompts, 1)]
         assert (together - torch.cat(alone)).abs().max() < 2 / 255, fast
@@ -163,7 +174,7 @@ def test_confident_neighbours_save_steps(pipe: Any):
 
     for confidence in (None, -1e9):
         draw(pipe, mode="codes", generator=seeded(1), callback_on_step_end=note,
-             fast={"steps": 16, "confidence": confidence, "full_every": 1})  # fmt: skip
+             fast=asdict(FULL_CODES) | {"steps": 16, "confidence": confidence, "neighbours": True})  # fmt: skip
     first, second = steps[: steps.index(0, 1)], steps[steps.index(0, 1) :]
     # every neighbour is sure enough: the known area grows by a ring a step
     assert first == list(range(16)) and len(second) < 12
@@ -224,7 +235,7 @@ def test_similarity_lies_between_its_levels():
         ("codes", {"revising": 1}, "revising is 1"), ("codes", {"revised": -0.1}, "revised is -0.1"),
         ("codes", {"neighbours": "no"}, "neighbours is 'no'"), ("codes", {"guided_from": 2}, "guided_from is 2"),
         ("codes", {"guided_until": None}, "guided_until is None"),
-        ("codes", {"full_every": 2, "guided_until": 0.5}, "full_every is 2"),
+        ("codes", {"full_every": 2}, "full_every is 2"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: str, given: dict[str, Any], said: str):
@@ -235,4 +246,8 @@ def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: st
 def test_the_mix_is_frozen():
     """Changing it is a line in CHANGELOG.md: pictures of `--fast` change."""
     assert FastFlow() == FastFlow(steps=8, spaced=True, guided=0.6, features=0.75, threshold=None, linear=False)
-    assert fast_settings("codes", {"steps": 7})["steps"] == 7 and FastCodes() is not None
+    codes = {"confidence": -0.4, "neighbours": True, "guided_from": 0.1, "guided_until": 0.7, "full_every": 1}
+    assert FastCodes() == FastCodes(steps=16, revising=0.25, revised=0.5, **codes)
+    full = {"confidence": None, "neighbours": False, "guided_from": 0.0, "guided_until": 1.0}
+    assert FULL_CODES == FastCodes(steps=32, revising=0.375, revised=0.25, **full)
+    assert fast_settings("codes", {"steps": 7})["steps"] == 7
