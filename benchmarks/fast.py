@@ -37,6 +37,7 @@ from mm.world.tasks import satisfies
 
 Call = dict[str, Any]
 FULL: Call = asdict(FULL_CODES)
+SHORT: Call = {"steps": 18, "revising": 0.28, "revised": 0.4}
 PLAIN: Call = {"steps": 12, "spaced": False, "guided": 1.0, "features": 1.0}
 SETTINGS: dict[str, dict[str, Call]] = {
     "flow": {
@@ -52,11 +53,13 @@ SETTINGS: dict[str, dict[str, Call]] = {
     },
     "codes": {
         "full": {},
-        "sure tokens are revised, too": {"fast": FULL | {"confidence": None}},
-        "guidance in revisions alone": {"fast": FULL | {"guided_from": 0.7}},
-        "guidance until revisions": {"fast": FULL | {"guided_until": 0.7}},
-        "sure neighbours drawn along": {"fast": FULL | {"neighbours": True}},
-        "fewer steps (18), sure neighbours": {"fast": FULL | {"neighbours": True, "steps": 18}},
+        "only unsure tokens are revised": {"fast": FULL | {"confidence": -0.4}},
+        "26 steps, no guidance in revisions": {"fast": {"guided_until": 0.7}},
+        "18 steps, revisions of .4": {"fast": SHORT},
+        "18 steps, revisions of .4, guidance in .1 to .7": {"fast": SHORT | {"guided_from": 0.1, "guided_until": 0.7}},
+        "16 steps, revisions of .5, guidance in .1 to .7": {
+            "fast": {"steps": 16, "revising": 0.25, "revised": 0.5, "guided_from": 0.1, "guided_until": 0.7}
+        },
         "local steps, every second": {"fast": FULL | {"full_every": 2}},
         "fast": {"fast": True},
     },

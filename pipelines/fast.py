@@ -107,13 +107,13 @@ class FastCodes:
         full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
     """
 
-    steps: int = 16
-    revising: float = 0.25
-    revised: float = 0.5
+    steps: int = 26
+    revising: float = 0.375
+    revised: float = 0.25
     confidence: float | None = -0.4
     neighbours: bool = True
-    guided_from: float = 0.1
-    guided_until: float = 0.7
+    guided_from: float = 0.0
+    guided_until: float = 1.0
     full_every: int = 1
 
     def __post_init__(self) -> None:
@@ -138,10 +138,7 @@ class FastCodes:
         return math.floor(steps * self.revising)
 
 
-FULL_CODES = FastCodes(
-    steps=STEPS["codes"], revising=0.375, revised=0.25,
-    confidence=None, neighbours=False, guided_from=0.0, guided_until=1.0,
-)  # fmt: skip
+FULL_CODES = FastCodes(steps=STEPS["codes"], confidence=None, neighbours=False)
 
 
 def fast_settings(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

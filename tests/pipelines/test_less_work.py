@@ -235,7 +235,7 @@ def test_similarity_lies_between_its_levels():
         ("codes", {"revising": 1}, "revising is 1"), ("codes", {"revised": -0.1}, "revised is -0.1"),
         ("codes", {"neighbours": "no"}, "neighbours is 'no'"), ("codes", {"guided_from": 2}, "guided_from is 2"),
         ("codes", {"guided_until": None}, "guided_until is None"),
-        ("codes", {"full_every": 2}, "full_every is 2"),
+        ("codes", {"full_every": 2, "guided_until": 0.5}, "full_every is 2"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: str, given: dict[str, Any], said: str):
@@ -246,8 +246,8 @@ def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: st
 def test_the_mix_is_frozen():
     """Changing it is a line in CHANGELOG.md: pictures of `--fast` change."""
     assert FastFlow() == FastFlow(steps=8, spaced=True, guided=0.6, features=0.75, threshold=None, linear=False)
-    codes = {"confidence": -0.4, "neighbours": True, "guided_from": 0.1, "guided_until": 0.7, "full_every": 1}
-    assert FastCodes() == FastCodes(steps=16, revising=0.25, revised=0.5, **codes)
+    codes = {"confidence": -0.4, "neighbours": True, "guided_from": 0.0, "guided_until": 1.0, "full_every": 1}
+    assert FastCodes() == FastCodes(steps=26, revising=0.375, revised=0.25, **codes)
     full = {"confidence": None, "neighbours": False, "guided_from": 0.0, "guided_until": 1.0}
     assert FULL_CODES == FastCodes(steps=32, revising=0.375, revised=0.25, **full)
     assert fast_settings("codes", {"steps": 7})["steps"] == 7
