@@ -1,4 +1,4 @@
-"""The crisp stage's discriminator, which tells renders from decoded pictures.
+"""The crisp stage's discriminator, which distinguishes renders from decoded pictures.
 
 Design choices
 - It is conditional: beside a picture it sees what the published decoder makes of the same latents, so that it judges
