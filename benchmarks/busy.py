@@ -1,4 +1,4 @@
-"""A warm picture beside busy processes, by how OpenMP's threads wait.
+"""A warm picture beside busy processes, by how OpenMP's threads wait; "mm" is what the commands do.
 
 Each setting runs in a process of its own, since the variables are read when torch loads. Settings take turns within
 each round, so that a change of the machine meets all of them. Reported are medians, and ratios to the idle median of
@@ -23,7 +23,12 @@ from typing import Any
 from mm.core.threads import BLOCK_TIME
 
 _DRAW = """
-import sys, time, torch, mm
+import sys
+if sys.argv[3] == "mm":  # as the commands do
+    from mm.core.busy_cores import watch_cores
+    from mm.core.threads import bound_spinning
+    bound_spinning() and watch_cores()
+import time, torch, mm
 pipe = mm.TextToImagePipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 seconds = []
@@ -38,7 +43,7 @@ _BUSY = "while True: sum(range(10000))"
 
 def settings(counts: list[int]) -> dict[str, dict[str, str]]:
     """Environment variables by the setting's name."""
-    made: dict[str, dict[str, str]] = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}}
+    made: dict[str, dict[str, str]] = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "mm": {}}
     return made | {f"spin {n}": {"GOMP_SPINCOUNT": str(n), "KMP_BLOCKTIME": BLOCK_TIME} for n in counts}
 
 
@@ -54,10 +59,10 @@ def busy(count: int) -> Iterator[None]:
             process.wait()
 
 
-def draw(model: str, pictures: int, variables: dict[str, str], limit: float) -> list[float]:
-    """Seconds of warm pictures; infinity for one that took longer than the limit altogether."""
+def draw(model: str, pictures: int, name: str, variables: dict[str, str], limit: float) -> list[float]:
+    """Seconds of warm pictures in a setting; infinity for one that took longer than the limit altogether."""
     cleaned = {k: x for k, x in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
-    command = [sys.executable, "-c", _DRAW, model, str(pictures)]
+    command = [sys.executable, "-c", _DRAW, model, str(pictures), name]
     try:
         done = subprocess.run(
             command, env=cleaned | variables, capture_output=True, text=True, timeout=limit, check=True
@@ -76,7 +81,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 for name, variables in settings(options.spin).items():
                     if name in options.without:
                         continue
-                    seconds = draw(options.model, options.pictures, variables, options.limit)
+                    seconds = draw(options.model, options.pictures, name, variables, options.limit)
                     found.setdefault((name, processes), []).extend(seconds)
                     print(f"{name:>14} beside {processes}: {statistics.median(seconds):.2f} s", file=sys.stderr)
     first = "default" if ("default", 0) in found else next(iter(found))[0]

@@ -33,7 +33,7 @@ from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best, reader_of
-from mm.pipelines.code_leaps import code_leaping
+from mm.pipelines.code_filling import code_filling
 from mm.pipelines.drawing_arguments import (
     check_callback_tensors,
     check_count,
@@ -42,7 +42,7 @@ from mm.pipelines.drawing_arguments import (
     check_scale,
     check_temperature,
 )
-from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
+from mm.pipelines.drawing_loops import finish, flow_steps
 from mm.pipelines.fast import decides_by_picture, settings_for
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.loading import SharedFolderMixin
@@ -333,8 +333,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         else:
             side = int(self.trunk.config.latent_size)
             heads = (self.trunk, self.code_head, self.bridge, (side, side))
-            draw = code_filling if run.fast is None else code_leaping
-            drawing = draw(*heads, generators, branches, steps, run, on_step)
+            drawing = code_filling(*heads, generators, branches, steps, run, on_step)
         with self.progress_bar(total=steps) as bar:
             return finish(drawing, run, bar)
 

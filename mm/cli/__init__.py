@@ -33,6 +33,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import mm
+from mm.core.busy_cores import watch_cores
 from mm.core.errors import UserError
 from mm.core.threads import bound_spinning
 
@@ -113,5 +114,6 @@ def _root(
 
 def main() -> None:
     """The console script. How threads wait is set first: it cannot be changed once torch is loaded."""
-    bound_spinning()
+    if bound_spinning():
+        watch_cores()
     app(prog_name="mm")

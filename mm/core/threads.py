@@ -5,7 +5,8 @@ Design choices
   thread that is waited for is not running, and those that spin keep it from running: a picture of a second took up to
   45 s. Threads that sleep at once (`OMP_WAIT_POLICY=passive`) avoid that, but on an idle machine waking them for each
   small operation doubles a small model's time.
-- Both are avoided by a spin that ends after some microseconds. `benchmarks/busy.py` measures it.
+- Commands set a spin that ends after some 0.1 ms, and let threads sleep at once while other processes want the cores
+  (`mm.core.busy_cores`). `benchmarks/busy.py` measures both.
 - The variables are read when the OpenMP library is loaded, that is with torch. Only the commands set them; `import mm`
   in a script changes nothing of the process.
 - GNU's OpenMP keeps a team of threads for each thread that has computed. As soon as all teams together have more
@@ -54,12 +55,12 @@ def release_team() -> bool:
     Returns:
         Whether there is a GNU OpenMP of torch that can do so. Others (macOS, Windows) are left as they are.
     """
-    library = _gnu_openmp() if "torch" in sys.modules else None
+    library = gnu_openmp() if "torch" in sys.modules else None
     return library is not None and library.omp_pause_resource_all(_PAUSE_HARD) == 0
 
 
 @functools.cache
-def _gnu_openmp() -> Any:
+def gnu_openmp() -> Any:
     """The GNU OpenMP library that torch has loaded, or None."""
     try:
         files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
@@ -79,7 +80,10 @@ def policy(environment: MutableMapping[str, str] | None = None) -> str:
     environment = os.environ if environment is None else environment
     given = [f"{name}={environment[name]}" for name in _POLICY if name in environment]
     if given == [f"{_GNU}={SPIN_COUNT}", f"{_LLVM}={BLOCK_TIME}"]:
-        return f"threads spin for a bounded time, then sleep ({', '.join(given)}, set by mm)"
+        return (
+            "threads spin for a bounded time, then sleep, and sleep at once while other processes want the cores "
+            f"({', '.join(given)}, set by mm)"
+        )
     if given:
         return f"as the environment says ({', '.join(given)})"
     return "threads spin while they wait, the default of OpenMP: slow on a busy machine"

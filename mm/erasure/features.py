@@ -50,12 +50,16 @@ def record(
     Raises:
         UserError: where a layer never ran.
     """
-    out: dict[str, list[Tensor]] = {path: [] for path in layers}
-    for start in range(0, len(prompts), CHUNK):
-        chunk = list(prompts[start : start + CHUNK])
-        for path, x_BTD in _seen(pipe, layers, chunk, list(pictures[start : start + CHUNK])).items():
-            out[path] += list(x_BTD)
-    return out
+    texts = list(prompts) if pictures else list(dict.fromkeys(prompts))  # many targets share anchors and neighbours
+    found: dict[str, list[Tensor]] = {path: [] for path in layers}
+    for start in range(0, len(texts), CHUNK):
+        part = slice(start, start + CHUNK)
+        for path, x_BTD in _seen(pipe, layers, texts[part], list(pictures[part])).items():
+            found[path] += list(x_BTD)
+    if len(texts) == len(prompts):
+        return found
+    place = {text: i for i, text in enumerate(texts)}
+    return {path: [x[place[prompt]] for prompt in prompts] for path, x in found.items()}
 
 
 def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:

@@ -174,11 +174,13 @@ TABLES: dict[str, Callable[[Reports], str]] = {
 }  # fmt: skip
 
 
-def write_into(page: Path, reports: Reports) -> None:
+def write_into(
+    page: Path, reports: Reports, tables: Mapping[str, Callable[[Reports], str]] = TABLES, mark: str = MARK
+) -> None:
     """Puts each table that has rows between its marks in a page; tables whose marks the page lacks are left out."""
     text = page.read_text()
-    for name, table in TABLES.items():
-        start, end = MARK.format(name, "begin"), MARK.format(name, "end")
+    for name, table in tables.items():
+        start, end = mark.format(name, "begin"), mark.format(name, "end")
         before, found, rest = text.partition(start)
         made = table(reports)
         if found and end in rest and made.count("\n") > 1:

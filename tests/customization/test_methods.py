@@ -30,6 +30,7 @@ KINDS: dict[str, set[str]] = {
     "dreambooth": {"lowrank"}, "class-diffusion": {"lowrank", "rows"}, "custom-diffusion": {"dense", "rows"},
     "textual-inversion": {"rows"}, "detex": {"rows"}, "orthogonal": {"lowrank"}, "lora": {"lowrank"}, "dora": {"dense"},
     "paca": {"lowrank"}, "s2ft": {"lowrank"}, "eva": {"lowrank"}, "adalora": {"lowrank"},
+    "stydeco": {"lowrank", "rows"},
     "oft": {"dense"}, "lokr": {"dense"}, "loha": {"dense"}, "shira": {"dense"},
 }  # fmt: skip
 
@@ -57,7 +58,8 @@ def test_a_method(method: str, tmp_path: Path) -> None:
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
     before, words, base = _state(pipe), len(pipe.tokenizer), _error(pipe, folder)
     made_for = base_hash(pipe.unet)
-    learned = customize(pipe, folder, name="<mug>", noun="fox", method=method, **FAST)
+    kind = "style" if method == "stydeco" else "subject"
+    learned = customize(pipe, folder, name="<mug>", noun="fox", method=method, kind=kind, **FAST)
     after = _state(pipe)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -193,6 +195,10 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
     with pytest.raises(UserError, match="needs the subject's class"):
         customize(pipe, folder, name="<mug>", method="class-diffusion", **FAST)
+    with pytest.raises(UserError, match="stydeco learns styles, and the kind is 'subject'"):
+        customize(pipe, folder, name="<mug>", method="stydeco", **FAST)
+    with pytest.raises(UserError, match="redraw is 0;"):
+        customize(pipe, folder, name="<mug>", kind="style", method="stydeco", redraw=0, **FAST)
     with pytest.raises(UserError, match="slot is 99"):
         customize(pipe, folder, name="<mug>", method="orthogonal", slot=99, **FAST)
     with pytest.raises(UserError, match="layers is 'some'"):

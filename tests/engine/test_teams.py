@@ -41,10 +41,10 @@ engine.draw("a cat", seed=1, steps=1), list(engine.run(request))  # libraries be
 x.exp()
 team = threads()
 engine.draw("a cat", seed=1, steps=1)
-assert settled(team - 1) == team - 1, "a run in this thread leaves OpenMP's threads"
+assert settled(team - 1) <= team - 1, "a run in this thread leaves OpenMP's threads"
 x.exp()
 list(engine.run(request))
-assert settled(team - 1) == team - 1, "a run in a thread leaves those of its caller"
+assert settled(team - 1) <= team - 1, "a run in a thread leaves those of its caller"
 """
 
 

@@ -168,6 +168,24 @@ def test_targets_move_to_the_anchor_and_retained_prompts_stay(pipe):
     assert all(facts["target_error"] < 0.9 for facts in patch.report["groups"].values())
 
 
+def test_a_repeated_prompt_is_read_once(pipe):
+    """Many targets share anchors and neighbours: the text encoder runs on different prompts only."""
+    layers = text_layers(pipe)
+    rows: list[int] = []
+    handle = next(iter(layers.values())).register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        once = record(pipe, layers, ["a cat", "two dogs"])
+        read = rows.copy()
+        rows.clear()
+        again = record(pipe, layers, ["a cat", "two dogs", "a cat", "a cat"])
+    finally:
+        handle.remove()
+    assert rows == read
+    for path in layers:
+        assert len(again[path]) == 4
+        assert all(torch.equal(again[path][i], once[path][j]) for i, j in enumerate((0, 1, 0, 0)))
+
+
 def test_strength_leaves_a_share(pipe):
     whole, half = (mm.erase(pipe, ["cat"], anchors="dog", method="uce", strength=s) for s in (1.0, 0.5))
     for path, entry in whole.entries.items():

@@ -16,7 +16,8 @@ from tiny import STEPS, draw, seeded, tiny_pipeline
 from mm import TextToImagePipeline
 from mm.core.errors import UserError
 from mm.models.cache import PromptCache
-from mm.pipelines.sampling import COOLED, REVISED, code_steps, masked_steps, revisions
+from mm.pipelines.fast import FULL_CODES
+from mm.pipelines.sampling import COOLED, code_steps, masked_steps
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,9 @@ def test_masked_steps_follow_the_cosine() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 32, 200])
 def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
-    plan = list(code_steps(seeded(1, 2), 64, steps))
-    filling, revising = plan[: len(plan) - revisions(steps)], plan[len(plan) - revisions(steps) :]
+    count = steps // 3
+    plan = list(code_steps(seeded(1, 2), 64, steps, revisions=count, revised=0.25))
+    filling, revising = plan[: len(plan) - count], plan[len(plan) - count :]
     assert 1 <= len(filling) <= min(steps, 64)
     for row in (0, 1):
         first = torch.cat([step.now_BN[row] for step in filling])
@@ -136,12 +138,12 @@ def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
             assert masked[row, now[row]].all()  # only what is masked is drawn
             assert masked[row].sum() == 64 - round(64 * known)
         for masked, now, *_ in revising:
-            assert len(now[row]) == 64 * REVISED == masked[row].sum()
+            assert len(now[row]) == 16 == masked[row].sum()
     assert {step.heat for step in filling} == {1.0}
     heats = [1.0, *(step.heat for step in revising)]
     assert all(a > b for a, b in itertools.pairwise(heats))
     assert heats[-1] == pytest.approx(COOLED if revising else 1.0)
-    alone = list(code_steps(seeded(2), 64, steps))
+    alone = list(code_steps(seeded(2), 64, steps, revisions=count, revised=0.25))
     assert all(torch.equal(a[1][0], b[1][1]) for a, b in zip(alone, plan, strict=True))
 
 
@@ -179,7 +181,7 @@ def test_stopped_codes_leave_the_rest_grey(pipe: TextToImagePipeline) -> None:
 
     latents = draw(pipe, mode="codes", num_inference_steps=4, output_type="latent", callback_on_step_end=stop)
     undrawn = (latents == 0).all(1).sum()  # latents of zero decode to the mean picture
-    assert undrawn == masked_steps(64, 4 - revisions(4))[0]
+    assert undrawn == masked_steps(64, 4 - FULL_CODES.revisions(4))[0]
 
 
 def test_given_latents_and_prompt_lists(pipe: TextToImagePipeline) -> None:

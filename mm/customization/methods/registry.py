@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "textual-inversion": "textual_inversion:TextualInversion",
     "detex": "detex:Detex",
     "orthogonal": "orthogonal:Orthogonal",
+    "stydeco": "stydeco:StyDeco",
     "paca": "paca:PaCA",
     "s2ft": "s2ft:S2FT",
     "eva": "eva:Eva",
