@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 
 COOLED = 0.1  # share of the temperature that is left for the last of them
@@ -35,6 +36,11 @@ def picture_generators(generator: Generators, count: int) -> list[torch.Generato
         return _from_seed(generator.initial_seed(), count)
     if generator is None:
         return _from_seed(int(torch.randint(2**31, (), dtype=torch.int64)), count)
+    given = list(generator) if isinstance(generator, Sequence) else [generator]
+    if wrong := [each for each in given if not isinstance(each, torch.Generator)]:
+        raise UserError(
+            f"generator is {shown(wrong[0])}; give torch.Generator().manual_seed(SEED), or a list of one a picture"
+        )
     if len(generator) != count:
         raise UserError(f"{len(generator)} generators for {count} pictures; give one for each, or a single one")
     return [torch.Generator().manual_seed(g.initial_seed()) for g in generator]
@@ -115,7 +121,10 @@ def check_sigmas(
     """
     if sigmas is None:
         return None
-    levels = tuple(float(sigma) for sigma in sigmas)
+    try:
+        levels = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        raise UserError(f"sigmas are {shown(sigmas)}; give a list of falling numbers above 0 and at most 1") from None
     if mode != "flow":
         raise UserError(f"sigmas are noise levels of mode='flow'; with mode={mode!r} leave them out")
     if steps is not None and steps != len(levels):

@@ -50,11 +50,28 @@ def test_samplers_of_other_programs_are_known(sdxl, name, kind):
         ({"prompt": "x", "strength": 0.5}, "without image"),
         ({"prompt": "x", "mask": Image.new("L", (8, 8))}, "without image"),
         ({"prompt": 7}, "prompt is 7; give a text"),
+        ({"prompt": "x", "options": {"prompt": "y"}}, "options hold prompt = 'y', which the request's prompt decides"),
+        ({"prompt": "x", "options": {"num_images_per_prompt": 2}}, "the request's count decides"),
+        ({"prompt": "x", "options": {"generator": 1}}, "the request's seed decides"),
+        ({"prompt": "x", "steps": 2, "options": {"num_inference_steps": 3}}, "the request's steps decides"),
+        ({"prompt": "x", "guidance": 2.0, "options": {"guidance_scale": 3}}, "the request's guidance decides"),
+        ({"prompt": "x", "mode": "flow", "options": {"mode": "codes"}}, "the request's mode decides"),
     ],
 )
 def test_wrong_requests_are_named_before_anything_is_drawn(ours, request_of_it, message):
     with pytest.raises(UserError, match=message):
         ours.run(Draw(**request_of_it))
+
+
+def test_options_may_set_what_the_request_leaves_open(ours):
+    ours.run(Draw(prompt="x", options={"num_inference_steps": 3, "guidance_scale": 2, "mode": "codes"}))
+
+
+@pytest.mark.parametrize(("name", "option"), [("sdxl", "guidance_rescale"), ("ours", "temperature")])
+def test_an_option_of_the_wrong_type_is_named(request, name, option):
+    engine = request.getfixturevalue(name)
+    with pytest.raises(UserError, match=f"{option} is 'abc'; .* takes a number"):
+        engine.draw("a cat", steps=1, options={option: "abc"})
 
 
 def test_wrong_models_are_named(folders, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,20 @@ def test_given_latents_and_prompt_lists(pipe: TextToImagePipeline) -> None:
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 4, 8, 8\)"),
         ({"attention_kwargs": {"scales": 2}}, "scales"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        ({"prompt": 7}, "a prompt is a text or a list of texts, got int 7"),
+        ({"prompt": ["a cat", None]}, "a prompt is a text, got NoneType"),
+        ({"negative_prompt": 7}, "a negative prompt is a text or a list of texts, got int 7"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"guidance_scale": True}, "guidance_scale is True"),
+        ({"temperature": "hot", "mode": "codes"}, "temperature is 'hot'"),
+        ({"temperature": float("nan"), "mode": "codes"}, "temperature is"),
+        ({"num_inference_steps": 2.5}, r"num_inference_steps is 2\.5; give a whole number"),
+        ({"num_images_per_prompt": "2"}, "num_images_per_prompt is '2'; give a whole number"),
+        ({"best_of": 1.5}, r"best_of is 1\.5; give a whole number from 1 to 64"),
+        ({"sigmas": 1.0}, r"sigmas are 1\.0; give a list"),
+        ({"generator": 7}, r"generator is 7; give torch\.Generator"),
+        ({"generator": [7]}, r"generator is 7; give torch\.Generator"),
+        ({"latents": [0.0]}, "latents are a list; give a tensor"),
     ],
 )
 def test_wrong_input_says_what_was_wrong(pipe: TextToImagePipeline, options: dict[str, Any], message: str) -> None:
@@ -223,3 +238,12 @@ def test_caches_pad_and_stack(pipe: TextToImagePipeline) -> None:
     short, long = (pipe.encode_prompt(p)[0] for p in ("a cat", "a cat " * 20))
     both = PromptCache.cat([short, long])
     assert both.mask_BT.sum(1).tolist() == [4, 42]
+
+
+def test_a_prompt_that_names_nothing_gives_one_warning(pipe: TextToImagePipeline) -> None:
+    for prompt in ("a hat", "xyzzy", "ein roter Hund"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw(pipe, prompt, num_inference_steps=1)
+        (said,) = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        assert said.startswith(f"{prompt!r} names nothing that the model can draw: ") and "`strict` refuses" in said
