@@ -117,7 +117,10 @@ def _erased(reports: Reports) -> Iterator[Row]:
         "unrelated": "an erased concept under an unrelated adapter", "on": "under an adapter trained on it",
         "on, guarded": "under an adapter trained on it with `--guard`",
     }  # fmt: skip
-    drift = {name: report.get("guard_drift") for name, report in reports.items() if name.startswith("erased/on")}
+    drift = {
+        name.partition("/")[2]: float(report["guard_drift"])
+        for name, report in reports.items() if name.startswith("erased/on")
+    }  # fmt: skip
     for part, title in titles.items():
         found = verdicts(reports, "back", "erased", part)
         if not found or not alone:
@@ -125,11 +128,11 @@ def _erased(reports: Reports) -> Iterator[Row]:
         more = "stays erased"
         if part != "unrelated":
             learned = verdicts(reports, "learned", "erased", part)
-            more = f"drift {drift[f'erased/{part}']:.3f}; under its own name {rate(learned)}"
+            more = f"drift {drift[part]:.3f}; under its own name {rate(learned)}"
         yield f"{title}: seen", rate(found), f"without the adapter {rate(alone)}", more
-    if all(drift.get(f"erased/{part}") for part in ("on", "on, guarded")):
-        share_ = drift["erased/on, guarded"] / drift["erased/on"]
-        yield "drift of its prompts with the guard", f"{share_:.2f} of that without", "", "<= .5"
+    if len(drift) == 2:
+        kept = drift["on, guarded"] / drift["on"]
+        yield "drift of its prompts with the guard", f"{kept:.2f} of that without", "", "<= .5"
 
 
 def _styles(reports: Reports) -> Iterator[Row]:
