@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated, Any
+import warnings
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -72,6 +73,11 @@ class _Commands(TyperGroup):
         self.commands = {name: _Lazy(name=name, help=line) for name, (_, line) in COMMANDS.items()}
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda text, *_, **__: say(text)
+            self._main(*args, **kwargs)
+
+    def _main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except typer.TyperException as error:
@@ -88,9 +94,14 @@ class _Commands(TyperGroup):
         sys.exit(code)
 
 
+def say(text: object) -> None:
+    """One line on stderr."""
+    print("mm: " + " ".join(str(text).split()), file=sys.stderr)
+
+
 def _fail(text: str, code: int) -> int:
     if text:
-        print("mm: " + " ".join(text.split()), file=sys.stderr)
+        say(text)
     return code
 
 

@@ -60,7 +60,7 @@ def customize(
         raise UserError(f"{out} exists; choose another name, or give --force")
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder} is no folder; give a folder with a few pictures")
-    from mm.customization.customize import check_call
+    from mm.customization.checks import check_call
     from mm.customization.customize import customize as make
     from mm.customization.learned import check_layout
     from mm.customization.sliders import prompts_of
@@ -78,13 +78,23 @@ def customize(
     place = work or out.with_name(f"{out.name}.work")
     engine = mm.load(model, bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
-    learned = make(
-        pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
-        regularization=regularization, guard=guard or (), seed=seed,
-        estimated=lambda found: print(found, file=sys.stderr), progress=_show, **settings,
-    )  # fmt: skip
-    print(file=sys.stderr)
-    learned.write(out, layout, target=pipe)  # type: ignore[arg-type]
+    line = _Line()
+    try:
+        learned = make(
+            pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
+            regularization=regularization, guard=guard or (), seed=seed,
+            estimated=lambda found: print(found, file=sys.stderr), progress=line.show, **settings,
+        )  # fmt: skip
+    finally:
+        line.end()
+    try:
+        learned.write(out, layout, target=pipe)  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}); what was learned is kept in {place}, and the same "
+            "command writes it without learning again; free some space first, or choose another -o with --work "
+            f"{place}"
+        ) from error
     if not keep:
         (place / STATE).unlink(missing_ok=True)
     report = learned.report
@@ -93,5 +103,18 @@ def customize(
     print(f"{out}: {len(learned.entries)} entries, {out.stat().st_size >> 10} KiB, {report['steps']} steps{stopped}")
 
 
-def _show(share: float, text: str) -> None:
-    print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)
+class _Line:
+    """The line of progress on stderr, which is written over until it ends."""
+
+    open = False
+
+    def show(self, share: float, text: str) -> None:
+        """Writes it."""
+        self.open = True
+        print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Lets what follows, an error too, begin on a line of its own."""
+        if self.open:
+            print(file=sys.stderr)
+        self.open = False

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mm.cli import say as say
 from mm.engine.events import Done, Notice, Picture, Step, Words
 from mm.engine.running import Run
 
@@ -26,11 +27,6 @@ def loaded(model: str, *, adapters: list[tuple[Path, float]], **options: Any) ->
     return engine
 
 
-def say(text: str) -> None:
-    """One line on stderr."""
-    print(f"mm: {' '.join(str(text).split())}", file=sys.stderr)
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Progress bars and log lines of diffusers and transformers stay away; warnings for users are one line each."""
@@ -45,7 +41,7 @@ def quiet_libraries() -> Iterator[None]:
     with library_logs(lines), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.showwarning = lambda text, *_, **__: say(str(text))
+        warnings.showwarning = lambda text, *_, **__: say(text)
         yield
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,12 +19,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from mm.adapters.tokens import own_row
-from mm.core.errors import UserError, shown
 from mm.customization.batches import Batches
+from mm.customization.checks import check_call, check_name, check_resources, guarded_prompts, settings_of
 from mm.customization.companions import balanced, companions
 from mm.customization.config import TrainingConfig
-from mm.customization.data import KINDS, Example, Kind, fingerprint, read_folder, read_regularization
+from mm.customization.data import Example, Kind, fingerprint, read_folder, read_regularization
 from mm.customization.estimate import Estimate, estimate
 from mm.customization.goals import goal_of
 from mm.customization.learned import Learned
@@ -40,7 +38,6 @@ from mm.families import family_of
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import roots_of
 
-GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
 PRESERVED = 48  # unrelated prompts that are held to the base
 OnProgress = Callable[[float, str], None]
 
@@ -95,7 +92,7 @@ def customize(
     check_call(kind, folder, name, prompts, regularization)
     maker = method_of(method)
     objective = objective_of(pipe, settings.get("size"), edit=kind == "edit")
-    config, chosen = _settings(maker.name, {**objective.training, **maker.defaults}, settings)
+    config, chosen = settings_of(maker.name, {**objective.training, **maker.defaults}, settings)
     if kind == "slider":
         name = name or "slider"
     else:
@@ -138,7 +135,7 @@ def customize(
             regularization=_regularization(objective, class_pictures, config),
         )  # fmt: skip
         found = estimate(training)
-        _warn_of_memory(found)
+        check_resources(found, place)
         estimated(found)
 
         def on_step(now: Progress) -> None:
@@ -157,13 +154,6 @@ def customize(
             parameter.requires_grad_(True)
 
 
-def guarded_prompts(concepts: Sequence[str]) -> list[str]:
-    """Prompts that ask for the guarded concepts. Raises UserError for an empty one."""
-    if any(not concept.strip() for concept in concepts):
-        raise UserError("a guarded concept is empty; give words such as 'wolf'")
-    return [form.format(concept.strip()) for concept in concepts for form in GUARD_FORMS]
-
-
 def _regularization(
     objective: Objective, examples: Sequence[Example] | None, config: TrainingConfig
 ) -> Regularization | None:  # fmt: skip
@@ -173,27 +163,6 @@ def _regularization(
         objective, examples, batch_size=config.batch_size, seed=config.seed + 101, prompts=0, preserve_batch=0
     )
     return Regularization(batches=batches, captions=[example.caption for example in examples])
-
-
-def check_call(
-    kind: str, folder: str | Path | None, name: str, prompts: SliderPrompts | None,
-    regularization: str | Path | None = None,
-) -> None:  # fmt: skip
-    """Raises UserError where what is given does not suit the kind; nothing is loaded for it."""
-    if kind not in KINDS:
-        raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
-    if regularization is not None and kind in ("edit", "slider"):
-        raise UserError(f"regularization pictures keep a subject's class, and the kind is {kind!r}; leave them out")
-    if kind == "slider":
-        if prompts is None:
-            raise UserError("a slider is made of two prompts; give positive and negative, such as 'a small cat'")
-        return
-    if prompts is not None:
-        raise UserError(f"two prompts make a slider, and the kind is {kind!r}; give kind='slider'")
-    if folder is None:
-        raise UserError(f"the kind {kind} is learned from pictures; give a folder with a few")
-    if not name:
-        raise UserError(f"the name is ''; give a word for the {kind}, for example '<mug>'")
 
 
 def _examples(
@@ -242,52 +211,6 @@ def _freeze(pipe: Any) -> list[nn.Parameter]:
     return found
 
 
-def check_name(name: str, objective: Objective) -> None:
-    """Raises UserError where a name cannot stand for a new subject; warns where it is a common word already."""
-    if not name.strip() or name != name.strip() or "\n" in name:
-        raise UserError(f"the name is {shown(name)}; give a word, for example '<mug>'")
-    if objective.open_vocabulary:
-        for table in objective.tables:
-            if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
-                warnings.warn(
-                    f"{shown(name)} is a word that the model knows already, and learning changes what it means; "
-                    f"a name such as '<{name}>' leaves it alone",
-                    stacklevel=3,
-                )
-                return
-        return
-    if not re.fullmatch(r"<[a-z0-9_]+>", name):
-        known = any(own_row(objective.pipe, table, name) is not None for table in objective.tables)
-        what = "a word of the model already" if known else "no new word"
-        raise UserError(f"the name {shown(name)} is {what}; give one in angle brackets, such as '<mug>'")
-    for table in objective.tables:
-        if own_row(objective.pipe, table, name) is not None:
-            raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")
-
-
-def _one_piece(pipe: Any, tokenizer: str, name: str) -> bool:
-    table = pipe.components[tokenizer].get_vocab()
-    return any(form in table for form in (f"{name}</w>", f"\u2581{name}", f"\u0120{name}"))
-
-
-def _settings(method: str, defaults: Any, given: dict[str, Any]) -> tuple[TrainingConfig, dict[str, Any]]:
-    """The run's settings and the method's own; a method may have its own values for a run."""
-    own = {key: value for key, value in defaults.items() if key not in TrainingConfig.__dataclass_fields__}
-    fields = {key: value for key, value in defaults.items() if key in TrainingConfig.__dataclass_fields__}
-    for key, value in given.items():
-        if key in TrainingConfig.__dataclass_fields__:
-            fields[key] = value
-        elif key in own:
-            own[key] = value
-        else:
-            known = ", ".join((*own, *TrainingConfig.__dataclass_fields__))
-            raise UserError(f"{method} has no setting {key!r}; it has {known}")
-    rank = own.get("rank")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise UserError(f"rank is {rank!r}; give a whole number of 1 or more")
-    return TrainingConfig(**fields), own
-
-
 def _preserved(
     objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: str, given: Sequence[str] | None
 ) -> list[str]:  # fmt: skip
@@ -310,15 +233,6 @@ def _identity(
 ) -> str:  # fmt: skip
     parts = [fingerprint(examples), name, kind, method, dict(chosen), asdict(config), base, list(prompts), *more]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _warn_of_memory(found: Estimate) -> None:
-    if found.free is not None and found.memory > 0.9 * found.free:
-        warnings.warn(
-            f"the run needs about {found.memory >> 20} MiB and {found.free >> 20} MiB are free; a smaller batch_size "
-            "or size, or a 4-bit model, needs less",
-            stacklevel=3,
-        )
 
 
 def _learned(

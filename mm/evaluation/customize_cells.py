@@ -64,14 +64,20 @@ def plan() -> list[Cell]:
 
 def _cells() -> Iterator[Named]:
     first = SUBJECTS[0]
-    yield from _by_method(PLAIN)
+    yield from _by_method(PLAIN, SUBJECTS)
     yield from _four(SUBJECTS[:4])
     yield from _grounds(first)
-    for adapter in ("", "unrelated", "on", "on, guarded"):
+    for adapter in ("", "unrelated", "on"):
         yield f"erased/{adapter or 'alone'}", partial(erased, adapter=adapter)
-    yield from _by_method(ORTHOGONAL)
-    yield from _classes(first)
+    for subject in SUBJECTS[:4]:
+        yield f"alone/{ORTHOGONAL}/{subject}", partial(alone, method=ORTHOGONAL, subject=subject)
+    for method in (ORTHOGONAL, PLAIN):
+        yield f"merged/{method}/four", partial(merged, method=method, subjects=SUBJECTS[:4])
+    yield f"pairs/{ORTHOGONAL}/four", partial(pairs, method=ORTHOGONAL, subjects=SUBJECTS[:4])
     yield f"four/trained/{first}", partial(four_trained, subject=first)
+    yield from _classes(first)
+    yield "erased/on, guarded", partial(erased, adapter="on, guarded")
+    yield from _by_method(ORTHOGONAL, SUBJECTS[4:])
     for method in (PLAIN, "stydeco"):
         for style in UNSEEN:
             yield f"style/{method}/{style}", partial(style_learned, method=method, style=style)
@@ -83,13 +89,13 @@ def _cells() -> Iterator[Named]:
         yield f"four/trained/{subject}", partial(four_trained, subject=subject)
 
 
-def _by_method(method: str) -> Iterator[Named]:
-    for subject in SUBJECTS:
+def _by_method(method: str, subjects: Sequence[str]) -> Iterator[Named]:
+    for subject in subjects:
         yield f"alone/{method}/{subject}", partial(alone, method=method, subject=subject)
-    yield f"merged/{method}/eight", partial(merged, method=method)
+    yield f"merged/{method}/eight", partial(merged, method=method, subjects=SUBJECTS)
     if method == PLAIN:
         yield "pairs/base/known", pairs_base
-    yield f"pairs/{method}/learned", partial(pairs, method=method)
+    yield f"pairs/{method}/eight", partial(pairs, method=method, subjects=SUBJECTS)
 
 
 def _four(subjects: Sequence[str]) -> Iterator[Named]:
@@ -135,11 +141,11 @@ def alone(bench: Bench, method: str, subject: str) -> dict[str, Any]:
     return _verdicts(bench, subject, f"<{subject}>", patch) | {"training": _of(patch)}
 
 
-def merged(bench: Bench, method: str) -> dict[str, Any]:
-    """Each subject with the plain sum of all eight adapters on; the same seeds as by itself."""
-    each = [bench.adapter(method, subject) for subject in SUBJECTS]
+def merged(bench: Bench, method: str, subjects: Sequence[str]) -> dict[str, Any]:
+    """Each subject with the plain sum of all their adapters on; the same seeds as by itself."""
+    each = [bench.adapter(method, subject) for subject in subjects]
     total = merge(each, method="orthogonal" if method == ORTHOGONAL else "sum")
-    found = {subject: _verdicts(bench, subject, f"<{subject}>", total) for subject in SUBJECTS}
+    found = {subject: _verdicts(bench, subject, f"<{subject}>", total) for subject in subjects}
     return {"subjects": found, "seen": [x for one in found.values() for x in one["seen"]]}
 
 
@@ -154,10 +160,10 @@ def pairs_base(bench: Bench) -> dict[str, Any]:
     return {"both": [x for names in KNOWN for x in _both(bench, names, names)]}
 
 
-def pairs(bench: Bench, method: str) -> dict[str, Any]:
-    """Two learned subjects in one picture, from two adapters merged."""
+def pairs(bench: Bench, method: str, subjects: Sequence[str]) -> dict[str, Any]:
+    """Two learned subjects in one picture, from two adapters merged; each with its neighbour."""
     found = []
-    for one, other in zip(SUBJECTS[::2], SUBJECTS[1::2], strict=True):
+    for one, other in zip(subjects[::2], subjects[1::2], strict=True):
         total = merge([bench.adapter(method, one), bench.adapter(method, other)])
         found += _both(bench, (one, other), (f"<{one}>", f"<{other}>"), total)
     return {"both": found}

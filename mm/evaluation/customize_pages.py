@@ -36,28 +36,28 @@ def apart(one: Sequence[bool], other: Sequence[bool]) -> str:
 
 
 def _merged(reports: Reports) -> Iterator[Row]:
-    for method, wanted in (("orthogonal", ">= .95"), ("dreambooth", "beside it")):
-        single, total = (verdicts(reports, "seen", kind, method) for kind in ("alone", "merged"))
-        if total and len(single) == len(total):
-            yield (
-                f"eight `{method}` adapters summed",
-                rate(total),
-                f"one by one {rate(single)}",
-                (f"{over(total, single)} of it; {wanted}"),
-            )
+    wanted = {"orthogonal": "; >= .95", "dreambooth": ""}
+    for count in ("eight", "four"):
+        for method, aim in wanted.items():
+            for report in cells_of(reports, "merged", method, count):
+                single = [x for name in report["subjects"] for x in verdicts(reports, "seen", "alone", method, name)]
+                if len(single) == len(report["seen"]):
+                    yield (
+                        f"{count} `{method}` adapters summed",
+                        rate(report["seen"]),
+                        f"one by one {rate(single)}",
+                        (f"{over(report['seen'], single)} of it{aim}"),
+                    )
 
 
 def _pairs(reports: Reports) -> Iterator[Row]:
     base = verdicts(reports, "both", "pairs", "base")
-    for method in ("dreambooth", "orthogonal"):
-        found = verdicts(reports, "both", "pairs", method)
-        if found and base:
-            yield (
-                f"two learned subjects in one picture, `{method}`",
-                rate(found),
-                f"two known objects {rate(base)}",
-                (f"{over(found, base)} of it; >= .90"),
-            )
+    for count in ("eight", "four"):
+        for method in ("dreambooth", "orthogonal"):
+            found = verdicts(reports, "both", "pairs", method, count)
+            if found and base:
+                title = f"two learned subjects in one picture, `{method}`, pairs of {count}"
+                yield title, rate(found), f"two known objects {rate(base)}", f"{over(found, base)} of it; >= .90"
 
 
 def _four(reports: Reports) -> Iterator[Row]:
@@ -117,7 +117,10 @@ def _erased(reports: Reports) -> Iterator[Row]:
         "unrelated": "an erased concept under an unrelated adapter", "on": "under an adapter trained on it",
         "on, guarded": "under an adapter trained on it with `--guard`",
     }  # fmt: skip
-    drift = {name: report.get("guard_drift") for name, report in reports.items() if name.startswith("erased/on")}
+    drift = {
+        name.partition("/")[2]: float(report["guard_drift"])
+        for name, report in reports.items() if name.startswith("erased/on")
+    }  # fmt: skip
     for part, title in titles.items():
         found = verdicts(reports, "back", "erased", part)
         if not found or not alone:
@@ -125,11 +128,11 @@ def _erased(reports: Reports) -> Iterator[Row]:
         more = "stays erased"
         if part != "unrelated":
             learned = verdicts(reports, "learned", "erased", part)
-            more = f"drift {drift[f'erased/{part}']:.3f}; under its own name {rate(learned)}"
+            more = f"drift {drift[part]:.3f}; under its own name {rate(learned)}"
         yield f"{title}: seen", rate(found), f"without the adapter {rate(alone)}", more
-    if all(drift.get(f"erased/{part}") for part in ("on", "on, guarded")):
-        share_ = drift["erased/on, guarded"] / drift["erased/on"]
-        yield "drift of its prompts with the guard", f"{share_:.2f} of that without", "", "<= .5"
+    if len(drift) == 2:
+        kept = drift["on, guarded"] / drift["on"]
+        yield "drift of its prompts with the guard", f"{kept:.2f} of that without", "", "<= .5"
 
 
 def _styles(reports: Reports) -> Iterator[Row]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,18 +110,19 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 def test_what_can_be_left_out_is_warned_of(make: Any, message: str, kept_model: Path, tmp_path: Path) -> None:
     photos, out = subject_folder(tmp_path / "photos"), tmp_path / "mug.safetensors"
     make(photos)
-    with pytest.warns(UserWarning, match=message):
-        done = _run(kept_model, out, str(photos), "--name", "<mug>")
+    done = _run(kept_model, out, str(photos), "--name", "<mug>")
     assert done.exit_code == 0, done.output
+    assert next(line for line in done.stderr.splitlines() if message in line).startswith("mm: ")
+    assert ".py:" not in done.stderr  # no line of the program's code
     assert out.is_file()
 
 
 def test_a_word_of_the_model_warns_and_of_ours_is_refused(kept_model: Path, tmp_path: Path) -> None:
     photos, vocabulary = subject_folder(tmp_path / "photos"), tiny_pipeline_of("stable-diffusion").tokenizer.get_vocab()
     word = max((w for w in vocabulary if w.endswith("</w>")), key=len).removesuffix("</w>")
-    with pytest.warns(UserWarning, match="knows already"):
-        done = _run(kept_model, tmp_path / "word.safetensors", str(photos), "--name", word)
+    done = _run(kept_model, tmp_path / "word.safetensors", str(photos), "--name", word)
     assert done.exit_code == 0, done.output
+    assert next(line for line in done.stderr.splitlines() if "knows already" in line).startswith("mm: ")
     done = CliRunner().invoke(
         mm.cli.app, ["customize", str(photos), "--name", "cat", "-o", str(tmp_path / "cat.safetensors")]
     )
@@ -146,10 +149,23 @@ def test_a_full_disk_keeps_the_file_that_was_there(
     monkeypatch.setattr(files.os, "replace", full)
     done = _run(kept_model, out, *words)
     assert done.exit_code == 1
-    assert "No space left on device" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"mm: {out} cannot be written (No space left on device); what was learned is kept in ")
     assert out.read_bytes() == b"the old one"
     assert (tmp_path / "mug.safetensors.work" / "state.safetensors").is_file()
     monkeypatch.undo()
     again = _run(kept_model, out, *words)
     assert again.exit_code == 0, again.output
     assert out.read_bytes() != b"the old one"
+
+
+def test_a_disk_without_room_for_the_state_is_found_before_the_run(
+    kept_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=9, used=9, free=1000))
+    photos = subject_folder(tmp_path / "photos")
+    done = _run(kept_model, tmp_path / "out.safetensors", str(photos), "--name", "<mug>")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("mm: the run's state needs up to ")
+    assert "step 1" not in done.stderr
+    assert not (tmp_path / "out.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from mm.core.errors import UserError, shown
-from mm.core.files import open_regular, read_regular
+from mm.core.files import open_regular, read_regular, write_bytes
 from mm.core.pictures import MAX_PIXELS, read_picture
 from mm.core.safe_json import Fields, parse_json, read_json, read_json_lines
 from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors
@@ -30,6 +31,22 @@ def _entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed write knows no name of its own."""
+    (tmp_path / "a").write_bytes(b"old")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_bytes(tmp_path / "a", b"new")
+    assert caught.value.filename == str(tmp_path / "a")
+    assert caught.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ from mm.world.render import render
 YES, NO = [True] * 10, [False] * 10
 REPORTS: dict[str, dict[str, Any]] = {
     **{f"alone/{m}/{s}": {"seen": YES} for m in ("dreambooth", "orthogonal") for s in SUBJECTS},
-    "merged/orthogonal/eight": {"seen": YES * 7 + YES[:5] + NO[:5]},
-    "merged/dreambooth/eight": {"seen": YES * 4 + NO * 4},
+    "merged/orthogonal/eight": {"seen": YES * 7 + YES[:5] + NO[:5], "subjects": dict.fromkeys(SUBJECTS)},
+    "merged/dreambooth/eight": {"seen": YES * 4 + NO * 4, "subjects": dict.fromkeys(SUBJECTS)},
+    "merged/dreambooth/four": {"seen": YES * 3 + NO, "subjects": dict.fromkeys(SUBJECTS[:4])},
     "pairs/base/known": {"both": YES},
-    "pairs/orthogonal/learned": {"both": YES[:9] + NO[:1]},
+    "pairs/orthogonal/four": {"both": YES[:9] + NO[:1]},
     "four/applied/panda": {"seen": YES[:9] + NO[:1]},
     "four/trained/robot": {"seen": YES, "bytes": 2**20, "bytes_sixteen": 4 * 2**20},
     "ground/textual-inversion/panda": {"free": YES[:8] + NO[:2], "other": YES, "seen": YES},
@@ -58,8 +59,9 @@ def test_the_table_pools_cells_and_holds_them_against_what_is_wanted() -> None:
     assert (
         "0.938" in rows["eight `orthogonal` adapters summed"] and "(n 80)" in rows["eight `orthogonal` adapters summed"]
     )
+    assert "0.750 of it" in rows["four `dreambooth` adapters summed"]
     assert "0.500 of it" in rows["eight `dreambooth` adapters summed"]
-    assert "0.900 of it" in rows["two learned subjects in one picture, `orthogonal`"]
+    assert "0.900 of it" in rows["two learned subjects in one picture, `orthogonal`, pairs of four"]
     assert "-10.0 points" in rows["16-bit adapter on the 4-bit model, 1 subjects"]
     assert "0.25 of it" in rows["weights that its steps read"]
     assert "0.250 of it" in rows["`detex`: the pictures' one background, where none is asked for"]

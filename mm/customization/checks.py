@@ -1,0 +1,115 @@
+"""What is checked before a run of `mm.customize` starts: the call, the name, settings, memory and space on the disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mm.adapters.tokens import own_row
+from mm.core.errors import UserError, shown
+from mm.customization.config import TrainingConfig
+from mm.customization.data import KINDS
+from mm.customization.estimate import Estimate
+from mm.customization.objectives.protocol import Objective
+from mm.customization.sliders import SliderPrompts
+
+GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
+_STATE_BYTES = 16  # of a trained value: as it is, the best one, and two moments of the optimizer
+_STATES = 2  # a state is written whole before it takes the place of the last one
+
+
+def check_call(
+    kind: str, folder: str | Path | None, name: str, prompts: SliderPrompts | None,
+    regularization: str | Path | None = None,
+) -> None:  # fmt: skip
+    """Raises UserError where what is given does not suit the kind; nothing is loaded for it."""
+    if kind not in KINDS:
+        raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
+    if regularization is not None and kind in ("edit", "slider"):
+        raise UserError(f"regularization pictures keep a subject's class, and the kind is {kind!r}; leave them out")
+    if kind == "slider":
+        if prompts is None:
+            raise UserError("a slider is made of two prompts; give positive and negative, such as 'a small cat'")
+        return
+    if prompts is not None:
+        raise UserError(f"two prompts make a slider, and the kind is {kind!r}; give kind='slider'")
+    if folder is None:
+        raise UserError(f"the kind {kind} is learned from pictures; give a folder with a few")
+    if not name:
+        raise UserError(f"the name is ''; give a word for the {kind}, for example '<mug>'")
+
+
+def check_name(name: str, objective: Objective) -> None:
+    """Raises UserError where a name cannot stand for a new subject; warns where it is a common word already."""
+    if not name.strip() or name != name.strip() or "\n" in name:
+        raise UserError(f"the name is {shown(name)}; give a word, for example '<mug>'")
+    if objective.open_vocabulary:
+        for table in objective.tables:
+            if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
+                warnings.warn(
+                    f"{shown(name)} is a word that the model knows already, and learning changes what it means; "
+                    f"a name such as '<{name}>' leaves it alone",
+                    stacklevel=3,
+                )
+                return
+        return
+    if not re.fullmatch(r"<[a-z0-9_]+>", name):
+        known = any(own_row(objective.pipe, table, name) is not None for table in objective.tables)
+        what = "a word of the model already" if known else "no new word"
+        raise UserError(f"the name {shown(name)} is {what}; give one in angle brackets, such as '<mug>'")
+    for table in objective.tables:
+        if own_row(objective.pipe, table, name) is not None:
+            raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")
+
+
+def _one_piece(pipe: Any, tokenizer: str, name: str) -> bool:
+    table = pipe.components[tokenizer].get_vocab()
+    return any(form in table for form in (f"{name}</w>", f"\u2581{name}", f"\u0120{name}"))
+
+
+def guarded_prompts(concepts: Sequence[str]) -> list[str]:
+    """Prompts that ask for the guarded concepts. Raises UserError for an empty one."""
+    if any(not concept.strip() for concept in concepts):
+        raise UserError("a guarded concept is empty; give words such as 'wolf'")
+    return [form.format(concept.strip()) for concept in concepts for form in GUARD_FORMS]
+
+
+def settings_of(method: str, defaults: Any, given: dict[str, Any]) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The run's settings and the method's own; a method may have its own values for a run."""
+    own = {key: value for key, value in defaults.items() if key not in TrainingConfig.__dataclass_fields__}
+    fields = {key: value for key, value in defaults.items() if key in TrainingConfig.__dataclass_fields__}
+    for key, value in given.items():
+        if key in TrainingConfig.__dataclass_fields__:
+            fields[key] = value
+        elif key in own:
+            own[key] = value
+        else:
+            known = ", ".join((*own, *TrainingConfig.__dataclass_fields__))
+            raise UserError(f"{method} has no setting {key!r}; it has {known}")
+    rank = own.get("rank")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise UserError(f"rank is {rank!r}; give a whole number of 1 or more")
+    return TrainingConfig(**fields), own
+
+
+def check_resources(found: Estimate, work: Path | None) -> None:
+    """Warns where a run needs more memory than is free; raises UserError where its state does not fit on the disk."""
+    if found.free is not None and found.memory > 0.9 * found.free:
+        warnings.warn(
+            f"the run needs about {found.memory >> 20} MiB and {found.free >> 20} MiB are free; a smaller batch_size "
+            "or size, or a 4-bit model, needs less",
+            stacklevel=3,
+        )
+    if work is None:
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    needed, free = _STATES * _STATE_BYTES * found.trained, shutil.disk_usage(work).free
+    if needed > free:
+        raise UserError(
+            f"the run's state needs up to {needed / 2**20:.1f} MiB in {work}, where {free / 2**20:.1f} MiB are free; "
+            "free some space, or give another folder as work (--work)"
+        )
