@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ from mm.core.files import write_json
 from mm.core.statistics import paired_change
 from mm.evaluation.compose import limited, picture_seed
 from mm.evaluation.prompts import COMPOSE_TUNE, Prompt, load_prompts
+from mm.pipelines.fast import FULL_CODES
 from mm.world.judge import Judge
 from mm.world.tasks import satisfies
 
 Call = dict[str, Any]
+FULL: Call = asdict(FULL_CODES)
+SHORT: Call = {"steps": 18, "revising": 0.28, "revised": 0.4}
 PLAIN: Call = {"steps": 12, "spaced": False, "guided": 1.0, "features": 1.0}
 SETTINGS: dict[str, dict[str, Call]] = {
     "flow": {
@@ -49,11 +53,14 @@ SETTINGS: dict[str, dict[str, Call]] = {
     },
     "codes": {
         "full": {},
-        "fewer steps (20)": {"num_inference_steps": 20},
-        "confident neighbours, 20 steps at most": {"fast": {"steps": 20, "full_every": 1}},
-        "confident neighbours, 26, local": {"fast": {"steps": 26, "full_every": 2}},
-        "confident neighbours, 32 steps at most": {"fast": {"steps": 32, "full_every": 1}},
-        "local steps, every second": {"fast": {"steps": 32, "confidence": None, "full_every": 2}},
+        "only unsure tokens are revised": {"fast": FULL | {"confidence": -0.4}},
+        "26 steps, no guidance in revisions": {"fast": {"guided_until": 0.7}},
+        "18 steps, revisions of .4": {"fast": SHORT},
+        "18 steps, revisions of .4, guidance in .1 to .7": {"fast": SHORT | {"guided_from": 0.1, "guided_until": 0.7}},
+        "16 steps, revisions of .5, guidance in .1 to .7": {
+            "fast": {"steps": 16, "revising": 0.25, "revised": 0.5, "guided_from": 0.1, "guided_until": 0.7}
+        },
+        "local steps, every second": {"fast": FULL | {"full_every": 2}},
         "fast": {"fast": True},
     },
 }  # fmt: skip

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from mm.core.checks import whole
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.models.connectors import Connector, merged
@@ -103,6 +104,13 @@ def wrongness(seen: Sequence[int], asked: Sequence[int]) -> int:
     return apart + 10 * abs(len(seen) - len(wanted))
 
 
+def reader_of(name: str | None) -> CountReader:
+    """The counter of the model that a pipeline was loaded from. Raises UserError where it was not loaded from one."""
+    if not name:
+        raise UserError("best_of needs the parts that read; set pipe.count_reader = CountReader.from_pretrained(NAME)")
+    return CountReader.from_pretrained(name)
+
+
 def seed_of_try(seed: int, k: int) -> int:
     """The seed of try `k` of a picture; the first has the picture's own."""
     if k == 0:
@@ -112,8 +120,7 @@ def seed_of_try(seed: int, k: int) -> int:
 
 def check_best_of(best_of: int, latents: torch.Tensor | None) -> None:
     """Raises UserError for a number of tries that cannot be."""
-    if not 1 <= best_of <= MOST_TRIES:
-        raise UserError(f"best_of is {best_of}; give 1 to {MOST_TRIES}")
+    whole("best_of", best_of, 1, MOST_TRIES)
     if best_of > 1 and latents is not None:
         raise UserError(
             "latents fix the starting noise, so every try of best_of would be the same; leave one of them out"

@@ -1,6 +1,6 @@
-"""The two ways from a condition to latents: along the flow, and by filling in codes.
+"""From a condition to latents along the flow; `mm.pipelines.code_filling` does it in codes.
 
-Legend: B pictures, C = K = 16 channels, H = W = 8 latents, L = 64 tokens, N tokens drawn at once, V levels, D features.
+Legend: B pictures, C = 16 channels, H = W = 8 latents.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 
-from mm.models.codes import CodeHead
 from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.fast import FastFlow
 from mm.pipelines.flow_velocity import FlowVelocity
-from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
+from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.run_state import Run, StepCallback
-from mm.pipelines.sampling import code_steps, gumbel_noise
-from mm.tokenizers import Bridge
 
 
 def flow_steps(
@@ -84,50 +81,6 @@ def _set_levels(scheduler: Any, run: Run, steps: int, device: torch.device) -> N
 
 def _sigma(scheduler: Any, timestep: Any) -> torch.Tensor:
     return (timestep / scheduler.config.num_train_timesteps).float()
-
-
-def code_filling(
-    trunk: Trunk,
-    code_head: CodeHead,
-    bridge: Bridge,
-    shape: tuple[int, int],
-    generators: Sequence[torch.Generator],
-    branches: GuidanceBranches,
-    steps: int,
-    run: Run,
-    on_step: StepCallback,
-) -> Generator[int, None, torch.Tensor]:
-    """Draws codes, some tokens a step, until the picture is full, then revises it.
-
-    Guidance mixes the trunk's features and grows with the share of known tokens (TokenBridge, arXiv 2503.16430).
-    Arguments, yields and result as in `flow_steps`; `shape` is (H, W). Latents that are not drawn yet are zero.
-    """
-    device, (height, width) = branches.cache.mask_BT.device, shape
-    channels, levels = bridge.config.channels, bridge.config.levels
-    plan = list(code_steps(generators, height * width, steps))
-    gumbel_BLKV = gumbel_noise(generators, (height * width, channels, levels)).to(device)
-    codes_BLK = torch.zeros(len(generators), height * width, channels, dtype=torch.int64, device=device)
-    latents = torch.zeros(len(generators), channels, height, width, device=device)
-    run.num_timesteps = len(plan)
-    for i, (masked_BL, now_BN, known, heat, _) in enumerate(plan):
-        if run.interrupt:
-            break
-        masked_BL, now_BN = masked_BL.to(device), now_BN.to(device)
-        repeated, masked = latents.repeat(len(branches), 1, 1, 1), masked_BL.repeat(len(branches), 1)
-        features = trunk(repeated.to(trunk.dtype), masked.float(), branches.cache, "codes", masked)
-        features_BLD = branches.mix(features, run.guidance_scale, CODES_GUIDANCE * known)
-        row = torch.arange(len(now_BN), device=device)[:, None].expand_as(now_BN)
-        drawn = code_head.sample(
-            features_BLD[row, now_BN].flatten(0, 1),
-            gumbel_BLKV[row, now_BN].flatten(0, 1),
-            temperature=heat * run.temperature,
-        )
-        codes_BLK[row, now_BN] = drawn.unflatten(0, now_BN.shape)
-        codes_BKHW = codes_BLK.transpose(1, 2).unflatten(-1, shape)
-        open_B1HW = masked_BL.scatter(1, now_BN, False).unflatten(1, (1, height, width))
-        latents = on_step(i, i, bridge.dequantize(codes_BKHW).float().masked_fill(open_B1HW, 0.0))
-        yield i + 1
-    return latents
 
 
 def finish(drawing: Generator[int, None, torch.Tensor], run: Run, bar: Any) -> torch.Tensor:

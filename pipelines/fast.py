@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mm.core.errors import UserError
-from mm.families.mm_tiny import GUIDANCE
+from mm.families.mm_tiny import GUIDANCE, STEPS
 from mm.fast.guidance import AdaptiveGuidance, checked
 from mm.fast.refresh import refresh_steps
 
@@ -42,6 +42,11 @@ SIMILARITY = (
 def _share(name: str, value: object, low: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
         raise UserError(f"fast: {name} is {value!r}; give a number from {low:g} to 1")
+
+
+def _truth(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"fast: {name} is {value!r}; give true or false")
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
@@ -73,8 +78,7 @@ class FastFlow:
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 1000)
-        if not isinstance(self.spaced, bool):
-            raise UserError(f"fast: spaced is {self.spaced!r}; give true or false")
+        _truth("spaced", self.spaced)
         _share("guided", self.guided)
         _share("features", self.features)
         AdaptiveGuidance(threshold=2.0 if self.threshold is None else self.threshold, linear=self.linear)
@@ -89,25 +93,52 @@ class FastFlow:
 
 @dataclass(frozen=True, kw_only=True)
 class FastCodes:
-    """Less work in codes mode.
+    """How codes mode samples; the defaults are the measured mix of less work, `FULL_CODES` draws without `fast`.
 
     Args:
         steps: Sampling steps where a call gives none; the last of them revise.
-        confidence: A token is sure where the mean log-probability of its codes exceeds this. Sure tokens beside known
-            ones are drawn with the step's own (as in LocalLeap), and are not revised. None: none is sure.
+        revising: Share of the steps that revise, below 1.
+        revised: Share of a picture's tokens that one revision draws again.
+        confidence: A token is sure where the mean log-probability of its codes exceeds this; sure tokens are not
+            revised. None: none is sure.
+        neighbours: Whether sure tokens beside known ones are drawn with the step's own (as in LocalLeap).
+        guided_from: The known share of a picture from which the unconditional prediction is computed.
+        guided_until: The known share up to which it is.
         full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
     """
 
     steps: int = 26
+    revising: float = 0.375
+    revised: float = 0.25
     confidence: float | None = -0.4
+    neighbours: bool = True
+    guided_from: float = 0.0
+    guided_until: float = 1.0
     full_every: int = 1
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 1000)
         _whole("full_every", self.full_every, 1, 1000)
+        for name in ("revising", "revised", "guided_from", "guided_until"):
+            _share(name, getattr(self, name))
+        if self.revising == 1:
+            raise UserError("fast: revising is 1, so that no step would fill the picture; give less")
+        _truth("neighbours", self.neighbours)
         value = self.confidence
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value <= 0):
             raise UserError(f"fast: confidence is {value!r}; give a log-probability, 0 or below")
+        if self.full_every > 1 and (self.guided_from, self.guided_until) != (0, 1):
+            raise UserError(
+                f"fast: full_every is {self.full_every}, and local steps need guidance in all steps; also give "
+                "guided_from 0 and guided_until 1"
+            )
+
+    def revisions(self, steps: int) -> int:
+        """How many of `steps` revise a picture that is already full."""
+        return math.floor(steps * self.revising)
+
+
+FULL_CODES = FastCodes(steps=STEPS["codes"], confidence=None, neighbours=False)
 
 
 def fast_settings(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,13 +39,14 @@ from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.domain import warn_of
+from mm.pipelines.drawing_arguments import check_scale
 from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.instructions import check_instructions
 from mm.pipelines.pictures import as_pictures, open_picture, squared, to_tensor
-from mm.pipelines.prompt_encoding import left_padded, negatives_of
+from mm.pipelines.prompt_encoding import left_padded, negatives_of, texts_of
 from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import Generators, picture_generators
-from mm.pipelines.text_to_image import MAX_GUIDANCE, Callback, TextToImagePipeline
+from mm.pipelines.text_to_image import Callback, TextToImagePipeline
 from mm.pipelines.understanding import generate
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import vocabulary as v
@@ -150,7 +151,7 @@ class ImageEditPipeline(TextToImagePipeline):
         """
         guidance_scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         image_guidance_scale = self.default_guidance[1] if image_guidance_scale is None else image_guidance_scale
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = texts_of(prompt)
         negatives = negatives_of(negative_prompt, self.text_tokenizer)
         num_inference_steps = steps_for(mode, num_inference_steps)
         pictures = as_pictures(image)
@@ -173,8 +174,7 @@ class ImageEditPipeline(TextToImagePipeline):
             guidance_scale=guidance_scale, latents=latents, output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        if not 0 <= image_guidance_scale <= MAX_GUIDANCE:
-            raise UserError(f"image_guidance_scale is {image_guidance_scale}; give 0 to {MAX_GUIDANCE}")
+        check_scale("image_guidance_scale", image_guidance_scale)
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
         if len(parts_of(self, len(generators))) > 1:  # one by one: see mm.pipelines.batch_parts
             options: dict[str, Any] = {
@@ -312,7 +312,8 @@ def _mask(mask_image: Any, picture: Any, side: int) -> torch.Tensor:
     [mask], source = as_pictures(mask_image, mask=True), open_picture(picture)
     if mask.size not in (source.size, (side, side)):
         raise UserError(
-            f"the mask is {mask.size[0]} x {mask.size[1]} and the picture {source.size[0]} x {source.size[1]}"
+            f"the mask is {mask.size[0]} x {mask.size[1]} and the picture {source.size[0]} x {source.size[1]}; "
+            f"give a mask of the picture's size, or of {side} x {side}"
         )
     values = np.asarray(squared(mask, side).convert("L"))
     if not (values > 127).any():

@@ -31,6 +31,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from mm.core.checks import MAX_SEED
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.models.codes import CodeHead
@@ -134,7 +135,7 @@ class InterleavedPipeline(ImageEditPipeline):
             conversation: Changed in place, at the end of the turn.
             words: What the user says.
             picture: A path or a PIL picture that the user gives.
-            seed: Picture k of the conversation has seed + k.
+            seed: Picture k of the conversation has seed + k; 0 follows 4294967295.
             steps: Sampling steps of a picture.
             guidance_scale: Of classifier-free guidance.
             max_words: The longest answer of the model in words.
@@ -252,6 +253,7 @@ class InterleavedPipeline(ImageEditPipeline):
     def _drawn(self, now: Conversation, branches: GuidanceBranches, how: _Drawing) -> Iterator[Event]:
         """Draws a picture and adds it to the conversation."""
         seed = how.seed + now.pictures
+        seed -= (MAX_SEED + 1) * (how.seed <= MAX_SEED < seed)  # a PNG's settings hold no larger one
         generators = picture_generators(torch.Generator().manual_seed(seed), 1)
         noise = self.prepare_latents(generators, None)
         with self._new_run(guidance_scale=how.scale) as run_:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.models.cache import PromptCache
 from mm.world import lexicon
@@ -52,22 +53,22 @@ def check_prompts(
     warned: dict[str, None] = {}
     out = []
     for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise UserError(f"a prompt is a text, got {type(prompt).__name__} {prompt!r}")
         if not prompt.strip():
             raise UserError("the prompt is empty; say what to draw, for example 'two red cats on grass'")
         fitting = cut(prompt, tokenizer)
         found = lexicon.read(fitting, task, names)
         if strict and found.problems:
             raise UserError(f"{prompt.strip()[:200]!r} is refused (strict): {'; '.join(found.problems)}")
-        if strict is None and found.nothing:
-            warned[f"{nothing_of(prompt, found)}. `strict` refuses such a prompt"] = None
+        lines = found.notices
+        if strict is None and found.nothing:  # one line, which has the problems
+            said = f"{nothing_of(prompt, found)}. A picture is drawn all the same; `strict` refuses such a prompt"
+            lines = [*found.corrected, said]
         if fitting != prompt:
             warned[
                 f"the prompt is longer than the {tokenizer.model_max_length} tokens that the model reads; ignored: "
                 f"{prompt[len(fitting) :].strip()[:80]!r}"
             ] = None
-        warned |= dict.fromkeys(found.notices)
+        warned |= dict.fromkeys(lines)
         out.append(cut(found.text, tokenizer))
     for line in warned:
         warnings.warn(line, stacklevel=_CALLER)
@@ -173,21 +174,27 @@ def conditions(
     if prompt_embeds is not None:
         prompts = prompt_embeds
     else:
-        texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        texts = texts_of(prompt)
         prompts = check_prompts(texts, tokenizer, strict=strict) if checked else in_own_words(texts, tokenizer)
     negatives = negatives_of(negative_prompt, tokenizer) if negative_prompt_embeds is None else negative_prompt_embeds
     return Conditions(prompts=prompts, negatives=negatives, each=each)
 
 
+def texts_of(prompt: object, name: str = "prompt") -> list[str]:
+    """Prompts, called `name` in errors, as a list. Raises UserError for what is neither a text nor a list of texts."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise UserError(f"a {name} is a text or a list of texts, got {type(prompt).__name__} {shown(prompt)}")
+    if wrong := [text for text in prompt if not isinstance(text, str)]:
+        raise UserError(f"a {name} is a text, got {type(wrong[0]).__name__} {shown(wrong[0])}")
+    return list(prompt)
+
+
 def negatives_of(negative_prompt: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Negative prompts as a list; the empty prompt where there is none. Raises UserError for what is no text."""
-    texts = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) else negative_prompt
-    out = []
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"a negative prompt is a text, got {type(text).__name__} {text!r}")
-        out.append(cut(text, tokenizer))
-    return out
+    texts = [""] if negative_prompt is None else texts_of(negative_prompt, "negative prompt")
+    return [cut(text, tokenizer) for text in texts]
 
 
 def tokenize(

@@ -6,9 +6,9 @@ Design choices
 - Codes are drawn as in MAR (Li et al. 2024, arXiv 2406.11838): positions in a random order, more of them a step as the
   picture fills, floor(L cos(pi/2 (s+1)/S)) still masked after step s. Gumbel noise is drawn for a whole picture at
   once, so that which step a token falls into changes nothing.
-- The last of the steps revise: a random quarter of the finished picture is masked and drawn again (remasking, Wang et
-  al. 2025, arXiv 2503.00307), so that early tokens are drawn again given all others. The temperature falls during
-  revision, as in annealing (Kirkpatrick et al. 1983).
+- The last of the steps revise: a part of the finished picture is masked and drawn again (remasking, Wang et al. 2025,
+  arXiv 2503.00307), so that early tokens are drawn again given all others. The temperature falls during revision, as in
+  annealing (Kirkpatrick et al. 1983).
 
 Legend: B pictures, C = K = 16 channels, L = 64 tokens, V = 64 levels, D features, N tokens drawn at once.
 """
@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 
-REVISING = 0.375  # share of the steps that revise
-REVISED = 0.25  # share of a picture's tokens that one of them draws again
 COOLED = 0.1  # share of the temperature that is left for the last of them
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -37,6 +36,11 @@ def picture_generators(generator: Generators, count: int) -> list[torch.Generato
         return _from_seed(generator.initial_seed(), count)
     if generator is None:
         return _from_seed(int(torch.randint(2**31, (), dtype=torch.int64)), count)
+    given = list(generator) if isinstance(generator, Sequence) else [generator]
+    if wrong := [each for each in given if not isinstance(each, torch.Generator)]:
+        raise UserError(
+            f"generator is {shown(wrong[0])}; give torch.Generator().manual_seed(SEED), or a list of one a picture"
+        )
     if len(generator) != count:
         raise UserError(f"{len(generator)} generators for {count} pictures; give one for each, or a single one")
     return [torch.Generator().manual_seed(g.initial_seed()) for g in generator]
@@ -67,11 +71,6 @@ def masked_steps(tokens: int, steps: int) -> list[int]:
     return left
 
 
-def revisions(steps: int) -> int:
-    """How many of `steps` revise a picture that is already full."""
-    return math.floor(steps * REVISING)
-
-
 class CodeStep(NamedTuple):
     """Which tokens are masked (B, L) and which are drawn now (B, N), the known share, the share of the temperature, and
     for revisions all tokens in the order (B, L) of which the drawn ones are the first."""
@@ -83,22 +82,32 @@ class CodeStep(NamedTuple):
     order_BL: torch.Tensor | None = None
 
 
-def code_steps(generators: Sequence[torch.Generator], tokens: int, steps: int) -> Iterator[CodeStep]:
-    """Fills a picture of `tokens` tokens in at most `steps` steps, the last of which revise it."""
+def code_steps(
+    generators: Sequence[torch.Generator], tokens: int, steps: int, *, revisions: int, revised: float
+) -> Iterator[CodeStep]:
+    """Fills a picture of `tokens` tokens in at most `steps` steps, the last of which revise it.
+
+    Args:
+        generators: One a picture.
+        tokens: L.
+        steps: The most steps, revisions included.
+        revisions: How many of the steps revise a picture that is already full.
+        revised: Share of the tokens that one of these draws again.
+    """
     order_BL = torch.stack([torch.randperm(tokens, generator=g) for g in generators])
     known = 0
-    for left in masked_steps(tokens, steps - revisions(steps)):
+    for left in masked_steps(tokens, steps - revisions):
         if known == tokens:
             break
         masked_BL = torch.ones(order_BL.shape, dtype=torch.bool).scatter(1, order_BL[:, :known], False)
         yield CodeStep(masked_BL, order_BL[:, known : tokens - left], known / tokens, 1.0)
         known = tokens - left
-    again = max(1, round(tokens * REVISED))
-    for revision in range(revisions(steps)):
+    again = max(1, round(tokens * revised))
+    for revision in range(revisions):
         order_BL = torch.stack([torch.randperm(tokens, generator=g) for g in generators])
         now_BN = order_BL[:, :again]
         masked_BL = torch.zeros(order_BL.shape, dtype=torch.bool).scatter(1, now_BN, True)
-        heat = 1 - (1 - COOLED) * (revision + 1) / revisions(steps)
+        heat = 1 - (1 - COOLED) * (revision + 1) / revisions
         yield CodeStep(masked_BL, now_BN, 1 - again / tokens, heat, order_BL)
 
 
@@ -112,7 +121,10 @@ def check_sigmas(
     """
     if sigmas is None:
         return None
-    levels = tuple(float(sigma) for sigma in sigmas)
+    try:
+        levels = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        raise UserError(f"sigmas are {shown(sigmas)}; give a list of falling numbers above 0 and at most 1") from None
     if mode != "flow":
         raise UserError(f"sigmas are noise levels of mode='flow'; with mode={mode!r} leave them out")
     if steps is not None and steps != len(levels):

@@ -32,9 +32,17 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best
-from mm.pipelines.code_leaps import code_leaping
-from mm.pipelines.drawing_loops import code_filling, finish, flow_steps
+from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best, reader_of
+from mm.pipelines.code_filling import code_filling
+from mm.pipelines.drawing_arguments import (
+    check_callback_tensors,
+    check_count,
+    check_mode,
+    check_output_type,
+    check_scale,
+    check_temperature,
+)
+from mm.pipelines.drawing_loops import finish, flow_steps
 from mm.pipelines.fast import decides_by_picture, settings_for
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.loading import SharedFolderMixin
@@ -46,8 +54,6 @@ from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
 
 SCALE = 16  # pixels of a latent, each way
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MAX_GUIDANCE = 100
 CODES_TEMPERATURE = 0.9
 Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
 
@@ -128,25 +134,12 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         side = self.side
         if (height, width) != (side, side):
             raise UserError(f"this model draws {side} x {side} pictures, not {width} x {height}; leave the size out")
-        if steps < 1:
-            raise UserError(f"num_inference_steps is {steps}; give 1 or more")
-        if pictures < 1:
-            raise UserError(f"num_images_per_prompt is {pictures}; give 1 or more")
-        if mode not in MODES:
-            raise UserError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-        if mode == "codes" and (self.code_head is None or self.bridge is None):
-            raise UserError("this model has no code_head and bridge, which mode='codes' needs; use mode='flow'")
-        if mode == "codes" and latents is not None:
-            raise UserError("latents are the starting noise of mode='flow'; with mode='codes' leave them out")
-        if not 0 <= guidance_scale <= MAX_GUIDANCE:  # a NaN fails here too
-            raise UserError(f"guidance_scale is {guidance_scale}; give 0 to {MAX_GUIDANCE} (1 = off)")
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise UserError(f"callbacks may ask for {self._callback_tensor_inputs}, not {unknown}")
-        if self.autoencoder is None and output_type != "latent":
-            raise UserError("this pipeline has no autoencoder; it gives output_type='latent' only")
+        check_count("num_inference_steps", steps)
+        check_count("num_images_per_prompt", pictures)
+        check_mode(mode, self.modes, MODES, latents)
+        check_scale("guidance_scale", guidance_scale, " (1 = off)")
+        check_output_type(output_type, decodes=self.autoencoder is not None)
+        check_callback_tensors(tensor_inputs, self._callback_tensor_inputs)
 
     def encode_prompt(
         self,
@@ -258,7 +251,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             UserError: For anything that cannot be drawn. Unknown words give a warning.
         """
         less = None if fast is False else settings_for(mode, fast)
-        steps = num_inference_steps if sigmas is None else len(sigmas)
+        levels = check_sigmas(sigmas, mode, num_inference_steps, self.scheduler)
+        steps = num_inference_steps if levels is None else len(levels)
         steps = steps_for(mode, steps if steps is not None or less is None else less.steps)
         side = self.side
         self.check_inputs(
@@ -272,14 +266,12 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        levels = check_sigmas(sigmas, mode, num_inference_steps, self.scheduler)
+        check_temperature(temperature)
+        check_best_of(best_of, latents)
         given = conditions(
             self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds,
             strict=strict,
         )  # fmt: skip
-        if temperature < 0:
-            raise UserError(f"temperature is {temperature}; give 0 or more")
-        check_best_of(best_of, latents)
         if best_of > 1:
             if isinstance(given.prompts, PromptCache):
                 raise UserError("best_of reads the numbers in the prompt; give prompt, not prompt_embeds")
@@ -318,12 +310,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         def draw(some: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
             return self(list(some), generator=list(generators), output_type="latent", strict=False, **options).images
 
-        if self.count_reader is None:
-            if not (name := self.name_or_path):
-                raise UserError(
-                    "best_of needs the parts that read; set pipe.count_reader = CountReader.from_pretrained(NAME)"
-                )
-            self.count_reader = CountReader.from_pretrained(name)
+        self.count_reader = self.count_reader or reader_of(self.name_or_path)
         reader = self.count_reader.to(self._execution_device)
         generators = picture_generators(generator, len(prompts))
         latents: Any
@@ -346,8 +333,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         else:
             side = int(self.trunk.config.latent_size)
             heads = (self.trunk, self.code_head, self.bridge, (side, side))
-            draw = code_filling if run.fast is None else code_leaping
-            drawing = draw(*heads, generators, branches, steps, run, on_step)
+            drawing = code_filling(*heads, generators, branches, steps, run, on_step)
         with self.progress_bar(total=steps) as bar:
             return finish(drawing, run, bar)
 

@@ -27,6 +27,7 @@ from mm.core.model_files import check_loaded
 from mm.families import model_types
 from mm.families.folders import unified_type
 from mm.pipelines.answers import UnderstandingOutput, paired
+from mm.pipelines.drawing_arguments import check_count, check_output_type, check_scale
 from mm.pipelines.emu3 import Emu3
 from mm.pipelines.janus import Janus
 from mm.pipelines.loading import check_transformers_folder
@@ -35,8 +36,6 @@ from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.token_sampling import Sampling
 from mm.pipelines.unified_protocol import UnifiedModel
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MAX_GUIDANCE = 100
 FAMILIES: dict[str, Any] = {"emu3": Emu3, "janus": Janus}
 
 
@@ -184,12 +183,9 @@ def _check_drawing(prompts: Sequence[str], sampling: Sampling, mode: str, pictur
         raise UserError(f"a prompt is a text that says what to draw, got {prompts!r}")
     if mode != "codes":
         raise UserError(f"this model draws in codes only, not in mode {mode!r}; give mode='codes' (--mode codes)")
-    if pictures < 1:
-        raise UserError(f"num_images_per_prompt is {pictures}; give 1 or more")
-    if not 0 <= sampling.guidance_scale <= MAX_GUIDANCE:  # a NaN fails here too
-        raise UserError(f"guidance_scale is {sampling.guidance_scale}; give 0 to {MAX_GUIDANCE} (1 = off)")
-    if output_type not in OUTPUT_TYPES:
-        raise UserError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+    check_count("num_images_per_prompt", pictures)
+    check_scale("guidance_scale", sampling.guidance_scale, " (1 = off)")
+    check_output_type(output_type, decodes=True)
 
 
 class UnifiedUnderstandingPipeline(UnifiedPipeline):

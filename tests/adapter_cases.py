@@ -12,7 +12,9 @@ from tiny_public import TEXT
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import mm
 from mm.adapters.patch import Entry, Patch
+from mm.layers.linear import BranchedLinear
 
 IDS = torch.tensor([[3, 7, 1, 4, 19]])
 Q, K, V = (f"encoder.layers.0.self_attn.{n}_proj" for n in "qkv")
@@ -81,6 +83,34 @@ def outputs_of_subsets(model: nn.Module, patches: list[Patch]) -> dict[frozenset
 
 def as_it_is(model: nn.Module) -> nn.Module:
     return model
+
+
+def four_bits() -> tuple[nn.Module, list]:
+    model = text_encoder()
+    mm.quantize(model, mm.SVDQuantConfig(rank=4, data_free=True, keep=("k_proj", "v_proj")), progress=False)
+    assert all(isinstance(model.get_submodule(path), BranchedLinear) for path in (Q, FC1))
+    return model, [patch.truncated(4, model) if patch.method in ("dense", "hirm") else patch for patch in five()]
+
+
+def dense(name: str = "dense", seed: int = 0, path: str = Q) -> Patch:
+    delta = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return Patch(name=name, method="dense", entries={path: Entry(kind="dense", tensors={"delta": delta})})
+
+
+def state_of(model: nn.Module) -> list:
+    """All that a call must not change: classes, tensors by name, branches, attributes."""
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if not t.is_meta}
+    return [
+        [type(m).__name__ for m in model.modules()],
+        [sorted(m.__dict__) for m in model.modules()],
+        [[b.name for b in getattr(m, "branches", ())] for m in model.modules()],
+        tensors,
+    ]
+
+
+def unchanged(model: nn.Module, before: list) -> bool:
+    now = state_of(model)
+    return now[:3] == before[:3] and all(torch.equal(t, now[3][n]) for n, t in before[3].items())
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from mm import kernels
+from mm.kernels import dispatch
 from mm.kernels.packing import integers_of
+
+CPU = dispatch.absence("cpu") is None
+needs_cpu = pytest.mark.skipif(not CPU, reason="the C++ extension is not built here")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

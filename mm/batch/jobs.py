@@ -14,18 +14,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm.core.checks import MAX_SEED, whole
 from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
 from mm.core.safe_json import parse_json
 from mm.engine.requests import MAX_PROMPT, size_in_pixels
 
+_whole = partial(whole, said=shown)  # rows come from a file
 TASKS = ("generate",)
 MAX_LINE = 1 << 20  # bytes: a row is a prompt and some numbers
 MAX_PICTURES = 1000  # of one row
-MAX_SEED = 2**32 - 1  # what other programs read from a PNG's text
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -218,8 +220,3 @@ def _files(value: object) -> tuple[str, ...]:
     if not isinstance(files, list | tuple) or any(not isinstance(file, str) or not file for file in files):
         raise UserError(f'lora is {shown(value)}; give "FILE:SCALE", or a list of them')
     return tuple(files)
-
-
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{name} is {shown(value)}; give a whole number from {low} to {high}")

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mm.batch.jobs import MAX_SEED, Row
+from mm.batch.jobs import Row
 from mm.batch.store import Picture
+from mm.core.checks import MAX_SEED
 from mm.core.errors import UserError
 from mm.core.paths import embedded_models, resolve_model
 from mm.core.pictures import read_picture

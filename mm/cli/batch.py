@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mm.cli import options as shared
+from mm.core.checks import MAX_SEED
 
 app = typer.Typer(add_completion=False)
 
@@ -30,7 +31,7 @@ def batch(
         Path | None, typer.Option(help="Folder under which files lie that rows name (default: the job file's).")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Pictures drawn at once; changes no picture.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Run seed, for the rows that give none.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Run seed, for the rows that give none.")] = 0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw what failed in an earlier run.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check rows against the model and count; load no weights, write nothing.")

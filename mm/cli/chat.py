@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mm.cli import options as shared
+from mm.core.checks import MAX_SEED
 
 if TYPE_CHECKING:
     from mm.engine.engine import Engine
@@ -23,7 +24,7 @@ app = typer.Typer(add_completion=False)
 def chat(
     model: shared.ModelOption = "mm-tiny",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
-    seed: Annotated[int, typer.Option(min=0, help="Picture k of the conversation has seed + k.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Picture k of the conversation has seed + k.")] = 0,
     steps: shared.StepsOption = None,
     strict: shared.StrictOption = None,
     base: shared.BaseOption = None,
@@ -90,6 +91,8 @@ class Talk:
             self.conversation, self.picture = self.engine.converse(), None
         elif words.startswith("/image "):
             self.picture = read_picture(Path(words.removeprefix("/image ").strip()))
+        elif words == "/image":
+            raise UserError("/image names no file; write /image FILE")
         elif words.startswith("/"):
             raise UserError(f"unknown command {words.split()[0]!r}; there are /image FILE, /new, /quit")
         elif words:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mm.core.checks import MAX_SEED
+
 app = typer.Typer(add_completion=False)
 
 
@@ -45,7 +47,7 @@ def customize(
     companions: Annotated[
         int | None, typer.Option(min=0, help="Pictures beside something known, made of yours and the model's.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of starting values, order and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of starting values, order and noise.")] = 0,
     sample: Annotated[list[str] | None, typer.Option(help="A prompt that is drawn at each preview.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of state and previews; default: OUT.work.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the state when the run is done.")] = False,

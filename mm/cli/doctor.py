@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 import mm
+from mm.cli import options as shared
 from mm.core import devices, files
 from mm.core import threads as waiting
 from mm.core.paths import embedded_models, weights_dir
@@ -42,9 +43,7 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(help="A model: its memory at 16 and 4 bits, and how it would be loaded.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report here.")
-    ] = None,
+    json_file: shared.JsonOption = None,
 ) -> None:
     """Reports device, CPU features, kernels, versions and weights, and what is slow and why; or about a model.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.cli import options as shared
+from mm.core.checks import MAX_SEED
 
 app = typer.Typer(add_completion=False)
 
@@ -22,7 +23,7 @@ def edit(
     mask: Annotated[
         Path | None, typer.Option(help="White where pixels may change; the rest stays bit for bit.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same picture.")] = 0,
     steps: shared.StepsOption = None,
     guidance: shared.GuidanceOption = None,
     image_guidance: Annotated[

@@ -29,16 +29,26 @@ def erase(
     scope: Annotated[str, typer.Option(help="draw, or read: pictures of it are not named either.")] = "draw",
     setting: Annotated[list[str] | None, typer.Option(help="name=value of the method, the value as JSON.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Also write a LoRA file for other programs.")] = None,
-    layout: Annotated[str, typer.Option(help="Of --lora: diffusers, peft, kohya or comfyui.")] = "diffusers",
+    layout: Annotated[str | None, typer.Option(help="Of --lora: diffusers (default), peft, kohya or comfyui.")] = None,
     site: Annotated[list[str] | None, typer.Option(help="Regular expression over layers to edit.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
 ) -> None:
     """Makes a patch after which the model draws something else where the concepts are asked for."""
+    from mm.adapters.formats.writer import LAYOUTS
     from mm.core.errors import UserError
+    from mm.core.files import check_place
 
     for file in (out, lora):
         if file is not None and file.exists() and not force:
             raise UserError(f"{file} exists; choose another name, or give --force")
+        if file is not None:
+            check_place(file)
+    if lora is not None and lora.resolve() == out.resolve():
+        raise UserError(f"{out} is the patch and the LoRA file; give --lora another name")
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
+    if lora is None and layout is not None:
+        raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")
     import mm
     from mm.erasure.erase import DEFAULT
     from mm.erasure.erase import erase as make
@@ -53,7 +63,7 @@ def erase(
     print(file=sys.stderr)
     patch.save(out)
     if lora is not None:
-        export(patch, lora, layout, target=engine.pipeline)  # type: ignore[arg-type]
+        export(patch, lora, layout or LAYOUTS[0], target=engine.pipeline)  # type: ignore[arg-type]
     report = patch.report
     for target, placed in report["anchors"].items():
         print(f"{target}: draws {placed or 'nothing in its place'}")

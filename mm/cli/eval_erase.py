@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mm.cli import options as shared
 from mm.cli.options import DrawingMode
+from mm.core.checks import MAX_SEED
 
 EXAMPLE = "Example: mm eval erase wolf 'style: neon' --limit 16 --json runs/erase.json"
 
@@ -24,7 +26,7 @@ def erase(
     how: Annotated[str, typer.Option(help="alone, together (one patch for all) or stacked (a patch each).")] = "alone",
     setting: Annotated[list[str] | None, typer.Option(help="name=value of the method, as JSON.")] = None,
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Prompts of each role.")] = 32,
     composition: Annotated[int, typer.Option(min=0, help="Compositional prompts a task; 0 = none.")] = 0,
     attack: Annotated[list[str] | None, typer.Option(help="An attack; repeat for more.")] = None,
@@ -33,7 +35,7 @@ def erase(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     tuning: Annotated[bool, typer.Option(help="Prompts for choosing settings, not those for reporting.")] = False,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the report here, and a grid beside it.")] = None,
+    json: shared.ReportOption = None,
 ) -> None:
     """Erases concepts and measures what is drawn instead, what is kept, and what attacks bring back."""
     from mm.adapters.patch import Patch

@@ -12,11 +12,12 @@ from mm.cli import options as shared
 from mm.cli.eval_erase import EXAMPLE as ERASE_EXAMPLE
 from mm.cli.eval_erase import erase
 from mm.cli.options import DrawingMode
+from mm.core.checks import MAX_SEED
 from mm.families.mm_tiny import GUIDANCE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the report here, and a picture grid beside it.")]
+Json = shared.ReportOption
 Limit = Annotated[int | None, typer.Option(min=1, help="Only this many prompts a task, or pictures a style.")]
 
 
@@ -31,7 +32,7 @@ def compose(
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
@@ -81,7 +82,7 @@ def fidelity(
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
@@ -109,7 +110,7 @@ def understand(
     model: shared.ModelOption = "mm-tiny",
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Scenes, with about seven questions each.")] = 300,
     wide: Annotated[bool, typer.Option(help="Questions in wordings that training never saw.")] = False,
     wordings: Annotated[
@@ -143,7 +144,7 @@ def edit(
     model: shared.ModelOption = "mm-tiny",
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 40,
     guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = GUIDANCE,
     image_guidance: Annotated[float, typer.Option(help="How closely the source is followed.")] = 1.5,
@@ -170,7 +171,7 @@ def customize_(
     model: shared.ModelOption = "mm-tiny",
     method: Annotated[str, typer.Option(help="A method of customization, or zero-shot.")] = "auto",
     subject: Annotated[list[str] | None, typer.Option(help="Held-out objects; default: all eight.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the pictures.")] = 0,
     limit: Annotated[int, typer.Option(min=0, help="Compose prompts a task for the drift; 0 = none.")] = 4,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
@@ -221,7 +222,7 @@ def chat(
     model: shared.ModelOption = "mm-tiny",
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
     scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own files.")] = None,
     json: Json = None,
@@ -244,7 +245,7 @@ def chat(
 def reconstruct(
     model: shared.ModelOption = "mm-tiny",
     extra: Annotated[Path | None, typer.Option(help="A folder with further tokenizers to compare.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out renders.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the held-out renders.")] = 0,
     limit: Limit = None,
     json: Json = None,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.cli import options as shared
+from mm.core.checks import MAX_SEED
 
 app = typer.Typer(add_completion=False)
 
@@ -19,7 +20,7 @@ def generate(
     ] = None,
     count: Annotated[int | None, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; picture k has seed + k.")
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the first picture; picture k has seed + k.")
     ] = None,
     steps: shared.StepsOption = None,
     mode: shared.ModeOption = None,

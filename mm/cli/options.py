@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.core.errors import UserError
+from mm.core.files import check_place
 
 
 class DrawingMode(StrEnum):
@@ -58,6 +59,24 @@ def _gone(given: bool) -> None:
         raise typer.BadParameter("it was replaced by --bits 4")
 
 
+def _place(path: Path | None) -> Path | None:
+    """The path of a report, which is checked before anything is computed for it."""
+    if path is not None:
+        check_place(path)
+    return path
+
+
+def _place_beside_grid(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() == ".png":
+        raise UserError(f"{path} ends in .png, as the picture grid beside the report does; give a name such as x.json")
+    return _place(path)
+
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Also write it here.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_place_beside_grid, help="Write the report here, and a picture grid beside it."),
+]
 MODEL_HELP = "An embedded model, a folder, a .safetensors checkpoint, or a hub name."
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 BaseOption = Annotated[

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mm.cli import options as shared
+
 app = typer.Typer(add_completion=False)
 
 
@@ -19,9 +21,11 @@ def provenance(
     stamp: Annotated[
         str | None, typer.Option(help="Instead: write a copy of the model whose pictures carry this number.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Of --stamp: an embedded model or a folder.")] = "mm-tiny",
+    model: Annotated[
+        str | None, typer.Option(help="Of --stamp: an embedded model or a folder (default: mm-tiny).")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Of --stamp: a new folder for the copy.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write what was found here.")] = None,
+    json_file: shared.JsonOption = None,
 ) -> None:
     """Reads a picture's settings, the fingerprint in its pixels, and its content credentials."""
     from mm.core.errors import UserError
@@ -30,9 +34,13 @@ def provenance(
         raise UserError("give a picture to read, or --stamp NUMBER and -o FOLDER to make a model that marks its own")
     if (stamp is None) != (out is None):
         raise UserError("--stamp NUMBER and -o FOLDER belong together; give both, or neither")
+    if stamp is not None and json_file is not None:
+        raise UserError("--json is for what a picture says; --stamp writes a model, so leave --json out")
+    if picture is not None and model is not None:
+        raise UserError(f"--model {model} is the model that --stamp copies; to read a picture leave it out")
     if picture is None:
         assert stamp is not None and out is not None
-        _stamp(stamp, fingerprint, model, out)
+        _stamp(stamp, fingerprint, model or "mm-tiny", out)
         return
     from dataclasses import asdict
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mm.cli import options as shared
+from mm.core.checks import MAX_SEED
 
 if TYPE_CHECKING:
     from mm.quantization.report import Report
@@ -42,7 +43,7 @@ def quantize(
     component: Annotated[
         list[str] | None, typer.Option(help="Only this part of the pipeline; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
     from mm.core.errors import UserError

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mm.core.checks import MAX_SEED
+
 app = typer.Typer(add_completion=False)
 
 
@@ -33,17 +35,19 @@ class Stage(StrEnum):
 def train(
     model: Annotated[str, typer.Argument(help="A published model's name, or a YAML file.")],
     stage: Annotated[Stage | None, typer.Option(help="One stage alone; all of them by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes of training, earlier runs included.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Minutes of training, earlier runs included.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder of everything unfinished (default: the YAML's).")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Published weights to start from.")] = None,
     publish: Annotated[Path | None, typer.Option(help="Where averaged weights go (default: STATE/model).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples a step and device.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="AdamW's rate.")] = None,
-    codes_share: Annotated[float | None, typer.Option(help="Share of the drawing steps in codes mode.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples a step and device.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-9, help="AdamW's rate.")] = None,
+    codes_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the drawing steps in codes mode.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that make batches ahead of time, for a GPU that would wait.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of scenes, wording and noise.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of scenes, wording and noise.")] = None,
 ) -> None:
     """Trains a published model, or resumes a stopped run."""
     from mm.training.run import run_stages

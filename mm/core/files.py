@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -20,8 +21,14 @@ from mm.core.errors import UserError
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file, making its folder where that is missing. Raises OSError with the file's name."""
+    """Writes a file, making its folder where that is missing.
+
+    Raises:
+        UserError: where the path is a folder, or lies in something that is none.
+        OSError: for a file system that refuses it, with the file's own name.
+    """
     target = Path(path)
+    check_place(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -31,11 +38,22 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(target)
     except OSError as error:
-        if error.filename is None:  # of a failed write, which knows no name
-            raise OSError(error.errno, error.strerror, str(target)) from error
+        error.filename = str(target)  # a user did not name the hidden one
+        error.filename2 = None
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a name that the system refuses
+            part.unlink(missing_ok=True)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where a path cannot be a file: it is a folder, or lies in something that is none."""
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; give a file name")
+    found = next((above for above in target.parents if os.path.lexists(above)), None)
+    if found is not None and not found.is_dir():
+        raise UserError(f"{found} is no folder, so {target} cannot be written; give another place")
 
 
 def write_new_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -9,12 +9,15 @@ Design choices
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
@@ -52,6 +55,9 @@ def draw(
     given = {key: value for key, value in arguments.items() if value is not None}
     if unknown := [key for key in given if key not in takes]:
         raise UserError(f"{type(view).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
+    for name, value in given.items():
+        if isinstance(value, str) and _takes_numbers_only(takes[name]):
+            raise UserError(f"{name} is {shown(value)}; {type(view).__name__} takes a number")
     if len(seeds) > 1 and "num_images_per_prompt" not in takes and not isinstance(given.get("prompt"), list):
         alone = (draw(view, arguments, [seed], steps=steps, cancel=cancel, on_step=on_step) for seed in seeds)
         return [image for images in alone for image in images]
@@ -66,6 +72,14 @@ def draw(
     output = _called(view, given)
     _warn_of_numbers(output, given, seeds)
     return list(images_of(output))
+
+
+def _takes_numbers_only(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter's annotation, a type or its text, names numbers and None alone."""
+    annotation = parameter.annotation
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    types = set(re.findall(r"\w+", text)) - {"Optional", "Union", "typing", "None", "NoneType"}
+    return bool(types) and types <= {"int", "float"}
 
 
 def _called(view: Any, given: Mapping[str, Any]) -> Any:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
-from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn, shown
+from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn
 from mm.families.family import resolve
 
 ADAPTIVE = "mm.fast.guidance:adaptive_settings"  # a `Capabilities.fast` that acts on guidance alone
@@ -113,7 +114,20 @@ class Capabilities:
             can = ", ".join(name.replace("_", " ") for name in self.tasks)
             raise UserError(f"{self.model} cannot {VERBS[task]}; it can: {can}")
 
+    def _check_options(self, request: Sampling) -> None:
+        """Options under the pipeline's names must not contradict the request's own fields."""
+        names = _FIELDS | ({self.guidance_name: "guidance"} if self.guidance_name else {})
+        for name in request.options:
+            field = names.get(name, "")
+            if name in _ALWAYS or getattr(request, field, None) not in (None, _UNSET.get(field)):
+                field = "instruction" if isinstance(request, Edit) and field == "prompt" else field
+                raise UserError(
+                    f"options hold {name} = {shown(request.options[name])}, which the request's {field} decides; "
+                    f"give it as {field} and leave it out of the options (--set)"
+                )
+
     def _check_sampling(self, request: Sampling) -> None:
+        self._check_options(request)
         if request.mode is not None and request.mode not in self.modes:
             known = f"the modes {', '.join(self.modes)}" if self.modes else "no modes; leave it out"
             raise UserError(f"mode is {shown(request.mode)}; {self.model} has {known}")
@@ -180,6 +194,16 @@ class Capabilities:
                 f"size is {width} x {height}; {self.model} takes multiples of {self.multiple}, for example {near}"
             )
 
+
+# Fields of a request by the names under which diffusers' pipelines take them.
+_FIELDS = {
+    "prompt": "prompt", "generator": "seed", "num_images_per_prompt": "count", "negative_prompt": "negative",
+    "num_inference_steps": "steps", "mode": "mode", "strict": "strict", "fast": "fast", "strength": "strength",
+    "best_of": "best_of", "height": "size", "width": "size", "image": "image", "mask_image": "mask",
+    "image_guidance_scale": "image_guidance",
+}  # fmt: skip
+_ALWAYS = ("prompt", "generator", "num_images_per_prompt")  # a request always decides these
+_UNSET = {"best_of": 1, "fast": False}  # values of fields that decide nothing
 
 VERBS = {
     "draw": "draw from a prompt alone",

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mm.core.checks import whole
 from mm.core.errors import UserError
 from mm.core.threads import release_team
 from mm.engine import calls
@@ -30,7 +31,7 @@ from mm.engine.capabilities import VERBS, Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, RunCancelledError, Step, Words
 from mm.engine.faster import less_work
 from mm.engine.notices import Notices
-from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn, whole
+from mm.engine.requests import MAX_BATCH, Describe, Draw, Edit, Request, Turn
 from mm.engine.running import Emit, Run
 from mm.engine.serial import FairLock
 from mm.engine.settings import batch_of, settings_of

@@ -9,36 +9,21 @@ Design choices
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from mm.core.checks import MAX_SEED, number, shown, whole
 from mm.core.errors import UserError
 
-MAX_SEED = 2**32 - 1  # what other programs read from a PNG's text
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
 MAX_SIDE = 8192  # pixels
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
-
-
-def whole(name: str, value: object, low: int, high: int) -> None:
-    """Raises UserError unless `value` is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{name} is {shown(value)}; give a whole number from {low} to {high}")
-
-
-def number(name: str, value: object, low: float, high: float) -> None:
-    """Raises UserError unless `value` is a finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
-    if not low <= value <= high:
-        raise UserError(f"{name} is {value:g}; give a number from {low:g} to {high:g}")
 
 
 def text(name: str, value: object, *, empty: bool = False) -> None:
@@ -49,12 +34,6 @@ def text(name: str, value: object, *, empty: bool = False) -> None:
         raise UserError(f"{name} has {len(value)} characters; give at most {MAX_PROMPT}")
     if not empty and not value.strip():
         raise UserError(f"{name} is empty; say in words what is wanted")
-
-
-def shown(value: object) -> str:
-    """A value in an error message, shortened."""
-    written = repr(value)
-    return written if len(written) <= 60 else f"{written[:57]}..."
 
 
 def picture(name: str, value: object) -> None:

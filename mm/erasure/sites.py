@@ -25,8 +25,13 @@ def text_layers(pipe: Any, patterns: tuple[str, ...] = ()) -> dict[str, nn.Linea
         patterns: regular expressions for whole paths, instead of those of the family.
 
     Raises:
-        UserError: where there are none.
+        UserError: where there are none, and for a pattern that is no regular expression.
     """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"the site {pattern!r} is no regular expression ({error})") from error
     family = family_of(pipe)
     own = family.edit_sites if family is not None else ()
     found: dict[str, nn.Linear] = {}
@@ -35,6 +40,8 @@ def text_layers(pipe: Any, patterns: tuple[str, ...] = ()) -> dict[str, nn.Linea
             whole = f"{name}.{path}".strip(".")
             if any(re.fullmatch(p, whole) for p in patterns) if patterns else is_edited(root, path, own):
                 found[whole] = layer
+    if not found and patterns:
+        raise UserError(f"no linear layer of {type(pipe).__name__} has a path that matches {', '.join(patterns)}")
     if not found:
         raise UserError(
             f"{type(pipe).__name__} has no layer that is known to read text; name the layers with sites=[...], as "

@@ -1,12 +1,12 @@
-"""Drawing prompts in other words: how many are read as what they say, and how their pictures score (`--wording`).
+"""Drawing prompts in other words: how many are read correctly, and how their pictures score (`--wording`).
 
 Design choices
-- `other-words.jsonl` says what 200 prompts of `compose.jsonl` say, as strangers write. The two lines have one id, and
-  so the same demand and seeds: scores compare pair by pair. It was written before the lexicon was read for it, and no
-  lexicon, model or setting was tuned on it. `other-words-tune.jsonl` is for that.
-- A prompt is read where its reading asks for the same things, numbers, colours, position, background and style
-  (`mm.world.demand`). It is read in silence where no warning names a word that the world cannot show ("cute", "big");
-  a misspelled word that is corrected aloud is no such word.
+- Each of 200 lines of `other-words.jsonl` asks for the same as a line of `compose.jsonl`, in free wording. The two
+  lines have the same id, and so the same seeds: scores are compared pair by pair. The file was written before anyone
+  compared the lexicon with it, and no lexicon, model or setting was tuned on it; `other-words-tune.jsonl` is for that.
+- A prompt counts as read where its reading asks for the same things, numbers, colours, position, background and style
+  (`mm.world.demand`). It counts as read without a warning where no warning names a word that the world cannot show
+  ("cute", "big"). The notice of a corrected misspelling is no such warning.
 """
 
 from __future__ import annotations
@@ -50,22 +50,27 @@ OTHER_WORDS_TUNE = FOLDER / "other-words-tune.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrival:
-    """How a prompt was read: whether its meaning arrived, and whether without a warning."""
+class Understood:
+    """How a prompt was read.
+
+    Attributes:
+        read: Whether its reading asks for what is wanted.
+        silent: Whether that was so without a warning.
+    """
 
     read: bool
     silent: bool
 
 
-def arrival_of(prompt: Prompt) -> Arrival:
-    """How the lexicon reads a prompt."""
+def understood_of(prompt: Prompt) -> Understood:
+    """How the lexicon reads a prompt, against what the prompt is known to ask for."""
     found = lexicon.read(prompt.text)
     read = asks_for(demand_of(split(found.text)), prompt.wanted)
-    return Arrival(read=read, silent=read and not found.problems)
+    return Understood(read=read, silent=read and not found.problems)
 
 
 def asks_for(demand: Demand | None, wanted: Expectation) -> bool:
-    """Whether a reading asks for the same; the default style may be named or not."""
+    """Whether a reading asks for what is wanted; the default style may be named or not."""
     if demand is None or demand.lone_side or sorted(map(repr, demand.groups)) != sorted(map(repr, wanted.groups)):
         return False
     if (demand.style or v.DEFAULT_STYLE) != (wanted.style or v.DEFAULT_STYLE):
@@ -82,10 +87,10 @@ def _position(of: Demand | Expectation) -> frozenset[tuple[Group, str, Group]]:
 
 
 def reading_shares(prompts: Sequence[Prompt]) -> dict[str, dict[str, int]]:
-    """Prompts that are read, those read in silence, and all, by task and together ("all")."""
+    """Counts by task and together ("all"): prompts that are read, those read without a warning, and all."""
     out: dict[str, dict[str, int]] = {}
     for task in (*TASKS, "all"):
-        mine = [arrival_of(prompt) for prompt in prompts if task in ("all", prompt.wanted.task)]
+        mine = [understood_of(prompt) for prompt in prompts if task in ("all", prompt.wanted.task)]
         out[task] = {"read": sum(a.read for a in mine), "silent": sum(a.silent for a in mine), "n": len(mine)}
     return out
 
@@ -128,8 +133,9 @@ def evaluate_wording(
         progress: Called with the pictures drawn and all, for each of both runs.
 
     Returns:
-        The report of `evaluate_compose` for the other words, with "plain" (that of the twins), "change" (other words
-        less plain: mean over pictures, interval over prompts) and "reading" (`reading_shares`).
+        The report of `evaluate_compose` for the other words, with "plain" (that of the twins), "change" (the score
+        of other words minus that of plain ones: mean over pictures, interval over prompts) and "reading"
+        (`reading_shares`).
     """
     chosen = limited(load_prompts(prompts), config.limit)
     twins = plain_twins(chosen)
@@ -170,9 +176,9 @@ def main() -> None:
     given = parser.parse_args()
     prompts = load_prompts(given.file)
     for task, row in reading_shares(prompts).items():
-        print(f"{task:20} read {row['read']:3}, in silence {row['silent']:3}, of {row['n']}")
+        print(f"{task:20} read {row['read']:3}, without a warning {row['silent']:3}, of {row['n']}")
     for prompt in prompts if given.failures else ():
-        if not arrival_of(prompt).silent:
+        if not understood_of(prompt).silent:
             found = lexicon.read(prompt.text)
             print(f"{prompt.text!r} -> {found.text!r} {found.problems}")
 

@@ -56,21 +56,25 @@ class CodeLayer(ForwardMixin, nn.Module):
 
     @entry_point
     def modulate(self, condition_NW: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Shift, scale and gate (N, 1, W) of attention, then of the feed-forward."""
-        return self.modulation(condition_NW)[:, None].chunk(6, -1)
+        """Shift, 1 + scale and gate (N, 1, W) of attention, then of the feed-forward.
+
+        1 is added here, once a token, and not in `forward`, which runs once a channel.
+        """
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(condition_NW)[:, None].chunk(6, -1)
+        return shift_a, 1 + scale_a, gate_a, shift_f, 1 + scale_f, gate_f
 
     def forward(
         self, x_NKW: torch.Tensor, mod: tuple[torch.Tensor, ...], mask: torch.Tensor | None, memory: Memory | None
     ) -> torch.Tensor:
         """With `memory`, x holds the newest channels only and the memory (cut to the channels so far) gets theirs."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mod
-        q, k, v = self.attn(layers.modulate(self.norm_1(x_NKW), shift_a, scale_a))
+        q, k, v = self.attn(torch.addcmul(shift_a, self.norm_1(x_NKW), scale_a))
         if memory is not None:
             for stored, new in zip(memory, (k, v), strict=True):
                 stored[:, -x_NKW.shape[1] :] = new
             k, v = memory
         x_NKW = torch.addcmul(x_NKW, gate_a, self.attn.to_out(layers.attend(q, k, v, mask)))
-        return torch.addcmul(x_NKW, gate_f, self.ff(layers.modulate(self.norm_2(x_NKW), shift_f, scale_f)))
+        return torch.addcmul(x_NKW, gate_f, self.ff(torch.addcmul(shift_f, self.norm_2(x_NKW), scale_f)))
 
 
 class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
@@ -140,7 +144,7 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
         mask = torch.ones(self.channels, self.channels, dtype=torch.bool, device=x_NKW.device).tril()
         for layer in self._stack:
             x_NKW = layer(x_NKW, layer.modulate(condition), mask, None)
-        logits_KNV = self._logits(x_NKW, condition, slice(None))
+        logits_KNV = self._logits(x_NKW, self._modulate_out(condition), slice(None))
         # unbind and stack, since the backward of an index is slow on CPUs.
         decided = logits_KNV.unbind(0)
         return torch.stack([decided[self.config.order.index(channel)] for channel in range(self.channels)], 1)
@@ -186,7 +190,7 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
         self._check_sampling(features_ND, gumbel_NKV, temperature, empty_ND)
         features = features_ND if empty_ND is None else torch.cat([features_ND, empty_ND])
         condition = self._condition(features)
-        mods = [layer.modulate(condition) for layer in self._stack]
+        mods, mod_out = [layer.modulate(condition) for layer in self._stack], self._modulate_out(condition)
         shape = (2, len(features), self.channels, self.config.heads, self.config.width // self.config.heads)
         memories = [condition.new_empty(shape) for _ in self._stack]
         codes_NK = torch.empty(gumbel_NKV.shape[:2], dtype=torch.int64, device=features.device)
@@ -196,7 +200,7 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
             for layer, mod, memory in zip(self._stack, mods, memories, strict=True):
                 keys, values = memory[:, :, : place + 1]
                 x_N1W = layer(x_N1W, mod, None, (keys, values))
-            logits = self._logits(x_N1W, condition, slice(place, place + 1))[0]
+            logits = self._logits(x_N1W, mod_out, slice(place, place + 1))[0]
             if empty_ND is not None:
                 prompted, empty = logits.chunk(2)
                 logits = torch.lerp(empty, prompted, guidance)
@@ -214,10 +218,15 @@ class CodeHead(ForwardMixin, ModelMixin, ConfigMixin):
         """Where each channel's rows begin in the table (K,)."""
         return torch.arange(self.channels, device=self.start.device) * self.config.levels
 
-    def _logits(self, x_NKW: torch.Tensor, condition_NW: torch.Tensor, places: slice) -> torch.Tensor:
-        """Logits (places, N, V) of the channels decided at `places`, in fp32 even under autocast."""
+    def _modulate_out(self, condition_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and 1 + scale (N, 1, W) of the last norm."""
         shift, scale = self.modulation_out(condition_NW)[:, None].chunk(2, -1)
-        x_KNW = layers.modulate(self.norm_out(x_NKW), shift, scale).transpose(0, 1)
+        return shift, 1 + scale
+
+    def _logits(self, x_NKW: torch.Tensor, mod: tuple[torch.Tensor, torch.Tensor], places: slice) -> torch.Tensor:
+        """Logits (places, N, V) of the channels decided at `places`, in fp32 even under autocast."""
+        shift, scale = mod
+        x_KNW = torch.addcmul(shift, self.norm_out(x_NKW), scale).transpose(0, 1)
         with torch.autocast(x_KNW.device.type, enabled=False):
             bias_K1V = self.out_bias[places, None].float()
             return torch.baddbmm(bias_K1V, x_KNW.float(), self.out_weight[places].float())

@@ -40,7 +40,7 @@ def details(pictures_B3HW: Tensor, reach: int = 4, bound: float = _BOUND) -> Ten
     return bound * torch.tanh((pictures_B3HW - local) / bound)
 
 
-class _Eye(nn.Module):
+class _CellFeatures(nn.Module):
     """Features in [-1, 1] of each cell of 2 x 2 pixels, by convolutions that see 22 pixels."""
 
     def __init__(self, width: int) -> None:
@@ -70,7 +70,7 @@ class TileReader(nn.Module):
     def __init__(self, bits: int, side: int, period: int, width: int = 0) -> None:
         super().__init__()
         self.side, self.period = side, period
-        self.eye = _Eye(width) if width else None
+        self.eye = _CellFeatures(width) if width else None
         self.stride = 2 if width else 1
         if width and period % 2:
             raise UserError(f"period is {period}; a reader with convolutions needs an even one")

@@ -18,10 +18,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,8 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.safe_tensors import read_tensors
-from mm.provenance.attacks import MEASURED, random_attacks, rounded
-from mm.provenance.fingerprint import PRESENT, Fingerprint
+from mm.provenance.fingerprint import Fingerprint
+from mm.provenance.losses import quality_lost, reading_losses
 
 _HARD = 0.85  # share of bits read from which pictures are attacked
 _HARDER = 600  # steps in which attacks reach their full strength
@@ -195,7 +194,7 @@ class _Run:
             latents, originals, bits = self._batch(generator)
             plain, marked = self._decoded(latents, bits)
             # The squared change grows with the square of the values, and so does what is lost, while it is small.
-            lost = max(float(self._lost(plain, marked, originals)), 1e-4)
+            lost = max(float(self._quality_lost(plain, marked, originals)), 1e-4)
             gain = ((10 ** (self.config.decibels_first / 10) - 1) / (10 ** (lost / 10) - 1)) ** 0.5
             for value in self.changes:
                 value.mul_(min(max(gain, 0.1), 10.0))
@@ -217,16 +216,8 @@ class _Run:
             marked = self.decode(latents) / 2 + 0.5
         return plain, marked
 
-    def _lost(self, plain: Tensor, marked: Tensor, originals: Tensor | None) -> Tensor:
-        """What picture quality loses, in dB, a mean over the pictures."""
-        plain, marked = plain.clamp(0, 1), marked + (marked.clamp(0, 1) - marked).detach()
-        if originals is None:
-            at_budget = 10 ** (-self.config.psnr / 10)
-            error = at_budget / (10 ** (self.config.decibels / 10) - 1)
-            ratio_B = 1 + _error(marked, plain) / error
-        else:
-            ratio_B = _error(marked, originals) / _error(plain, originals).clamp_min(1e-6)
-        return (10 * ratio_B.log10()).mean()
+    def _quality_lost(self, plain: Tensor, marked: Tensor, originals: Tensor | None) -> Tensor:
+        return quality_lost(plain, marked, originals, psnr=self.config.psnr, decibels=self.config.decibels)
 
     def step(self) -> None:
         """One update."""
@@ -236,8 +227,8 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * min(1.0, (self.number + 1) / 20, 0.02 + 2 * left)
         plain, marked = self._decoded(latents, bits_BK)
-        lost = self._lost(plain, marked, originals)
-        logits_BK, place, none = self._read(marked, plain, generator)
+        lost = self._quality_lost(plain, marked, originals)
+        logits_BK, place, none = reading_losses(self.fingerprint, marked, plain, generator, self.strength)
         weight = self.now[3].exp()
         loss = F.binary_cross_entropy_with_logits(logits_BK, bits_BK) + _PRESENCE * (place + none) + weight * lost
         self.optimizer.zero_grad(set_to_none=True)
@@ -250,17 +241,6 @@ class _Run:
             self.now[2] = loss
             self.now[3] = (self.now[3] + _PATIENCE * (lost - self.budget).clamp(-1, 1)).clamp(-9, 3)
         self.number += 1
-
-    def _read(self, marked: Tensor, plain: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of bits after attacks, and the losses of the place: among all, and of none in plain pictures."""
-        reader, side = self.fingerprint.reader, self.fingerprint.config.side
-        parts = random_attacks(marked, side, generator, self.strength) if self.strength else [(rounded(marked), (0, 0))]
-        found = [reader.places(part, shift) for part, shift in parts]
-        scores_BP = torch.cat([each[..., -1] for each in found])
-        count = max(1, len(plain) // 4)
-        free_BP = reader.places(rounded(plain[:count]))[..., -1]
-        place = (_with_none(scores_BP).logsumexp(1) - scores_BP[:, 0]).mean()
-        return torch.cat([each[:, 0, :-1] for each in found]), place, _with_none(free_BP).logsumexp(1).mean()
 
     def measured(self) -> Step:
         """What the running means say; attacks become stronger where bits are read."""
@@ -303,75 +283,3 @@ class _Run:
                 state = {k: tensor if k == "step" else tensor.to(value.device) for k, tensor in state.items()}
                 if state:
                     self.optimizer.state[value] = state
-
-
-def _error(given: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squares (B,)."""
-    return (given - wanted).square().flatten(1).mean(1)
-
-
-def _with_none(scores_BP: Tensor) -> Tensor:
-    """Scores of places, and 0 for that there is no fingerprint."""
-    return F.pad(scores_BP, (0, 1))
-
-
-@torch.no_grad()
-def measure(
-    fingerprint: Fingerprint, module: nn.Module, decode: Decode, latents: Tensor, *, originals: Tensor | None = None,
-    seed: int = 1, batch_size: int = 16,
-) -> dict[str, Any]:  # fmt: skip
-    """Share of bits read after each attack, and what the fingerprint costs in picture quality.
-
-    Args:
-        fingerprint: trained.
-        module: that holds the convolutions.
-        decode: as in training.
-        latents: (N, ...), of pictures that were not trained on.
-        originals: the pictures (N, 3, H, W) in [0, 1], for the loss of PSNR.
-        seed: of bits and crops.
-        batch_size: at once.
-
-    Returns:
-        "read" by attack, "found" (share of pictures in which a fingerprint is seen), "found_in_plain", "all_bits"
-        (share of pictures without a wrong bit) by attack, "psnr" of the change in dB, and
-        with originals "psnr_plain" and "psnr_marked", means over pictures.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    right: dict[str, list[Tensor]] = {name: [] for name in MEASURED}
-    seen: dict[str, list[Tensor]] = {name: [] for name in MEASURED}
-    wrong: list[Tensor] = []
-    change, plain_db, marked_db = [], [], []
-    for at in _slices(len(latents), batch_size):
-        some = latents[at]
-        bits_BK = torch.randint(2, (len(some), fingerprint.config.bits), generator=generator).float().to(some.device)
-        plain = (decode(some) / 2 + 0.5).clamp(0, 1)
-        with fingerprint.modulating(module, bits_BK):
-            marked = (decode(some) / 2 + 0.5).clamp(0, 1)
-        for name, attack in MEASURED.items():
-            found = fingerprint.read(attack(marked, generator))
-            right[name].append(((found.bits_BK > 0.5) == (bits_BK > 0.5)).float())
-            seen[name].append((found.present_B > PRESENT).float())
-        wrong.append((fingerprint.read(rounded(plain)).present_B > PRESENT).float())
-        change.append(_psnr(marked, plain))
-        if originals is not None:
-            plain_db.append(_psnr(plain, originals[at]))
-            marked_db.append(_psnr(marked, originals[at]))
-    report: dict[str, Any] = {
-        "n": len(latents), "read": {name: round(float(torch.cat(each).mean()), 4) for name, each in right.items()},
-        "all_bits": {name: round(float(torch.cat(each).all(1).float().mean()), 4) for name, each in right.items()},
-        "found": {name: round(float(torch.cat(each).mean()), 4) for name, each in seen.items()},
-        "found_in_plain": round(float(torch.cat(wrong).mean()), 4),
-        "psnr": round(float(torch.cat(change).mean()), 2),
-    }  # fmt: skip
-    if originals is not None:
-        report["psnr_plain"] = round(float(torch.cat(plain_db).mean()), 2)
-        report["psnr_marked"] = round(float(torch.cat(marked_db).mean()), 2)
-    return report
-
-
-def _psnr(given: Tensor, wanted: Tensor) -> Tensor:
-    return -10 * _error(given, wanted).clamp_min(1e-10).log10()
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(k, min(k + size, count)) for k in range(0, count, size))

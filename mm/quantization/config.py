@@ -74,8 +74,10 @@ class SVDQuantConfig:
             raise ValueError(f"bits {self.bits!r}: weights take 4, 8 or 'auto'")
         if self.activation_bits not in (4, 8, 16):
             raise ValueError(f"activation_bits {self.activation_bits}: inputs take 4, 8 or 16")
-        if (self.bits == "auto") != (self.size_budget is not None):
-            raise ValueError(f"size_budget {self.size_budget} and bits {self.bits!r}: bits='auto' needs a budget")
+        if self.bits == "auto" and self.size_budget is None:
+            raise ValueError("bits='auto' needs a budget; give size_budget (--size-budget), for example 0.4")
+        if self.bits != "auto" and self.size_budget is not None:
+            raise ValueError(f"size_budget {self.size_budget} acts with bits='auto' alone, and bits is {self.bits!r}")
         if self.size_budget is not None and not 0.28 <= self.size_budget <= 1:
             raise ValueError(f"size_budget {self.size_budget} must lie between 0.28 (all at 4 bits) and 1 (all at 16)")
         if self.bits == "auto" and self.data_free:

@@ -71,6 +71,8 @@ def quantize_folder(
     from mm.quantization.plot import draw
     from mm.quantization.quantize import quantize
 
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a new folder")
     if out.exists() and any(out.iterdir()) and not (out / ".parts").is_dir():
         raise UserError(f"{out} is not empty; choose a new folder, or remove it first")
     parts = out / ".parts"

@@ -22,7 +22,9 @@ from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.tokenizers import Autoencoder
-from mm.training.crisp_losses import BatchMaker, Crisp, CrispBatch, CrispConfig, RedrawnPool, gradient_energy, grown
+from mm.training.crisp_data import BatchMaker, CrispBatch, CrispConfig, RedrawnPool
+from mm.training.crisp_growth import grown
+from mm.training.crisp_losses import Crisp, gradient_energy
 from mm.training.publishing import publish
 from mm.training.redrawn import write_redrawn
 from mm.training.stage import Stage, StageContext

@@ -21,8 +21,9 @@ from torch import Tensor
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.provenance.fingerprint import Fingerprint, FingerprintConfig, fingerprint_of
+from mm.provenance.measuring import measure
 from mm.provenance.report import FINGERPRINT
-from mm.provenance.training import FingerprintTraining, Step, measure, train_fingerprint
+from mm.provenance.training import FingerprintTraining, Step, train_fingerprint
 from mm.tokenizers import Autoencoder
 from mm.training.stage import StageContext, device, override
 from mm.world.render import render
@@ -54,7 +55,7 @@ def fit_fingerprint(context: StageContext) -> dict[str, Any]:
     """Trains a fingerprint of the published autoencoder, or resumes; writes it beside the model's parts.
 
     Returns:
-        The report of `mm.provenance.training.measure`, of the written file.
+        The report of `mm.provenance.measuring.measure`, of the written file.
     """
     section, place = context.config["fingerprint"], device()
     config = override(FingerprintTraining(**section["trainer"]), context.flags)

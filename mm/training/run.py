@@ -45,12 +45,18 @@ ORDER = (
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The YAML of a published model's name, or of a path."""
+    """The YAML of a published model's name, or of a path. Raises UserError for what is no mapping in YAML."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
         raise UserError(f"no training config {name!r}; known: {known}, or give a path to a .yaml file")
-    return yaml.safe_load(path.read_text())
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}; a training config is a mapping, as mm-tiny's is")
+    return found
 
 
 def write_latents(context: StageContext, shards: int) -> None:

@@ -54,9 +54,14 @@ class Reading:
     nothing: bool = False
 
     @property
+    def corrected(self) -> list[str]:
+        """A line for each correction."""
+        return [f"{word!r} was read as {other!r}" for word, other in self.corrections]
+
+    @property
     def notices(self) -> list[str]:
         """All that a user should know."""
-        return [f"{word!r} was read as {other!r}" for word, other in self.corrections] + self.problems
+        return self.corrected + self.problems
 
 
 def read(text: str, task: Task = "draw", names: Iterable[str] = ()) -> Reading:

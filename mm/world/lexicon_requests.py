@@ -1,4 +1,4 @@
-"""What stands around a drawing prompt: contractions, "could you draw me", "a picture that shows", "3 x".
+"""Removes from a drawing prompt what is no description: contractions, "could you draw me", "a picture that shows".
 
 Design choices
 - The words of a request are dropped one by one at the beginning, so that a new order of them needs no new phrase. A
@@ -43,8 +43,14 @@ _SPELLINGS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Requests:
-    """The words of [request] in the file: those that begin a request, those that go on with it, kinds of pictures, and
-    what joins a kind of picture to what it shows."""
+    """The word lists of [request] in the file.
+
+    Attributes:
+        begin: Words that begin a request.
+        further: Words that continue one.
+        media: Kinds of pictures.
+        showing: Words that join a kind of picture to what it shows.
+    """
 
     begin: frozenset[str]
     further: frozenset[str]
@@ -66,10 +72,13 @@ def in_one_spelling(text: str) -> str:
 
 
 def without_request(words: Sequence[str]) -> list[str]:
-    """Without "please draw me", and with "a picture of" for "an image that shows"; unchanged where nothing were left.
+    """A prompt without "please draw me", and with "a picture of" in place of "an image that shows".
 
     Args:
-        words: Of a prompt.
+        words: The words of a prompt.
+
+    Returns:
+        The words that are left; all of them where none would be left.
     """
     asked = _requests()
     at = 0
@@ -91,7 +100,11 @@ def without_request(words: Sequence[str]) -> list[str]:
 
 
 def with_plain_pages(words: Sequence[str]) -> list[str]:
-    """With "plain background" for "a clean white page" and the like."""
+    """A prompt with "plain background" in place of "a clean white page" and the like.
+
+    Args:
+        words: The words of a prompt.
+    """
     pages, bare = (frozenset(raw()["fillers"][name].split()) for name in ("pages", "bare"))
     out: list[str] = []
     at = 0

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 import torch
+from lora_cases import DATA_FREE, TO_K, TO_Q, pair, product, same
 from lora_families import FAMILIES, fresh, noise, pipeline_of, run
 from lora_writers import made
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny_public import T5, TEXT
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import mm
-from mm.adapters.formats.settings import matches
 from mm.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-DATA_FREE = mm.SVDQuantConfig(rank=4, data_free=True)
-TO_Q, TO_K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
-
-
-def pair(stem: str, outputs: int = 32, inputs: int = 32, seed: int = 1) -> dict[str, torch.Tensor]:
-    made = {"lora_A": noise(2, inputs, seed=seed), "lora_B": noise(outputs, 2, seed=seed + 1)}
-    return {f"{stem}.{k}.weight": t for k, t in made.items()}
-
-
-def product(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
-    return tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
 
 
 @pytest.fixture
 def model():
     return fresh("FLUX")
-
-
-def same(model, twin, family="FLUX", **bounds):
-    torch.testing.assert_close(run(family, model), run(family, twin), **({"atol": 1e-4, "rtol": 1e-4} | bounds))
-
-
-def text_encoder(**fields):
-    torch.manual_seed(0)
-    return CLIPTextModel(CLIPTextConfig(**(TEXT | fields), max_position_embeddings=8)).eval()
 
 
 # ---- parts beside the product ---------------------------------------------------------------------------------------
@@ -112,59 +89,6 @@ def test_a_full_change_stands_beside_a_product(model):
     twin.get_submodule(TO_Q).weight.data += product(tensors, f"lora_unet_{TO_Q}") + noise(32, 32, seed=9)
     mm.read_lora(tensors, model).apply(model)
     same(model, twin)
-
-
-# ---- text encoders --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefix", ["text_encoder.text_model.", "text_encoder.", "lora_te1_text_model_", "lora_te_",
-                                    "text_encoders.clip_l.transformer.text_model."])  # fmt: skip
-@pytest.mark.parametrize("level", [False, True])
-def test_clip_with_and_without_the_level_text_model(prefix, level):
-    from torch import nn
-
-    clip = text_encoder()
-    if level:  # as transformers 4 built it
-        outer = type("CLIPTextModel", (nn.Module,), {})()
-        outer.text_model = clip
-        clip = outer
-    unet = fresh("SD 1.5")
-    pipe = pipeline_of("SD 1.5", unet)
-    pipe.register_modules(text_encoder=clip)
-    layer = "encoder.layers.0.self_attn.q_proj" if "_te" not in prefix else "encoder_layers_0_self_attn_q_proj"
-    unet_layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    patch = mm.read_lora(pair(prefix + layer, 16, 16) | pair(f"unet.{unet_layer}", 8, 8), pipe)
-    assert len(patch.entries) == 2
-    assert any(path.startswith("text_encoder.") for path in patch.entries)
-    patch.apply(pipe)
-    with pytest.raises(UserError, match="1 of 2 LoRA layers are in this model; not: " + prefix[:8]):
-        mm.read_lora(pair(prefix + layer, 16, 16) | pair(f"unet.{unet_layer}", 8, 8), unet)
-
-
-def test_early_names_of_diffusers_in_text_encoders():
-    clip = text_encoder()
-    tensors = {"text_model.encoder.layers.0.self_attn.to_out_lora.down.weight": noise(2, 16),
-               "text_model.encoder.layers.0.self_attn.to_out_lora.up.weight": noise(16, 2),
-               "text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight": noise(2, 16),
-               "text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight": noise(32, 2)}  # fmt: skip
-    assert list(mm.read_lora(tensors, clip).entries) == ["encoder.layers.0.self_attn.out_proj",
-                                                         "encoder.layers.0.mlp.fc1"]  # fmt: skip
-
-
-@pytest.mark.parametrize("family", ["FLUX", "SD3"])
-def test_t5_is_the_third_text_encoder_or_the_second(family):
-    pipe = pipeline_of(family, fresh(family))
-    part = "text_encoder_2" if family == "FLUX" else "text_encoder_3"
-    pipe.register_modules(**{part: T5EncoderModel(T5Config(**T5))})
-    flat = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
-    assert list(mm.read_lora(pair(flat, 16, 16), pipe).entries) == [f"{part}.encoder.block.0.layer.0.SelfAttention.q"]
-
-
-def test_a_name_that_two_encoders_have_is_not_guessed():
-    pipe = pipeline_of("SDXL", fresh("SDXL"))
-    pipe.register_modules(text_encoder=text_encoder(), text_encoder_2=text_encoder())
-    with pytest.raises(UserError, match="may be a layer of text_encoder or text_encoder_2"):
-        mm.read_lora(pair("encoder.layers.0.self_attn.q_proj", 16, 16), pipe)
 
 
 # ---- kinds ----------------------------------------------------------------------------------------------------------
@@ -345,75 +269,6 @@ def test_files_that_are_none(model, tmp_path):
     mm.read_lora(pair(TO_Q), model).save(tmp_path / "patch.safetensors")
     with pytest.raises(UserError, match="is a patch of mm"):
         mm.read_lora(tmp_path / "patch.safetensors", model)
-
-
-# ---- settings -------------------------------------------------------------------------------------------------------
-
-
-def read_with(tmp_path, model, **settings):
-    save_file(pair(TO_Q), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    return mm.read_lora(tmp_path, model).entries[TO_Q].scale
-
-
-@pytest.mark.parametrize(
-    ("settings", "scale"),
-    [
-        ({"lora_alpha": 3}, 1.5),
-        ({"lora_alpha": 4, "use_rslora": True}, 4 / 2**0.5),
-        ({"lora_alpha": 3, "alpha_pattern": {"to_q": 5}}, 2.5),
-        ({"lora_alpha": 3, "alpha_pattern": {"^to_q": 5, "^transformer_blocks.0.attn.to_q": 9}}, 4.5),
-        ({"lora_alpha": 3, "alpha_pattern": {r"transformer_blocks\.\d+\.attn\.to_q": 5}}, 2.5),
-        ({"lora_alpha": 3, "alpha_pattern": {r"o_q": 5}}, 1.5),
-        ({"init_lora_weights": "gaussian"}, 1.0),
-    ],
-)
-def test_settings_are_obeyed_as_in_peft(model, tmp_path, settings, scale):
-    assert read_with(tmp_path, model, **settings) == pytest.approx(scale)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lora_alpha": "3"}, "lora_alpha is '3'"),
-        ({"lora_alpha": True}, "lora_alpha is True"),
-        ({"lora_alpha": 1, "alpha_pattern": ["to_q"]}, "alpha_pattern is a list"),
-        ({"lora_alpha": 1, "alpha_pattern": {"to_q": None}}, r"alpha_pattern\['to_q'\] is None"),
-        ({"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}, "regular expression '\\(a\\+\\)\\+\\$', which mm does not"),
-        ({"lora_alpha": 1, "rank_pattern": {"(x|x)*y": 2}}, "which mm does not run"),
-        ({"lora_alpha": 1, "r": -4}, "r is -4, not a positive number"),
-        ({"lora_alpha": 1, "init_lora_weights": "pissa_niter_4"}, "a base that its training changed"),
-        ({"lora_alpha": 1, "alora_invocation_tokens": [3]}, "an activated LoRA"),
-    ],
-)
-def test_settings_that_mean_something_else_are_named(model, tmp_path, settings, message):
-    with pytest.raises(UserError, match=message):
-        read_with(tmp_path, model, **settings)
-
-
-def test_patterns_match_as_peft_matches_and_take_linear_time():
-    import re
-
-    names = ["a.to_q", "to_q", "b.a.to_q", "blocks.12.attn.to_q", "xto_q", "blocks..to_q", "", "a", "aa", "ba.aa"]
-    patterns = [
-        "to_q",
-        "^to_q",
-        "a.to_q",
-        r"blocks\.\d+\.attn\.to_q",
-        "blocks.*to_q",
-        "a+",
-        "a*",
-        "^a+$",
-        ".+q",
-        "[0-9]+",
-    ]
-    for pattern in patterns:
-        for name in names:
-            want = re.match(rf"(.*\.)?({pattern})$", name) is not None
-            assert matches(pattern, name) == want, (pattern, name)
-    start = time.process_time()
-    assert not matches(".*" * 100 + "b", "a" * 400)
-    assert time.process_time() - start < 2
 
 
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def test_wrong_input_is_one_line(model, tmp_path, cli):
     empty.write_text("\n")
     cases = (
         (("quantize", model, "-o", full), "is not empty"),
+        (("quantize", model, "-o", empty), "empty.txt is a file; give a new folder"),
+        (("quantize", model, "-o", tmp_path / "x", "--size-budget", "0.5"), "acts with bits='auto' alone"),
         (("quantize", tmp_path / "nowhere", "-o", tmp_path / "x"), "no model"),
         (("quantize", model, "-o", tmp_path / "x", "--bits", "auto"), "needs a budget"),
         (("quantize", model, "-o", tmp_path / "x", "--bits", "3"), "bits 3"),

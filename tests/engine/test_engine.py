@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 
 import numpy as np
 import pytest
-import tiny_calibration
 import torch
 from PIL import Image
-from tiny import tiny_pipeline
 
 import mm
 from mm.core.errors import UserError
-from mm.engine import calls, memory, output
-from mm.engine.capabilities import Capabilities
+from mm.engine import calls, output
 from mm.engine.changes import unchanged
-from mm.engine.events import CancelToken, Done, Notice, Picture, RunCancelledError, Step
-from mm.engine.facts import capabilities_of
-from mm.engine.outline import capabilities_at
+from mm.engine.events import CancelToken, Done, Notice, Picture, Step
 from mm.engine.previews import unpacked
-from mm.engine.requests import Describe, Draw, Edit
-from mm.engine.serial import FairLock
-from mm.engine.settings import request_of, scheduler_named
-from mm.families import family_of
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Model folders: ours, SDXL, and an image-to-image pipeline of Stable Diffusion."""
-    root = tmp_path_factory.mktemp("models")
-    tiny_pipeline().save_pretrained(root / "ours")
-    tiny_calibration.sdxl().save_pretrained(root / "sdxl")
-    tiny_calibration.sd("StableDiffusionPipeline").save_pretrained(root / "sd")
-    return root
-
-
-@pytest.fixture(scope="module")
-def ours(folders):
-    return mm.load(folders / "ours")
-
-
-@pytest.fixture(scope="module")
-def sdxl(folders):
-    return mm.load(folders / "sdxl", dtype="float32")
+from mm.engine.requests import Draw
+from mm.engine.settings import request_of
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -202,26 +174,6 @@ def test_requests_that_differ_in_prompt_and_seed_alone_share_calls(sdxl, monkeyp
         assert abs(pixels(made[k]) - pixels(alone)).max() <= 2
 
 
-def test_capabilities_are_known_without_weights(folders, ours, sdxl):
-    for name, engine in (("ours", ours), ("sdxl", sdxl)):
-        assert capabilities_at(folders / name, engine.name) == engine.capabilities
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("Euler a", "EulerAncestralDiscreteScheduler"),
-        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler"),
-        ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
-        ("ddim", "DDIMScheduler"),
-        ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
-        ("magic", None),
-    ],
-)
-def test_samplers_of_other_programs_are_known(sdxl, name, kind):
-    assert scheduler_named(name, sdxl.capabilities) == kind
-
-
 @pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")])
 def test_files_hold_what_their_suffix_says(tmp_path, suffix, kind):
     path = tmp_path / f"a{suffix}"
@@ -244,119 +196,9 @@ def test_an_edit_that_changes_nothing_is_seen():
     assert not unchanged(source, Image.new("RGB", (64, 64), (130, 130, 130)))
 
 
-@pytest.mark.parametrize(
-    ("request_of_it", "message"),
-    [
-        ({"prompt": "x", "size": (100, 100)}, "draws .* only"),
-        ({"prompt": "x", "mode": "magic"}, "mode is 'magic'; .* has the modes flow, codes"),
-        ({"prompt": "x", "scheduler": "Nothing"}, "scheduler is 'Nothing'"),
-        ({"prompt": "x", "image": Image.new("RGB", (8, 8))}, "cannot draw from a picture; it can: draw"),
-        ({"prompt": "x", "steps": 0}, "steps is 0; give a whole number from 1"),
-        ({"prompt": "x", "guidance": float("nan")}, "guidance is nan"),
-        ({"prompt": "x", "seed": -1}, "seed is -1"),
-        ({"prompt": "x" * 30_000}, "has 30000 characters"),
-        ({"prompt": "x", "strength": 0.5}, "without image"),
-        ({"prompt": "x", "mask": Image.new("L", (8, 8))}, "without image"),
-        ({"prompt": 7}, "prompt is 7; give a text"),
-    ],
-)
-def test_wrong_requests_are_named_before_anything_is_drawn(ours, request_of_it, message):
-    with pytest.raises(UserError, match=message):
-        ours.run(Draw(**request_of_it))
-
-
-def test_wrong_models_are_named(folders, tmp_path):
-    with pytest.raises(UserError, match="no model 'nothing'"):
-        mm.load("nothing")
-    with pytest.raises(UserError, match="bits is 3"):
-        mm.load(folders / "ours", bits=3)
-    with pytest.raises(UserError, match="device is 'tpu'"):
-        mm.load(folders / "ours", device="tpu")
-    with pytest.raises(UserError, match="dtype is 'int3'"):
-        mm.load(folders / "ours", dtype="int3")
-    with pytest.raises(UserError, match="offload is 'model'"):
-        mm.load(folders / "ours", device="cpu", offload="model")
-    (tmp_path / "x.ckpt").write_bytes(b"pickle")
-    with pytest.raises(UserError, match=r"no \.safetensors file"):
-        mm.load(tmp_path / "x.ckpt")
-
-
-def test_an_estimate_counts_the_weights(folders):
-    engine = mm.load(folders / "sdxl", dtype="float32")
-    found = memory.estimate(folders / "sdxl")
-    count = sum(
-        p.numel()
-        for part in engine.pipeline.components.values()
-        if hasattr(part, "parameters")
-        for p in part.parameters()
-    )
-    assert abs(found.sixteen - 2 * count) < 0.02 * found.sixteen
-    assert found.four < found.sixteen
-    assert memory.choose_offload(10, 5, 1 << 40)[0] == "none"
-    assert memory.choose_offload(30 << 30, 8 << 30, 16 << 30)[0] == "model"
-    assert memory.choose_offload(60 << 30, 40 << 30, 16 << 30)[0] == "group"
-
-
-def test_a_strength_that_leaves_no_step_is_refused(sdxl):
-    picture = Image.new("RGB", (32, 32))
-    with pytest.raises(UserError, match=r"a strength of 0.2 leaves none of 4 steps; give a strength of at least 0.25"):
-        sdxl.draw("a fox", image=picture, strength=0.2, steps=4, seed=1)
-
-
-def test_waiting_runs_come_in_order():
-    lock, order = FairLock(), []
-    with lock:
-        threads = [threading.Thread(target=_take, args=(lock, order, k)) for k in range(5)]
-        for k, thread in enumerate(threads):
-            thread.start()
-            while len(lock._waiting) <= k:
-                time.sleep(0.001)
-    for thread in threads:
-        thread.join()
-    assert order == list(range(5))
-
-
-def test_a_run_that_waits_is_cancelled_at_once_and_leaves_the_queue():
-    lock, token = FairLock(), CancelToken()
-    with lock:
-        threading.Timer(0.1, token.cancel).start()
-        with pytest.raises(RunCancelledError), lock.turn(token):
-            pass
-        assert not lock._waiting
-    with lock.turn(CancelToken()):
-        assert lock._taken
-    assert not lock._taken
-
-
-def _take(lock: FairLock, order: list, k: int) -> None:
-    with lock:
-        order.append(k)
-
-
 def test_packed_latents_are_laid_out_as_flux_packs_them():
     from diffusers import FluxPipeline
 
     x = torch.arange(2 * 16 * 6 * 8.0).reshape(2, 16, 6, 8)
     packed = FluxPipeline._pack_latents(x, 2, 16, 6, 8)
     assert torch.equal(unpacked(packed, 16, (64, 48)), x)
-
-
-def test_capabilities_of_an_unknown_pipeline_come_from_its_call():
-    class Unknown:
-        def __call__(self, prompt, height=None, width=None, guidance_scale=3.0, num_inference_steps=9): ...
-
-    can = capabilities_of("unknown", Unknown(), None)
-    assert can.tasks == ("draw",)
-    assert (can.guidance_name, can.negative, can.fixed_size) == ("guidance_scale", False, False)
-    with pytest.raises(UserError, match="takes no negative prompt"):
-        can.check(Draw(prompt="x", negative="y"))
-    with pytest.raises(UserError, match="cannot edit by an instruction"):
-        can.check(Edit(image=Image.new("RGB", (8, 8)), instruction="x"))
-    with pytest.raises(UserError, match="cannot read pictures"):
-        Capabilities(model="m", tasks=("draw",)).check(Describe(image=Image.new("RGB", (8, 8))))
-
-
-def test_families_give_defaults(ours, sdxl):
-    assert (ours.capabilities.steps["codes"], ours.capabilities.guidance) == (32, 5.5)
-    assert family_of(sdxl.pipeline).name == "stable-diffusion-xl"
-    assert sdxl.capabilities.negative

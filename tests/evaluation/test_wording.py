@@ -14,10 +14,10 @@ from mm.evaluation.prompts import COMPOSE, load_prompts
 from mm.evaluation.wording import (
     OTHER_WORDS,
     OTHER_WORDS_TUNE,
-    arrival_of,
     evaluate_wording,
     plain_twins,
     reading_shares,
+    understood_of,
 )
 from mm.world.judge import Judge
 from mm.world.tasks import TASKS
@@ -52,7 +52,7 @@ def test_a_meaning_that_does_not_arrive_is_not_counted() -> None:
         ("four donuts at night", False, False),
         ("four pizzas", False, False),
     ):
-        found = arrival_of(replace(prompt, text=text))
+        found = understood_of(replace(prompt, text=text))
         assert (found.read, found.silent) == (read, silent), text
 
 

@@ -132,7 +132,19 @@ def test_scripts_run_through_python_and_the_command(pipe, tmp_path, cli):
     done = cli(*command, "--steps", "1", given=script)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
-    wrong = cli(*command, given="/image none.png\n/what\n")
+    wrong = cli(*command, given="/image none.png\n/image\n/what\n")
     assert wrong.returncode == 1
     assert "no picture at none.png" in wrong.stderr
+    assert "/image names no file; write /image FILE" in wrong.stderr
     assert "unknown command '/what'" in wrong.stderr
+
+
+def test_seeds_of_a_conversation_stay_those_that_a_file_can_hold(pipe):
+    state = pipe.start()
+    seeds = [
+        event.seed
+        for turn in ("draw a cat", "another one")
+        for event in pipe.turn(state, turn, seed=2**32 - 1, steps=1)
+        if event.kind == "picture"
+    ]
+    assert seeds == [2**32 - 1, 0]

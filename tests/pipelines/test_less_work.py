@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,9 +13,18 @@ from torch import nn
 
 from mm.core.errors import UserError
 from mm.models.cache import PromptCache
-from mm.pipelines.code_leaps import neighbours, planned, revised
-from mm.pipelines.fast import LEVELS, SIMILARITY, FastCodes, FastFlow, fast_settings, flow_plan, similarity_at
-from mm.pipelines.sampling import code_steps
+from mm.pipelines.code_filling import neighbours, planned, revised
+from mm.pipelines.fast import (
+    FULL_CODES,
+    LEVELS,
+    SIMILARITY,
+    FastCodes,
+    FastFlow,
+    fast_settings,
+    flow_plan,
+    similarity_at,
+)
+from mm.pipelines.sampling import code_steps, masked_steps
 
 ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0, "spaced": False}
 
@@ -54,9 +65,55 @@ def test_settings_that_leave_nothing_out_change_no_bit(pipe: Any):
     assert torch.equal(draw(pipe, generator=seeded(1), fast=ALL | {"steps": 5}), plain)
     never = ALL | {"threshold": 1.5}
     assert torch.equal(draw(pipe, num_inference_steps=5, generator=seeded(1), fast=never), plain)
-    codes = draw(pipe, num_inference_steps=8, mode="codes", generator=seeded(1))
-    none = {"confidence": None, "full_every": 1, "steps": 8}
-    assert torch.equal(draw(pipe, mode="codes", generator=seeded(1), fast=none), codes)
+
+
+def plain_codes(pipe: Any, prompt: str, seed: int, fill: int, again: int) -> torch.Tensor:
+    """The latents that codes mode draws with nothing left out, as its docstrings say: one loop, whole batches."""
+    generator, side = seeded(seed)[0], int(pipe.trunk.config.latent_size)
+    tokens, channels, levels = side * side, pipe.bridge.config.channels, pipe.bridge.config.levels
+    order, left = torch.randperm(tokens, generator=generator), masked_steps(tokens, fill)
+    revisions = [torch.randperm(tokens, generator=generator)[: tokens // 4] for _ in range(again)]
+    uniform = torch.rand(tokens, channels, levels, generator=generator).clamp(1e-9, 1 - 1e-7)
+    gumbel, caches = -(-uniform.log()).log(), PromptCache.cat(list(pipe.encode_prompt([prompt])))
+    steps = [(order[tokens - a :], order[tokens - a : tokens - b], 1.0) for a, b in pairwise([tokens, *left]) if a]
+    steps += [(some, some, 1 - 0.9 * (k + 1) / again) for k, some in enumerate(revisions)]
+    codes, latents = torch.zeros(tokens, channels, dtype=torch.int64), torch.zeros(1, channels, side, side)
+    for masked, now, heat in steps:
+        open_L = torch.zeros(tokens, dtype=torch.bool).index_fill(0, masked, True)
+        rows = open_L.expand(2, -1)
+        prompted, empty = pipe.trunk(latents.repeat(2, 1, 1, 1), rows.float(), caches, "codes", rows)
+        features = empty + (1 + 2 * (1 - open_L.float().mean())) * (prompted - empty)
+        codes[now] = pipe.code_head.sample(features[now], gumbel[now], temperature=0.9 * heat)
+        open_L[now] = False
+        values = pipe.bridge.dequantize(codes.T.unflatten(1, (side, side))[None])
+        latents = values.masked_fill(open_L.unflatten(0, (side, side)), 0.0)
+    return latents
+
+
+@torch.no_grad()
+def test_codes_mode_with_nothing_left_out_is_a_plain_loop(pipe: Any):
+    none = asdict(FULL_CODES) | {"steps": 8}
+    for seed in (1, 2):
+        wanted = plain_codes(pipe, "a dog", seed, fill=5, again=3)
+        got = pipe("a dog", mode="codes", generator=seeded(seed), fast=none, output_type="latent").images
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_unconditional_features_are_computed_where_guidance_counts(pipe: Any):
+    trunk = rows_of(pipe, "trunk")
+    plain = {"mode": "codes", "generator": seeded(1), "output_type": "latent"}
+    none = asdict(FULL_CODES) | {"steps": 8}
+    full = pipe("a dog", fast=none, **plain).images
+    known = [1 - left / 64 for left in (64, *masked_steps(64, 5)[:-1])] + [0.75] * 3
+    assert trunk == [1] + [2] * 7  # guidance of an empty picture is zero
+    for settings in ({"guided_from": 0.3}, {"guided_until": 0.7}, {"guided_from": 0.2, "guided_until": 0.5}):
+        trunk.clear()
+        pipe("a dog", fast=none | settings, **plain)
+        low, high = settings.get("guided_from", 0.0), settings.get("guided_until", 1.0)
+        assert trunk == [2 if share > 0 and low <= share <= high else 1 for share in known], settings
+    never = pipe("a dog", fast=none | {"guided_from": 1.0}, **plain).images
+    assert torch.equal(never, pipe("a dog", fast=none, guidance_scale=1.0, **plain).images)
+    assert not torch.equal(never, full)
 
 
 def test_spaced_levels_end_a_step_above_zero(pipe: Any):
@@ -98,9 +155,11 @@ def test_ended_guidance_is_a_callback_that_ends_it(pipe: Any):
 
 def test_a_picture_does_not_depend_on_its_batch(pipe: Any):
     prompts = ["two red cats on grass", "a dog", "three stars at night"]
+    codes = asdict(FULL_CODES) | {"steps": 10}
     for fast in ({"mode": "flow", "fast": True}, {"mode": "flow", "fast": ALL | {"steps": 6, "threshold": 0.99}},
+                 {"mode": "codes", "fast": codes | {"confidence": -4.0, "neighbours": True}},
                  {"mode": "codes", "fast": {"steps": 10, "confidence": -4.0}},
-                 {"mode": "codes", "fast": {"steps": 10, "full_every": 3}}):  # fmt: skip
+                 {"mode": "codes", "fast": codes | {"full_every": 3}}):  # fmt: skip
         together = draw(pipe, prompts, generator=seeded(1, 2, 3), **fast)
         alone = [draw(pipe, one, generator=seeded(seed), **fast) for seed, one in enumerate(prompts, 1)]
         assert (together - torch.cat(alone)).abs().max() < 2 / 255, fast
@@ -115,7 +174,7 @@ def test_confident_neighbours_save_steps(pipe: Any):
 
     for confidence in (None, -1e9):
         draw(pipe, mode="codes", generator=seeded(1), callback_on_step_end=note,
-             fast={"steps": 16, "confidence": confidence, "full_every": 1})  # fmt: skip
+             fast=asdict(FULL_CODES) | {"steps": 16, "confidence": confidence, "neighbours": True})  # fmt: skip
     first, second = steps[: steps.index(0, 1)], steps[steps.index(0, 1) :]
     # every neighbour is sure enough: the known area grows by a ring a step
     assert first == list(range(16)) and len(second) < 12
@@ -148,7 +207,7 @@ def test_the_schedule_goes_on_from_what_is_known():
 
 
 def test_revisions_take_unsure_tokens_in_their_order():
-    plan = list(code_steps(seeded(3), 16, 8))[-1]
+    plan = list(code_steps(seeded(3), 16, 8, revisions=3, revised=0.25))[-1]
     log = torch.full((1, 16), -0.1)
     assert torch.equal(revised(plan, log, None), plan.masked_BL) and not revised(plan, log, -0.5).any()
     unsure = plan.order_BL[0, [1, 5, 9, 12, 14, 15]]
@@ -173,6 +232,10 @@ def test_similarity_lies_between_its_levels():
         ("flow", {"features": "all"}, "features is 'all'"), ("flow", {"threshold": 5}, "threshold is 5"),
         ("flow", {"confidence": -1}, "no setting 'confidence'"), ("codes", {"guided": 1}, "no setting 'guided'"),
         ("codes", {"confidence": 0.5}, "confidence is 0.5"), ("codes", {"full_every": 0}, "full_every is 0"),
+        ("codes", {"revising": 1}, "revising is 1"), ("codes", {"revised": -0.1}, "revised is -0.1"),
+        ("codes", {"neighbours": "no"}, "neighbours is 'no'"), ("codes", {"guided_from": 2}, "guided_from is 2"),
+        ("codes", {"guided_until": None}, "guided_until is None"),
+        ("codes", {"full_every": 2, "guided_until": 0.5}, "full_every is 2"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: str, given: dict[str, Any], said: str):
@@ -183,4 +246,8 @@ def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: st
 def test_the_mix_is_frozen():
     """Changing it is a line in CHANGELOG.md: pictures of `--fast` change."""
     assert FastFlow() == FastFlow(steps=8, spaced=True, guided=0.6, features=0.75, threshold=None, linear=False)
-    assert fast_settings("codes", {"steps": 7})["steps"] == 7 and FastCodes() is not None
+    codes = {"confidence": -0.4, "neighbours": True, "guided_from": 0.0, "guided_until": 1.0, "full_every": 1}
+    assert FastCodes() == FastCodes(steps=26, revising=0.375, revised=0.25, **codes)
+    full = {"confidence": None, "neighbours": False, "guided_from": 0.0, "guided_until": 1.0}
+    assert FULL_CODES == FastCodes(steps=32, revising=0.375, revised=0.25, **full)
+    assert fast_settings("codes", {"steps": 7})["steps"] == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tiny import STEPS, draw, seeded, tiny_pipeline
 from mm import TextToImagePipeline
 from mm.core.errors import UserError
 from mm.models.cache import PromptCache
-from mm.pipelines.sampling import COOLED, REVISED, code_steps, masked_steps, revisions
+from mm.pipelines.fast import FULL_CODES
+from mm.pipelines.sampling import COOLED, code_steps, masked_steps
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +127,9 @@ def test_masked_steps_follow_the_cosine() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 32, 200])
 def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
-    plan = list(code_steps(seeded(1, 2), 64, steps))
-    filling, revising = plan[: len(plan) - revisions(steps)], plan[len(plan) - revisions(steps) :]
+    count = steps // 3
+    plan = list(code_steps(seeded(1, 2), 64, steps, revisions=count, revised=0.25))
+    filling, revising = plan[: len(plan) - count], plan[len(plan) - count :]
     assert 1 <= len(filling) <= min(steps, 64)
     for row in (0, 1):
         first = torch.cat([step.now_BN[row] for step in filling])
@@ -135,12 +138,12 @@ def test_codes_fill_the_picture_and_then_revise_it(steps: int) -> None:
             assert masked[row, now[row]].all()  # only what is masked is drawn
             assert masked[row].sum() == 64 - round(64 * known)
         for masked, now, *_ in revising:
-            assert len(now[row]) == 64 * REVISED == masked[row].sum()
+            assert len(now[row]) == 16 == masked[row].sum()
     assert {step.heat for step in filling} == {1.0}
     heats = [1.0, *(step.heat for step in revising)]
     assert all(a > b for a, b in itertools.pairwise(heats))
     assert heats[-1] == pytest.approx(COOLED if revising else 1.0)
-    alone = list(code_steps(seeded(2), 64, steps))
+    alone = list(code_steps(seeded(2), 64, steps, revisions=count, revised=0.25))
     assert all(torch.equal(a[1][0], b[1][1]) for a, b in zip(alone, plan, strict=True))
 
 
@@ -178,7 +181,7 @@ def test_stopped_codes_leave_the_rest_grey(pipe: TextToImagePipeline) -> None:
 
     latents = draw(pipe, mode="codes", num_inference_steps=4, output_type="latent", callback_on_step_end=stop)
     undrawn = (latents == 0).all(1).sum()  # latents of zero decode to the mean picture
-    assert undrawn == masked_steps(64, 4 - revisions(4))[0]
+    assert undrawn == masked_steps(64, 4 - FULL_CODES.revisions(4))[0]
 
 
 def test_given_latents_and_prompt_lists(pipe: TextToImagePipeline) -> None:
@@ -203,6 +206,20 @@ def test_given_latents_and_prompt_lists(pipe: TextToImagePipeline) -> None:
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 4, 8, 8\)"),
         ({"attention_kwargs": {"scales": 2}}, "scales"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        ({"prompt": 7}, "a prompt is a text or a list of texts, got int 7"),
+        ({"prompt": ["a cat", None]}, "a prompt is a text, got NoneType"),
+        ({"negative_prompt": 7}, "a negative prompt is a text or a list of texts, got int 7"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"guidance_scale": True}, "guidance_scale is True"),
+        ({"temperature": "hot", "mode": "codes"}, "temperature is 'hot'"),
+        ({"temperature": float("nan"), "mode": "codes"}, "temperature is"),
+        ({"num_inference_steps": 2.5}, r"num_inference_steps is 2\.5; give a whole number"),
+        ({"num_images_per_prompt": "2"}, "num_images_per_prompt is '2'; give a whole number"),
+        ({"best_of": 1.5}, r"best_of is 1\.5; give a whole number from 1 to 64"),
+        ({"sigmas": 1.0}, r"sigmas are 1\.0; give a list"),
+        ({"generator": 7}, r"generator is 7; give torch\.Generator"),
+        ({"generator": [7]}, r"generator is 7; give torch\.Generator"),
+        ({"latents": [0.0]}, "latents are a list; give a tensor"),
     ],
 )
 def test_wrong_input_says_what_was_wrong(pipe: TextToImagePipeline, options: dict[str, Any], message: str) -> None:
@@ -221,3 +238,12 @@ def test_caches_pad_and_stack(pipe: TextToImagePipeline) -> None:
     short, long = (pipe.encode_prompt(p)[0] for p in ("a cat", "a cat " * 20))
     both = PromptCache.cat([short, long])
     assert both.mask_BT.sum(1).tolist() == [4, 42]
+
+
+def test_a_prompt_that_names_nothing_gives_one_warning(pipe: TextToImagePipeline) -> None:
+    for prompt in ("a hat", "xyzzy", "ein roter Hund"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw(pipe, prompt, num_inference_steps=1)
+        (said,) = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        assert said.startswith(f"{prompt!r} names nothing that the model can draw: ") and "`strict` refuses" in said

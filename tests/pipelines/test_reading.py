@@ -188,7 +188,7 @@ def test_guidance_of_text_and_picture_is_the_three_way_sum(editor, pictures):
 
 
 def test_wrong_edits_are_named(editor, pictures):
-    with pytest.raises(UserError, match="the mask is 64 x 64 and the picture 128 x 128"):
+    with pytest.raises(UserError, match="the mask is 64 x 64 and the picture 128 x 128; give a mask of"):
         edited(editor, pictures[0], mask_image=Image.new("L", (64, 64), 255))
     with pytest.raises(UserError, match="black everywhere"):
         edited(editor, pictures[0], mask_image=Image.new("L", (128, 128), 0))

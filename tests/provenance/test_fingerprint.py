@@ -15,9 +15,10 @@ from mm.cli.train import Stage
 from mm.core.errors import UserError
 from mm.provenance.attacks import MEASURED, cropped, jpeg, jpeg_like, scaled
 from mm.provenance.fingerprint import Fingerprint, FingerprintConfig, fingerprint_of
+from mm.provenance.measuring import measure
 from mm.provenance.readers import TileReader, carriers
 from mm.provenance.solving import solve_fingerprint
-from mm.provenance.training import STATE, FingerprintTraining, measure, train_fingerprint
+from mm.provenance.training import STATE, FingerprintTraining, train_fingerprint
 from mm.tokenizers import Autoencoder
 
 SIDE, BITS = 128, 8

@@ -11,8 +11,9 @@ import yaml
 from tiny import tiny_pipeline
 
 from mm.tokenizers import Autoencoder
-from mm.training import crisp_losses as stage
-from mm.training import run
+from mm.training import crisp_losses, run
+from mm.training.crisp_data import BatchMaker, CrispBatch, CrispConfig, RedrawnPool
+from mm.training.crisp_growth import grown
 from mm.training.crisp_stage import stage as make_stage
 from mm.training.redrawn import redraw, write_redrawn
 from mm.training.stage import StageContext
@@ -32,23 +33,23 @@ def tiny_autoencoder() -> Autoencoder:
 
 def test_a_grown_decoder_writes_the_same_pictures():
     before = tiny_autoencoder()
-    after = stage.grown(before, stage.CrispConfig(quarter_depth=3, refine_depth=2))
+    after = grown(before, CrispConfig(quarter_depth=3, refine_depth=2))
     assert (after.config.decoder_depths[2], after.config.refine_depth) == (3, 2)
     latents = torch.randn(2, 16, 8, 8)
     torch.testing.assert_close(after.decode(latents), before.decode(latents))
     pictures = torch.rand(2, 3, 128, 128) * 2 - 1
     torch.testing.assert_close(after.encode(pictures), before.encode(pictures))
-    same = stage.grown(after, stage.CrispConfig())
+    same = grown(after, CrispConfig())
     torch.testing.assert_close(same.decode(latents), before.decode(latents))
     with pytest.raises(ValueError, match="3 blocks in a stage cannot shrink to 1"):
-        stage.grown(after, stage.CrispConfig(quarter_depth=1))
+        grown(after, CrispConfig(quarter_depth=1))
 
 
 def test_gradient_energy_by_hand():
     picture = torch.zeros(1, 1, 2, 2)
     picture[..., 0, 0] = 3.0
     # One edge across of two, one edge down of two, each of strength 3.
-    assert float(stage.gradient_energy(picture)) == pytest.approx(9 / 2 + 9 / 2)
+    assert float(crisp_losses.gradient_energy(picture)) == pytest.approx(9 / 2 + 9 / 2)
 
 
 def test_errors_of_redrawn_rows_are_of_means():
@@ -57,25 +58,25 @@ def test_errors_of_redrawn_rows_are_of_means():
     wanted[..., ::4] = 1.0
     shifted = wanted.roll(1, -1)
     rows = torch.tensor([True])
-    assert float(stage.pixel_loss(shifted, wanted, rows)) == pytest.approx(0.0, abs=1e-6)
-    assert float(stage.pixel_loss(shifted, wanted, ~rows)) > 0.1
-    assert float(stage.edge_loss(wanted, wanted)) == 0.0
-    assert float(stage.edge_loss(torch.zeros_like(wanted), wanted)) > 0.5
+    assert float(crisp_losses.pixel_loss(shifted, wanted, rows)) == pytest.approx(0.0, abs=1e-6)
+    assert float(crisp_losses.pixel_loss(shifted, wanted, ~rows)) > 0.1
+    assert float(crisp_losses.edge_loss(wanted, wanted)) == 0.0
+    assert float(crisp_losses.edge_loss(torch.zeros_like(wanted), wanted)) > 0.5
 
 
 def test_patches_weigh_by_their_edges():
     picture = torch.zeros(1, 3, 128, 128)
     picture[..., :64, :64:2] = 1.0  # stripes in one quarter
-    (weights,) = stage.patch_weights(picture, [torch.zeros(1, 16, 16)])
+    (weights,) = crisp_losses.patch_weights(picture, [torch.zeros(1, 16, 16)])
     assert float(weights.mean()) == pytest.approx(1.0)
     assert float(weights[0, :8, :8].mean()) > 10 * float(weights[0, 9:, 9:].mean())
 
 
 @pytest.fixture(scope="module")
-def batch() -> stage.CrispBatch:
-    config = stage.CrispConfig(redrawn_share=0.0)
-    made = stage.BatchMaker(tiny_autoencoder(), None, 4, config)(random.Random(0))
-    return stage.CrispBatch(
+def batch() -> CrispBatch:
+    config = CrispConfig(redrawn_share=0.0)
+    made = BatchMaker(tiny_autoencoder(), None, 4, config)(random.Random(0))
+    return CrispBatch(
         latents_BCHW=made.latents_BCHW,
         pictures_BCHW=made.pictures_BCHW,
         before_BCHW=made.before_BCHW,
@@ -89,8 +90,8 @@ def gradients(part: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor | 
 
 def test_each_loss_teaches_its_own_part(batch):
     torch.manual_seed(1)
-    config = stage.CrispConfig(adversary_after=1, critic_first=1, critic_steps=2)
-    module = stage.Crisp(tiny_autoencoder().decoder, config)
+    config = CrispConfig(adversary_after=1, critic_first=1, critic_steps=2)
+    module = crisp_losses.Crisp(tiny_autoencoder().decoder, config)
     first, alone, also, losses = (module(batch) for _ in range(4))
     assert set(first) == {"pixels", "edges", "_sharp"}
     assert set(alone) == {"critic", "_sharp"} == set(also)  # the discriminator learns alone
@@ -103,9 +104,9 @@ def test_each_loss_teaches_its_own_part(batch):
 
 def test_the_discriminator_learns_to_tell_renders_and_the_decoder_to_please_it(batch):
     torch.manual_seed(1)
-    module = stage.Crisp(
+    module = crisp_losses.Crisp(
         tiny_autoencoder().decoder,
-        stage.CrispConfig(adversary_after=0, critic_first=0, critic_steps=1, adversary_weight=1.0),
+        CrispConfig(adversary_after=0, critic_first=0, critic_steps=1, adversary_weight=1.0),
     )
     learner = torch.optim.AdamW(module.discriminator.parameters(), 2e-3)
     critics = []
@@ -155,15 +156,15 @@ def test_redrawing_starts_from_the_picture_and_ends_with_the_model():
 def test_shards_depend_on_their_number_alone_and_join_a_running_pool(tmp_path):
     pipe = tiny_pipeline()
     with pytest.raises(FileNotFoundError, match="no redrawn latents"):
-        stage.RedrawnPool(tmp_path)
+        RedrawnPool(tmp_path)
     write_redrawn(tmp_path, 0, pipe, size=3)
-    pool = stage.RedrawnPool(tmp_path)
+    pool = RedrawnPool(tmp_path)
     write_redrawn(tmp_path, 1, pipe, size=3)
     write_redrawn(tmp_path / "again", 0, pipe, size=3)
     assert len(pool.scenes) == 3
     pool.refresh()
     assert len(pool.scenes) == 6
-    assert torch.equal(pool.latents[0], stage.RedrawnPool(tmp_path / "again").latents[0])
+    assert torch.equal(pool.latents[0], RedrawnPool(tmp_path / "again").latents[0])
     latents, scenes = pool.draw(40, random.Random(0))
     for row, scene in zip(latents, scenes, strict=True):
         k, i = divmod(pool.scenes.index(scene), 3)
@@ -180,7 +181,7 @@ def test_shards_depend_on_their_number_alone_and_join_a_running_pool(tmp_path):
 )
 def test_wrong_settings(options, message):
     with pytest.raises(ValueError, match=message):
-        stage.CrispConfig(**options)
+        CrispConfig(**options)
 
 
 def test_the_stage_runs_publishes_and_goes_on(tmp_path):

@@ -178,3 +178,13 @@ def test_unknown_stages_and_configs_are_named(tiny_run):
         run.run_stages(str(config), stages=["paint"], state=state)
     with pytest.raises(UserError, match=r"no training config 'mm-huge'; known: mm-tiny"):
         run.read_config("mm-huge")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n", "holds a list; a training config is a mapping"), ("a: [\n", "is no YAML"), ("", "holds a NoneType")],
+)
+def test_a_config_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        run.read_config(str(tmp_path / "x.yaml"))

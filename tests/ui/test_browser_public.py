@@ -45,9 +45,9 @@ def test_a_picture_is_the_start_of_another(app, tab, tmp_path: Path) -> None:
     given = tmp_path / "given.png"
     given.write_bytes(png(SIDE, SIDE, "green"))
     tab.get_by_role("tab", name="From a picture").click()
-    tab.locator("#picture-given input[type=file]").first.set_input_files(given)
+    with tab.expect_response(lambda response: "/upload" in response.url):
+        tab.locator("#picture-given input[type=file]").first.set_input_files(given)
     tab.wait_for_selector("#picture-given img, #picture-given canvas")
-    tab.wait_for_timeout(1000)
     tab.locator("#instruction textarea").fill("a red fox")
     fill(tab, "Seed", "5")
     fill(tab, "Steps", "4")
@@ -69,7 +69,7 @@ def fill(tab, label: str, value: str) -> None:
     """Fills the visible field of a name; opens "More" where it is closed."""
     if not (fields := [one for one in tab.get_by_label(label, exact=True).all() if one.is_visible()]):
         tab.locator("#picture-more >> text=More").first.click()
-        tab.wait_for_timeout(500)
+        tab.get_by_label(label, exact=True).locator("visible=true").first.wait_for()
         fields = [one for one in tab.get_by_label(label, exact=True).all() if one.is_visible()]
     fields[0].fill(value)
     fields[0].press("Tab")

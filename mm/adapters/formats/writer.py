@@ -28,7 +28,7 @@ from mm.core.files import write_bytes
 from mm.layers.surgery import roots_of
 
 Layout = Literal["peft", "diffusers", "kohya", "comfyui"]
-_LAYOUTS = ("diffusers", "peft", "kohya", "comfyui")
+LAYOUTS = ("diffusers", "peft", "kohya", "comfyui")
 _PARTS = (*DENOISERS, "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 _KOHYA = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 _COMFYUI = {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."}
@@ -48,8 +48,8 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
     Raises:
         UserError: for what the layout cannot hold; nothing is written then.
     """
-    if layout not in _LAYOUTS:
-        raise UserError(f"the layout is {layout!r}; there are {', '.join(_LAYOUTS)}")
+    if layout not in LAYOUTS:
+        raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
     if not patch.entries:
         raise UserError("the patch is empty; there is nothing to write")
     for where, entry in patch.entries.items():

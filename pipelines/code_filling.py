@@ -1,17 +1,19 @@
-"""Drawing in codes with less work: confident neighbours are drawn along, and some steps compute changed tokens alone.
+"""Drawing in codes: some tokens a step until the picture is full, then revisions of those that were not sure.
 
 Design choices
-- Order, noise and revision are those of `code_filling`: with neither of the two, the pictures are the same.
+- Guidance mixes the trunk's features and grows with the share of known tokens (TokenBridge, arXiv 2503.16430). The
+  unconditional features are computed only where they count: not for an empty picture, where guidance is zero, and
+  within `guided_from` and `guided_until` alone (an interval of guidance, Kynkaanniemi et al. 2024, arXiv 2404.07724).
 - Confident neighbours (as in LocalLeap): what a masked token will be is often certain once a token beside it is known.
   At each step the masked neighbours of known and of planned tokens are sampled, too. Those whose codes are likely
   enough stay, so that fewer steps are left. Each picture has its own count of steps.
-- Revisions draw tokens again that were not sure: a random quarter of the picture as in `code_filling`, but taken from
-  those tokens alone, so that fewer revisions reach each of them.
+- A revision masks some tokens and draws them again: random ones, but only of those that were not sure, so that fewer
+  revisions reach each of them.
 - Local steps (ReCAP, arXiv 2505.19089): between two full steps only those tokens pass the trunk that are sampled now or
   changed at the step before (`mm.models.local_steps`).
 
 Legend: B pictures, L tokens, K channels, V levels, D features, M tokens sampled in all pictures, R rows (B a branch),
-A pictures that are not finished, N tokens of a step.
+A pictures that are not finished, G of these the guided ones, N tokens of a step.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ import torch
 from mm.models.codes import CodeHead
 from mm.models.local_steps import PictureCache
 from mm.models.trunk import Trunk
-from mm.pipelines.fast import FastCodes
+from mm.pipelines.fast import FULL_CODES, FastCodes
 from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
 from mm.pipelines.run_state import Run, StepCallback
-from mm.pipelines.sampling import CodeStep, code_steps, gumbel_noise, masked_steps, revisions
+from mm.pipelines.sampling import CodeStep, code_steps, gumbel_noise, masked_steps
 from mm.tokenizers import Bridge
 
 _DECIDING = 8  # channels, in the order of decisions, whose probabilities say how sure a token is
@@ -99,17 +101,30 @@ class _Filling:
         return self._mixed(features_RND, masked_BL)[row_M, token_M]
 
     def _full_features(self, masked_BL: torch.Tensor, asked_BL: torch.Tensor) -> torch.Tensor:
-        """The same where every step is a full one; pictures that ask for nothing do not pass the trunk."""
-        device, count = self.latents.device, len(self.branches)
-        active_A, cache = asked_BL.any(1).nonzero()[:, 0], self.branches.cache
-        masked_AL, latents = masked_BL[active_A], self.latents[active_A.to(device)]
-        if len(active_A) < len(asked_BL):
-            cache = cache.select((active_A + len(asked_BL) * torch.arange(count)[:, None]).flatten().to(device))
-        masked_RL = masked_AL.to(device).repeat(count, 1)
-        latents = latents.repeat(count, 1, 1, 1).to(self.trunk.dtype)
+        """The same where every step is a full one; rows that count nothing do not pass the trunk."""
+        device, count, size = self.latents.device, len(self.branches), len(asked_BL)
+        active_A = asked_BL.any(1).nonzero()[:, 0]
+        masked_AL = masked_BL[active_A]
+        guided_G = self._guided(masked_AL).nonzero()[:, 0]
+        row_R = torch.cat([active_A, *(active_A[guided_G] + size * branch for branch in range(1, count))])
+        cache = self.branches.cache
+        if len(row_R) < count * size:
+            cache = cache.select(row_R.to(device))
+        picture_R = row_R % size
+        masked_RL, latents = masked_BL[picture_R].to(device), self.latents[picture_R.to(device)].to(self.trunk.dtype)
         features_RLD = self.trunk(latents, masked_RL.float(), cache, "codes", masked_RL)
+        features_ALD, others = features_RLD[: len(active_A)], features_RLD[len(active_A) :]
+        if len(guided_G) and count > 1:
+            at_G = guided_G.to(device)
+            mixed_GLD = self._mixed(torch.cat([features_ALD[at_G], others]), masked_AL[guided_G])
+            features_ALD = features_ALD.index_copy(0, at_G, mixed_GLD)
         row_M, token_M = asked_BL[active_A].nonzero(as_tuple=True)
-        return self._mixed(features_RLD, masked_AL)[row_M, token_M]
+        return features_ALD[row_M, token_M]
+
+    def _guided(self, masked_BL: torch.Tensor) -> torch.Tensor:
+        """For which pictures (B,) the other branches are computed, by the share that is known."""
+        known_B = (~masked_BL).float().mean(1)
+        return (known_B > 0) & (known_B >= self.settings.guided_from) & (known_B <= self.settings.guided_until)
 
     def _mixed(self, features_RND: torch.Tensor, masked_BL: torch.Tensor) -> torch.Tensor:
         """Guided features (B, N, D); guidance grows with the known share of a picture."""
@@ -117,7 +132,7 @@ class _Filling:
         return self.branches.mix(features_RND, self.run.guidance_scale, share_B[:, None, None])
 
 
-def code_leaping(
+def code_filling(
     trunk: Trunk,
     code_head: CodeHead,
     bridge: Bridge,
@@ -128,12 +143,14 @@ def code_leaping(
     run: Run,
     on_step: StepCallback,
 ) -> Generator[int, None, torch.Tensor]:
-    """As `code_filling`, with the settings in `run.fast`; `steps` are the most that are taken."""
-    settings = run.fast
-    assert isinstance(settings, FastCodes)
-    tokens = shape[0] * shape[1]
-    plan = list(code_steps(generators, tokens, steps))
-    count = revisions(steps)
+    """Draws codes until the picture is full, then revises it, with the settings in `run.fast` or those of the mode.
+
+    Arguments, yields and result as in `mm.pipelines.drawing_loops.flow_steps`; `shape` is (H, W), and `steps` are the
+    most that are taken. Latents that are not drawn yet are zero.
+    """
+    settings = run.fast if isinstance(run.fast, FastCodes) else FULL_CODES
+    tokens, count = shape[0] * shape[1], settings.revisions(steps)
+    plan = list(code_steps(generators, tokens, steps, revisions=count, revised=settings.revised))
     revising = plan[len(plan) - count :]
     order_BL = torch.cat([step.now_BN for step in plan[: len(plan) - count]], 1)
     left = masked_steps(tokens, steps - count)
@@ -144,7 +161,7 @@ def code_leaping(
         now_BL = planned(order_BL, filling.known_BL, left)
         beside_BL = ((filling.known_BL | now_BL).float() @ near_LL) > 0
         maybe_BL = beside_BL & ~filling.known_BL & ~now_BL
-        if settings.confidence is None:
+        if settings.confidence is None or not settings.neighbours:
             maybe_BL = torch.zeros_like(maybe_BL)
         filling.draw(~filling.known_BL, now_BL, maybe_BL, 1.0)
         filling.latents, done = on_step(done, done, filling.latents), done + 1
