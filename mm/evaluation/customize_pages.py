@@ -24,6 +24,11 @@ def rate(found: Sequence[bool]) -> str:
     return f"{made['score']:.3f} [{made['low']:.3f}, {made['high']:.3f}] (n {made['n']})"
 
 
+def count_of(number: int, what: str) -> str:
+    """A number of things: "1 subject", "2 subjects"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def over(one: Sequence[bool], other: Sequence[bool]) -> str:
     """The first share as a part of the second."""
     base = sum(other) / len(other)
@@ -70,7 +75,7 @@ def _four(reports: Reports) -> Iterator[Row]:
         plain = [x for name in names for x in verdicts(reports, "seen", "alone", "dreambooth", name)]
         if own and len(own) == len(plain):
             yield (
-                f"{title}, {len(names)} subjects",
+                f"{title}, {count_of(len(names), 'subject')}",
                 rate(own),
                 f"at 16 bits {rate(plain)}",
                 (f"{apart(own, plain)}; {wanted}"),
@@ -142,13 +147,13 @@ def _styles(reports: Reports) -> Iterator[Row]:
         if own:
             count = len(cells_of(reports, "style", method))
             yield (
-                f"{count} unseen styles, `{method}`: style",
+                f"{count_of(count, 'unseen style')}, `{method}`: style",
                 rate(own),
                 f"true pictures {rate(ceiling)}",
                 (f"{over(own, ceiling)} of the ceiling"),
             )
             yield (
-                f"{count} unseen styles, `{method}`: object",
+                f"{count_of(count, 'unseen style')}, `{method}`: object",
                 rate(seen),
                 f"true pictures {rate(most)}",
                 (f"{over(seen, most)} of the ceiling"),
