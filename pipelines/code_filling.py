@@ -129,7 +129,8 @@ class _Filling:
     def _mixed(self, features_RND: torch.Tensor, masked_BL: torch.Tensor) -> torch.Tensor:
         """Guided features (B, N, D); guidance grows with the known share of a picture."""
         share_B = (CODES_GUIDANCE * (~masked_BL).float().mean(1)).to(features_RND.device)
-        return self.branches.mix(features_RND, self.run.guidance_scale, share_B[:, None, None])
+        mixed_BND = self.branches.mix(features_RND, self.run.guidance_scale, share_B[:, None, None])
+        return mixed_BND.to(features_RND.dtype)  # shares in fp32 widen a model in bf16
 
 
 def code_filling(

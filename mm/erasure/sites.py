@@ -41,7 +41,10 @@ def text_layers(pipe: Any, patterns: tuple[str, ...] = ()) -> dict[str, nn.Linea
             if any(re.fullmatch(p, whole) for p in patterns) if patterns else is_edited(root, path, own):
                 found[whole] = layer
     if not found and patterns:
-        raise UserError(f"no linear layer of {type(pipe).__name__} has a path that matches {', '.join(patterns)}")
+        raise UserError(
+            f"no linear layer of {type(pipe).__name__} has a path that matches {', '.join(patterns)}, so there is "
+            "no layer that is known to read text; give other sites"
+        )
     if not found:
         raise UserError(
             f"{type(pipe).__name__} has no layer that is known to read text; name the layers with sites=[...], as "

@@ -62,13 +62,13 @@ def test_the_table_pools_cells_and_holds_them_against_what_is_wanted() -> None:
     assert "0.750 of it" in rows["four `dreambooth` adapters summed"]
     assert "0.500 of it" in rows["eight `dreambooth` adapters summed"]
     assert "0.900 of it" in rows["two learned subjects in one picture, `orthogonal`, pairs of four"]
-    assert "-10.0 points" in rows["16-bit adapter on the 4-bit model, 1 subjects"]
+    assert "-10.0 points" in rows["16-bit adapter on the 4-bit model, 1 subject"]
     assert "0.25 of it" in rows["weights that its steps read"]
     assert "0.250 of it" in rows["`detex`: the pictures' one background, where none is asked for"]
     assert "0.800 of it" in rows["`class-diffusion` under NAME NOUN: background, style or companion as asked"]
     assert "0.100 [0.018, 0.404] (n 10)" in rows["an erased concept under an unrelated adapter: seen"]
     assert "0.25 of that without" in rows["drift of its prompts with the guard"]
-    assert "0.600 of the ceiling" in rows["1 unseen styles, `dreambooth`: style"]
+    assert "0.600 of the ceiling" in rows["1 unseen style, `dreambooth`: style"]
 
 
 def test_what_is_not_measured_has_no_row() -> None:

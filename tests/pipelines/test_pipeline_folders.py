@@ -42,6 +42,8 @@ def test_bfloat16_loads_and_draws_nearly_the_same(pipe: TextToImagePipeline, tmp
     assert picture.isfinite().all()
     if mode == "flow":
         assert (picture - draw(pipe)).abs().mean() < 0.05
+    for fast in (True, {"full_every": 2, "guided_from": 0.0, "guided_until": 1.0} if mode == "codes" else {}):
+        assert draw(half, mode=mode, fast=fast).isfinite().all()
 
 
 def test_a_broken_folder_is_named(pipe: TextToImagePipeline, tmp_path: Path) -> None:
