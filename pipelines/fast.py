@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mm.core.checks import whole
 from mm.core.errors import UserError
 from mm.families.mm_tiny import GUIDANCE, STEPS
 from mm.fast.guidance import AdaptiveGuidance, checked
@@ -49,11 +50,6 @@ def _truth(name: str, value: object) -> None:
         raise UserError(f"fast: {name} is {value!r}; give true or false")
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"fast: {name} is {value!r}; give a whole number from {low} to {high}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class FastFlow:
     """Less work in flow mode.
@@ -77,7 +73,7 @@ class FastFlow:
     linear: bool = False
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1, 1000)
+        whole("fast: steps", self.steps, 1, 1000)
         _truth("spaced", self.spaced)
         _share("guided", self.guided)
         _share("features", self.features)
@@ -117,8 +113,8 @@ class FastCodes:
     full_every: int = 1
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1, 1000)
-        _whole("full_every", self.full_every, 1, 1000)
+        whole("fast: steps", self.steps, 1, 1000)
+        whole("fast: full_every", self.full_every, 1, 1000)
         for name in ("revising", "revised", "guided_from", "guided_until"):
             _share(name, getattr(self, name))
         if self.revising == 1:
