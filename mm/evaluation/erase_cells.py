@@ -46,6 +46,7 @@ COMPARED = ("wolf", "car", "neon")  # by every method
 FIVE = ("wolf", "fox", "owl", "car", "tree")
 QUANTIZED = ("w4a8", "w4a8-r16", "w4a4", "w4a4-r16", "nf4", "int4")
 LEARNED = v.HELD_OUT_OBJECTS[:4]
+_PAUSE = 0.5  # seconds between two looks at what other processes are making
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +163,31 @@ class Worker:
         self.kept: dict[str, dict[str, Labels]] = {}
 
     def run(self, cells: Sequence[Cell]) -> int:
-        """Makes the cells that no other process makes; returns how many."""
+        """Makes the cells that no other process makes; returns how many.
+
+        Cells whose patch another process is making come later, so that no patch is made twice.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = 0
-        for cell in cells:
-            left = self.seconds - (time.monotonic() - self.started)
-            slower = self.took / self.expected if self.expected else 1.0
-            if slower * cell.seconds <= left and claimed(self.folder / cell.file):
+        left, made = list(cells), 0
+        while left := [cell for cell in left if self._in_time(cell) and not _taken(self.folder / cell.file)]:
+            cell = next((c for c in left if not self._waits(c)), None)
+            if cell is None:
+                time.sleep(_PAUSE)
+                continue
+            left.remove(cell)
+            if claimed(self.folder / cell.file):
                 self.one(cell)
                 made += 1
         return made
+
+    def _in_time(self, cell: Cell) -> bool:
+        slower = self.took / self.expected if self.expected else 1.0
+        return slower * cell.seconds <= self.seconds - (time.monotonic() - self.started)
+
+    def _waits(self, cell: Cell) -> bool:
+        """Whether another process is making the cell's patch."""
+        file = self._patch_file(cell.config)
+        return file is not None and not file.is_file() and file.with_suffix(".claim").exists()
 
     def one(self, cell: Cell) -> None:
         """Makes one cell and writes its file; a failure is written as well, and the next cell follows."""
@@ -195,18 +211,32 @@ class Worker:
         kept = self.kept.setdefault(config.mode, {})
         return evaluate_erase(pipe, judge, config, patch=patch, kept=kept, settings={"model": self.model})
 
+    def _patch_file(self, config: EraseConfig | None) -> Path | None:
+        """Where the patch of a cell is kept; None for a cell whose patch no other cell uses."""
+        if config is None or config.options or config.how == "stacked":
+            return None
+        name = f"{config.method} {' '.join(config.targets)}".replace(" ", "-")[:80]
+        return self.folder / f"{name}.safetensors"
+
     def _patch(self, pipe: Any, config: EraseConfig) -> Patch:
         """The patch of a method for targets: from the folder, or made and kept there."""
-        if config.options:
+        file = self._patch_file(config)
+        if file is None:
             return erase(pipe, config.targets, method=config.method, **config.options)
-        name = f"{config.method} {' '.join(config.targets)}".replace(" ", "-")[:80]
-        file = self.folder / f"{name}.safetensors"
-        if file.is_file():
-            return Patch.load(file)
-        patch = erase(pipe, config.targets, method=config.method, **config.options)
-        if claimed(file):
-            patch.save(file)
-        return patch
+        while not file.is_file():
+            if not claimed(file):  # another process began it a moment ago
+                time.sleep(_PAUSE)
+                continue
+            try:
+                erase(pipe, config.targets, method=config.method).save(file)
+            except BaseException:
+                file.with_suffix(".claim").unlink()
+                raise
+        return Patch.load(file)
+
+
+def _taken(file: Path) -> bool:
+    return file.with_suffix(".claim").exists()
 
 
 def claimed(file: Path) -> bool:

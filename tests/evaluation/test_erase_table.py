@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from tiny import tiny_pipeline
 
+from mm.adapters.patch import Patch
 from mm.core.safe_json import read_object
 from mm.evaluation import erase_cells, erase_pages, erase_table
 from mm.evaluation.erase import EraseConfig
@@ -69,6 +70,29 @@ def test_a_patch_of_several_cells_is_made_once(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(erase_cells, "erase", None)
     Worker(tmp_path, progress=lambda text: None).run(both[1:])
     assert set(finished(tmp_path)) == {"one", "other"}
+
+
+def test_a_cell_whose_patch_another_process_makes_comes_later(parts, tmp_path, monkeypatch):
+    file = tmp_path / "uce-cat.safetensors"
+    file.with_suffix(".claim").touch()  # of the other process
+    made = []
+
+    def one(self, cell):
+        made.append(cell.name)
+        if cell.name == "free":  # meanwhile the other process ends
+            Patch(entries={}, name="cat").save(file)
+
+    monkeypatch.setattr(Worker, "one", one)
+    shared = replace(cells("waiting")[0], config=replace(CONFIG, targets=("cat",), options={}))
+    free = replace(cells("free")[0], config=replace(CONFIG, targets=("dog",), options={}))
+    assert Worker(tmp_path, progress=lambda text: None).run([shared, free]) == 2
+    assert made == ["free", "waiting"]
+
+
+def test_a_patch_that_cannot_be_made_holds_up_no_other_process(parts, tmp_path):
+    bad = replace(cells("bad")[0], config=replace(CONFIG, targets=("unicorn",), options={}))
+    assert Worker(tmp_path, progress=lambda text: None).run([bad, replace(bad, name="worse")]) == 2
+    assert not list(tmp_path.glob("uce-unicorn*"))
 
 
 def test_a_failure_is_written_and_the_next_cell_follows(parts, tmp_path):
