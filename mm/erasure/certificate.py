@@ -84,6 +84,8 @@ class Certificate:
             moved = ", ".join(f"{k} {found['rates'][k]['score']:.3f}" for k in ("UA", "IRA"))
             if "base" in found:
                 moved += f" (base IRA {found['base']['IRA']['score']:.3f})"
+            if "truncated" in found:
+                moved += f"; truncated to rank {found['truncated']['rank']}, {found['truncated']['lost']:.1%} lost"
             if "baked" in found:
                 moved += f"; baked before: UA {found['baked']['UA']['score']:.3f}"
             rows.append(f"{name}: {moved}")

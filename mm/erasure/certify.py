@@ -2,7 +2,8 @@
 
 Design choices
 - The model leaves a measurement as it came, also where the measurement fails.
-- Quantized re-tests run on copies, with the patch on the quantized weights and with the patch baked in before.
+- Quantized re-tests run on copies, with the patch on the quantized weights and with the patch baked in before. Dense
+  and rotation entries are truncated to a low rank for the first of them, since quantized layers take no others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mm.families.family import resolve
 Composition = Callable[[Any], Sequence[bool]]
 Quantizer = Callable[[Any], object]
 GRID = 8  # pictures a row of the grid
+TRUNCATED = 32  # rank of a change that no quantized layer takes as it is
 
 
 @contextlib.contextmanager
@@ -207,7 +209,7 @@ def _quantized(
     quantize(pipe)
     own = measurer.on(pipe)
     rows: dict[str, Any] = {"base": rates_of(probes, own.labels(prompts))}
-    patch.apply(pipe)
+    rows |= _applied(patch, pipe)
     rows["rates"] = rates_of(probes, own.labels(prompts))
     if not baked:
         return rows
@@ -226,6 +228,24 @@ def _without(pipe: Any, patch: Patch) -> Any:
     if any(item.name == patch.name for item in stack_of(made).list()):
         patch.undo(made)
     return made
+
+
+def _applied(patch: Patch, pipe: Any) -> dict[str, Any]:
+    """Applies a patch to a quantized model; what no 4-bit layer takes is truncated to a low rank first.
+
+    Returns:
+        Empty where the patch went on as it is; else "truncated", with the rank and the largest share that was lost.
+    """
+    try:
+        patch.apply(pipe)
+    except UserError:
+        if all(entry.kind not in ("dense", "rotation") for entry in patch.entries.values()):
+            raise
+    else:
+        return {}
+    cut = patch.truncated(TRUNCATED, pipe)
+    cut.apply(pipe)
+    return {"truncated": {"rank": TRUNCATED, "lost": round(max(cut.report["truncated"].values()), 4)}}
 
 
 def _rounded(measurer: Measurer, patch: Patch, probes: Sequence[Probe], bits: int) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _cells(n: Callable[[int], int], seed: int) -> Iterator[Cell]:
     every = (*OBJECTS, *STYLES)
     # quantizing takes longest and must begin first
     for q in QUANTIZED[:4]:
-        yield cell(f"quantized/{q}", 100, *FIVE, each=100, how="together", quantize=(q,), baked=False)
+        yield cell(f"quantized/{q}", 150, *FIVE, each=100, how="together", quantize=(q,))
     yield from attacked(PRESET)
     for concept in every:
         for method in (FAST, PRESET):

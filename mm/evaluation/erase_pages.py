@@ -148,6 +148,10 @@ def _method(concepts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for name in dict.fromkeys(q for c in concepts for q in c["quantized"]):
         rates = [c["quantized"][name]["rates"] for c in concepts if name in c["quantized"]]
         cells[f"{name} UA / IRA"] = " / ".join(_short(pooled(r[k] for r in rates)) for k in ("UA", "IRA"))
+        lost = [
+            c["quantized"][name]["truncated"]["lost"] for c in concepts if "truncated" in c["quantized"].get(name, {})
+        ]
+        cells["lost by truncating"] = f"{max(lost):.0%}" if lost else cells.get("lost by truncating", "")
     for name in dict.fromkeys(a for c in concepts for a in c["attacks"]):
         hits = pooled(c["attacks"][name]["success"] for c in concepts if name in c["attacks"])
         cells[f"attack: {name}"] = _short(hits)

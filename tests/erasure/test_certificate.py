@@ -19,6 +19,7 @@ from mm.erasure.certificate import harmonic, rates_of
 from mm.erasure.concepts import parse
 from mm.erasure.probes import Probe, plain_probes
 from mm.evaluation.erase import EraseConfig, evaluate_erase, same_bits
+from mm.evaluation.quantizers import quantizer
 from mm.models.text import unknown_words
 from mm.world.concept_labels import label_judge
 from mm.world.concept_probes import world_probes
@@ -194,3 +195,18 @@ def test_the_command_measures_a_patch_file(pipe, patch, tmp_path):
         CliRunner().invoke(app, [*arguments, "wolf"], catch_exceptions=False)
     with pytest.raises(UserError, match="give name=value"):
         CliRunner().invoke(app, ["erase", "cat", "--setting", "rank"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("method", ["oce", "salun"])
+def test_a_method_whose_changes_no_quantized_layer_takes_is_truncated_there(method, capsys):
+    pipe = tiny_pipeline(codes=False)
+    steps = {"steps": 1} if method == "salun" else {}
+    patch = mm.erase(pipe, ["cat"], method=method, **steps)
+    judge = lambda pictures: [seen("cat") for _ in pictures]  # noqa: E731
+    found = patch.verify(
+        pipe, judge=judge, each=1, num_inference_steps=1, pictures=False, quantization={"int4": quantizer("int4")}
+    )
+    cut = found.quantized["int4"]["truncated"]
+    assert cut["rank"] == 32 and 0 <= cut["lost"] < 1
+    assert f"truncated to rank 32, {cut['lost']:.1%} lost" in found.card()
+    assert "baked" in found.quantized["int4"]
