@@ -132,6 +132,11 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         super().__init__(model, processor)
         self.image_processor = VaeImageProcessor(do_normalize=False)
 
+    @property
+    def side(self) -> int:
+        """Pixels on each side of a picture whose size is not given."""
+        return self.family.size(None, None)[0]
+
     @torch.no_grad()
     def __call__(
         self,

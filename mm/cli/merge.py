@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mm.cli import options as shared
+
 app = typer.Typer(add_completion=False)
 
 
@@ -20,13 +22,12 @@ def merge(
     rank: Annotated[int | None, typer.Option(min=1, help="Of combined layers; default: the sum of the ranks.")] = None,
     model: Annotated[str | None, typer.Option(help="The model; LoRA files of other programs need it.")] = None,
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    force: shared.ForceOption = False,
 ) -> None:
     """Merges adapters, so that one file draws all their subjects."""
-    from mm.core.errors import UserError
+    from mm.core.files import check_new
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; choose another name, or give --force")
+    check_new(out, force=force)
     from mm.customization.learned import check_layout
     from mm.customization.merging.files import read_adapter
     from mm.customization.merging.merge import merge as make

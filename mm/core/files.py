@@ -5,6 +5,8 @@ Design choices
   `.NAME.PID.part` behind.
 - A named pipe, a device or a folder given as an input is refused before anything is read: reading a pipe waits for
   ever, and `/dev/zero` has no end.
+- Whether a folder can be written is tried with a temporary file, since permissions alone do not say it (a full or
+  read-only file system).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from io import BufferedReader
 from pathlib import Path
 
@@ -54,6 +57,38 @@ def check_place(path: str | os.PathLike[str]) -> None:
     found = next((above for above in target.parents if os.path.lexists(above)), None)
     if found is not None and not found.is_dir():
         raise UserError(f"{found} is no folder, so {target} cannot be written; give another place")
+
+
+def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Checks, before the work for it is done, that a file can be written.
+
+    Args:
+        path: of the file.
+        force: whether a file that exists may be replaced.
+
+    Raises:
+        UserError: where the path exists and may not be replaced, is a folder, or lies where nothing can be written.
+    """
+    target = Path(path)
+    check_place(target)
+    if os.path.lexists(target) and not force:
+        raise UserError(f"{target} exists; choose another name, or give --force to replace it")
+    check_folder(target.parent)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises UserError unless files can be written into a folder, or into the one that it will be made in."""
+    folder = Path(path)
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, so nothing can be written into {folder}; give a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{there} cannot be written to ({error.strerror or error}); give another folder") from error
 
 
 def write_new_bytes(path: str | os.PathLike[str], data: bytes) -> None:

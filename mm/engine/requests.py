@@ -15,14 +15,13 @@ from typing import Any
 
 from PIL import Image
 
-from mm.core.checks import MAX_SEED, number, shown, whole
+from mm.core.checks import MAX_SEED, MAX_SIDE, number, shown, whole
 from mm.core.errors import UserError
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
-MAX_SIDE = 8192  # pixels
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
 
 
