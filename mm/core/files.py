@@ -21,6 +21,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -138,7 +139,7 @@ def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int 
         raise UserError(f"no {what} at {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if os.path.isdir(path):
-            raise UserError(f"{path} is a folder; give a {what}") from error
+            raise UserError(f"{path} is a folder; give {with_article(what)}") from error
         raise UserError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     found = os.fstat(number)
     why = _unfit(found, what, most)
@@ -156,7 +157,7 @@ def read_regular(path: str | os.PathLike[str], what: str = "file", *, most: int)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     if len(data) > most:
-        raise UserError(f"{path} is larger than {most} bytes, the most that a {what} may have")
+        raise UserError(f"{path} is larger than {most} bytes, the most that {with_article(what)} may have")
     return data
 
 
@@ -171,9 +172,9 @@ def read_text_lines(path: str | os.PathLike[str], what: str = "text file", *, mo
 def _unfit(found: os.stat_result, what: str, most: int | None) -> str:
     """Why an opened file is not read; empty when it can be."""
     if stat.S_ISDIR(found.st_mode):
-        return f"is a folder; give a {what}"
+        return f"is a folder; give {with_article(what)}"
     if not stat.S_ISREG(found.st_mode):
-        return f"is no regular file; give a {what}"
+        return f"is no regular file; give {with_article(what)}"
     if most is not None and found.st_size > most:
-        return f"has {found.st_size} bytes; a {what} may have at most {most}"
+        return f"has {found.st_size} bytes; {with_article(what)} may have at most {most}"
     return ""

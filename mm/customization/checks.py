@@ -12,9 +12,9 @@ from typing import Any
 from mm.adapters.tokens import own_row
 from mm.core.checks import number, whole
 from mm.core.checks import shown as shown_value
-from mm.core.counting import counted
 from mm.core.errors import UserError, shown
 from mm.core.files import check_folder
+from mm.core.nouns import counted
 from mm.customization.config import MAX_SETTING, TrainingConfig
 from mm.customization.data import KINDS
 from mm.customization.estimate import Estimate

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mm.core.checks import MAX_SEED, MAX_SIDE, number, shown, whole
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
@@ -38,7 +39,7 @@ def text(name: str, value: object, *, empty: bool = False) -> None:
 def picture(name: str, value: object) -> None:
     """Raises UserError unless `value` is a PIL image."""
     if not isinstance(value, Image.Image):
-        raise UserError(f"{name} is a {type(value).__name__}; give a PIL image")
+        raise UserError(f"{name} is {with_article(type(value).__name__)}; give a PIL image")
 
 
 def size_in_pixels(value: object) -> None:

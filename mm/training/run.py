@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.tokenizers import Autoencoder, Bridge
 from mm.tokenizers.bridge import BINS
 from mm.training.latents import write_shard
@@ -55,7 +56,9 @@ def read_config(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}; a training config is a mapping, as mm-tiny's is")
+        raise UserError(
+            f"{path} holds {with_article(type(found).__name__)}; a training config is a mapping, as mm-tiny's is"
+        )
     return found
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mm.adapters.tokens import TokenTable, token_tables
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.families import family_of
 from mm.families.family import resolve
 from mm.families.sizes import check_side, native_side
@@ -190,7 +191,9 @@ class DiffusionObjective(Objective):
         alphas = getattr(self.pipe.scheduler, "alphas_cumprod", None)
         if alphas is None:
             kind = type(self.pipe.scheduler).__name__
-            raise UserError(f"a {kind} has no noise levels to train at; give the pipeline a DDIM or Euler scheduler")
+            raise UserError(
+                f"{with_article(kind)} has no noise levels to train at; give the pipeline a DDIM or Euler scheduler"
+            )
         return cast(Tensor, alphas)
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
