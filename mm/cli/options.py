@@ -69,8 +69,9 @@ def _place(context: typer.Context, path: Path | None) -> Path | None:
 def _place_beside_grid(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None and path.suffix.lower() == ".png":
         raise UserError(f"{path} ends in .png, as the picture grid beside the report does; give a name such as x.json")
+    _place(context, path)
     _place(context, None if path is None else path.with_suffix(".png"))
-    return _place(context, path)
+    return path
 
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Also write it here.")]
@@ -191,6 +192,13 @@ def size(text: str | None) -> tuple[int, int] | None:
     if found is None:
         raise UserError(f"size is {text!r}; give width and height in pixels, for example 1024x768")
     return int(found[1]), int(found[2] or found[1])
+
+
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Those of some options that stand on the command line, as they are written there: "--prompts"."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    found = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in found]
 
 
 def fast(chosen: bool, given: list[str] | None) -> bool | dict[str, Any] | None:

@@ -180,8 +180,8 @@ def check_resources(found: Estimate, work: Path | None) -> None:
         )
     if work is None:
         return
-    work.mkdir(parents=True, exist_ok=True)
-    needed, free = _STATES * _STATE_BYTES * found.trained, shutil.disk_usage(work).free
+    there = next(place for place in (work, *work.absolute().parents) if place.exists())
+    needed, free = _STATES * _STATE_BYTES * found.trained, shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
             f"the run's state needs up to {needed / 2**20:.1f} MiB in {work}, where {free / 2**20:.1f} MiB are free; "

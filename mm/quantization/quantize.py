@@ -84,6 +84,8 @@ def quantize(
     config = config or SVDQuantConfig()
     started = time.monotonic()
     roots = quantizable_parts(target, components)
+    if config.data_free and calibration is not None:
+        raise UserError("data_free=True quantizes without calibration, and calibration is given; leave one of them out")
     if config.size is not None and not isinstance(target, nn.Module):
         check_side(target, config.size)
     for name, root in roots.items():
