@@ -27,6 +27,7 @@ from mm.core.pictures import read_picture
 from mm.engine.arguments import call_key
 from mm.engine.capabilities import Capabilities
 from mm.engine.outline import capabilities_at
+from mm.engine.prompts import expand
 from mm.engine.requests import Draw
 from mm.engine.settings import scheduler_named, settings_of
 
@@ -97,11 +98,12 @@ class Plan:
         shown = can or Capabilities(model=model, tasks=("draw",))
         for index in range(body.n):
             seed = picture_seed(row, index, self.seed)
-            settings = settings_of(request, shown, model, seed, None) | more | {"task": row.task}
+            worded = replace(request, prompt=expand(request.prompt, seed))
+            settings = settings_of(worded, shown, model, seed, None) | more | {"task": row.task}
             if can is not None and settings.get("guidance") is not None:
                 settings["guidance"] = float(settings["guidance"])
             picture = Picture(line=row.line, custom_id=row.custom_id, index=index, settings=settings)
-            draft = replace(request, seed=seed, count=1, image=None, mask=None, strength=None)
+            draft = replace(worded, seed=seed, count=1, image=None, mask=None, strength=None)
             yield Planned(
                 picture=picture, draft=draft, plan=self, model=model, adapters=adapters, strength=body.strength,
                 image=self._file(body.image), mask=self._file(body.mask),

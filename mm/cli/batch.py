@@ -62,7 +62,9 @@ def _run(stopping: _Stopping, jobs: Path, out: Path, *, dry_run: bool, **options
     from tqdm import tqdm
 
     from mm.batch.run import Progress, run_jobs
+    from mm.cli.running import no_loading_bars
 
+    no_loading_bars()
     with tqdm(unit="picture", disable=dry_run or None, file=sys.stderr) as bar:
 
         def show(progress: Progress) -> None:

@@ -74,22 +74,19 @@ def customize(
     place = work or out.with_name(f"{out.name}.work")
     check_call(kind, folder, name, prompts, regularization, work=place, samples=sample)
     method_of(method)
-    import mm
+    from mm.cli.running import ProgressLine, loaded
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
              "companions": companions}  # fmt: skip
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    engine = mm.load(model, bits=bits)
+    engine = loaded(model, adapters=[], bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
-    line = _Line()
-    try:
+    with ProgressLine() as line:
         learned = make(
             pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
             regularization=regularization, guard=guard or (), seed=seed,
             estimated=lambda found: print(found, file=sys.stderr), progress=line.show, **settings,
         )  # fmt: skip
-    finally:
-        line.end()
     try:
         learned.write(out, layout, target=pipe)  # type: ignore[arg-type]
     except OSError as error:
@@ -104,20 +101,3 @@ def customize(
     print(f"error on the pictures: {report['error']:.3f} of the base's, drift {report['drift']:.3f}")
     stopped = f", stopped early; best at step {report['best_step']}" if report["stopped_early"] else ""
     print(f"{out}: {len(learned.entries)} entries, {out.stat().st_size >> 10} KiB, {report['steps']} steps{stopped}")
-
-
-class _Line:
-    """The line of progress on stderr, which is written over until it ends."""
-
-    open = False
-
-    def show(self, share: float, text: str) -> None:
-        """Writes it."""
-        self.open = True
-        print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Lets what follows, an error too, begin on a line of its own."""
-        if self.open:
-            print(file=sys.stderr)
-        self.open = False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,18 +47,22 @@ def erase(
         raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
     if lora is None and layout is not None:
         raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")
-    import mm
+    from mm.cli.running import ProgressLine, loaded
+    from mm.erasure.checks import check_call
+    from mm.erasure.concepts import contexts_for
     from mm.erasure.erase import DEFAULT
     from mm.erasure.erase import erase as make
     from mm.erasure.files import export
 
-    engine = mm.load(model)
-    patch = make(
-        engine.pipeline, targets, anchors=anchor[0] if anchor and len(anchor) == 1 else anchor,
-        retain=retain or "auto", method=method or DEFAULT, strength=strength, scope=scope,  # type: ignore[arg-type]
-        sites=site or (), progress=_show, **dict(setting_of(s) for s in setting or ()),
-    )  # fmt: skip
-    print(file=sys.stderr)
+    settings = dict(setting_of(s) for s in setting or ())
+    given: dict[str, Any] = {
+        "anchors": anchor[0] if anchor and len(anchor) == 1 else anchor, "retain": retain or "auto",
+        "method": method or DEFAULT, "strength": strength, "scope": scope,
+    }  # fmt: skip
+    check_call(targets, **given, settings=settings, contexts=contexts_for(shared.family_of_model(model)))
+    engine = loaded(model, adapters=[])
+    with ProgressLine() as line:
+        patch = make(engine.pipeline, targets, **given, sites=site or (), progress=line.show, **settings)
     patch.save(out)
     if lora is not None:
         export(patch, lora, layout or LAYOUTS[0], target=engine.pipeline)  # type: ignore[arg-type]
@@ -68,7 +71,3 @@ def erase(
         print(f"{target}: draws {placed or 'nothing in its place'}")
     print(f"retained: {', '.join(report['retained']) or 'nothing by name'}")
     print(f"{out}: {len(patch.entries)} layers, method {patch.method}, {report['seconds']} s")
-
-
-def _show(share: float, text: str) -> None:
-    print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_lib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +41,14 @@ def erase(
 ) -> None:
     """Erases concepts and measures what is drawn instead, what is kept, and what attacks bring back."""
     from mm.adapters.patch import Patch
+    from mm.cli.running import no_loading_bars
     from mm.core.errors import UserError
+    from mm.erasure.checks import check_call
+    from mm.erasure.concepts import contexts_for
     from mm.erasure.erase import DEFAULT
     from mm.evaluation.erase import EraseConfig, batch_on, evaluate_erase, loaded
+    from mm.evaluation.erase_attacks import world_attack
+    from mm.evaluation.quantizers import quantizer
 
     given_patch = Patch.load(patch) if patch else None
     if given_patch is not None:
@@ -52,13 +58,23 @@ def erase(
         if not targets:
             raise UserError(f"{patch} does not say what it erases; it is no patch of mm erase")
     given: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
-    pipe, reader = loaded(model, judge)
     config = EraseConfig(
         **given, how=how, method=method or DEFAULT, options=dict(setting_of(s) for s in setting or ()),  # type: ignore[arg-type]
         split="tune" if tuning else "report", each=limit, composition=composition, quantize=tuple(quantize or ()),
         attacks=tuple(attack or ()), patch_bits=tuple(patch_bits or ()), mode=mode.value, steps=steps, seed=seed,
-        batch_size=batch_on(pipe.device),
     )  # fmt: skip
+    if given_patch is None:
+        check_call(
+            config.targets, anchors=None, retain="auto", method=config.method, strength=1.0, scope="draw",
+            settings=config.options, contexts=contexts_for(shared.family_of_model(model)),
+        )  # fmt: skip
+    for name in config.attacks:
+        world_attack(name, None)
+    for name in config.quantize:
+        quantizer(name)
+    no_loading_bars()
+    pipe, reader = loaded(model, judge)
+    config = replace(config, batch_size=batch_on(pipe.device))
     report = evaluate_erase(
         pipe, reader, config, patch=given_patch, json_file=json, settings={"model": model},
         progress=lambda text: print(text, file=sys.stderr, flush=True),

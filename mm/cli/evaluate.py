@@ -190,24 +190,29 @@ def customize_(
     force: shared.ForceOption = False,
 ) -> None:
     """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
-    import mm
+    from mm.cli.running import ProgressLine, loaded
+    from mm.core.files import check_folder
+    from mm.customization.methods.registry import method_of
     from mm.evaluation.customize import CustomizeConfig, evaluate_customize
     from mm.world import vocabulary as v
     from mm.world.judge import Judge
 
-    pipe = mm.load(model, bits=bits).pipeline
-    pipe.set_progress_bar_config(disable=True)
+    check_folder(work)
+    if method != "zero-shot":
+        method_of(method)
     given = {"steps": steps, "companions": companions}
     config = CustomizeConfig(
         subjects=tuple(subject or v.HELD_OUT_OBJECTS), method=method, seed=seed, limit=limit, pictures=pictures,
         tuning=tuning, one_ground=one_ground,
         settings={key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
-    report = evaluate_customize(
-        pipe, Judge.from_pretrained(), config, work=work, json_file=json, settings={"model": model, "bits": bits},
-        progress=lambda text: print(f"\r{text:<70}", end="", file=sys.stderr, flush=True),
-    )  # fmt: skip
-    print(file=sys.stderr)
+    pipe = loaded(model, adapters=[], bits=bits).pipeline
+    pipe.set_progress_bar_config(disable=True)
+    with ProgressLine() as line:
+        report = evaluate_customize(
+            pipe, Judge.from_pretrained(), config, work=work, json_file=json, progress=line.say,
+            settings={"model": model, "bits": bits},
+        )  # fmt: skip
     for name, row in report["tasks"].items():
         print(f"{name:11} fidelity {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
     drift = report["drift"]

@@ -42,9 +42,9 @@ def merge(
     check_files(files)
     target = None
     if model is not None:
-        import mm
+        from mm.cli.running import loaded
 
-        target = mm.load(model).pipeline
+        target = loaded(model, adapters=[]).pipeline
     patches = [read_adapter(file, target) for file in files]
     merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem)
     merged.write(out, layout, target=target)  # type: ignore[arg-type]

@@ -170,6 +170,17 @@ class Loading:
         )
 
 
+def family_of_model(model: str) -> Any:
+    """The family of a model that lies here, before it is loaded; None for one that is not known by its folder."""
+    from mm.core.paths import resolve_model
+    from mm.families.folders import family_at
+
+    if Path(model).expanduser().is_file():
+        return None
+    where = resolve_model(model)
+    return family_at(where) if isinstance(where, Path) else None
+
+
 def adapter(text: str) -> tuple[Path, float]:
     """FILE or FILE:SCALE as file and scale.
 

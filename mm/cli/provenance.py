@@ -75,7 +75,7 @@ def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
     known.bits_of(number)
     if out.exists():
         raise UserError(f"{out} exists; give a new folder")
-    import mm
+    from mm.cli.running import loaded
 
-    stamped_copy(mm.load(model).pipeline, known, number, out)
+    stamped_copy(loaded(model, adapters=[]).pipeline, known, number, out)
     print(f"{out}: a copy of {model} whose pictures carry {number:#0{2 + known.config.bits // 4}x}")

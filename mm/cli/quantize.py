@@ -47,6 +47,7 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
+    from mm.cli.running import no_loading_bars
     from mm.core.errors import UserError
     from mm.core.files import read_text_lines
     from mm.core.paths import resolve_model
@@ -78,6 +79,7 @@ def quantize(
         lines = [line.strip() for line in read_text_lines(prompts, "prompt file") if line.strip()]
         if not lines:
             raise UserError(f"{prompts} holds no prompt; give one a line")
+    no_loading_bars()
     with _folder(Path(model).expanduser(), base, out) if is_file else nullcontext(model) as where:
         report = quantize_folder(
             where,

@@ -30,19 +30,51 @@ def loaded(model: str, *, adapters: list[tuple[Path, float]], **options: Any) ->
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Progress bars and log lines of diffusers and transformers stay away; warnings for users are one line each."""
-    import diffusers
-    import transformers
-
     from mm.engine.notices import library_logs
 
     lines: list[str] = []
-    for logs in (diffusers.utils.logging, transformers.utils.logging):
-        logs.disable_progress_bar()
+    no_loading_bars()
     with library_logs(lines), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = lambda text, *_, **__: say(text)
         yield
+
+
+def no_loading_bars() -> None:
+    """Progress bars that diffusers and transformers show while they load a model stay away."""
+    import diffusers
+    import transformers
+
+    for logs in (diffusers.utils.logging, transformers.utils.logging):
+        logs.disable_progress_bar()
+
+
+class ProgressLine:
+    """A line of progress on stderr, which is written over until it ends.
+
+    As a context it ends the line, so that what follows, an error too, begins on a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            print(file=sys.stderr)
+        self._open = False
+
+    def show(self, share: float, text: str) -> None:
+        """Writes a share of 0 to 1 and a text."""
+        self.say(f"{share:4.0%} {text}")
+
+    def say(self, text: str) -> None:
+        """Writes a text."""
+        self._open = True
+        print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
 
 
 def follow(events: Run, on_picture: Callable[[Picture], None], *, total: int = 1) -> Done:

@@ -22,7 +22,8 @@ from mm.core.errors import UserError
 MAX_ALTERNATIVES = 100_000
 MAX_WEIGHT = 10.0
 MAX_LENGTH = 20_000  # characters of an expanded prompt
-_INNERMOST = re.compile(r"\{([^{}]*)\}")
+_INNERMOST = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _WILDCARD = re.compile(r"__([A-Za-z0-9][\w/-]{0,63}?)__")
 _TOKEN = re.compile(r"\\[()\[\]\\{}|]|\(|\)|\[|\]|:\s*([+-]?[0-9]*\.?[0-9]+)\s*(?=\))|[^\\()\[\]:]+|.", re.DOTALL)
 _SIGNS = re.compile(r"([\w'-]*\w)([+]{1,8}|[-]{1,8})(?=\s|$|[,.;])")
@@ -37,8 +38,10 @@ def expand(prompt: str, seed: int, lines_of: Callable[[str], list[str]] | None =
         lines_of: gives the lines of a wildcard file by name; None knows none.
 
     Raises:
-        UserError: for a wildcard that is not known, an empty one, or one that holds itself.
+        UserError: for braces that do not pair, and a wildcard that is not known, an empty one, or one that holds
+            itself.
     """
+    _check_braces(prompt)
     rng = random.Random(f"wildcards {seed}")
     for _ in range(64):
         made = _INNERMOST.sub(lambda m: _choose(m[1], rng), _WILDCARD.sub(lambda m: _line(m[1], rng, lines_of), prompt))
@@ -48,6 +51,24 @@ def expand(prompt: str, seed: int, lines_of: Callable[[str], list[str]] | None =
             break
         prompt = made
     raise UserError(f"the wildcards in {prompt[:60]!r} never end, or make more than {MAX_LENGTH} characters")
+
+
+def _check_braces(prompt: str) -> None:
+    """Raises UserError for a brace without its partner; those behind a backslash are text."""
+    opened: list[int] = []
+    for match in _BRACE.finditer(prompt):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and not opened:
+            before = prompt[max(0, match.start() - 30) : match.end()]
+            raise UserError(
+                f"the prompt has a }} that closes nothing, in {before!r}; remove it, or write \\}} for text"
+            )
+        elif match[0] == "}":
+            opened.pop()
+    if opened:
+        after = prompt[opened[-1] : opened[-1] + 30]
+        raise UserError(f"the prompt has a {{ that is not closed, in {after!r}; add }}, or write \\{{ for text")
 
 
 def _choose(inner: str, rng: random.Random) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from mm.core.errors import UserError
 from mm.erasure.names import COMMON_NAMES
-from mm.families import family_of
+from mm.families import Family, family_of
 from mm.families.family import resolve
 
 Kind = Literal["object", "style", "attribute"]
@@ -117,5 +117,9 @@ class PlainContexts:
 
 def contexts_of(pipe: Any) -> Contexts:
     """The contexts that a pipeline's family brings, or plain English."""
-    family = family_of(pipe)
+    return contexts_for(family_of(pipe))
+
+
+def contexts_for(family: Family | None) -> Contexts:
+    """The contexts that a family brings, or plain English."""
     return resolve(family.contexts)() if family is not None and family.contexts else PlainContexts(COMMON_NAMES)

@@ -9,23 +9,22 @@ Design choices
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from mm.adapters.patch import Patch
-from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.erasure.alignment import matched, moved, shared_head
-from mm.erasure.concepts import Concept, Contexts, contexts_of, parse
+from mm.erasure.checks import Scope, check_call
+from mm.erasure.concepts import Concept, Contexts, contexts_of
 from mm.erasure.features import record
 from mm.erasure.margin import margins
 from mm.erasure.methods.protocol import Job
-from mm.erasure.methods.registry import method_of
 from mm.erasure.neighbours import Neighbours
 from mm.erasure.reading import reading_rows
 from mm.erasure.routes import edits_of, rows_of
@@ -35,7 +34,6 @@ from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import roots_of
 
-Scope = Literal["draw", "read"]
 DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
 FEWEST = 12  # pairs of prompts a target
@@ -81,30 +79,26 @@ def erase(
         UserError: for an empty or unknown target, a target that is retained, or a model without text-reading layers.
     """
     started = time.monotonic()
-    maker = method_of(method)
-    chosen = maker.defaults | settings
-    if unknown := sorted(set(settings) - set(maker.defaults)):
-        raise UserError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(maker.defaults)}")
-    if not 0 < strength <= 2:
-        raise UserError(f"strength is {strength}; give a number above 0, at most 2 (1 erases)")
-    if scope not in get_args(Scope):
-        raise UserError(f"scope is {scope!r}; give {' or '.join(get_args(Scope))}")
-    concepts = _concepts(targets)
-    layers = text_layers(pipe, tuple(sites))
     contexts = contexts or contexts_of(pipe)
+    call = check_call(
+        targets, anchors=anchors, retain=retain, method=method, strength=strength, scope=scope, settings=settings,
+        contexts=contexts,
+    )  # fmt: skip
+    maker, chosen, concepts = call.maker, call.settings, call.concepts
+    layers = text_layers(pipe, tuple(sites))
     progress(0.0, "looking for neighbours")
-    near = _neighbours(pipe, layers, contexts, concepts)
-    placed = _anchors(concepts, anchors, contexts, near)
+    near = Neighbours(pipe, layers, [*contexts.candidates(), *[c.name for c in concepts]])
+    placed = _anchors(concepts, contexts, near) if call.anchors is None else dict(call.anchors)
     kept = _retained(concepts, placed, retain, near)
     rows = reading_rows(pipe, concepts, placed, contexts) if scope == "read" else {}
-    progress(0.1, f"reading {len(kept)} retained concepts and {len(concepts)} targets")
+    progress(0.1, f"reading {counted(len(kept), 'retained concept')} and {counted(len(concepts), 'target')}")
     each = max(FEWEST, PAIRS // len(concepts))
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
     of_each = EDITS // len(concepts)  # a few of each of many targets cost the erasure more than they bring
     instructions = edits_of(contexts, concepts, placed, of_each) if of_each >= FEW_EDITS else []
-    progress(0.2, f"reading {len(instructions)} instructions for editing")
+    progress(0.2, f"reading {counted(len(instructions), 'instruction')} for editing")
     both, read = dict(features), rows_of(pipe, layers, groups, instructions)
     for path, found in read.items():
         both[path] = features[path].joined(found.target_TD, found.anchor_TD, found.retained_RD)
@@ -136,41 +130,8 @@ def effective(layer: nn.Linear) -> torch.Tensor:
     return weight.detach().double().cpu()
 
 
-def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]:
-    given = [targets] if isinstance(targets, str | Concept) else list(targets)
-    if not given:
-        raise UserError("there is no target; name at least one concept to erase")
-    concepts = [parse(target) for target in given]
-    twice = [str(c) for i, c in enumerate(concepts) if c in concepts[:i]]
-    if twice:
-        raise UserError(f"the target {twice[0]!r} is given twice")
-    return concepts
-
-
-def _neighbours(pipe: Any, layers: Any, contexts: Contexts, concepts: Sequence[Concept]) -> Neighbours:
-    """Similarities among the family's concepts and the targets."""
-    closed = getattr(contexts, "closed", False)  # a world whose concepts are all known
-    names = list(contexts.candidates())
-    for concept in concepts:
-        if closed and concept.name not in contexts.known():  # type: ignore[attr-defined]
-            close = difflib.get_close_matches(concept.name, contexts.known(), 3)  # type: ignore[attr-defined]
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(f"the model does not know {concept.name!r}, so it cannot be erased{hint}")
-    return Neighbours(pipe, layers, [*names, *[c.name for c in concepts]])
-
-
-def _anchors(
-    concepts: Sequence[Concept], given: str | Sequence[str] | None, contexts: Contexts, near: Neighbours
-) -> dict[str, str]:
-    """The anchor of each target."""
-    if given is not None:
-        each = [given] * len(concepts) if isinstance(given, str) else list(given)
-        if len(each) != len(concepts):
-            raise UserError(f"{len(concepts)} targets and {len(each)} anchors; give one anchor, or one for each target")
-        pairs = dict(zip(map(str, concepts), each, strict=True))
-        if same := [target for target, anchor in pairs.items() if target == anchor]:
-            raise UserError(f"{same[0]!r} is target and anchor; choose another anchor")
-        return pairs
+def _anchors(concepts: Sequence[Concept], contexts: Contexts, near: Neighbours) -> dict[str, str]:
+    """The anchor of each target, where none is given."""
     names = [c.name for c in concepts]
     own = getattr(contexts, "anchor", None)
     return {str(c): own(c, near, names) if own else _super_category(c, near) for c in concepts}
@@ -194,10 +155,7 @@ def _retained(
     if retain == "auto":
         found = [n for c in concepts for n in near.nearest(c.name, NEIGHBOURS, names)]
         return list(dict.fromkeys([*found, *[a for a in anchors.values() if a]]))
-    kept = [retain] if isinstance(retain, str) else list(retain)
-    if both := sorted(set(kept) & set(names)):
-        raise UserError(f"{both[0]!r} is a target and retained; it can only be one of them")
-    return kept
+    return [retain] if isinstance(retain, str) else list(retain)
 
 
 def _features(

@@ -17,6 +17,7 @@ from mm.world.concept_edits import world_edits
 from mm.world.concept_probes import world_probes
 from mm.world.concept_words import forms, holds, joined, phrases, tokens, with_article
 from mm.world.scene import sample_scene
+from mm.world.words import WORDS, split
 
 MOST = 96  # pairs of prompts a target
 KEPT = 240  # general prompts that must stay
@@ -37,6 +38,10 @@ class WorldContexts:
     def known(self) -> tuple[str, ...]:
         """Everything that can be named as a target."""
         return (*v.OBJECTS, *v.STYLES, *v.COLOURS, *v.BACKGROUNDS)
+
+    def unknown(self, text: str) -> list[str]:
+        """Words of a text that no vocabulary of the world has; new words in angle brackets may have been learned."""
+        return [word for word in split(re.sub(r"<[^<>\s]+>", " ", text.lower())) if word not in WORDS]
 
     def forms(self, name: str) -> tuple[str, ...]:
         """Every word that stands for a concept."""

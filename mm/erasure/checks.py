@@ -1,0 +1,106 @@
+"""What is checked before an erasure is made: the call, the method's settings, and the words of closed vocabularies."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from mm.core.errors import UserError
+from mm.core.nouns import counted
+from mm.erasure.concepts import Concept, Contexts, parse
+from mm.erasure.methods.protocol import Method
+from mm.erasure.methods.registry import method_of
+
+Scope = Literal["draw", "read"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A checked call: the method, its settings with defaults filled in, the targets, and their anchors if given."""
+
+    maker: Method
+    settings: Mapping[str, Any]
+    concepts: Sequence[Concept]
+    anchors: Mapping[str, str] | None
+
+
+def check_call(
+    targets: str | Concept | Sequence[str | Concept], *, anchors: str | Sequence[str] | None,
+    retain: str | Sequence[str], method: str, strength: float, scope: str, settings: Mapping[str, Any],
+    contexts: Contexts | None,
+) -> Call:  # fmt: skip
+    """Checks a call; no model is needed.
+
+    Args:
+        targets: and the others as in `mm.erase`.
+        contexts: of the model's family, as far as it is known; where its world is closed, each word must be known.
+
+    Raises:
+        UserError: for the first thing that does not fit.
+    """
+    maker = method_of(method)
+    if unknown := sorted(set(settings) - set(maker.defaults)):
+        raise UserError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(maker.defaults)}")
+    if not 0 < strength <= 2:
+        raise UserError(f"strength is {strength}; give a number above 0, at most 2 (1 erases)")
+    if scope not in get_args(Scope):
+        raise UserError(f"scope is {scope!r}; give {' or '.join(get_args(Scope))}")
+    concepts = _concepts(targets)
+    placed = None if anchors is None else _placed(concepts, anchors)
+    kept = [] if retain == "auto" else [retain] if isinstance(retain, str) else list(retain)
+    if any(not name.strip() for name in kept):
+        raise UserError("a retained concept is empty; give words such as 'dog'")
+    if both := sorted(set(kept) & {c.name for c in concepts}):
+        raise UserError(f"{both[0]!r} is a target and retained; it can only be one of them")
+    if contexts is not None:
+        _check_known(contexts, concepts, {"anchor": list((placed or {}).values()), "retained concept": kept})
+    return Call(maker=maker, settings=maker.defaults | dict(settings), concepts=concepts, anchors=placed)
+
+
+def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]:
+    given = [targets] if isinstance(targets, str | Concept) else list(targets)
+    if not given:
+        raise UserError("there is no target; name at least one concept to erase")
+    concepts = [parse(target) for target in given]
+    twice = [str(c) for i, c in enumerate(concepts) if c in concepts[:i]]
+    if twice:
+        raise UserError(f"the target {twice[0]!r} is given twice")
+    return concepts
+
+
+def _placed(concepts: Sequence[Concept], given: str | Sequence[str]) -> dict[str, str]:
+    """The given anchor of each target."""
+    each = [given] * len(concepts) if isinstance(given, str) else list(given)
+    if len(each) != len(concepts):
+        raise UserError(
+            f"{counted(len(concepts), 'target')} and {counted(len(each), 'anchor')}; give one anchor, or one for each "
+            "target"
+        )
+    pairs = dict(zip(map(str, concepts), each, strict=True))
+    if same := [target for target, anchor in pairs.items() if target == anchor]:
+        raise UserError(f"{same[0]!r} is target and anchor; choose another anchor")
+    return pairs
+
+
+def _check_known(contexts: Any, concepts: Sequence[Concept], words: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for a concept that a closed world lacks; an open one reads any word."""
+    if not getattr(contexts, "closed", False):
+        return
+    known = contexts.known()
+    for concept in concepts:
+        if concept.name not in known:
+            hint = _hint(concept.name, known)
+            raise UserError(f"the model does not know {concept.name!r}, so it cannot be erased{hint}")
+    unknown = getattr(contexts, "unknown", None)
+    for what, texts in words.items():
+        for text in texts:
+            if unknown is not None and text not in known and (lost := unknown(text)):
+                word = lost[0]
+                raise UserError(f"the {what} is {text!r}, and the model does not know {word!r}{_hint(word, known)}")
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 3)
+    return f"; did you mean {' or '.join(close)}?" if close else "; `mm words` lists what it knows"
