@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.utils.outputs import BaseOutput
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.world.asking.trained import DESCRIBE
 
 
@@ -36,5 +37,8 @@ def paired(image: Any, question: str | Sequence[str] | None) -> tuple[list[Any],
     questions = questions * len(pictures) if len(questions) == 1 else questions
     pictures = pictures * len(questions) if len(pictures) == 1 else pictures
     if len(questions) != len(pictures):
-        raise UserError(f"{len(pictures)} pictures and {len(questions)} questions; give as many, or a single one")
+        raise UserError(
+            f"{counted(len(pictures), 'picture')} and {counted(len(questions), 'question')}; give "
+            "as many, or a single one"
+        )
     return pictures, questions

@@ -28,6 +28,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.core.paths import resolve_model
 from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
@@ -157,14 +158,17 @@ class ImageEditPipeline(TextToImagePipeline):
         pictures = as_pictures(image)
         pictures = pictures * len(prompts) if len(pictures) == 1 and not isinstance(image, (list, tuple)) else pictures
         if len(pictures) != len(prompts):
-            raise UserError(f"{len(pictures)} pictures and {len(prompts)} instructions; give as many")
+            raise UserError(
+                f"{counted(len(pictures), 'picture')} and {counted(len(prompts), 'instruction')}; give as many"
+            )
         prompts = check_instructions(
             prompts, self.text_tokenizer, lambda at: self._seen(pictures[at]),
             lambda at, name: self._is_absent(pictures[at], name), strict=strict,
         )  # fmt: skip
         if len(negatives) not in (1, len(prompts)):
             raise UserError(
-                f"{len(negatives)} negative prompts for {len(prompts)} instructions; give one, or one for each"
+                f"{counted(len(negatives), 'negative prompt')} for "
+                f"{counted(len(prompts), 'instruction')}; give one, or one for each"
             )
         negatives = negatives * (len(prompts) // len(negatives))
         side = self.side

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.pipelines.lora_files import FILE, lora_tensors, save_lora_weights
 from mm.pipelines.lora_table import Adapter, Adapters, PeftAdapters, call_scale
 
@@ -99,7 +100,10 @@ class TrunkLoraMixin:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         if len(weights) != len(names):
-            raise UserError(f"{len(weights)} adapter_weights for {len(names)} adapters; give one for each")
+            raise UserError(
+                f"{counted(len(weights), 'adapter_weight', 'adapter_weights')} for "
+                f"{counted(len(names), 'adapter')}; give one for each"
+            )
         by_peft = set(self._peft.names())
         given = {name: 1.0 if w is None else float(w) for name, w in zip(names, weights, strict=True)}
         chosen = self._known([name for name in names if name not in by_peft])

@@ -18,6 +18,7 @@ import torch
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.models.cache import PromptCache
 from mm.world import lexicon
 from mm.world.lexicon_tables import Task
@@ -127,7 +128,8 @@ class Conditions:
     def __post_init__(self) -> None:
         if len(self.negatives) not in (1, len(self.prompts)):
             raise UserError(
-                f"{len(self.negatives)} negative prompts for {len(self.prompts)} prompts; give one, or one for each"
+                f"{counted(len(self.negatives), 'negative prompt')} for "
+                f"{counted(len(self.prompts), 'prompt')}; give one, or one for each"
             )
 
     @property

@@ -25,6 +25,7 @@ import torch
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 
 COOLED = 0.1  # share of the temperature that is left for the last of them
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -42,7 +43,10 @@ def picture_generators(generator: Generators, count: int) -> list[torch.Generato
             f"generator is {shown(wrong[0])}; give torch.Generator().manual_seed(SEED), or a list of one a picture"
         )
     if len(generator) != count:
-        raise UserError(f"{len(generator)} generators for {count} pictures; give one for each, or a single one")
+        raise UserError(
+            f"{counted(len(generator), 'generator')} for {counted(count, 'picture')}; give one for "
+            "each, or a single one"
+        )
     return [torch.Generator().manual_seed(g.initial_seed()) for g in generator]
 
 
@@ -128,7 +132,8 @@ def check_sigmas(
     if mode != "flow":
         raise UserError(f"sigmas are noise levels of mode='flow'; with mode={mode!r} leave them out")
     if steps is not None and steps != len(levels):
-        raise UserError(f"num_inference_steps is {steps} and there are {len(levels)} sigmas; give one of the two")
+        those = f"there {'is' if len(levels) == 1 else 'are'} {counted(len(levels), 'sigma')}"
+        raise UserError(f"num_inference_steps is {steps} and {those}; give one of the two")
     falling = all(a > b for a, b in pairwise(levels))
     if not levels or not falling or not 0 < levels[-1] <= levels[0] <= 1:
         raise UserError(f"sigmas are {list(levels)[:8]}; give falling numbers above 0 and at most 1")

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, ImageChops
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.core.pictures import FORMATS, read_picture
 from mm.core.png_settings import read_settings
 from mm.ui.limits import MAX_DECODERS, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
@@ -119,7 +120,7 @@ def read_painted(given: object, side: int) -> tuple[Image.Image | None, Image.Im
         raise UserError("the picture is no uploaded file; upload it first")
     layers = given.get("layers") or []
     if len(layers) > 8:
-        raise UserError(f"the mask has {len(layers)} layers; at most 8 are read")
+        raise UserError(f"the mask has {counted(len(layers), 'layer')}; at most 8 are read")
     picture = read_upload(given.get("background"), side)
     if picture is None:
         return None, None

@@ -11,7 +11,7 @@ from torch import nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
-from mm.core.nouns import with_article
+from mm.core.nouns import counted, with_article
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import cannot_change, stored
 from mm.layers.surgery import locate, no_branches, no_plain_weight, roots_of, submodule
@@ -66,7 +66,9 @@ def match(name: str, entries: Mapping[str, Entry], target: Any) -> list[Place]:
             found[place.key] = place
     if bad or not entries:
         shown = "; ".join(bad[:3]) or "the patch is empty"
-        raise UserError(f"{len(found)} of {len(entries)} layers of patch {name!r} fit this model; not: {shown}")
+        raise UserError(
+            f"{len(found)} of {counted(len(entries), 'layer')} of patch {name!r} fit this model; not: {shown}"
+        )
     return list(found.values())
 
 

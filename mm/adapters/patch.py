@@ -29,6 +29,7 @@ from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
 from mm.adapters.tokens import placed_rows, release_words
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.families.family import resolve
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import stored
@@ -182,5 +183,7 @@ def _rotation_change(entry: Entry, path: str, target: Any) -> Tensor:
     weight_NK = weight.detach().float()
     rotation_NN = entry.tensors["rotation"].to(weight_NK)
     if rotation_NN.shape != (len(weight_NK), len(weight_NK)):
-        raise UserError(f"the rotation of {path} is {tuple(rotation_NN.shape)}, the layer has {len(weight_NK)} outputs")
+        raise UserError(
+            f"the rotation of {path} is {tuple(rotation_NN.shape)}, the layer has {counted(len(weight_NK), 'output')}"
+        )
     return (rotation_NN @ weight_NK - weight_NK).cpu()

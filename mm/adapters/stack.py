@@ -22,6 +22,7 @@ from mm.adapters.placed import Placed
 from mm.adapters.stack_items import Applied, Spot, StackItem, base_matches_of, in_the_way, item_of, same_entry
 from mm.adapters.tokens import keep_words, release_words
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import check_groups, refresh_groups
 from mm.layers.surgery import clean, roots_of
@@ -79,7 +80,7 @@ class Stack:
                     f"{spot.path} no longer has what patch {name!r} put there; something else changed the layer"
                 )
         total = sum(len(spot.placed.entry.tensors) for spot in spots)
-        return f"{total} of {total} tensors applied"
+        return f"{total} of {counted(total, 'tensor')} applied"
 
     def require(self, name: str, entries: dict[str, Entry]) -> None:
         """Raises UserError unless these very entries are on the model under that name."""
@@ -190,12 +191,16 @@ class Stack:
         spots = {spot.key: spot for spot in self._spots() if spot.placed.name == name}
         missing = [place.path for place in places if place.key not in spots]
         if missing:
-            raise UserError(f"{len(missing)} of {len(places)} layers lack patch {name!r}: {missing[0]} first")
+            raise UserError(
+                f"{len(missing)} of {counted(len(places), 'layer')} lack patch {name!r}: {missing[0]} first"
+            )
         for place in places:
             if not same_entry(place.entry, spots[place.key].placed.entry):
                 raise UserError(f"another patch named {name!r} is applied to {place.path}; its tensors are others")
         if len(spots) != len(places):
-            raise UserError(f"another patch named {name!r} is applied: to {len(spots)} layers, not {len(places)}")
+            raise UserError(
+                f"another patch named {name!r} is applied: to {counted(len(spots), 'layer')}, not {len(places)}"
+            )
         return [spots[place.key] for place in places]
 
     def _check_free(self, name: str, places: Sequence[Place]) -> None:

@@ -14,6 +14,7 @@ from mm.adapters.entry import Entry
 from mm.adapters.layer_state import placed_on
 from mm.adapters.matching import layer_path
 from mm.adapters.placed import Placed
+from mm.core.nouns import counted
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import roots_of
 
@@ -29,7 +30,7 @@ class Applied:
     layers: int
 
     def __str__(self) -> str:
-        return f"{self.tensors} of {self.tensors} tensors applied to {self.layers} layers"
+        return f"{self.tensors} of {counted(self.tensors, 'tensor')} applied to {counted(self.layers, 'layer')}"
 
 
 @dataclass(frozen=True, kw_only=True)

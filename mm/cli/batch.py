@@ -13,6 +13,7 @@ import typer
 
 from mm.cli import options as shared
 from mm.core.checks import MAX_SEED
+from mm.core.nouns import counted
 
 app = typer.Typer(add_completion=False)
 
@@ -62,9 +63,7 @@ def _run(stopping: _Stopping, jobs: Path, out: Path, *, dry_run: bool, **options
     from tqdm import tqdm
 
     from mm.batch.run import Progress, run_jobs
-    from mm.cli.running import no_loading_bars
 
-    no_loading_bars()
     with tqdm(unit="picture", disable=dry_run or None, file=sys.stderr) as bar:
 
         def show(progress: Progress) -> None:
@@ -84,7 +83,10 @@ def _run(stopping: _Stopping, jobs: Path, out: Path, *, dry_run: bool, **options
     for error in report.errors:
         print(f"mm: {error}", file=sys.stderr)
     undone = f"{report.missing} to draw" if dry_run else f"{report.drawn} drawn"
-    print(f"{report.rows} rows, {report.total} pictures: {undone}, {report.skipped} there, {report.failed} failed")
+    print(
+        f"{counted(report.rows, 'row')}, {counted(report.total, 'picture')}: {undone}, "
+        f"{report.skipped} there, {report.failed} failed"
+    )
     if report.stopped:
         stopping.leave()
     if report.failed:

@@ -10,6 +10,7 @@ import typer
 
 from mm.cli import options as shared
 from mm.core.checks import MAX_SEED
+from mm.core.nouns import counted
 
 app = typer.Typer(add_completion=False)
 
@@ -74,12 +75,12 @@ def customize(
     place = work or out.with_name(f"{out.name}.work")
     check_call(kind, folder, name, prompts, regularization, work=place, samples=sample)
     method_of(method)
-    from mm.cli.running import ProgressLine, loaded
+    from mm.cli.running import ProgressLine, quietly_loaded
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
              "companions": companions}  # fmt: skip
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    engine = loaded(model, adapters=[], bits=bits)
+    engine = quietly_loaded(model, bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
     with ProgressLine() as line:
         learned = make(
@@ -100,4 +101,7 @@ def customize(
     report = learned.report
     print(f"error on the pictures: {report['error']:.3f} of the base's, drift {report['drift']:.3f}")
     stopped = f", stopped early; best at step {report['best_step']}" if report["stopped_early"] else ""
-    print(f"{out}: {len(learned.entries)} entries, {out.stat().st_size >> 10} KiB, {report['steps']} steps{stopped}")
+    print(
+        f"{out}: {counted(len(learned.entries), 'entry', 'entries')}, {out.stat().st_size >> 10} "
+        f"KiB, {counted(report['steps'], 'step')}{stopped}"
+    )

@@ -9,6 +9,7 @@ import typer
 
 from mm.cli import options as shared
 from mm.cli.eval_erase import setting_of
+from mm.core.nouns import counted
 
 app = typer.Typer(add_completion=False)
 
@@ -47,7 +48,7 @@ def erase(
         raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
     if lora is None and layout is not None:
         raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")
-    from mm.cli.running import ProgressLine, loaded
+    from mm.cli.running import ProgressLine, quietly_loaded
     from mm.erasure.checks import check_call
     from mm.erasure.concepts import contexts_for
     from mm.erasure.erase import DEFAULT
@@ -60,7 +61,7 @@ def erase(
         "method": method or DEFAULT, "strength": strength, "scope": scope,
     }  # fmt: skip
     check_call(targets, **given, settings=settings, contexts=contexts_for(shared.family_of_model(model)))
-    engine = loaded(model, adapters=[])
+    engine = quietly_loaded(model)
     with ProgressLine() as line:
         patch = make(engine.pipeline, targets, **given, sites=site or (), progress=line.show, **settings)
     patch.save(out)
@@ -70,4 +71,4 @@ def erase(
     for target, placed in report["anchors"].items():
         print(f"{target}: draws {placed or 'nothing in its place'}")
     print(f"retained: {', '.join(report['retained']) or 'nothing by name'}")
-    print(f"{out}: {len(patch.entries)} layers, method {patch.method}, {report['seconds']} s")
+    print(f"{out}: {counted(len(patch.entries), 'layer')}, method {patch.method}, {report['seconds']} s")

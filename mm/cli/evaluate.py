@@ -190,7 +190,7 @@ def customize_(
     force: shared.ForceOption = False,
 ) -> None:
     """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
-    from mm.cli.running import ProgressLine, loaded
+    from mm.cli.running import ProgressLine, quietly_loaded
     from mm.core.files import check_folder
     from mm.customization.methods.registry import method_of
     from mm.evaluation.customize import CustomizeConfig, evaluate_customize
@@ -206,7 +206,7 @@ def customize_(
         tuning=tuning, one_ground=one_ground,
         settings={key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
-    pipe = loaded(model, adapters=[], bits=bits).pipeline
+    pipe = quietly_loaded(model, bits=bits).pipeline
     pipe.set_progress_bar_config(disable=True)
     with ProgressLine() as line:
         report = evaluate_customize(

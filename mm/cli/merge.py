@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mm.cli import options as shared
+from mm.core.nouns import counted
 
 app = typer.Typer(add_completion=False)
 
@@ -42,13 +43,16 @@ def merge(
     check_files(files)
     target = None
     if model is not None:
-        from mm.cli.running import loaded
+        from mm.cli.running import quietly_loaded
 
-        target = loaded(model, adapters=[]).pipeline
+        target = quietly_loaded(model).pipeline
     patches = [read_adapter(file, target) for file in files]
     merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem)
     merged.write(out, layout, target=target)  # type: ignore[arg-type]
     for pair, count in merged.report["overlap"].items():
-        print(f"{pair}: {count} layers in common")
+        print(f"{pair}: {counted(count, 'layer')} in common")
     loss = merged.report["largest_loss"]
-    print(f"{out}: {len(merged.entries)} entries, {out.stat().st_size >> 10} KiB, at most {loss:.1%} of a layer lost")
+    print(
+        f"{out}: {counted(len(merged.entries), 'entry', 'entries')}, {out.stat().st_size >> 10} "
+        f"KiB, at most {loss:.1%} of a layer lost"
+    )

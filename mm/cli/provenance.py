@@ -75,7 +75,7 @@ def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
     known.bits_of(number)
     if out.exists():
         raise UserError(f"{out} exists; give a new folder")
-    from mm.cli.running import loaded
+    from mm.cli.running import quietly_loaded
 
-    stamped_copy(loaded(model, adapters=[]).pipeline, known, number, out)
+    stamped_copy(quietly_loaded(model).pipeline, known, number, out)
     print(f"{out}: a copy of {model} whose pictures carry {number:#0{2 + known.config.bits // 4}x}")

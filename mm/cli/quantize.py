@@ -11,6 +11,7 @@ import typer
 
 from mm.cli import options as shared
 from mm.core.checks import MAX_SEED
+from mm.core.nouns import counted
 
 if TYPE_CHECKING:
     from mm.quantization.report import Report
@@ -111,12 +112,15 @@ def _lines(out: Path, report: Report) -> Iterator[str]:
     if judged := whole.get("compose"):
         said += f", compose {judged['before']:.2f} -> {judged['after']:.2f} ({100 * judged['change']:+.1f} points, "
         said += f"95 % {100 * judged['low']:+.1f} to {100 * judged['high']:+.1f})"
-    yield f"{out}: {len(done)} layers, {report.ratio:.2f} times smaller, {report.seconds:.0f} s{said}"
+    yield f"{out}: {counted(len(done), 'layer')}, {report.ratio:.2f} times smaller, {report.seconds:.0f} s{said}"
     if whole.get("folder_after"):
         before, after = whole["folder_before"], whole["folder_after"]
         yield f"all weights of the model: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, {before / after:.2f} times"
     for note, paths in report.notes().items():
-        yield f"{len(paths)} layers: {note} ({paths[0]}{', ...' if len(paths) > 1 else ''})"
+        yield f"{counted(len(paths), 'layer')}: {note} ({paths[0]}{', ...' if len(paths) > 1 else ''})"
     if report.untouched:
         rows = report.untouched
-        yield f"{len(rows)} weights stay at 16 bits, as {rows[0]['kind']} ({rows[0]['path']})"
+        yield (
+            f"{counted(len(rows), 'weight')} {'stays' if len(rows) == 1 else 'stay'} at 16 bits, "
+            f"as {rows[0]['kind']} ({rows[0]['path']})"
+        )

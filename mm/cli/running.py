@@ -16,15 +16,21 @@ from mm.engine.running import Run
 
 def loaded(model: str, *, adapters: list[tuple[Path, float]], **options: Any) -> Any:
     """The engine of a model; what was chosen is said on stderr, and nothing else is."""
-    import mm
     from mm.core.paths import embedded_models
 
-    with quiet_libraries():
-        engine = mm.load(model, adapters=adapters, **options)
+    engine = quietly_loaded(model, adapters=adapters, **options)
     plain = model in embedded_models() and options.get("bits") is None and not adapters
     for note in () if plain else engine.notes:
         say(note)
     return engine
+
+
+def quietly_loaded(model: str, **options: Any) -> Any:
+    """The engine of a model; warnings alone are shown."""
+    import mm
+
+    with quiet_libraries():
+        return mm.load(model, **options)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from mm.core.errors import UserError, shown
+from mm.core.nouns import counted
 from mm.core.safe_json import Fields, read_object
 from mm.core.safe_tensors import FLOATS, TensorHeader, check_finite, read_header
 
@@ -73,7 +74,8 @@ def check_tensors(module: nn.Module, stored: Mapping[str, TensorHeader], folder:
     wrong = [*sorted(set(own) - set(stored)), *sorted(set(stored) - set(own))]
     if wrong:
         raise UserError(
-            f"{folder} holds {len(set(own) & set(stored))} of {len(own)} tensors of this model; missing or unknown: "
+            f"{folder} holds {len(set(own) & set(stored))} of {counted(len(own), 'tensor')} of this "
+            "model; missing or unknown: "
             f"{', '.join(_plain(name) for name in wrong[:3])}; copy or save the model again"
         )
     for name, tensor in own.items():
@@ -123,7 +125,7 @@ def check_sizes(config: Mapping[str, Any], most: int, source: object) -> None:
             if isinstance(part, list):
                 if len(part) > most:
                     raise UserError(
-                        f"{source}: {_plain(key)} has {len(part)} values, more than a model of this size has"
+                        f"{source}: {_plain(key)} has {counted(len(part), 'value')}, more than a model of this size has"
                     )
                 parts += part
             elif isinstance(part, float) and abs(part) > MAX_NUMBER:

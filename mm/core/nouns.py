@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SOUNDS_LIKE_YOU = ("uni", "use", "unet", "usu", "eu", "one")  # "a UNet", "a user"; but "an UnusableLayer"
+_SOUNDS_LIKE_YOU = ("uni", "use", "unet", "usu", "euro", "one")  # "a UNet", "a user"; but "an UnusableLayer"
 _SAID_OTHERWISE = ("unin", "unim")  # "an unintended"
 
 

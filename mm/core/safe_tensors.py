@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
+from mm.core.nouns import counted
 from mm.core.safe_json import parse_object
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -104,7 +105,7 @@ def read_header(path: str | os.PathLike[str], what: str = "safetensors file", *,
         raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
     metadata = _metadata(raw.pop("__metadata__", {}), where)
     if len(raw) > limits.tensors:
-        raise UserError(f"{where} holds {len(raw)} tensors; at most {limits.tensors} are read")
+        raise UserError(f"{where} holds {counted(len(raw), 'tensor')}; at most {limits.tensors} are read")
     tensors = {name: _entry(name, entry, where, limits) for name, entry in raw.items()}
     _check_layout(tensors, size - start, where, limits)
     return Header(path=where, tensors=tensors, metadata=metadata)

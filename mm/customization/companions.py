@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.customization.data import Example, to_tensor
 from mm.customization.objectives.protocol import Objective
 from mm.customization.previews import draw
@@ -86,7 +87,10 @@ def companions(
     rng = random.Random(f"companions {seed}")
     known = [word for word in objective.known_nouns() if word != noun]
     if len(known) < _WORDS:
-        raise UserError(f"{len(known)} things are known beside {noun!r}, and {_WORDS} are needed; give companions=0")
+        raise UserError(
+            f"{counted(len(known), 'thing')} {'is' if len(known) == 1 else 'are'} known beside "
+            f"{noun!r}, and {_WORDS} are needed; give companions=0"
+        )
     boxes: dict[int, Box] = {}
     made: list[Example] = []
     for number in range(count):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.files import read_regular
+from mm.core.nouns import counted
 from mm.core.pictures import read_picture
 
 Kind = Literal["subject", "style", "edit", "slider"]
@@ -93,9 +94,12 @@ def read_folder(folder: str | Path, *, name: str, kind: Kind = "subject", noun: 
         except _UnreadableError as error:
             errors.append(str(error))
     if not examples:
-        raise UserError(f"none of the {len(found)} pictures in {folder} can be read: {errors[0]}")
+        raise UserError(f"none of {counted(len(found), 'picture')} in {folder} can be read: {errors[0]}")
     for why in errors:
-        warnings.warn(f"{why}; the other {len(examples)} pictures are used", stacklevel=3)
+        warnings.warn(
+            f"{why}; the other {counted(len(examples), 'picture')} {'is' if len(examples) == 1 else 'are'} used",
+            stacklevel=3,
+        )
     _check_one_subject(examples, name, folder)
     return examples
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.customization.training import Training
 
 
@@ -68,7 +69,8 @@ def estimate(training: Training) -> Estimate:
         loss.backward()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"one step of {len(step.chosen)} pictures of {training.objective.side} pixels does not fit into the "
+            f"one step of {counted(len(step.chosen), 'picture')} of {training.objective.side} "
+            "pixels does not fit into the "
             "device's memory; give a smaller batch_size or size, or a 4-bit model"
         ) from error
     passed = time.perf_counter() - started

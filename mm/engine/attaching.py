@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 
 Adapter = tuple[str | Path, float]
 
@@ -58,7 +59,7 @@ def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
     ours = META in read_header(file, "adapter").metadata
     patch = Patch.load(file) if ours else read_lora(file, pipe, name=_free_name(pipe, file.stem))
     layers = patch.apply(pipe, scale).layers
-    return patch.name, f"{file.name}: {layers} of {layers} layers, scale {scale:g}"
+    return patch.name, f"{file.name}: {layers} of {counted(layers, 'layer')}, scale {scale:g}"
 
 
 def attach_all(pipe: Any, adapters: Sequence[str | Path | Adapter]) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ import torch
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
-from mm.core.nouns import with_article
+from mm.core.nouns import counted, with_article
 from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
 
@@ -104,7 +104,8 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
         if strength is None or not isinstance(steps, int) or strength * steps >= 1:
             raise  # no matter of what was asked for
         raise UserError(
-            f"a strength of {strength:g} leaves none of {steps} steps; give a strength of at least {1 / steps:.2g}, or "
+            f"a strength of {strength:g} leaves none of {counted(steps, 'step')}; give a strength "
+            f"of at least {1 / steps:.2g}, or "
             "more steps"
         ) from error
     except (ValueError, NotImplementedError) as error:

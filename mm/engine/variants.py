@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mm.core.errors import UserError
 from mm.core.files import read_text_lines
+from mm.core.nouns import counted
 from mm.engine import prompts
 from mm.engine.requests import MAX_COUNT, Draw
 
@@ -30,7 +31,8 @@ def variants(request: Draw, *, matrix: bool = False, lines_of: Callable[[str], l
     texts = prompts.matrix(request.prompt) if matrix else [request.prompt]
     if len(texts) * request.count > MAX_COUNT:
         raise UserError(
-            f"{len(texts)} prompts with {request.count} pictures each; at most {MAX_COUNT} are drawn at once"
+            f"{counted(len(texts), 'prompt')} with {counted(request.count, 'picture')} each; at "
+            f"most {MAX_COUNT} are drawn at once"
         )
     first = secrets.randbelow(2**31) if request.seed is None else request.seed
     seeds = [first + k for k in range(request.count)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.families import family_of
 
 CHUNK = 64  # prompts in one call
@@ -84,7 +85,9 @@ def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str], pictur
         for handle in handles:
             handle.remove()
     if missing := [path for path in layers if path not in seen]:
-        raise UserError(f"{len(missing)} layers that should read text were not run, {missing[0]} first; name the sites")
+        raise UserError(
+            f"{counted(len(missing), 'layer')} that should read text did not run, {missing[0]} first; name the sites"
+        )
     for path, x in seen.items():
         if x.ndim != 3 or x.shape[0] < len(prompts):
             if len(prompts) == 1:

@@ -26,6 +26,7 @@ from mm.adapters.formats.reader import read_lora
 from mm.adapters.formats.writer import Layout, write_lora
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.core.safe_tensors import read_tensors
 from mm.families.registry import is_denoiser, is_text_encoder
 from mm.layers.base_hash import base_hash
@@ -72,7 +73,8 @@ def read_erasure(path: str | Path, target: Any, *, name: str | None = None) -> P
             entries[where if part == "weight" else f"{where}.bias"] = entry
     if unknown:
         raise UserError(
-            f"{file}: {len(unknown)} of {len(tensors)} tensors fit no layer of {type(target).__name__}, {unknown[0]!r} "
+            f"{file}: {len(unknown)} of {counted(len(tensors), 'tensor')} fit no layer of "
+            f"{type(target).__name__}, {unknown[0]!r} "
             "first; give the model that the file was made for"
         )
     if not entries:

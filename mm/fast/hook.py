@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.fast.guidance import AdaptiveGuidance, GuidanceGate
 from mm.fast.rows import flat, prediction_of, selected, shaped, with_prediction
 
@@ -208,7 +209,8 @@ class _Watch:
             return  # no guidance at this step
         if sizes not in ([2 * count], [count, count]):
             raise UserError(
-                f"{self.name} makes predictions of {sizes} rows a step for {count} pictures; only guidance by two "
+                f"{self.name} makes predictions of {sizes} rows a step for "
+                f"{counted(count, 'picture')}; only guidance by two "
                 "predictions a picture can be left out, so leave fast out"
             )
         values = sample[0].numel()

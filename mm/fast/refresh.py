@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 
 
 def refresh_steps(
@@ -32,11 +33,13 @@ def refresh_steps(
     """
     n = len(similarity)
     if any(len(row) != n for row in similarity):
-        raise UserError(f"similarity has {n} rows of {sorted({len(row) for row in similarity})} values; give a square")
+        raise UserError(
+            f"similarity has {counted(n, 'row')} of {sorted({len(row) for row in similarity})} values; give a square"
+        )
     if not 1 <= count <= n:
         raise UserError(f"count is {count}; give 1 to {n}, the number of steps")
     if weights is not None and len(weights) != n:
-        raise UserError(f"{len(weights)} weights for {n} steps; give one for each")
+        raise UserError(f"{counted(len(weights), 'weight')} for {counted(n, 'step')}; give one for each")
     counts = [1.0] * n if weights is None else weights
     # lost[j][i - j - 1]: what steps j to i - 1 lose by using the features of step j
     lost = [

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
-from mm.core.nouns import with_article
+from mm.core.nouns import counted, with_article
 from mm.core.safe_tensors import read_tensors
 from mm.provenance.readers import NetworkReader, TileReader
 
@@ -168,11 +168,11 @@ class Fingerprint(nn.Module):
         if isinstance(bits, int):
             if not 0 <= bits < 2**count:
                 raise UserError(
-                    f"the fingerprint {bits:#x} does not fit into {count} bits; give 0 to {2**count - 1:#x}"
+                    f"the fingerprint {bits:#x} does not fit into {counted(count, 'bit')}; give 0 to {2**count - 1:#x}"
                 )
             bits = [(bits >> (count - 1 - k)) & 1 for k in range(count)]
         if len(bits) != count or any(bit not in (0, 1) for bit in bits):
-            raise UserError(f"{len(bits)} bits where the fingerprint has {count}; give {count} of 0 and 1")
+            raise UserError(f"{counted(len(bits), 'bit')} where the fingerprint has {count}; give {count} of 0 and 1")
         return torch.tensor(list(bits), dtype=torch.float32)
 
     @torch.no_grad()

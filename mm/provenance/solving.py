@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.provenance.attacks import at_side, jpeg, rounded, scaled
 from mm.provenance.fingerprint import Fingerprint, shifting
 from mm.provenance.readers import TileReader
@@ -82,7 +83,9 @@ def _probe(
     steps = torch.cat([torch.full((wide,), 0.1) for wide in widths.values()])
     gain, cost = torch.zeros(reader.out.in_features, count), torch.zeros(count, count)
     for number, latent in enumerate(latents):
-        progress(0.6 * number / len(latents), f"probing {count} shifts on picture {number + 1} of {len(latents)}")
+        progress(
+            0.6 * number / len(latents), f"probing {counted(count, 'shift')} on picture {number + 1} of {len(latents)}"
+        )
         plain = decode(latent[None]) / 2 + 0.5
         before = _seen(reader, plain).flatten()
         changes = []
@@ -183,7 +186,7 @@ def _fit(
                 tiles.append(torch.roll(reader.tile(attacked), (-shift[0], -shift[1]), (2, 3)))
                 wanted.append(empty.expand(len(part), -1))
     seen, truth = torch.cat(tiles).flatten(1), torch.cat(wanted)
-    progress(0.95, f"fitting the reader on {len(seen)} tiles")
+    progress(0.95, f"fitting the reader on {counted(len(seen), 'tile')}")
     _regress(reader.out, seen, truth)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.families import find_sites, quantizable_parts, rules_of
 from mm.families.sizes import check_side
 from mm.layers.base_hash import base_hash
@@ -113,7 +114,7 @@ def quantize(
         report.layers = _quantize(whole, cal.groups_of(sites), runs, config, progress, folder, dtypes or {}, modes)
     changed = {row.path.split(".")[0] for row in report.layers if row.bits != 16}
     if not changed and config.bits != "auto":
-        raise UserError(f"nothing is quantized: {'; '.join(report.notes())} ({len(report.layers)} layers)")
+        raise UserError(f"nothing is quantized: {'; '.join(report.notes())} ({counted(len(report.layers), 'layer')})")
     for name in changed:
         record(roots[name], config, bases[name])
     report.whole["bytes_after"] = sum(map(checks.bytes_of, roots.values()))

@@ -129,7 +129,7 @@ def test_dense_rotation_and_rows(model):
     dense = Patch(entries={k: e for k, e in patch.entries.items() if e.kind == "dense"})
     thin = dense.truncated(2)
     assert thin.report["truncated"]["transformer_blocks.0.attn.to_q"] < 0.05
-    assert str(thin.apply(model)) == "2 of 2 tensors applied to 1 layers"
+    assert str(thin.apply(model)) == "2 of 2 tensors applied to 1 layer"
 
 
 def test_rows_go_into_embeddings_and_come_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 import mm.cli
 from mm.core.errors import UserError
 from mm.erasure.sites import text_layers
+from mm.training.run import ORDER, STAGES
+from mm.training.stage_flags import CONFIGS, check_flags, fields_of
 
 
 @pytest.mark.parametrize(
@@ -27,8 +30,44 @@ from mm.erasure.sites import text_layers
         (("erase", "wolf", "-o", "x.safetensors", "--lora", "y", "--layout", "z"), "the layout is 'z'; there are"),
         (("erase", "wolf", "-o", "file/x.safetensors"), "file is no folder, so file/x.safetensors cannot be written"),
         (("quantize", "mm-tiny", "-o", "file"), "file is a file; give a new folder"),
+        (("quantize", "mm-tiny", "-o", "new", "--data-free", "--prompts", "file"), "so --prompts has no effect"),
+        (("quantize", "mm-tiny", "-o", "new", "--data-free", "--steps", "8"), "so --steps has no effect"),
+        (("quantize", "mm-tiny", "-o", "new", "--variant", "fp16"), "holds no file of variant 'fp16'"),
+        (("quantize", "mm-tiny", "-o", "new", "--component", "nosuch"), "has no module nosuch"),
+        (("quantize", "mm-tiny", "-o", "new", "--size", "64"), "TextToImagePipeline draws 128 x 128 only"),
+        (("train", "mm-tiny", "--stage", "counter", "--codes-share", ".5"), "the stage counter does not use"),
+        (("train", "mm-tiny", "--stage", "bridge", "--minutes", "3"), "the stage bridge does not use"),
+        (("train", "mm-tiny", "--stage", "judge", "--publish", "x"), "that use it: drawing, joint, crisp, fingerprint"),
+        (("train", "mm-tiny", "--stage", "drawing", "--state", "file"), "file is a file"),
+        (("train", "mm-tiny", "--stage", "drawing", "--init-from", "folder", "--state", "new"), "no autoencoder/"),
+        (("erase", "xyzzy", "-o", "x"), "the model does not know 'xyzzy'"),
+        (("erase", "wolf", "-o", "x", "--anchor", "xyzzy"), "the anchor is 'xyzzy'"),
+        (("erase", "wolf", "-o", "x", "--retain", "xyzzy"), "the retained concept is 'xyzzy'"),
+        (("erase", "wolf", "-o", "x", "--anchor", "cat", "--anchor", "dog"), "1 target and 2 anchors"),
+        (("erase", "wolf", "-o", "x", "--setting", "nosuch=1"), "uce has no setting 'nosuch'"),
+        (("eval", "erase", "wolf", "--attack", "nosuch"), "no attack 'nosuch'"),
+        (("eval", "erase", "wolf", "--quantize", "nosuch"), "no quantization 'nosuch'"),
+        (("eval", "customize", "--work", "file"), "file is a file"),
+        (("eval", "customize", "--method", "nosuch"), "no method 'nosuch'"),
+        (("customize", "folder", "-o", "x", "--name", "<mug>", "--work", "file"), "file is a file"),
+        (("customize", "folder", "-o", "x", "--name", "<mug>", "--sample", " "), "a sample prompt is empty"),
+        (("customize", "folder", "-o", "x", "--name", "<mug>", "--size", "64"), "draws 128 x 128 only; leave it out"),
+        (("merge", "file", "file", "-o", "x"), "file is given twice"),
+        (("merge", "file", "-o", "x"), "1 adapter to merge"),
+        (("merge", "file", "folder", "-o", "x"), "folder is a folder; give an adapter"),
+        (("merge", "file", "b", "-o", "x", "--weight", "nan", "--weight", "1"), "weight is nan"),
+        (("merge", "file", "b", "-o", "x", "--density", ".3"), "density is 0.3, which sum does not use"),
+        (("merge", "file", "b", "-o", "x", "--rank", "4", "--method", "orthogonal"), "which orthogonal does not use"),
+        (("generate", "a {red|blue cat", "-o", "new"), "has a { that is not closed, in '{red|blue cat'"),
+        *((*command, "file exists; choose another name, or give --force") for command in (
+            (("doctor", "--json", "file"),), (("provenance", "x.png", "--json", "file"),),
+            (("describe", "x.png", "--json", "file"),), (("eval", "compose", "--json", "file"),),
+            (("eval", "erase", "wolf", "--json", "file"),), (("erase", "wolf", "-o", "file"),),
+            (("merge", "a", "b", "-o", "file"),), (("customize", "folder", "--name", "<m>", "-o", "file"),),
+        )),
     ],
-)
+    ids=lambda given: " ".join(given)[:60] if isinstance(given, tuple) else "",
+)  # fmt: skip
 def test_it_is_named_and_nothing_is_written(words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -37,6 +76,8 @@ def test_it_is_named_and_nothing_is_written(words: tuple[str, ...], message: str
     assert done.exit_code == 1
     assert message in done.output.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "Loading" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -63,3 +104,19 @@ def test_a_site_that_is_no_regular_expression_or_matches_nothing() -> None:
         text_layers(pipe, ("(",))
     with pytest.raises(UserError, match="no linear layer of TextToImagePipeline has a path that matches nosuch"):
         text_layers(pipe, ("nosuch",))
+
+
+def test_force_replaces_a_report(tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    file.write_text("old")
+    for words in (("--force", "--json", str(file)), ("--json", str(file), "--force")):
+        done = CliRunner().invoke(mm.cli.app, ["doctor", *words])
+        assert done.exit_code == 0, done.output
+    assert "kernels" in json.loads(file.read_text())
+
+
+def test_each_stage_names_a_config_of_its_own() -> None:
+    assert set(CONFIGS) == set(STAGES)
+    assert all({"minutes", "workers"} <= fields_of(stage) for stage in CONFIGS)
+    assert [stage for stage in ORDER if "codes_share" in fields_of(stage)] == ["drawing", "joint"]
+    check_flags(ORDER, {"codes_share": 0.5, "minutes": 1.0, "workers": None}, ORDER)

@@ -134,7 +134,7 @@ def _latin(folder: Path) -> None:
     [
         (lambda folder: folder.mkdir(exist_ok=True), "holds no picture"),
         (lambda folder: folder.rmdir(), "is no folder"),
-        (_broken, "none of the 1 pictures"),
+        (_broken, "none of 1 picture"),
         (_two, "holds 2 subjects"),
         (_named, "holds two subjects"),
         (_black, "is black everywhere"),

@@ -44,6 +44,25 @@ def test_wildcards_follow_the_seed():
         expand("__a__", 1, lambda name: ["__a__ and __a__"])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a {red|blue cat", r"a \{ that is not closed, in '\{red\|blue cat'"),
+        ("a {red|{blue|green} cat", "not closed, in '{red"),
+        ("a red|blue} cat", "a } that closes nothing, in 'a red|blue}'"),
+        ("{a|b} and c}", "closes nothing"),
+    ],
+)
+def test_braces_that_do_not_pair_are_named(prompt: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand(prompt, 1)
+
+
+def test_a_brace_behind_a_backslash_is_text() -> None:
+    assert expand(r"a \{red\|blue\} cat", 1) == r"a \{red\|blue\} cat"
+    assert expand(r"\{ {a|a} \}", 1) == r"\{ a \}"
+
+
 def test_a_matrix_has_every_subset():
     assert matrix("a cat | at night | {x|y}") == ["a cat", "a cat, at night", "a cat, {x|y}", "a cat, at night, {x|y}"]
     with pytest.raises(UserError, match="fewer parts"):

@@ -128,7 +128,7 @@ def test_guidance_by_three_predictions_is_refused():
     )
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(UserError, match="rows a step for 1 pictures"):
+    with pytest.raises(UserError, match="rows a step for 1 picture"):
         with adaptive_guidance(pipe):
             pipe("a red fox", image=image, num_inference_steps=2, output_type="pt")
     assert pipe.unet is unet

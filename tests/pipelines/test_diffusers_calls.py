@@ -209,7 +209,7 @@ def test_editing_takes_the_other_arguments_of_drawing(editor: ImageEditPipeline)
     assert not torch.allclose(edited(editor, picture, negative_prompt="neon style"), plain, atol=1e-4)
     with pytest.raises(UserError, match="128 x 256"):
         edited(editor, picture, height=256)
-    with pytest.raises(UserError, match="2 negative prompts for 1 instructions"):
+    with pytest.raises(UserError, match="2 negative prompts for 1 instruction"):
         edited(editor, picture, negative_prompt=["a", "b"])
     editor.load_lora_weights(lora_of(editor, 3))
     try:

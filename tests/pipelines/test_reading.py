@@ -192,7 +192,7 @@ def test_wrong_edits_are_named(editor, pictures):
         edited(editor, pictures[0], mask_image=Image.new("L", (64, 64), 255))
     with pytest.raises(UserError, match="black everywhere"):
         edited(editor, pictures[0], mask_image=Image.new("L", (128, 128), 0))
-    with pytest.raises(UserError, match="2 pictures and 1 instructions"):
+    with pytest.raises(UserError, match="2 pictures and 1 instruction"):
         edited(editor, pictures[:2], ["make it blue"])
     with pytest.raises(UserError, match="image_guidance_scale is -1"):
         edited(editor, pictures[0], image_guidance_scale=-1)

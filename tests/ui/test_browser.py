@@ -80,10 +80,48 @@ def set_steps(tab, steps: int) -> None:
     tab.locator("#draw-more").get_by_label("Steps").fill(str(steps))
 
 
-def in_view(tab, selector: str) -> bool:
-    """Whether the middle of an element is on the screen."""
-    box = tab.locator(selector).first.bounding_box()
-    return box is not None and 0 <= box["y"] + box["height"] / 2 <= tab.viewport_size["height"]
+def wait_in_view(tab, selector: str) -> None:
+    """Waits until the middle of an element is on the screen: the page scrolls to its results."""
+    tab.wait_for_function(
+        """selector => {
+            const box = document.querySelector(selector)?.getBoundingClientRect();
+            const middle = box ? box.y + box.height / 2 : -1;
+            return middle >= 0 && middle <= window.innerHeight;
+        }""",
+        arg=selector,
+    )
+
+
+def wait_settled(tab, selector: str) -> None:
+    """Waits until an element has a size and is where it was a moment before."""
+    tab.wait_for_function(
+        """selector => {
+            const box = document.querySelector(selector)?.getBoundingClientRect();
+            const now = box && box.width > 50 ? [box.x, box.y, box.width, box.height].join() : "";
+            const same = now !== "" && now === window.lastBox;
+            window.lastBox = now;
+            return same;
+        }""",
+        arg=selector,
+        polling=200,
+    )
+
+
+def give(tab, selector: str, file: Path) -> None:
+    """Gives a file to an upload, and waits until the page has sent it."""
+    with tab.expect_response(lambda response: "/upload" in response.url):
+        tab.locator(f"{selector} input[type=file]").first.set_input_files(file)
+
+
+def wait_loaded(tab, selector: str, count: int) -> None:
+    """Waits until so many pictures are loaded."""
+    tab.wait_for_function(
+        """([selector, count]) => {
+            const all = [...document.querySelectorAll(selector)];
+            return all.length === count && all.every(one => one.complete && one.naturalWidth > 0);
+        }""",
+        arg=[selector, count],
+    )
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
@@ -92,12 +130,12 @@ def test_it_draws_and_keeps_texts_as_text(tab_of, viewport) -> None:
     assert tab.locator("text=style.safetensors × 0.75").is_visible()
     tab.locator("#prompt textarea").fill(EVIL)
     draw(tab)
-    assert tab.locator("#draw-pictures .thumbnail-item img").count() == 4
-    assert in_view(tab, "#draw-pictures .thumbnail-item")
+    wait_loaded(tab, "#draw-pictures .thumbnail-item img", 4)
+    wait_in_view(tab, "#draw-pictures .thumbnail-item")
     assert "<img src=http" in tab.locator("#draw-details").inner_text()
     assert "does not know" in tab.locator("#draw-status").inner_text()
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    tab.wait_for_timeout(500)
+    wait_settled(tab, "#draw-pictures .thumbnail-item")
     tab.locator("#draw-pictures .thumbnail-item").nth(1).click()
     tab.wait_for_selector("#draw-details >> text=seed 8")
     tab.get_by_role("button", name="Use these settings").click()
@@ -181,10 +219,10 @@ def test_it_edits_and_describes(tab_of, viewport, tmp_path: Path, monkeypatch: p
     tab.get_by_role("tab", name="Edit").click()
     tab.locator("#picture-go").click()
     tab.wait_for_selector("#picture-status >> text=there is no picture")
-    tab.locator("#picture-given input[type=file]").first.set_input_files(tmp_path / "given.png")
-    tab.wait_for_timeout(2000)
+    give(tab, "#picture-given", tmp_path / "given.png")
+    wait_settled(tab, "#picture-given canvas")
     tab.locator("#picture-given canvas").first.scroll_into_view_if_needed()  # a phone was scrolled to the results
-    tab.wait_for_timeout(500)
+    wait_settled(tab, "#picture-given canvas")
     canvas = tab.locator("#picture-given canvas").first.bounding_box()
     middle = (canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
     tab.mouse.move(*middle)
@@ -194,13 +232,12 @@ def test_it_edits_and_describes(tab_of, viewport, tmp_path: Path, monkeypatch: p
     tab.locator("#instruction textarea").fill("make it blue")
     tab.locator("#picture-go").click()
     tab.wait_for_selector("#picture-status >> text=1 of 1 done", timeout=60_000)
-    tab.wait_for_timeout(1000)
     left, top, right, bottom = masks[-1].getbbox()
     assert 100 < left < 200 and 100 < top < 200 and right - left < 150 and bottom - top < 150  # where the brush was
-    assert in_view(tab, "#picture-pictures .thumbnail-item")
+    wait_in_view(tab, "#picture-pictures .thumbnail-item")
     tab.get_by_role("tab", name="Describe").click()
-    tab.locator("#describe-given input[type=file]").first.set_input_files(tmp_path / "bad.png")
-    tab.wait_for_timeout(1000)
+    give(tab, "#describe-given", tmp_path / "bad.png")
+    tab.wait_for_selector("#describe-given img", state="attached")
     tab.locator("#ask").click()
     tab.wait_for_selector("#describe-status >> text=cannot be read as a picture")
     assert "/" not in tab.locator("#describe-status").inner_text()

@@ -16,6 +16,7 @@ from mm.adapters.formats.settings import Strengths
 from mm.adapters.formats.source import load
 from mm.adapters.patch import Entry, Patch
 from mm.core.errors import UserError
+from mm.core.nouns import counted
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import locate, roots_of, submodule
 
@@ -58,7 +59,7 @@ def read_lora(
         name=name,
         method="+".join(kinds) if kinds != ["lora"] else "lora",
         settings={"source": given.label, "alpha": "as in the file" if _has_alpha(given) else "none: in full"},
-        report={"file": f"{total} of {total} tensors of the file"},
+        report={"file": f"{total} of {counted(total, 'tensor')} of the file"},
     )
     return patch if truncate_to is None else _truncated(patch, target, truncate_to)
 
@@ -74,7 +75,7 @@ def _places(modules: Mapping[str, Parts], target: Any) -> dict[str, tuple[Piece,
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
-            f"{len(found) - len(unknown)} of {len(found)} LoRA layers are in this model; "
+            f"{len(found) - len(unknown)} of {counted(len(found), 'LoRA layer')} are in this model; "
             f"not: {', '.join(unknown[:3])}{more}"
         )
     return {module: pieces for module, pieces in found.items() if pieces is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mm.adapters.entry import Entry
+from mm.core.nouns import counted
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 
@@ -37,7 +38,7 @@ class OCE:
                     "moved": float(moved),
                     "orthogonality": float((turned @ turned.T).sub_(_eye(turned)).norm()),
                 }
-            job.progress((k + 1) / len(job.groups), f"{k + 1} of {len(job.groups)} groups of layers")
+            job.progress((k + 1) / len(job.groups), f"{k + 1} of {counted(len(job.groups), 'group')} of layers")
         return Made(entries=entries, report={"layers": facts})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mm.adapters.entry import Entry
+from mm.core.nouns import counted
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 from mm.erasure.methods.uce import UCE, lowrank_entries
@@ -26,7 +27,7 @@ class SPEED(UCE):
             found = solver.null_space(features, threshold=job.settings["threshold"])
             made, facts[whole[0]] = lowrank_entries(job, group, found, features)
             entries |= made
-            job.progress((k + 1) / len(groups), f"{k + 1} of {len(groups)} groups of layers")
+            job.progress((k + 1) / len(groups), f"{k + 1} of {counted(len(groups), 'group')} of layers")
         return Made(entries=entries, report={"groups": facts})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mm.adapters.entry import Entry
+from mm.core.nouns import counted
 from mm.erasure import solver
 from mm.erasure.methods.protocol import Job, Made
 
@@ -29,7 +30,7 @@ class UCE:
             made, facts = lowrank_entries(job, group, found, features)
             entries |= made
             solutions[group[0]] = facts
-            job.progress((k + 1) / len(job.groups), f"{k + 1} of {len(job.groups)} groups of layers")
+            job.progress((k + 1) / len(job.groups), f"{k + 1} of {counted(len(job.groups), 'group')} of layers")
         return Made(entries=entries, report={"groups": solutions})
 
     def solve(self, job: Job, group: Any, features: solver.Features) -> solver.Solution:
