@@ -25,10 +25,9 @@ import torch
 
 from mm.models.codes import CodeHead
 from mm.models.local_steps import PictureCache
-from mm.models.trunk import Trunk
+from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.fast import FULL_CODES, FastCodes
-from mm.pipelines.guidance import CODES_GUIDANCE, GuidanceBranches
-from mm.pipelines.run_state import Run, StepCallback
+from mm.pipelines.guidance import CODES_GUIDANCE
 from mm.pipelines.sampling import CodeStep, code_steps, gumbel_noise, masked_steps
 from mm.tokenizers import Bridge
 
@@ -39,21 +38,13 @@ class _Filling:
     """The state of a picture batch that is being filled."""
 
     def __init__(
-        self,
-        trunk: Trunk,
-        code_head: CodeHead,
-        bridge: Bridge,
-        shape: tuple[int, int],
-        generators: Sequence[torch.Generator],
-        branches: GuidanceBranches,
-        run: Run,
-        settings: FastCodes,
-    ) -> None:
-        self.trunk, self.code_head, self.bridge, self.shape = trunk, code_head, bridge, shape
-        self.branches, self.run, self.settings = branches, run, settings
-        device, (height, width) = branches.cache.mask_BT.device, shape
-        pictures, tokens, channels = len(generators), height * width, bridge.config.channels
-        self.gumbel_BLKV = gumbel_noise(generators, (tokens, channels, bridge.config.levels)).to(device)
+        self, parts: DrawingParts, code_head: CodeHead, bridge: Bridge, shape: tuple[int, int], settings: FastCodes
+    ) -> None:  # fmt: skip
+        self.trunk, self.branches, self.run = parts.trunk, parts.branches, parts.run
+        self.code_head, self.bridge, self.shape, self.settings = code_head, bridge, shape, settings
+        device, (height, width) = parts.branches.cache.mask_BT.device, shape
+        pictures, tokens, channels = len(parts.generators), height * width, bridge.config.channels
+        self.gumbel_BLKV = gumbel_noise(parts.generators, (tokens, channels, bridge.config.levels)).to(device)
         self.codes_BLK = torch.zeros(pictures, tokens, channels, dtype=torch.int64, device=device)
         self.known_BL = torch.zeros(pictures, tokens, dtype=torch.bool)
         self.log_BL = torch.full((pictures, tokens), -math.inf)  # how likely the codes of each token were
@@ -134,28 +125,30 @@ class _Filling:
 
 
 def code_filling(
-    trunk: Trunk,
-    code_head: CodeHead,
-    bridge: Bridge,
-    shape: tuple[int, int],
-    generators: Sequence[torch.Generator],
-    branches: GuidanceBranches,
-    steps: int,
-    run: Run,
-    on_step: StepCallback,
-) -> Generator[int, None, torch.Tensor]:
+    parts: DrawingParts, code_head: CodeHead, bridge: Bridge, shape: tuple[int, int]
+) -> Generator[int, None, torch.Tensor]:  # fmt: skip
     """Draws codes until the picture is full, then revises it, with the settings in `run.fast` or those of the mode.
 
-    Arguments, yields and result as in `mm.pipelines.drawing_loops.flow_steps`; `shape` is (H, W), and `steps` are the
-    most that are taken. Latents that are not drawn yet are zero.
+    Args:
+        parts: What is drawn with; its steps are the most that are taken.
+        code_head: Samples the codes of a token from its features.
+        bridge: Between codes and latents.
+        shape: (H, W) of the latents.
+
+    Yields:
+        How many steps are done.
+
+    Returns:
+        The latents (B, K, H, W); those that are not drawn yet are zero.
     """
+    run, steps = parts.run, parts.steps
     settings = run.fast if isinstance(run.fast, FastCodes) else FULL_CODES
     tokens, count = shape[0] * shape[1], settings.revisions(steps)
-    plan = list(code_steps(generators, tokens, steps, revisions=count, revised=settings.revised))
+    plan = list(code_steps(parts.generators, tokens, steps, revisions=count, revised=settings.revised))
     revising = plan[len(plan) - count :]
     order_BL = torch.cat([step.now_BN for step in plan[: len(plan) - count]], 1)
     left = masked_steps(tokens, steps - count)
-    filling = _Filling(trunk, code_head, bridge, shape, generators, branches, run, settings)
+    filling = _Filling(parts, code_head, bridge, shape, settings)
     near_LL = neighbours(shape)
     run.num_timesteps, done = len(plan), 0
     while not filling.known_BL.all() and not run.interrupt:
@@ -165,7 +158,7 @@ def code_filling(
         if settings.confidence is None or not settings.neighbours:
             maybe_BL = torch.zeros_like(maybe_BL)
         filling.draw(~filling.known_BL, now_BL, maybe_BL, 1.0)
-        filling.latents, done = on_step(done, done, filling.latents), done + 1
+        filling.latents, done = parts.on_step(done, done, filling.latents), done + 1
         yield done
     run.num_timesteps = done + len(revising)
     for step in revising:
@@ -175,7 +168,7 @@ def code_filling(
         if not now_BL.any():  # every token is sure
             continue
         filling.draw(now_BL, now_BL, torch.zeros_like(now_BL), step.heat)
-        filling.latents, done = on_step(done, done, filling.latents), done + 1
+        filling.latents, done = parts.on_step(done, done, filling.latents), done + 1
         yield done
     return filling.latents
 

@@ -6,41 +6,27 @@ Legend: B pictures, C = 16 channels, H = W = 8 latents.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 import torch
 
-from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.fast import FastFlow
 from mm.pipelines.flow_velocity import FlowVelocity
-from mm.pipelines.guidance import GuidanceBranches
-from mm.pipelines.run_state import Run, StepCallback
+from mm.pipelines.run_state import Run
 
 
 def flow_steps(
-    trunk: Trunk,
-    velocity_decoder: VelocityDecoder,
-    latents: torch.Tensor,
-    generators: Sequence[torch.Generator],
-    branches: GuidanceBranches,
-    steps: int,
-    run: Run,
-    on_step: StepCallback,
-) -> Generator[int, None, torch.Tensor]:
+    parts: DrawingParts, velocity_decoder: VelocityDecoder, latents: torch.Tensor
+) -> Generator[int, None, torch.Tensor]:  # fmt: skip
     """Integrates the flow with the run's scheduler, step by step.
 
     Args:
-        trunk: Computes features of the noisy latents.
+        parts: What is drawn with; its generators serve schedulers that draw noise.
         velocity_decoder: Computes the velocity from features.
         latents: Starting noise (B, C, H, W), float32.
-        generators: One a picture, for schedulers that draw noise.
-        branches: The conditions.
-        steps: Sampling steps.
-        run: State of this run.
-        on_step: Called after each step with its number, its timestep and the latents; returns the latents to go on
-            with.
 
     Yields:
         How many steps are done.
@@ -48,21 +34,19 @@ def flow_steps(
     Returns:
         The latents (B, C, H, W).
     """
-    scheduler = run.scheduler
-    _set_levels(scheduler, run, steps, latents.device)
+    run, scheduler = parts.run, parts.run.scheduler
+    _set_levels(scheduler, run, parts.steps, latents.device)
     run.num_timesteps = len(scheduler.timesteps)
     # Schedulers that draw noise of their own draw each picture's from its generator, too.
     own_noise = "generator" in inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"generator": list(generators)} if own_noise else {}
-    step_velocity = FlowVelocity(
-        trunk, velocity_decoder, branches, run, [_sigma(scheduler, t) for t in scheduler.timesteps]
-    )
+    options: dict[str, Any] = {"generator": list(parts.generators)} if own_noise else {}
+    step_velocity = FlowVelocity(parts, velocity_decoder, [_sigma(scheduler, t) for t in scheduler.timesteps])
     for i, timestep in enumerate(scheduler.timesteps):
         if run.interrupt:
             break
         velocity = step_velocity(i, latents)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
-        latents = on_step(i, timestep, latents)
+        latents = parts.on_step(i, timestep, latents)
         yield i + 1
     return latents
 

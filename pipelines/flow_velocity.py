@@ -11,21 +11,17 @@ import torch
 
 from mm.core.errors import UserError
 from mm.fast.guidance import GuidanceGate
-from mm.models.trunk import Trunk
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.fast import FastFlow, FlowPlan, flow_plan
-from mm.pipelines.guidance import GuidanceBranches
-from mm.pipelines.run_state import Run
 
 
 class FlowVelocity:
     """Computes the guided velocity of each step in turn.
 
     Args:
-        trunk: Computes features of the noisy latents.
+        parts: What is drawn with; the `fast` of its run says what may be left out.
         velocity_decoder: Computes the velocity from features.
-        branches: The conditions.
-        run: State of this run; its `fast` says what may be left out.
         sigmas: Noise levels of the steps.
 
     Raises:
@@ -33,15 +29,11 @@ class FlowVelocity:
     """
 
     def __init__(
-        self,
-        trunk: Trunk,
-        velocity_decoder: VelocityDecoder,
-        branches: GuidanceBranches,
-        run: Run,
-        sigmas: Sequence[torch.Tensor],
-    ) -> None:
-        self.trunk, self.velocity_decoder, self.branches, self.run = trunk, velocity_decoder, branches, run
-        self.sigmas = sigmas
+        self, parts: DrawingParts, velocity_decoder: VelocityDecoder, sigmas: Sequence[torch.Tensor]
+    ) -> None:  # fmt: skip
+        self.trunk, self.branches, self.run = parts.trunk, parts.branches, parts.run
+        self.velocity_decoder, self.sigmas = velocity_decoder, sigmas
+        run, branches = parts.run, parts.branches
         fast = run.fast if isinstance(run.fast, FastFlow) else None
         self.plan: FlowPlan | None = None if fast is None else flow_plan(fast, [float(sigma) for sigma in sigmas])
         self.gate: GuidanceGate | None = None

@@ -41,6 +41,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_arguments import check_scale
+from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.instructions import check_instructions
 from mm.pipelines.pictures import as_pictures, open_picture, squared, to_tensor
@@ -213,7 +214,11 @@ class ImageEditPipeline(TextToImagePipeline):
             noise = self.prepare_latents(generators, latents) if mode == "flow" else None
             if noise is not None and mask is not None:
                 on_step = _keep_outside(run_, clean, noise, mask, on_step)
-            drawn = self._draw_latents(noise, generators, branches, num_inference_steps, run_, on_step)
+            parts = DrawingParts(
+                trunk=self.trunk, generators=generators, branches=branches, steps=num_inference_steps, run=run_,
+                on_step=on_step,
+            )  # fmt: skip
+            drawn = self._draw_latents(noise, parts)
         if mode == "codes" and mask is not None:
             drawn = torch.where(_coarse(mask, drawn.shape[-1]) > 0, drawn, clean)
         source = source.repeat_interleave(num_images_per_prompt, 0)

@@ -43,6 +43,7 @@ from mm.models.velocity import VelocityDecoder
 from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown
 from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_loops import flow_steps
+from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import open_picture, to_tensor
@@ -257,9 +258,11 @@ class InterleavedPipeline(ImageEditPipeline):
         generators = picture_generators(torch.Generator().manual_seed(seed), 1)
         noise = self.prepare_latents(generators, None)
         with self._new_run(guidance_scale=how.scale) as run_:
-            parts = (self.trunk, self.velocity_decoder, noise)
-            drawing = flow_steps(*parts, generators, branches, how.steps, run_, run_.step_callback(self, None, ()))
-            latents = yield from _as_events(drawing, how.steps)
+            parts = DrawingParts(
+                trunk=self.trunk, generators=generators, branches=branches, steps=how.steps, run=run_,
+                on_step=run_.step_callback(self, None, ()),
+            )  # fmt: skip
+            latents = yield from _as_events(flow_steps(parts, self.velocity_decoder, noise), how.steps)
         now.pictures += 1
         _warn_if_full(now.add(Shown(latents=latents, tokens=self._latent_tokens(latents), seed=seed)))
         yield Event(kind="picture", picture=self._decode(latents, "pil")[0], seed=seed)

@@ -44,12 +44,13 @@ from mm.pipelines.drawing_arguments import (
     check_temperature,
 )
 from mm.pipelines.drawing_loops import finish, flow_steps
+from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.fast import decides_by_picture, settings_for
-from mm.pipelines.guidance import GuidanceBranches, text_branches
+from mm.pipelines.guidance import text_branches
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompt_encoding import conditions, tokenize
-from mm.pipelines.run_state import Run, RunStateMixin, StepCallback
+from mm.pipelines.run_state import RunStateMixin
 from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
@@ -133,9 +134,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
     ) -> None:
         """Raises UserError for what cannot be drawn, with the value."""
         side = self.side
-        for name, given in (("height", height), ("width", width)):
-            if isinstance(given, bool) or given != side:
-                raise UserError(f"{name} is {shown(given)}; this model draws {side} x {side} pictures; leave it out")
+        if (height, width) != (side, side):
+            size = f"{shown(width)} x {shown(height)}"
+            raise UserError(f"this model draws {side} x {side} pictures, not {size}; leave the size out")
         check_count("num_inference_steps", steps)
         check_count("num_images_per_prompt", pictures)
         check_mode(mode, self.modes, MODES, latents)
@@ -299,7 +300,11 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             for part in parts_of(self, len(generators), singly=decides_by_picture(less)):
                 branches = text_branches(*given.caches(part, self._encode), guidance_scale)
                 start = None if noise is None else noise[part]
-                drawn = self._draw_latents(start, generators[part], branches, steps, run, on_step)
+                parts = DrawingParts(
+                    trunk=self.trunk, generators=generators[part], branches=branches, steps=steps, run=run,
+                    on_step=on_step,
+                )  # fmt: skip
+                drawn = self._draw_latents(start, parts)
                 done.append(drawn if output_type == "latent" else self._decode(drawn, output_type))
 
         pictures: Any = joined(done)
@@ -319,25 +324,15 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         latents, tries, right = draw_best(draw, reader, prompts, generators, best_of)
         return CheckedOutput(latents, tries, right)
 
-    def _draw_latents(
-        self,
-        noise: torch.Tensor | None,
-        generators: Sequence[torch.Generator],
-        branches: GuidanceBranches,
-        steps: int,
-        run: Run,
-        on_step: StepCallback,
-    ) -> torch.Tensor:
+    def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""
         if noise is not None:
-            parts = (self.trunk, self.velocity_decoder, noise)
-            drawing = flow_steps(*parts, generators, branches, steps, run, on_step)
+            drawing = flow_steps(parts, self.velocity_decoder, noise)
         else:
             side = int(self.trunk.config.latent_size)
-            heads = (self.trunk, self.code_head, self.bridge, (side, side))
-            drawing = code_filling(*heads, generators, branches, steps, run, on_step)
-        with self.progress_bar(total=steps) as bar:
-            return finish(drawing, run, bar)
+            drawing = code_filling(parts, self.code_head, self.bridge, (side, side))
+        with self.progress_bar(total=parts.steps) as bar:
+            return finish(drawing, parts.run, bar)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures in the wanted type."""
