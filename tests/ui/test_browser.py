@@ -93,17 +93,17 @@ def wait_in_view(tab, selector: str) -> None:
 
 
 def wait_settled(tab, selector: str) -> None:
-    """Waits until an element has a size and is where it was a moment before."""
+    """Waits until an element has a size, and is where it was and says what it said a moment before."""
     tab.wait_for_function(
         """selector => {
-            const box = document.querySelector(selector)?.getBoundingClientRect();
-            const now = box && box.width > 50 ? [box.x, box.y, box.width, box.height].join() : "";
-            const same = now !== "" && now === window.lastBox;
-            window.lastBox = now;
+            const found = document.querySelector(selector), box = found?.getBoundingClientRect();
+            const now = box && box.width > 50 ? [box.x, box.y, box.width, box.height, found.innerText].join() : "";
+            const same = now !== "" && now === window.lastSeen;
+            window.lastSeen = now;
             return same;
         }""",
         arg=selector,
-        polling=200,
+        polling=300,
     )
 
 
@@ -219,10 +219,11 @@ def test_it_edits_and_describes(tab_of, viewport, tmp_path: Path, monkeypatch: p
     tab.get_by_role("tab", name="Edit").click()
     tab.locator("#picture-go").click()
     tab.wait_for_selector("#picture-status >> text=there is no picture")
-    give(tab, "#picture-given", tmp_path / "given.png")
-    wait_settled(tab, "#picture-given canvas")
+    tab.locator("#picture-given input[type=file]").first.set_input_files(tmp_path / "given.png")
+    tab.locator("#picture-given >> text=Upload an image").wait_for(state="hidden")
+    wait_settled(tab, "#picture-given")  # the picture is there, and its zoom was chosen
     tab.locator("#picture-given canvas").first.scroll_into_view_if_needed()  # a phone was scrolled to the results
-    wait_settled(tab, "#picture-given canvas")
+    wait_settled(tab, "#picture-given")
     canvas = tab.locator("#picture-given canvas").first.bounding_box()
     middle = (canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2)
     tab.mouse.move(*middle)
