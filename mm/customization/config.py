@@ -22,6 +22,8 @@ class TrainingConfig:
         preserve_every: steps between two times that they are held to the base.
         guard_batch: guarded prompts each time that unrelated ones are held to the base.
         guard_weight: of a guarded prompt, as a multiple of an unrelated one; 0 only measures.
+        strangers: prompts with other new words each time that unrelated ones are held to the base, so that adapters
+            merge (`mm.customization.strangers`); 0 for none.
         regularize: weight of regularization pictures, where some are given.
         caption_dropout: share of pictures that are learned without their caption, where the noise leaves them visible.
             Guidance compares with the empty prompt, whose prediction has to know the subject when it sees it.
@@ -47,6 +49,7 @@ class TrainingConfig:
     preserve_every: int = 2
     guard_batch: int = 1
     guard_weight: float = 4.0
+    strangers: int = 0
     regularize: float = 1.0
     caption_dropout: float = 0.25
     weight_decay: float = 1e-4
@@ -76,7 +79,7 @@ class TrainingConfig:
         for name in ("learning_rate", "row_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("preserve", "weight_decay", "warmup", "guard_weight", "regularize", "companions"):
+        for name in ("preserve", "weight_decay", "warmup", "guard_weight", "regularize", "companions", "strangers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.caption_dropout < 1:
