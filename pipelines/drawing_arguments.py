@@ -10,6 +10,7 @@ import torch
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
@@ -47,7 +48,7 @@ def check_mode(mode: object, modes: Sequence[str], known: Sequence[str], latents
     if mode not in modes:
         raise UserError("this model has no code_head and bridge, which mode='codes' needs; use mode='flow'")
     if latents is not None and not isinstance(latents, torch.Tensor):
-        raise UserError(f"latents are a {type(latents).__name__}; give a tensor")
+        raise UserError(f"latents are {with_article(type(latents).__name__)}; give a tensor")
     if mode == "codes" and latents is not None:
         raise UserError("latents are the starting noise of mode='flow'; with mode='codes' leave them out")
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mm.core.checks import MAX_SIDE, whole
 from mm.core.errors import UserError
 from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
@@ -40,8 +41,11 @@ class Emu3(PublicModel):
         step = self.processor.downsample_ratio
         side = round(self.processor.image_area**0.5 / step) * step
         size = side if height is None else height, side if width is None else width
-        if any(n < step or n % step for n in size):
-            raise UserError(f"Emu3 draws sizes in steps of {step}, not {size[1]} x {size[0]}")
+        for name, given in zip(("height", "width"), size, strict=True):
+            whole(name, given, 1, MAX_SIDE)
+        if any(given % step for given in size):
+            near = " x ".join(str(max(1, round(given / step)) * step) for given in size[::-1])
+            raise UserError(f"Emu3 draws sizes in steps of {step}, not {size[1]} x {size[0]}; give for example {near}")
         return size
 
     def length(self, size: tuple[int, int]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.pipelines.public import PublicModel
 from mm.pipelines.token_sampling import Sampling, last_features, sample_codes
@@ -31,8 +32,9 @@ class Janus(PublicModel):
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The one size that the model draws."""
         side = self.model.config.vision_config.image_size
-        if not {height, width} <= {side, None}:
-            raise UserError(f"this Janus draws {side} x {side} pictures, not {width} x {height}; leave the size out")
+        for name, given in (("height", height), ("width", width)):
+            if given is not None and given != side:
+                raise UserError(f"{name} is {shown(given)}; this Janus draws {side} x {side} pictures; leave it out")
         return side, side
 
     def length(self, size: tuple[int, int]) -> int:

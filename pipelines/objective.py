@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mm.customization.objectives.protocol import Edits, FlowObjective
 from mm.models.cache import PromptCache
+from mm.models.text import nearest_words, unknown_words
+from mm.pipelines.prompt_encoding import added_names
+from mm.world import lexicon
 from mm.world.edits import KINDS, sample_edit
 from mm.world.vocabulary import OBJECTS
 
@@ -64,6 +67,21 @@ class TrunkObjective(FlowObjective):
 
     def known_nouns(self) -> Sequence[str]:
         return OBJECTS
+
+    def unknown(self, text: str, name: str) -> list[str]:
+        tokenizer = self.pipe.text_tokenizer
+        lines = []
+        for word in unknown_words(text.replace(name, " ") if name else text, set(tokenizer.get_vocab())):
+            near = lexicon.read(word).text
+            known = near.removeprefix("a ").removeprefix("an ") if near != word else ", ".join(nearest_words(word))
+            lines.append(
+                f"the model does not know the word {word!r}" + (f", and knows {known}" if known else "")
+                + "; `mm words` lists what it knows"
+            )  # fmt: skip
+        return lines
+
+    def undrawn(self, prompt: str, name: str, *, edit: bool) -> list[str]:
+        return lexicon.read(prompt, "edit" if edit else "draw", {*added_names(self.pipe.text_tokenizer), name}).problems
 
     def kept_instructions(self, count: int) -> list[str]:
         rng = random.Random("instructions that stay")

@@ -24,6 +24,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.families.mm_tiny import GUIDANCE, steps_for
@@ -132,8 +133,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
     ) -> None:
         """Raises UserError for what cannot be drawn, with the value."""
         side = self.side
-        if (height, width) != (side, side):
-            raise UserError(f"this model draws {side} x {side} pictures, not {width} x {height}; leave the size out")
+        for name, given in (("height", height), ("width", width)):
+            if isinstance(given, bool) or given != side:
+                raise UserError(f"{name} is {shown(given)}; this model draws {side} x {side} pictures; leave it out")
         check_count("num_inference_steps", steps)
         check_count("num_images_per_prompt", pictures)
         check_mode(mode, self.modes, MODES, latents)

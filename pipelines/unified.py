@@ -24,6 +24,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 
 from mm.core.errors import UserError
 from mm.core.model_files import check_loaded
+from mm.core.nouns import with_article
 from mm.families import model_types
 from mm.families.folders import unified_type
 from mm.pipelines.answers import UnderstandingOutput, paired
@@ -83,14 +84,14 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
         raise
     except Exception as error:  # what tokenizers and processors raise for damaged files is of any type
         why = " ".join(str(error).split())[:300]
-        raise UserError(f"{where} is a {kind} model that cannot be loaded: {why}") from error
+        raise UserError(f"{where} is {with_article(kind)} model that cannot be loaded: {why}") from error
     wrong = [
         str(key) for kinds in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in loaded.get(kinds, ())
     ]
     if wrong:
         raise UserError(
-            f"{where} does not hold just the tensors of a {name}ForConditionalGeneration; missing, unknown or of "
-            f"another shape: {', '.join(wrong[:3])} ({len(wrong)} in all); copy or save the model again"
+            f"{where} does not hold just the tensors of {with_article(name)}ForConditionalGeneration; missing, unknown "
+            f"or of another shape: {', '.join(wrong[:3])} ({len(wrong)} in all); copy or save the model again"
         )
     if Path(where).is_dir():
         check_loaded(model, where)
@@ -131,6 +132,11 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self.image_processor = VaeImageProcessor(do_normalize=False)
+
+    @property
+    def side(self) -> int:
+        """Pixels on each side of a picture whose size is not given."""
+        return self.family.size(None, None)[0]
 
     @torch.no_grad()
     def __call__(

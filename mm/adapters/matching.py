@@ -11,6 +11,7 @@ from torch import nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import cannot_change, stored
 from mm.layers.surgery import locate, no_branches, no_plain_weight, roots_of, submodule
@@ -125,7 +126,7 @@ def _unloaded(module: nn.Module) -> str:
 
 def _rows_misfit(entry: Entry, module: nn.Module) -> str:
     if not isinstance(module, nn.Embedding):
-        return f"rows go into an embedding, this is a {type(module).__name__}"
+        return f"rows go into an embedding, this is {with_article(type(module).__name__)}"
     if why := no_plain_weight(module) or cannot_change(module, "weight"):
         return why
     ids, rows = entry.tensors["ids"], entry.tensors["rows"]
@@ -152,7 +153,7 @@ def _lowrank_misfit(entry: Entry, module: nn.Module) -> str:
 def _bias_misfit(entry: Entry, module: nn.Module) -> str:
     bias = module._parameters.get("bias")
     if bias is None or not bias.is_floating_point():
-        return f"a {type(module).__name__} without a bias"
+        return f"{with_article(type(module).__name__)} without a bias"
     got = tuple(entry.tensors["delta"].shape)
     return cannot_change(module, "bias") or (
         "" if got == bias.shape else f"made for {got}, this is {tuple(bias.shape)}"

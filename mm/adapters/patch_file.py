@@ -22,6 +22,7 @@ from torch import Tensor
 from mm.adapters.entry import PARTS, Entry
 from mm.core.errors import UserError, shown
 from mm.core.files import write_bytes
+from mm.core.nouns import with_article
 from mm.core.safe_json import Fields, parse_json
 from mm.core.safe_tensors import FLOATS, TensorFile, read_tensors
 from mm.layers.linear import Scope
@@ -90,12 +91,14 @@ def _entry(where: str, fields: Fields, read: TensorFile) -> Entry:
     for name in PARTS[kind]:
         key = f"{where}|{name}"
         if key not in read.tensors:
-            raise UserError(f"{read.path} lacks the tensor {shown(key)} of a {kind} entry; it is incomplete")
+            raise UserError(
+                f"{read.path} lacks the tensor {shown(key)} of {with_article(kind)} entry; it is incomplete"
+            )
         tensors[name] = read.tensors[key]
         _check_tensor(key, name, tensors[name], read.path)
     why = _misfit(kind, tensors)
     if why:
-        raise UserError(f"{read.path}: {shown(where)} is a {kind} entry with {why}; the file is damaged")
+        raise UserError(f"{read.path}: {shown(where)} is {with_article(kind)} entry with {why}; the file is damaged")
     return Entry(kind=kind, tensors=tensors, scale=fields.number("scale", -1e6, 1e6), scope=scope)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.layers.originals import kept, kept_bias
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def why_not(tuner: Any, adapter_names: Sequence[str] | None) -> str:
     if not _quantized(layer):
         return ""
     if not hasattr(tuner, "lora_A"):
-        return f"a {type(tuner).__name__} adapter cannot be merged into quantized weights; only LoRA can"
+        return f"{with_article(type(tuner).__name__)} adapter cannot be merged into quantized weights; only LoRA can"
     for name in adapter_names or tuner.active_adapters:
         if name in tuner.lora_A and (name in tuner.lora_variant or tuner.lora_bias.get(name)):
             what = "a bias" if tuner.lora_bias.get(name) else "DoRA or another variant"

@@ -35,9 +35,9 @@ def chat(
 ) -> None:
     """Converses: words and pictures in and out. /image FILE, /new, /quit; a script may come on stdin, a turn a line."""
     from mm.core.errors import UserError
-    from mm.engine import output
+    from mm.core.files import check_folder
 
-    output.check_folder(out)
+    check_folder(out)
     loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
     talk = Talk(loading.engine(), out, seed=seed, steps=steps, strict=strict)
     interactive = sys.stdin.isatty()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mm.cli import options as shared
 from mm.core.checks import MAX_SEED
 
 app = typer.Typer(add_completion=False)
@@ -51,31 +52,33 @@ def customize(
     sample: Annotated[list[str] | None, typer.Option(help="A prompt that is drawn at each preview.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of state and previews; default: OUT.work.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the state when the run is done.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    force: shared.ForceOption = False,
 ) -> None:
     """Learns a new subject, style, edit or slider; a run that was stopped goes on when the command is given again."""
     from mm.core.errors import UserError
+    from mm.core.files import check_new
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; choose another name, or give --force")
+    check_new(out, force=force)
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder} is no folder; give a folder with a few pictures")
     from mm.customization.checks import check_call
     from mm.customization.customize import customize as make
     from mm.customization.learned import check_layout
+    from mm.customization.methods.registry import method_of
     from mm.customization.sliders import prompts_of
     from mm.customization.training import STATE
 
     asked = bool(positive or negative or neutral or subject or strength is not None)
     prompts = prompts_of(positive, negative, neutral, subject or (), strength) if asked else None
     check_layout(layout)
-    check_call(kind, folder, name, prompts, regularization)
+    place = work or out.with_name(f"{out.name}.work")
+    check_call(kind, folder, name, prompts, regularization, work=place, samples=sample)
+    method_of(method)
     import mm
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
              "companions": companions}  # fmt: skip
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    place = work or out.with_name(f"{out.name}.work")
     engine = mm.load(model, bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
     line = _Line()

@@ -22,7 +22,7 @@ def describe(
     lora: shared.AdapterOption = None,
     offload: shared.OffloadOption = shared.OffloadTo.auto,
     dtype: shared.DtypeOption = shared.Dtype.auto,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the answers here.")] = None,
+    json_file: shared.JsonOption = None,
     force: shared.ForceOption = False,
 ) -> None:
     """Describes pictures, or answers questions about them. Exit code 1: some pictures could not be read."""
@@ -30,10 +30,7 @@ def describe(
     from mm.core.errors import UserError
     from mm.core.files import write_json
     from mm.core.pictures import read_picture
-    from mm.engine import output
 
-    if json_file is not None:
-        output.check_new(json_file, force=force)
     opened: dict[Path, Any] = {}
     for path in pictures:
         try:

@@ -44,6 +44,7 @@ def doctor(
         str | None, typer.Argument(help="A model: its memory at 16 and 4 bits, and how it would be loaded.")
     ] = None,
     json_file: shared.JsonOption = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Reports device, CPU features, kernels, versions and weights, and what is slow and why; or about a model.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mm.cli import options as shared
 from mm.cli.running import follow, say
 from mm.core.errors import UserError
+from mm.core.files import check_folder
 from mm.core.pictures import read_picture
 from mm.core.png_settings import read_settings
 from mm.engine import output
@@ -53,7 +54,7 @@ def run(job: Job) -> None:
     single = output.is_picture_file(job.out)
     if single and job.changes.get("count", 1) > 1:
         raise UserError(f"{job.out} is one file and {job.changes['count']} pictures are wanted; give a folder")
-    output.check_file(job.out, force=job.force) if single else output.check_folder(job.out)
+    output.check_file(job.out, force=job.force) if single else check_folder(job.out)
     lines_of = wildcard_files(job.wildcards) if job.wildcards is not None else None
     pictures = {
         name: read_picture(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None

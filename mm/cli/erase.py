@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mm.cli import options as shared
 from mm.cli.eval_erase import setting_of
 
 app = typer.Typer(add_completion=False)
@@ -31,18 +32,16 @@ def erase(
     lora: Annotated[Path | None, typer.Option(help="Also write a LoRA file for other programs.")] = None,
     layout: Annotated[str | None, typer.Option(help="Of --lora: diffusers (default), peft, kohya or comfyui.")] = None,
     site: Annotated[list[str] | None, typer.Option(help="Regular expression over layers to edit.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    force: shared.ForceOption = False,
 ) -> None:
     """Makes a patch after which the model draws something else where the concepts are asked for."""
     from mm.adapters.formats.writer import LAYOUTS
     from mm.core.errors import UserError
-    from mm.core.files import check_place
+    from mm.core.files import check_new
 
     for file in (out, lora):
-        if file is not None and file.exists() and not force:
-            raise UserError(f"{file} exists; choose another name, or give --force")
         if file is not None:
-            check_place(file)
+            check_new(file, force=force)
     if lora is not None and lora.resolve() == out.resolve():
         raise UserError(f"{out} is the patch and the LoRA file; give --lora another name")
     if layout is not None and layout not in LAYOUTS:

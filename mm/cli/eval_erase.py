@@ -36,6 +36,7 @@ def erase(
     tuning: Annotated[bool, typer.Option(help="Prompts for choosing settings, not those for reporting.")] = False,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: shared.ReportOption = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Erases concepts and measures what is drawn instead, what is kept, and what attacks bring back."""
     from mm.adapters.patch import Patch

@@ -43,6 +43,7 @@ def compose(
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Six compositional tasks (GenEval's protocol), read by the judge."""
     from tqdm import tqdm
@@ -87,6 +88,7 @@ def fidelity(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Sharpness of drawn pictures beside renders, and the Frechet distance between the two on the judge's features."""
     from mm.evaluation.compose import ComposeConfig
@@ -118,6 +120,7 @@ def understand(
     ] = None,
     each: Annotated[int, typer.Option(min=1, help="With --wide: scenes that each wording is asked about.")] = 6,
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Questions about pictures by kind, yes/no balance, and the facts of descriptions."""
     from mm.core.errors import UserError
@@ -150,6 +153,7 @@ def edit(
     image_guidance: Annotated[float, typer.Option(help="How closely the source is followed.")] = 1.5,
     tuning: Annotated[bool, typer.Option(help="Seen compositions, for choosing settings.")] = False,
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Edits by kind: whether the change was made, and whether the rest stayed."""
     from mm.evaluation.edit import EditConfig, evaluate_edit
@@ -183,6 +187,7 @@ def customize_(
     tuning: Annotated[bool, typer.Option(help="Other prompts and seeds, for choosing settings.")] = False,
     work: Annotated[Path, typer.Option(help="Folder of pictures, adapters and results so far.")] = Path("customize"),
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
     import mm
@@ -226,6 +231,7 @@ def chat(
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
     scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own files.")] = None,
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Scripted conversations of four and twelve turns: every drawing, edit, answer and reply judged."""
     from mm.evaluation.chat import LONG_SCRIPTS, SCRIPTS, evaluate_chat
@@ -248,6 +254,7 @@ def reconstruct(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the held-out renders.")] = 0,
     limit: Limit = None,
     json: Json = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
     from rich.table import Table

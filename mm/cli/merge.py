@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mm.cli import options as shared
+
 app = typer.Typer(add_completion=False)
 
 
@@ -16,22 +18,28 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
     method: Annotated[str, typer.Option(help="sum, ties, dare, do or orthogonal.")] = "sum",
     weight: Annotated[list[float] | None, typer.Option(help="How strongly one acts; once for each.")] = None,
-    density: Annotated[float, typer.Option(help="Share of the values that TIES and DARE keep.")] = 0.5,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of combined layers; default: the sum of the ranks.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the values that ties and dare keep; default: 0.5.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of layers that ties, dare and do combine; default: the sum of the ranks.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model; LoRA files of other programs need it.")] = None,
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    force: shared.ForceOption = False,
 ) -> None:
     """Merges adapters, so that one file draws all their subjects."""
-    from mm.core.errors import UserError
+    from mm.core.files import check_new
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; choose another name, or give --force")
+    check_new(out, force=force)
     from mm.customization.learned import check_layout
-    from mm.customization.merging.files import read_adapter
+    from mm.customization.merging.files import check_files, read_adapter
+    from mm.customization.merging.merge import check_options
     from mm.customization.merging.merge import merge as make
 
     check_layout(layout)
+    check_options(len(files), method, weight, density, rank)
+    check_files(files)
     target = None
     if model is not None:
         import mm

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.core.errors import UserError
-from mm.core.files import check_place
+from mm.core.files import check_new
 
 
 class DrawingMode(StrEnum):
@@ -59,17 +59,19 @@ def _gone(given: bool) -> None:
         raise typer.BadParameter("it was replaced by --bits 4")
 
 
-def _place(path: Path | None) -> Path | None:
-    """The path of a report, which is checked before anything is computed for it."""
+def _place(context: typer.Context, path: Path | None) -> Path | None:
+    """The path of a report, which is checked before anything is computed for it. `--force` is read before it."""
     if path is not None:
-        check_place(path)
+        check_new(path, force=bool(context.params.get("force")))
     return path
 
 
-def _place_beside_grid(path: Path | None) -> Path | None:
+def _place_beside_grid(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None and path.suffix.lower() == ".png":
         raise UserError(f"{path} ends in .png, as the picture grid beside the report does; give a name such as x.json")
-    return _place(path)
+    _place(context, path)
+    _place(context, None if path is None else path.with_suffix(".png"))
+    return path
 
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Also write it here.")]
@@ -77,6 +79,7 @@ ReportOption = Annotated[
     Path | None,
     typer.Option("--json", callback=_place_beside_grid, help="Write the report here, and a picture grid beside it."),
 ]
+ForceOption = Annotated[bool, typer.Option("--force", is_eager=True, help="Replace a file that exists.")]
 MODEL_HELP = "An embedded model, a folder, a .safetensors checkpoint, or a hub name."
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 BaseOption = Annotated[
@@ -115,7 +118,6 @@ StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling
 GuidanceOption = Annotated[
     float | None, typer.Option(min=0, max=100, help="How strictly words are followed; 1 = off (default: the model's).")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 StrictOption = Annotated[
     bool | None,
     typer.Option(
@@ -190,6 +192,13 @@ def size(text: str | None) -> tuple[int, int] | None:
     if found is None:
         raise UserError(f"size is {text!r}; give width and height in pixels, for example 1024x768")
     return int(found[1]), int(found[2] or found[1])
+
+
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Those of some options that stand on the command line, as they are written there: "--prompts"."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    found = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in found]
 
 
 def fast(chosen: bool, given: list[str] | None) -> bool | dict[str, Any] | None:

@@ -26,6 +26,7 @@ def provenance(
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Of --stamp: a new folder for the copy.")] = None,
     json_file: shared.JsonOption = None,
+    force: shared.ForceOption = False,
 ) -> None:
     """Reads a picture's settings, the fingerprint in its pixels, and its content credentials."""
     from mm.core.errors import UserError

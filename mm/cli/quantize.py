@@ -20,6 +20,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Example: mm quantize mm-tiny -o small/    mm generate 'a red cat' --model small/")
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=shared.MODEL_HELP)],
     out: Annotated[Path, typer.Option("-o", "--out", help="A new folder for the copy and its report.")],
     base: shared.BaseOption = None,
@@ -52,6 +53,8 @@ def quantize(
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
 
+    if data_free and (unused := shared.given(context, "prompts", "steps", "size", "pictures", "compose")):
+        raise UserError(f"--data-free draws nothing, so {unused[0]} has no effect; leave one of the two out")
     is_file = Path(model).expanduser().is_file()
     if not is_file:
         resolve_model(model)

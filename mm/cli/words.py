@@ -34,12 +34,13 @@ def words(
 ) -> None:
     """Lists the words that mm-tiny knows, by kind, with other words that it reads as the same."""
     from mm.core.errors import UserError
+    from mm.core.files import check_new
     from mm.world.lexicon_list import known_words
 
     if pictures is not None and pictures.suffix != ".png":
         raise UserError(f"{pictures} is no .png file; give FILE.png")
-    if pictures is not None and pictures.exists() and not force:
-        raise UserError(f"{pictures} exists; give another name, or --force")
+    if pictures is not None:
+        check_new(pictures, force=force)
     groups = known_words(task.value)
     if as_json:
         print(json.dumps(groups, indent=1, ensure_ascii=False))

@@ -8,6 +8,7 @@ from mm.core.errors import UserError
 from mm.core.errors import shown as shown_of_file
 
 MAX_SEED = 2**32 - 1  # what other programs read from a PNG's text
+MAX_SIDE = 8192  # pixels of a picture that is drawn or trained on
 
 
 def shown(value: object) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 
+from mm.core.nouns import with_article
+
 
 class UserError(ValueError):
     """Something the caller can put right: a missing file, a bad option, a prompt the model cannot read.
@@ -49,5 +51,5 @@ def shown(value: object, most: int = 60) -> str:
         try:
             text = json.dumps(value)
         except (TypeError, ValueError, RecursionError):
-            text = f"a {type(value).__name__}"
+            text = with_article(type(value).__name__)
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -5,6 +5,8 @@ Design choices
   `.NAME.PID.part` behind.
 - A named pipe, a device or a folder given as an input is refused before anything is read: reading a pipe waits for
   ever, and `/dev/zero` has no end.
+- Whether a folder can be written is tried with a temporary file, since permissions alone do not say it (a full or
+  read-only file system).
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from io import BufferedReader
 from pathlib import Path
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -54,6 +58,38 @@ def check_place(path: str | os.PathLike[str]) -> None:
     found = next((above for above in target.parents if os.path.lexists(above)), None)
     if found is not None and not found.is_dir():
         raise UserError(f"{found} is no folder, so {target} cannot be written; give another place")
+
+
+def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Checks, before the work for it is done, that a file can be written.
+
+    Args:
+        path: of the file.
+        force: whether a file that exists may be replaced.
+
+    Raises:
+        UserError: where the path exists and may not be replaced, is a folder, or lies where nothing can be written.
+    """
+    target = Path(path)
+    check_place(target)
+    if os.path.lexists(target) and not force:
+        raise UserError(f"{target} exists; choose another name, or give --force to replace it")
+    check_folder(target.parent)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises UserError unless files can be written into a folder, or into the one that it will be made in."""
+    folder = Path(path)
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, so nothing can be written into {folder}; give a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{there} cannot be written to ({error.strerror or error}); give another folder") from error
 
 
 def write_new_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -103,7 +139,7 @@ def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int 
         raise UserError(f"no {what} at {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if os.path.isdir(path):
-            raise UserError(f"{path} is a folder; give a {what}") from error
+            raise UserError(f"{path} is a folder; give {with_article(what)}") from error
         raise UserError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     found = os.fstat(number)
     why = _unfit(found, what, most)
@@ -121,7 +157,7 @@ def read_regular(path: str | os.PathLike[str], what: str = "file", *, most: int)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     if len(data) > most:
-        raise UserError(f"{path} is larger than {most} bytes, the most that a {what} may have")
+        raise UserError(f"{path} is larger than {most} bytes, the most that {with_article(what)} may have")
     return data
 
 
@@ -136,9 +172,9 @@ def read_text_lines(path: str | os.PathLike[str], what: str = "text file", *, mo
 def _unfit(found: os.stat_result, what: str, most: int | None) -> str:
     """Why an opened file is not read; empty when it can be."""
     if stat.S_ISDIR(found.st_mode):
-        return f"is a folder; give a {what}"
+        return f"is a folder; give {with_article(what)}"
     if not stat.S_ISREG(found.st_mode):
-        return f"is no regular file; give a {what}"
+        return f"is no regular file; give {with_article(what)}"
     if most is not None and found.st_size > most:
-        return f"has {found.st_size} bytes; a {what} may have at most {most}"
+        return f"has {found.st_size} bytes; {with_article(what)} may have at most {most}"
     return ""

@@ -5,28 +5,40 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mm.adapters.tokens import own_row
+from mm.core.checks import number, whole
+from mm.core.checks import shown as shown_value
 from mm.core.errors import UserError, shown
-from mm.customization.config import TrainingConfig
+from mm.core.files import check_folder
+from mm.core.nouns import counted
+from mm.customization.config import MAX_SETTING, TrainingConfig
 from mm.customization.data import KINDS
 from mm.customization.estimate import Estimate
+from mm.customization.methods.protocol import sites_of
 from mm.customization.objectives.protocol import Objective
+from mm.customization.pieces import branched_width
 from mm.customization.sliders import SliderPrompts
+from mm.layers.surgery import roots_of
 
 GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
+_LOWEST = {"rank": 1, "factor": -1}  # of methods' whole numbers, where that is not 0
 _STATE_BYTES = 16  # of a trained value: as it is, the best one, and two moments of the optimizer
 _STATES = 2  # a state is written whole before it takes the place of the last one
 
 
 def check_call(
     kind: str, folder: str | Path | None, name: str, prompts: SliderPrompts | None,
-    regularization: str | Path | None = None,
+    regularization: str | Path | None = None, *, work: str | Path | None = None, samples: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Raises UserError where what is given does not suit the kind; nothing is loaded for it."""
+    if work is not None:
+        check_folder(work)
+    if any(not sample.strip() for sample in samples or ()):
+        raise UserError("a sample prompt is empty; say what is drawn at each preview, or leave it out")
     if kind not in KINDS:
         raise UserError(f"kind is {kind!r}; there are {', '.join(KINDS)}")
     if regularization is not None and kind in ("edit", "slider"):
@@ -66,6 +78,57 @@ def check_name(name: str, objective: Objective) -> None:
             raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")
 
 
+def check_words(
+    objective: Objective, kind: str, name: str, *, noun: str, guard: Sequence[str], samples: Sequence[str],
+    prompts: SliderPrompts | None, preserved: Sequence[str],
+) -> None:  # fmt: skip
+    """Checks words against a closed vocabulary; a model that reads any word in pieces knows all.
+
+    Args:
+        objective: of the model.
+        kind: of what is learned.
+        name: of it, which is a word of the model by then.
+        noun: the subject's class.
+        guard: concepts that stay.
+        samples: prompts that are drawn.
+        prompts: of a slider.
+        preserved: prompts that stay.
+
+    Raises:
+        UserError: with the first word that the model does not know, and the nearest that it knows.
+    """
+    of_slider = [] if prompts is None else [text for triple in prompts.triples() for text in triple]
+    trained = {"noun": [noun], "guard": guard, "the slider's prompt": of_slider, "preserved": preserved}
+    for what, texts in trained.items():
+        for text in texts:
+            if problems := objective.unknown(text, name):
+                raise UserError(f"{what} is {shown(text)}: {problems[0]}; give another word")
+    for sample in samples:
+        if problems := objective.undrawn(sample, name, edit=kind == "edit"):
+            raise UserError(f"the sample prompt {shown(sample)} is not understood: {problems[0]}")
+
+
+def warn_of_captions(objective: Objective, name: str, captions: Sequence[str]) -> None:
+    """Warns once of words in captions that a closed vocabulary lacks: all of them are read as one unknown word."""
+    lost = list(dict.fromkeys(line for caption in captions for line in objective.unknown(caption, name)))
+    if lost:
+        more = f" ({counted(len(lost) - 1, 'more word')} like it)" if lost[1:] else ""
+        warnings.warn(f"captions: {lost[0]}{more}; it stands for nothing in training", stacklevel=3)
+
+
+def check_rank(objective: Objective, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a rank above the inputs of every layer that is trained."""
+    for name in ("rank", "text_rank"):
+        rank = settings.get(name)
+        if not rank:
+            continue
+        sites = sites_of(objective, "text" if name == "text_rank" else settings.get("layers", "all"))
+        roots = roots_of(objective.pipe)
+        most = max(branched_width(roots, site.path) for site in sites)
+        if rank > most:
+            raise UserError(f"{name} is {rank}, and no layer that is trained has more than {most} inputs; give less")
+
+
 def _one_piece(pipe: Any, tokenizer: str, name: str) -> bool:
     table = pipe.components[tokenizer].get_vocab()
     return any(form in table for form in (f"{name}</w>", f"\u2581{name}", f"\u0120{name}"))
@@ -86,14 +149,25 @@ def settings_of(method: str, defaults: Any, given: dict[str, Any]) -> tuple[Trai
         if key in TrainingConfig.__dataclass_fields__:
             fields[key] = value
         elif key in own:
+            _check_own(key, value, own[key])
             own[key] = value
         else:
             known = ", ".join((*own, *TrainingConfig.__dataclass_fields__))
             raise UserError(f"{method} has no setting {key!r}; it has {known}")
-    rank = own.get("rank")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise UserError(f"rank is {rank!r}; give a whole number of 1 or more")
     return TrainingConfig(**fields), own
+
+
+def _check_own(name: str, value: object, usual: object) -> None:
+    """Raises UserError for a method's setting that is not of the kind of its usual value."""
+    if usual is None and value is None:
+        return
+    if isinstance(usual, str):
+        if not isinstance(value, str):
+            raise UserError(f"{name} is {shown_value(value)}; give a text such as {usual!r}")
+    elif isinstance(usual, int) or name == "slot":
+        whole(name, value, _LOWEST.get(name, 0), MAX_SETTING)
+    else:
+        number(name, value, 0, MAX_SETTING)
 
 
 def check_resources(found: Estimate, work: Path | None) -> None:
@@ -106,8 +180,8 @@ def check_resources(found: Estimate, work: Path | None) -> None:
         )
     if work is None:
         return
-    work.mkdir(parents=True, exist_ok=True)
-    needed, free = _STATES * _STATE_BYTES * found.trained, shutil.disk_usage(work).free
+    there = next(place for place in (work, *work.absolute().parents) if place.exists())
+    needed, free = _STATES * _STATE_BYTES * found.trained, shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
             f"the run's state needs up to {needed / 2**20:.1f} MiB in {work}, where {free / 2**20:.1f} MiB are free; "

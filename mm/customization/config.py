@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mm.core.errors import UserError
+from mm.core.checks import MAX_SEED, MAX_SIDE, number, whole
+
+MAX_SETTING = 10**9  # a number that no run reaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +66,17 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "steps",
-            "batch_size",
-            "preserve_batch",
-            "preserve_every",
-            "preview_every",
-            "patience",
-            "save_every",
-            "slider_pictures",
-            "guard_batch",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+            "steps", "batch_size", "preserve_batch", "preserve_every", "preview_every", "patience", "save_every",
+            "slider_pictures", "guard_batch",
+        ):  # fmt: skip
+            whole(name, getattr(self, name), 1, MAX_SETTING)
+        for name in ("warmup", "companions", "strangers"):
+            whole(name, getattr(self, name), 0, MAX_SETTING)
+        whole("seed", self.seed, 0, MAX_SEED)
         for name in ("learning_rate", "row_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("preserve", "weight_decay", "warmup", "guard_weight", "regularize", "companions", "strangers"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if not 0 <= self.caption_dropout < 1:
-            raise UserError(f"caption_dropout is {self.caption_dropout}; give 0 or more, below 1")
-        if self.size is not None and self.size < 8:
-            raise UserError(f"size is {self.size}; give 8 pixels or more")
+            number(name, getattr(self, name), 1e-12, MAX_SETTING)
+        for name in ("preserve", "weight_decay", "guard_weight", "regularize"):
+            number(name, getattr(self, name), 0, MAX_SETTING)
+        number("caption_dropout", self.caption_dropout, 0, 0.99)
+        if self.size is not None:
+            whole("size", self.size, 8, MAX_SIDE)

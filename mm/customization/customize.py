@@ -20,7 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm.customization.batches import Batches
-from mm.customization.checks import check_call, check_name, check_resources, guarded_prompts, settings_of
+from mm.customization.checks import (
+    check_call,
+    check_name,
+    check_rank,
+    check_resources,
+    check_words,
+    guarded_prompts,
+    settings_of,
+    warn_of_captions,
+)
 from mm.customization.companions import balanced, companions
 from mm.customization.config import TrainingConfig
 from mm.customization.data import Example, Kind, fingerprint, read_folder, read_regularization
@@ -90,7 +99,8 @@ def customize(
     Raises:
         UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
     """
-    check_call(kind, folder, name, prompts, regularization)
+    check_call(kind, folder, name, prompts, regularization, work=work, samples=samples)
+    guarded = guarded_prompts(guard)
     maker = method_of(method)
     objective = objective_of(pipe, settings.get("size"), edit=kind == "edit")
     config, chosen = settings_of(maker.name, {**objective.training, **maker.defaults}, settings)
@@ -98,7 +108,14 @@ def customize(
         name = name or "slider"
     else:
         check_name(name, objective)
+    check_rank(objective, chosen)
+    check_words(
+        objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples or (),
+        prompts=prompts, preserved=preserved or (),
+    )  # fmt: skip
+    class_pictures = None if regularization is None else read_regularization(regularization, noun=noun)
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
+    warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
     kept = _preserved(objective, examples, name, noun, kind, preserved)
     beside = companions(
         objective, examples, name=name, noun=noun, seed=config.seed, steps=sample_steps, progress=progress,
@@ -121,8 +138,6 @@ def customize(
         learner = maker.begin(job)
         strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
         goal = goal_of(learner, prompts)
-        guarded = guarded_prompts(guard)
-        class_pictures = None if regularization is None else read_regularization(regularization, noun=noun)
         batches = Batches(
             objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
             own=len(examples),

@@ -19,6 +19,7 @@ import torch
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
 
@@ -160,4 +161,6 @@ def images_of(output: Any) -> Any:
             return getattr(output, name)
     if isinstance(output, tuple) and output:
         return output[0]
-    raise UserError(f"the pipeline returned a {type(output).__name__} without pictures; mm draws pictures, no videos")
+    raise UserError(
+        f"the pipeline returned {with_article(type(output).__name__)} without pictures; mm draws pictures, no videos"
+    )

@@ -15,6 +15,7 @@ from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn
 from mm.families.family import resolve
+from mm.families.sizes import check_size
 
 ADAPTIVE = "mm.fast.guidance:adaptive_settings"  # a `Capabilities.fast` that acts on guidance alone
 TASKS = ("draw", "image_to_image", "inpaint", "edit", "describe", "converse")
@@ -182,17 +183,8 @@ class Capabilities:
             raise UserError(f"best_of is {request.best_of}; {self.model} has no counter of its own; leave it out")
 
     def _check_size(self, request: Draw | Edit) -> None:
-        if request.size is None or request.size == self.size:
-            return
-        width, height = request.size
-        if self.fixed_size:
-            own = f"{self.size[0]} x {self.size[1]}"
-            raise UserError(f"size is {width} x {height}; {self.model} draws {own} only; leave it out")
-        if width % self.multiple or height % self.multiple:
-            near = " x ".join(str(max(1, round(side / self.multiple)) * self.multiple) for side in request.size)
-            raise UserError(
-                f"size is {width} x {height}; {self.model} takes multiples of {self.multiple}, for example {near}"
-            )
+        if request.size is not None:
+            check_size(request.size, model=self.model, own=self.size, multiple=self.multiple, fixed=self.fixed_size)
 
 
 # Fields of a request by the names under which diffusers' pipelines take them.

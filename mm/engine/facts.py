@@ -10,6 +10,7 @@ from typing import Any
 from mm.engine.capabilities import ADAPTIVE, Capabilities
 from mm.engine.views import call_parameters, schedulers_for
 from mm.families.family import Family, resolve
+from mm.families.sizes import native_side
 from mm.fast.hook import DENOISERS
 
 # Task of a request -> task of a family file.
@@ -175,23 +176,13 @@ def _size(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> dict[st
     free = "height" in takes and "width" in takes
     rule = None if family is None else family.size
     if rule is None:
-        side = _native_side(pipe) or 1024
+        side = native_side(pipe) or 1024
         return {"size": (side, side), "multiple": 8, "fixed_size": not free, "size_known": False}
-    native = _native_side(pipe) or rule.default
+    native = native_side(pipe) or rule.default
     chosen = min(native, rule.default)
     return {
         "size": (chosen, chosen),
         "multiple": rule.multiple,
-        "fixed_size": not free or rule.multiple == rule.maximum,
+        "fixed_size": not free or rule.fixed,
         "largest": rule.maximum,
     }
-
-
-def _native_side(pipe: Any) -> int | None:
-    """The side in pixels by the denoiser's config and the autoencoder's scale; None where they do not say."""
-    scale = getattr(pipe, "vae_scale_factor", None)
-    for name in ("unet", "transformer"):
-        sample = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
-        if isinstance(sample, int) and isinstance(scale, int):
-            return sample * scale
-    return None

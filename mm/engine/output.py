@@ -4,21 +4,18 @@ Design choices
 - A file's contents match its suffix: .png, .jpg, .jpeg or .webp; any other suffix is refused.
 - PNG files hold the settings as text (`mm.core.png_settings`). JPEG and WebP files hold A1111's text in EXIF's
   UserComment, where other programs read it.
-- Whether a folder can be written is tried with a temporary file, since permissions alone do not say it (a full or
-  read-only file system).
 """
 
 from __future__ import annotations
 
 import io
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mm.core.errors import UserError
-from mm.core.files import write_bytes, write_new_bytes
+from mm.core.files import check_new, write_bytes, write_new_bytes
 from mm.core.png_settings import png_bytes, to_a1111
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -50,20 +47,6 @@ def is_picture_file(path: Path) -> bool:
     return path.suffix.lower() in (*FORMATS, *_OTHERS) and not path.is_dir()
 
 
-def check_folder(folder: Path) -> None:
-    """Raises UserError unless files can be written into a folder, or into the one that it will be made in."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"{there} is a file, so nothing can be written into {folder}; give a folder")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"{there} cannot be written to ({error.strerror or error}); give another folder") from error
-
-
 def check_file(path: Path, *, force: bool = False) -> None:
     """Raises UserError unless a picture can be written to a path.
 
@@ -73,15 +56,6 @@ def check_file(path: Path, *, force: bool = False) -> None:
     """
     _format(path)
     check_new(path, force=force)
-
-
-def check_new(path: Path, *, force: bool = False) -> None:
-    """Raises UserError unless a file of any kind can be written to a path, which exists only where `force` is given."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give a file name")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; choose another name, or give --force to replace it")
-    check_folder(path.parent)
 
 
 def save_file(path: Path, picture: Image.Image, settings: dict[str, Any] | None, *, force: bool = False) -> None:

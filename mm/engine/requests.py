@@ -15,14 +15,14 @@ from typing import Any
 
 from PIL import Image
 
-from mm.core.checks import MAX_SEED, number, shown, whole
+from mm.core.checks import MAX_SEED, MAX_SIDE, number, shown, whole
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
-MAX_SIDE = 8192  # pixels
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
 
 
@@ -39,7 +39,7 @@ def text(name: str, value: object, *, empty: bool = False) -> None:
 def picture(name: str, value: object) -> None:
     """Raises UserError unless `value` is a PIL image."""
     if not isinstance(value, Image.Image):
-        raise UserError(f"{name} is a {type(value).__name__}; give a PIL image")
+        raise UserError(f"{name} is {with_article(type(value).__name__)}; give a PIL image")
 
 
 def size_in_pixels(value: object) -> None:

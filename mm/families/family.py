@@ -53,6 +53,11 @@ class SizeRule:
         if self.default % self.multiple:
             raise ValueError(f"the default size {self.default} is no multiple of {self.multiple}")
 
+    @property
+    def fixed(self) -> bool:
+        """Whether there is one size alone."""
+        return self.multiple == self.maximum
+
     def nearest(self, pixels: int) -> int:
         """The allowed side that is nearest to `pixels`."""
         return min(self.maximum // self.multiple, max(1, round(pixels / self.multiple))) * self.multiple

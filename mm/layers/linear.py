@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.kernels import branched_linear
 from mm.layers.base_linear import ActivationRule as ActivationRule
 from mm.layers.base_linear import QuantizableLinear
@@ -61,7 +62,9 @@ class BranchedLinear(QuantizableLinear):
         if isinstance(linear, BranchedLinear):
             return linear
         if type(linear) is not nn.Linear:
-            raise UserError(f"a {type(linear).__name__} ({type(linear).__module__}) is not torch's own nn.Linear")
+            raise UserError(
+                f"{with_article(type(linear).__name__)} ({type(linear).__module__}) is not torch's own nn.Linear"
+            )
         if foreign_forward(linear):
             raise UserError("the forward of this layer was replaced by another program; a branch would not act there")
         cast(Any, linear).__class__ = cls

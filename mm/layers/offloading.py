@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -55,8 +56,8 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
         if getattr(hook, "weights_map", None) is not None and name in hook.weights_map:
             return hook.weights_map[name]
     raise UserError(
-        f"the {name} of a {type(module).__name__} is on the meta device, and no offload hook of the layer has its "
-        "values; put adapters on before offloading"
+        f"the {name} of {with_article(type(module).__name__)} is on the meta device, and no offload hook of the "
+        "layer has its values; put adapters on before offloading"
     )
 
 

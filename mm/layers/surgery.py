@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import foreign_forward
 
@@ -104,13 +105,14 @@ def no_plain_weight(module: nn.Module) -> str:
     """Why a layer's weight is no ordinary floating-point tensor of its shape; empty where it is."""
     weight = module._parameters.get("weight")
     if weight is None:
-        return f"a {_class_of(module)}, whose weight is no parameter of its own"
+        return f"{with_article(_class_of(module))}, whose weight is no parameter of its own"
     if type(weight) not in (nn.Parameter, Tensor):
-        return f"a {_class_of(module)} whose weight is a {type(weight).__name__}, not an ordinary tensor"
+        kind = with_article(type(weight).__name__)
+        return f"{with_article(_class_of(module))} whose weight is {kind}, not an ordinary tensor"
     if weight.dtype not in _FLOATS:
-        return f"a {_class_of(module)} whose weight is {str(weight.dtype).removeprefix('torch.')}"
+        return f"{with_article(_class_of(module))} whose weight is {str(weight.dtype).removeprefix('torch.')}"
     if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
-        return f"a {_class_of(module)} whose weight is packed as {tuple(weight.shape)}"
+        return f"{with_article(_class_of(module))} whose weight is packed as {tuple(weight.shape)}"
     return ""
 
 
@@ -119,11 +121,11 @@ def no_branches(module: nn.Module) -> str:
     if isinstance(module, BranchedLinear):
         return ""
     if not isinstance(module, nn.Linear):
-        return f"a {_class_of(module)}, not a linear layer"
+        return f"{with_article(_class_of(module))}, not a linear layer"
     if why := no_plain_weight(module):
         return why
     if type(module) is not nn.Linear:
-        return f"a {_class_of(module)}, not torch's own nn.Linear"
+        return f"{with_article(_class_of(module))}, not torch's own nn.Linear"
     return "its forward was replaced by another program" if foreign_forward(module) else ""
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
+from mm.core.nouns import with_article
 from mm.core.safe_tensors import read_tensors
 from mm.provenance.readers import NetworkReader, TileReader
 
@@ -276,7 +277,9 @@ def _convolution(module: nn.Module, path: str) -> Any:
     except AttributeError as error:
         raise UserError(f"the decoder has no layer {path}; the fingerprint is for another one") from error
     if not isinstance(layer, (nn.Conv2d, nn.Conv3d)):
-        raise UserError(f"{path} is a {type(layer).__name__}, no convolution; the fingerprint is for another decoder")
+        raise UserError(
+            f"{path} is {with_article(type(layer).__name__)}, no convolution; the fingerprint is for another decoder"
+        )
     return layer
 
 

@@ -24,17 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm.core.errors import UserError
-from mm.core.files import write_bytes
+from mm.core.files import check_folder, write_bytes
 from mm.core.paths import model_type, resolve_model
 from mm.families import family_of, quantizable_parts
 from mm.families.family import resolve
 from mm.families.folders import family_at
 from mm.families.prompts import PROMPTS
+from mm.families.sizes import check_side
 
 if TYPE_CHECKING:
     from mm.families import Family
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.report import Report
+
+_MARK = "of.json"
 
 
 def load_any(model: str | Path, **options: Any) -> Any:
@@ -75,23 +78,23 @@ def quantize_folder(
         raise UserError(f"{out} is a file; give a new folder")
     if out.exists() and any(out.iterdir()) and not (out / ".parts").is_dir():
         raise UserError(f"{out} is not empty; choose a new folder, or remove it first")
-    parts = out / ".parts"
-    _check_parts(parts, model, config)
+    check_folder(out)
+    parts, there = out / ".parts", out.exists()
+    mark = _mark_of(parts, model, config)
     where = resolve_model(model)
     family = family_at(where) if isinstance(where, Path) else None
     wide = family is not None and family.dtype == "float32"
     pipe, stored = sources.load(where, variant, load_any, typed=not wide)
     family = family or family_of(pipe)
-    try:
-        quantizable_parts(pipe, components)  # raises before anything is drawn
-    except UserError:
-        _clear(parts)
-        raise
+    quantizable_parts(pipe, components)  # raises before anything is drawn
+    if config.size is not None:
+        check_side(pipe, config.size)
     chosen = list(prompts) if prompts else _prompts(family, config.seed)
     shown = chosen[:pictures]
     before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
     score = resolve(family.score) if family and family.score and compose and not config.data_free else None
     judged = score(pipe, compose) if score else None
+    write_bytes(parts / _MARK, mark)  # from here on the run can be gone on with
     try:
         report = quantize(
             pipe,
@@ -103,7 +106,7 @@ def quantize_folder(
             dtypes={name: part.main for name, part in stored.items()},
         )
     except UserError:
-        _clear(parts)
+        _clear(parts, there)
         raise
     if before is not None:
         after = preview(pipe, shown, config, "pictures after", progress)
@@ -123,10 +126,12 @@ def quantize_folder(
     return report
 
 
-def _clear(parts: Path) -> None:
-    """Removes the folder of parts where nothing was done yet."""
+def _clear(parts: Path, there: bool) -> None:
+    """Removes the folder of parts where nothing was done yet, and the one around it unless it was `there` before."""
     if not any(parts.glob("*.safetensors")):
         shutil.rmtree(parts)
+        if not there:
+            parts.parent.rmdir()
 
 
 def _prompts(family: Family | None, seed: int) -> list[str]:
@@ -146,14 +151,13 @@ def _bring_the_rest(model: str | Path, out: Path) -> None:
     write_bytes(out / "model_index.json", (json.dumps(after | missing, indent=2) + "\n").encode())
 
 
-def _check_parts(parts: Path, model: str | Path, config: SVDQuantConfig) -> None:
-    """Parts are only gone on with when model and settings are the same."""
+def _mark_of(parts: Path, model: str | Path, config: SVDQuantConfig) -> bytes:
+    """The mark of a model and settings. Raises UserError where the parts of an earlier run have another one."""
     mark = json.dumps({"model": str(model), "settings": config.to_dict()}, sort_keys=True)
-    file = parts / "of.json"
+    file = parts / _MARK
     if file.is_file() and file.read_text() != mark:
         raise UserError(f"{parts} belongs to another model or other settings; remove it, or choose another folder")
-    parts.mkdir(parents=True, exist_ok=True)
-    write_bytes(file, mark.encode())
+    return mark.encode()
 
 
 def _compare(before: Any, after: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.layers.base_hash import base_hash as base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import swap
@@ -68,7 +69,7 @@ def prepare(root: nn.Module, kinds: Sequence[dict[str, Any]], dtype: torch.dtype
                     f"the saved model quantizes {path}, which {type(root).__name__} does not have"
                 ) from error
             if not isinstance(layer, nn.Linear):
-                raise UserError(f"the saved model quantizes {path}, which is a {type(layer).__name__} here")
+                raise UserError(f"the saved model quantizes {path}, which is {with_article(type(layer).__name__)} here")
             made = BranchedLinear.empty(
                 layer.in_features, layer.out_features, bias=kind.bias, bits=kind.bits, rank=kind.rank,
                 smooth=kind.smooth, dtype=dtype or layer.weight.dtype, activation=kind.activation,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.families import family_of
+from mm.families.sizes import native_side
 from mm.quantization import pictures
 from mm.quantization.config import SVDQuantConfig
 
@@ -134,19 +135,9 @@ def _guidance(pipe: Any, takes: Mapping[str, inspect.Parameter], number: int) ->
     return {"negative_prompt": NEGATIVE} if number % 2 else {}
 
 
-def native_size(pipe: Any) -> int | None:
-    """Pixels a side that the denoiser's config names, by the autoencoder's scale; None where it names none."""
-    for name in ("transformer", "unet", "prior", "decoder"):
-        size = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
-        factor = getattr(pipe, "vae_scale_factor", None)
-        if isinstance(size, int) and isinstance(factor, int):
-            return size * factor
-    return None
-
-
 def _sizes(pipe: Any, takes: Mapping[str, inspect.Parameter], config: SVDQuantConfig) -> dict[str, Any]:
     made: dict[str, Any] = {name: FRAMES for name in _FRAME_NAMES if name in takes}
-    side = config.size or native_size(pipe)
+    side = config.size or native_side(pipe)
     if side and {"height", "width"} <= set(takes):
         made |= {"height": side, "width": side}
         if "use_resolution_binning" in takes:
@@ -162,7 +153,7 @@ def _pictures_for(
     pipe: Any, takes: Mapping[str, inspect.Parameter], given: Mapping[str, Any], config: SVDQuantConfig, number: int
 ) -> dict[str, Any]:
     """Pictures, masks, edges and videos for the arguments that are there and were not given."""
-    side = config.size or native_size(pipe) or _default_side(takes)
+    side = config.size or native_side(pipe) or _default_side(takes)
     seed = config.seed + number
     name = type(pipe).__name__
     made: dict[str, Any] = {}

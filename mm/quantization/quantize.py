@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.families import find_sites, quantizable_parts, rules_of
+from mm.families.sizes import check_side
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.originals import refuse_patched
@@ -83,6 +84,10 @@ def quantize(
     config = config or SVDQuantConfig()
     started = time.monotonic()
     roots = quantizable_parts(target, components)
+    if config.data_free and calibration is not None:
+        raise UserError("data_free=True quantizes without calibration, and calibration is given; leave one of them out")
+    if config.size is not None and not isinstance(target, nn.Module):
+        check_side(target, config.size)
     for name, root in roots.items():
         checks.check_model(name, root)
         refuse_patched(root, name)

@@ -20,10 +20,13 @@ import torch
 import yaml
 
 from mm.core.errors import UserError
+from mm.core.files import check_folder
+from mm.core.nouns import with_article
 from mm.tokenizers import Autoencoder, Bridge
 from mm.tokenizers.bridge import BINS
 from mm.training.latents import write_shard
 from mm.training.stage import StageContext, device
+from mm.training.stage_flags import check_flags
 from mm.training.trainer import Trainer
 from mm.training.workers import write_all
 
@@ -55,7 +58,9 @@ def read_config(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}; a training config is a mapping, as mm-tiny's is")
+        raise UserError(
+            f"{path} holds {with_article(type(found).__name__)}; a training config is a mapping, as mm-tiny's is"
+        )
     return found
 
 
@@ -115,13 +120,17 @@ def run_stages(
         **flags: Fields of a stage's configs to replace.
 
     Raises:
-        UserError: An unknown stage, or a part that no stage has trained yet.
+        UserError: An unknown stage, a flag that none of the stages uses, or a part that no stage has trained yet.
     """
     if unknown := [stage for stage in stages if stage not in ORDER]:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(ORDER)}")
+    check_flags(stages, flags | {"publish": publish_to}, ORDER)
     config = read_config(name)
     state = Path(config["state"]) if state is None else state
     context = StageContext(config=config, state=state, init_from=init_from, publish_to=publish_to, flags=flags)
+    check_folder(state)
+    if publish_to is not None:
+        check_folder(publish_to)
     if init_from is not None:
         copy_published(init_from, state / "model")
     for stage in stages:
@@ -141,8 +150,8 @@ def copy_published(source: Path, target: Path) -> None:
     """Copies parts that later stages do not train from published weights, unless the state has its own."""
     reads = ("understanding_encoder", "latent_stem", "understanding_connector")
     parts = ["autoencoder", "bridge", *(part for part in reads if (source / part / "config.json").is_file())]
+    if lost := [part for part in parts if not (source / part / "config.json").is_file()]:
+        raise UserError(f"--init-from {source}: no {lost[0]}/config.json there; give a folder such as weights/mm-tiny")
     for part in parts:
-        if not (source / part / "config.json").is_file():
-            raise UserError(f"--init-from {source}: no {part}/config.json there; give a folder such as weights/mm-tiny")
         if not (target / part).exists():
             shutil.copytree(source / part, target / part)

@@ -121,7 +121,7 @@ def test_what_cannot_be_merged() -> None:
     for patches, options, message in (
         ([_patch(1)], {}, "two or more"),
         ([_patch(1), _patch(2)], {"method": "magic"}, "no way of merging 'magic'"),
-        ([_patch(1), _patch(2)], {"weights": [1.0]}, "1 weights for 2"),
+        ([_patch(1), _patch(2)], {"weights": [1.0]}, "1 weight for 2"),
         ([_patch(1), _patch(2)], {"method": "ties", "density": 0.0}, "density is 0.0"),
         ([_patch(1), other], {}, "2 different models"),
         (words, {}, "both bring the word"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 
 _LONGEST_PATTERN = 512
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "lycoris")
@@ -89,7 +90,9 @@ def _check(own: Mapping[str, Any], prefix: str) -> None:
     for key in ("alpha_pattern", "rank_pattern"):
         pattern = own.get(key)
         if not isinstance(pattern, dict | None):
-            raise UserError(f"the setting {key}{of} is a {type(pattern).__name__}, not an object of numbers by name")
+            raise UserError(
+                f"the setting {key}{of} is {with_article(type(pattern).__name__)}, not an object of numbers by name"
+            )
         for name, value in (pattern or {}).items():
             _number(value, f"{key}[{name[:60]!r}]{of}")
             _tokens(name)

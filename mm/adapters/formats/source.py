@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError, shown
+from mm.core.nouns import with_article
 from mm.core.safe_json import parse_object, read_object
 from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 
@@ -81,7 +82,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _checked(key: str, tensor: Tensor, label: str) -> Tensor:
     name = f"{label}: the tensor {shown(key)}"
     if not isinstance(key, str) or not isinstance(tensor, Tensor):
-        raise UserError(f"{label}: {shown(key)} is a {type(tensor).__name__}; give tensors by key")
+        raise UserError(f"{label}: {shown(key)} is {with_article(type(tensor).__name__)}; give tensors by key")
     if tensor.numel() == 0:
         raise UserError(f"{name} is empty, its shape is {tuple(tensor.shape)}")
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,18 @@ from mm.adapters.formats import read_lora
 from mm.adapters.patch import Patch
 from mm.adapters.patch_file import META
 from mm.core.errors import UserError
+from mm.core.files import open_regular
 from mm.core.safe_tensors import read_header
 from mm.customization.learned import Learned
 from mm.families import family_of
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Raises UserError for a file that is missing or given twice, before a model is loaded."""
+    for k, file in enumerate(files):
+        open_regular(file, "adapter").close()
+        if any(file.samefile(other) for other in files[:k]):
+            raise UserError(f"{file} is given twice; give it once, with a weight (--weight) where it is to act more")
 
 
 def read_adapter(path: str | Path, target: Any = None) -> Patch:

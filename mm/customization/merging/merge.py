@@ -12,7 +12,7 @@ Legend: N outputs, K inputs, r rank.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -22,27 +22,35 @@ from torch import Tensor
 
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
+from mm.core.checks import MAX_SEED, number, whole
 from mm.core.errors import UserError, shown
+from mm.core.nouns import counted
 from mm.customization.learned import Learned
 from mm.customization.merging.combining import COMBINING, cut
 
 METHODS = ("sum", "ties", "dare", "do", "orthogonal")
+CUTTING = ("ties", "dare", "do")  # these cut layers to a rank; the others keep the sum of the ranks
+THINNING = ("ties", "dare")  # these keep a share of the values
+DENSITY = 0.5
+MAX_WEIGHT = 1e6
+MAX_RANK = 10**6
 _APART = 0.05  # the largest cosine between subspaces that count as orthogonal
 
 
 @torch.no_grad()
 def merge(
-    patches: Sequence[Patch], *, method: str = "sum", weights: Sequence[float] | None = None, density: float = 0.5,
-    rank: int | None = None, seed: int = 0, name: str = "merged",
+    patches: Sequence[Patch], *, method: str = "sum", weights: Sequence[float] | None = None,
+    density: float | None = None, rank: int | None = None, seed: int = 0, name: str = "merged",
 ) -> Learned:  # fmt: skip
     """Makes one patch of several.
 
     Args:
         patches: two or more, of one model; those of other programs through `mm.read_lora`.
         method: "sum", "ties", "dare", "do" or "orthogonal".
-        weights: how strongly each acts; 1 by default.
-        density: share of the values that TIES and DARE keep.
-        rank: of layers that were combined as whole changes; None takes the sum of the ranks.
+        weights: how strongly each acts, a finite number; 1 by default.
+        density: share of the values that "ties" and "dare" keep, by default .5; the other methods take none.
+        rank: of layers that were combined as whole changes; None takes the sum of the ranks. "sum" and "orthogonal"
+            keep the sum of the ranks, and take none.
         seed: of DARE's choice.
         name: of the result.
 
@@ -52,7 +60,11 @@ def merge(
     Raises:
         UserError: for patches that cannot be merged, with the first layer or word that stands against it.
     """
-    each = _checked(patches, method, weights, density, rank)
+    check_options(len(patches), method, weights, density, rank)
+    whole("seed", seed, 0, MAX_SEED)
+    _check_patches(patches, rank)
+    each = [1.0] * len(patches) if weights is None else [float(weight) for weight in weights]
+    share = DENSITY if density is None else density
     if method == "orthogonal":
         _check_orthogonal(patches)
     words = _Words(patches)
@@ -60,14 +72,14 @@ def merge(
     entries, lost = {}, {}
     for path in paths:
         here = [(words.moved(k, path, p.entries[path]), each[k]) for k, p in enumerate(patches) if path in p.entries]
-        entries[path], loss = _combined(path, here, method, density, rank, seed)
+        entries[path], loss = _combined(path, here, method, share, rank, seed)
         if loss:
             lost[path] = round(loss, 4)
     report: dict[str, Any] = {
         "merged": [patch.name for patch in patches], "overlap": overlaps(patches),
         "largest_loss": max(lost.values(), default=0.0), "lost": lost,
     }  # fmt: skip
-    settings: dict[str, Any] = {"weights": each, "density": density, "seed": seed}
+    settings: dict[str, Any] = {"weights": each, "density": share, "seed": seed}
     if words.tokens:
         settings["tokens"] = words.tokens
     family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
@@ -87,20 +99,57 @@ def overlaps(patches: Sequence[Patch]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _checked(
-    patches: Sequence[Patch], method: str, weights: Sequence[float] | None, density: float, rank: int | None
-) -> list[float]:  # fmt: skip
-    if len(patches) < 2:
-        raise UserError(f"{len(patches)} adapter to merge; give two or more")
+def check_options(
+    count: int, method: str, weights: Sequence[float] | None, density: float | None, rank: int | None
+) -> None:  # fmt: skip
+    """Checks what can be checked before a file is read.
+
+    Args:
+        count: of adapters.
+        method: and the others as in `merge`.
+
+    Raises:
+        UserError: for a wrong value, and for one that has no effect.
+    """
+    if count < 2:
+        raise UserError(f"{counted(count, 'adapter')} to merge; give two or more")
     if method not in METHODS:
         raise UserError(f"no way of merging {method!r}; there are {', '.join(METHODS)}")
-    each = [1.0] * len(patches) if weights is None else [float(w) for w in weights]
-    if len(each) != len(patches):
-        raise UserError(f"{len(each)} weights for {len(patches)} adapters; give one for each")
-    if not 0 < density <= 1:
-        raise UserError(f"density is {density}; give a number above 0, at most 1")
-    if rank is not None and rank < 1:
-        raise UserError(f"rank is {rank}; give 1 or more")
+    if weights is not None and len(weights) != count:
+        raise UserError(f"{counted(len(weights), 'weight')} for {count} adapters; give one for each")
+    for weight in weights or ():
+        number("weight", weight, -MAX_WEIGHT, MAX_WEIGHT)
+    if density is not None:
+        if not isinstance(density, int | float) or not 0 < density <= 1:
+            raise UserError(f"density is {density}; give a number above 0, at most 1")
+        _check_effect("density", density, method, THINNING)
+    if rank is not None:
+        whole("rank", rank, 1, MAX_RANK)
+        _check_effect("rank", rank, method, CUTTING)
+
+
+def _check_effect(name: str, value: float, method: str, methods: Sequence[str]) -> None:
+    """Raises UserError where a setting is given to a method that does not use it."""
+    if method not in methods:
+        raise UserError(
+            f"{name} is {value}, which {method} does not use; leave it out, or give a method that does: "
+            f"{', '.join(methods)}"
+        )
+
+
+def _check_patches(patches: Sequence[Patch], rank: int | None) -> None:
+    """Raises UserError for patches of different models, the same patch twice, and a rank that no layer has."""
+    low = [entry for patch in patches for entry in patch.entries.values() if entry.kind == "lowrank"]
+    if rank is not None:
+        most = max((min(len(e.tensors["up"]), e.tensors["down"].shape[1]) for e in low), default=0)
+        if rank > most:
+            raise UserError(f"rank is {rank}, and no layer of the adapters can have more than {most}; give less")
+    for one, other in combinations(patches, 2):
+        if one is other or _same(one.entries, other.entries):
+            raise UserError(
+                f"{one.name!r} and {other.name!r} are the same adapter; give each once, and a weight where it is to "
+                "act more strongly (--weight)"
+            )
     bases = {patch.base for patch in patches if patch.base}
     if len(bases) > 1:
         raise UserError(
@@ -110,7 +159,14 @@ def _checked(
     if any(not patch.base for patch in patches):
         unnamed = next(patch.name for patch in patches if not patch.base)
         warnings.warn(f"adapter {unnamed!r} does not say which model it was made for", stacklevel=3)
-    return each
+
+
+def _same(one: Mapping[str, Entry], other: Mapping[str, Entry]) -> bool:
+    return one.keys() == other.keys() and all(
+        entry.tensors.keys() == other[path].tensors.keys()
+        and all(torch.equal(value, other[path].tensors[key]) for key, value in entry.tensors.items())
+        for path, entry in one.items()
+    )
 
 
 def _combined(
@@ -128,7 +184,7 @@ def _combined(
         return Entry(kind="rows", tensors=tensors), 0.0
     if kinds == {"rotation"}:
         return replace(first, scale=first.scale * here[0][1]), 0.0
-    if kinds == {"lowrank"} and (method in ("sum", "orthogonal") or len(here) == 1):
+    if kinds == {"lowrank"} and (method not in CUTTING or len(here) == 1):
         return _stacked([(e, w) for e, w in here]), 0.0
     deltas = [_delta(entry) for entry, _ in here]
     shapes = {tuple(delta.shape) for delta in deltas}

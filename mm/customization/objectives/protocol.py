@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from mm.adapters.tokens import TokenTable, token_tables
 from mm.core.errors import UserError
+from mm.core.nouns import with_article
 from mm.families import family_of
 from mm.families.family import resolve
+from mm.families.sizes import check_side, native_side
 
 NOUNS: tuple[str, ...] = ("dog", "car", "tree", "cup", "cat", "chair", "apple", "bird")
 Edits = Literal["no", "also", "only"]
@@ -75,6 +77,19 @@ class Objective(ABC):
     def known_nouns(self) -> Sequence[str]:
         """Things that the base draws, of which pictures beside the subject are made."""
         return NOUNS
+
+    def unknown(self, text: str, name: str) -> list[str]:
+        """A line for each word of a training text that the model cannot read; none where words are read in pieces.
+
+        Args:
+            text: a caption, a prompt or a noun.
+            name: of what is learned, which is known.
+        """
+        return []
+
+    def undrawn(self, prompt: str, name: str, *, edit: bool) -> list[str]:
+        """A line for each thing in a prompt, or in an instruction of an edit, that is not drawn."""
+        return []
 
     @abstractmethod
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
@@ -176,7 +191,9 @@ class DiffusionObjective(Objective):
         alphas = getattr(self.pipe.scheduler, "alphas_cumprod", None)
         if alphas is None:
             kind = type(self.pipe.scheduler).__name__
-            raise UserError(f"a {kind} has no noise levels to train at; give the pipeline a DDIM or Euler scheduler")
+            raise UserError(
+                f"{with_article(kind)} has no noise levels to train at; give the pipeline a DDIM or Euler scheduler"
+            )
         return cast(Tensor, alphas)
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
@@ -225,8 +242,11 @@ def objective_of(pipe: Any, side: int | None = None, *, edit: bool = False) -> O
             f"{known} cannot be customized yet; docs/customization.md lists the families, and says how to add one"
         )
     kind = resolve(family.objective)
-    default = family.size.default if family.size is not None else 512
-    made = cast(Objective, kind(pipe, default if side is None else side))
+    if side is None:
+        side = min(native_side(pipe) or family.size.default, family.size.default) if family.size is not None else 512
+    else:
+        check_side(pipe, side)
+    made = cast(Objective, kind(pipe, side))
     if edit and made.edits == "no":
         raise UserError(
             f"{type(pipe).__name__} takes no source picture, so no edit can be learned; give an editing pipeline "

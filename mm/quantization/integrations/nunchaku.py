@@ -28,6 +28,7 @@ from mm.adapters.patch import Applied
 from mm.core.build_limit import build_empty
 from mm.core.errors import UserError, shown
 from mm.core.model_files import check_sizes, weight_files
+from mm.core.nouns import with_article
 from mm.core.safe_json import parse_object, read_object
 from mm.core.safe_tensors import FLOATS, check_finite, read_header
 from mm.layers.linear import ActivationRule, BranchedLinear
@@ -222,7 +223,7 @@ def _place(
         except AttributeError:
             return f"belongs to {target}, which this model does not have"
     if not all(isinstance(linear, nn.Linear) for linear in linears):
-        return f"belongs to {targets[0]}, which is a {type(linears[0]).__name__} here"
+        return f"belongs to {targets[0]}, which is {with_article(type(linears[0]).__name__)} here"
     outputs = sum(linear.out_features for linear in linears)
     inputs = linears[0].in_features
     if rule.columns != "all":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.core.model_files import check_loaded
+from mm.core.nouns import with_article
 from mm.layers.linear import ActivationRule
 from mm.layers.surgery import swap
 from mm.quantization.config import SVDQuantConfig
@@ -106,7 +107,7 @@ class DiffusersNunchakuLite(DiffusersSVDQuant):
         except AttributeError as error:
             raise UserError(f"the folder quantizes {path}, which {type(model).__name__} does not have") from error
         if not isinstance(linear, nn.Linear):
-            raise UserError(f"the folder quantizes {path}, which is a {type(linear).__name__} here")
+            raise UserError(f"the folder quantizes {path}, which is {with_article(type(linear).__name__)} here")
         outputs, inputs = linear.out_features, linear.in_features
         fp4 = settings["precision"] == "nvfp4"
         if awq:

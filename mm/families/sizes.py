@@ -1,0 +1,55 @@
+"""Sizes of pictures that a model takes, asked before any work is done for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mm.core.errors import UserError
+from mm.families.registry import family_of
+
+
+def check_size(size: tuple[int, int], *, model: str, own: tuple[int, int], multiple: int, fixed: bool) -> None:
+    """Checks a size against what a model takes.
+
+    Args:
+        size: (width, height) in pixels.
+        model: its name, for the message.
+        own: the model's usual size, which is always taken.
+        multiple: each side is a multiple of so many pixels.
+        fixed: whether only `own` is taken.
+
+    Raises:
+        UserError: with the sizes that the model takes.
+    """
+    if size == own:
+        return
+    said = f"size is {size[0]} x {size[1]}"
+    if fixed:
+        raise UserError(f"{said}; {model} draws {own[0]} x {own[1]} only; leave it out")
+    if any(side % multiple or side < 1 for side in size):
+        near = " x ".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        raise UserError(f"{said}; {model} takes multiples of {multiple}, for example {near}")
+
+
+def check_side(pipe: Any, side: int) -> None:
+    """Raises UserError where a pipeline takes no square pictures of a side; without a rule it takes any."""
+    family = family_of(pipe)
+    rule = None if family is None else family.size
+    if rule is None:
+        return
+    own = native_side(pipe) or rule.default
+    name = type(pipe).__name__
+    check_size((side, side), model=name, own=(own, own), multiple=rule.multiple, fixed=rule.fixed)
+
+
+def native_side(pipe: Any) -> int | None:
+    """The side in pixels that a model was made for; None where neither pipeline nor config says it."""
+    side = getattr(pipe, "side", None)
+    if isinstance(side, int):
+        return side
+    scale = getattr(pipe, "vae_scale_factor", None)
+    for name in ("transformer", "unet", "prior", "decoder"):
+        sample = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
+        if isinstance(sample, int) and isinstance(scale, int):
+            return sample * scale
+    return None
