@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.cli import options as shared
+from mm.cli.progress_line import ProgressLine
 from mm.core.checks import MAX_SEED
 
 app = typer.Typer(add_completion=False)
@@ -81,7 +82,7 @@ def customize(
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     engine = mm.load(model, bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
-    line = _Line()
+    line = ProgressLine()
     try:
         learned = make(
             pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
@@ -104,20 +105,3 @@ def customize(
     print(f"error on the pictures: {report['error']:.3f} of the base's, drift {report['drift']:.3f}")
     stopped = f", stopped early; best at step {report['best_step']}" if report["stopped_early"] else ""
     print(f"{out}: {len(learned.entries)} entries, {out.stat().st_size >> 10} KiB, {report['steps']} steps{stopped}")
-
-
-class _Line:
-    """The line of progress on stderr, which is written over until it ends."""
-
-    open = False
-
-    def show(self, share: float, text: str) -> None:
-        """Writes it."""
-        self.open = True
-        print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Lets what follows, an error too, begin on a line of its own."""
-        if self.open:
-            print(file=sys.stderr)
-        self.open = False

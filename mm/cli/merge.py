@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mm.cli import options as shared
+from mm.cli.progress_line import ProgressLine
 
 app = typer.Typer(add_completion=False)
 
@@ -16,15 +17,22 @@ app = typer.Typer(add_completion=False)
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Adapters: patches of mm, or LoRA files with --model.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
-    method: Annotated[str, typer.Option(help="sum, ties, dare, do or orthogonal.")] = "sum",
+    method: Annotated[str, typer.Option(help="sum, ties, dare, do, orthogonal or regmean.")] = "sum",
     weight: Annotated[list[float] | None, typer.Option(help="How strongly one acts; once for each.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the values that ties and dare keep; default: 0.5.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of layers that ties, dare and do combine; default: the sum of the ranks.")
+        int | None,
+        typer.Option(min=1, help="Of layers that ties, dare, do and regmean combine; default: the sum of the ranks."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model; LoRA files of other programs need it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model; LoRA files of other programs and regmean need it.")
+    ] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="What an adapter's subject is called in prompts, once for each, where files do not say it."),
+    ] = None,
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
     force: shared.ForceOption = False,
 ) -> None:
@@ -38,7 +46,7 @@ def merge(
     from mm.customization.merging.merge import merge as make
 
     check_layout(layout)
-    check_options(len(files), method, weight, density, rank)
+    check_options(len(files), method, weight, density, rank, word, model is not None)
     check_files(files)
     target = None
     if model is not None:
@@ -46,7 +54,12 @@ def merge(
 
         target = mm.load(model).pipeline
     patches = [read_adapter(file, target) for file in files]
-    merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem)
+    line = ProgressLine()
+    drawing = {} if method != "regmean" else {"pipe": target, "words": word, "progress": line.show}
+    try:
+        merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem, **drawing)
+    finally:
+        line.end()
     merged.write(out, layout, target=target)  # type: ignore[arg-type]
     for pair, count in merged.report["overlap"].items():
         print(f"{pair}: {count} layers in common")
