@@ -34,7 +34,8 @@ class TrunkObjective(FlowObjective):
     skipped = (r"text_layers\.\d+\.(?:attn|ff)\..*",)
     open_vocabulary = False
     training: ClassVar[Mapping[str, Any]] = {
-        "steps": 300, "batch_size": 2, "preserve_batch": 1, "learning_rate": 1e-3, "preview_every": 100, "patience": 3,
+        "steps": 600, "batch_size": 2, "preserve_batch": 1, "learning_rate": 2e-3, "preview_every": 200, "patience": 3,
+        "companions": 20,
     }  # fmt: skip
     mean, spread = 0.3, 1.0
     high_share, high_from = 0.15, 0.85

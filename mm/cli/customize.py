@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mm.cli import options as shared
+from mm.cli.progress_line import ProgressLine
 from mm.core.checks import MAX_SEED
 from mm.core.nouns import counted
 
@@ -75,7 +76,7 @@ def customize(
     place = work or out.with_name(f"{out.name}.work")
     check_call(kind, folder, name, prompts, regularization, work=place, samples=sample)
     method_of(method)
-    from mm.cli.running import ProgressLine, quietly_loaded
+    from mm.cli.running import quietly_loaded
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
              "companions": companions}  # fmt: skip

@@ -9,6 +9,7 @@ import typer
 
 from mm.cli import options as shared
 from mm.cli.eval_erase import setting_of
+from mm.cli.progress_line import ProgressLine
 from mm.core.nouns import counted
 
 app = typer.Typer(add_completion=False)
@@ -48,7 +49,7 @@ def erase(
         raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
     if lora is None and layout is not None:
         raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")
-    from mm.cli.running import ProgressLine, quietly_loaded
+    from mm.cli.running import quietly_loaded
     from mm.erasure.checks import check_call
     from mm.erasure.concepts import contexts_for
     from mm.erasure.erase import DEFAULT

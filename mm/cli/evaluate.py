@@ -12,6 +12,7 @@ from mm.cli import options as shared
 from mm.cli.eval_erase import EXAMPLE as ERASE_EXAMPLE
 from mm.cli.eval_erase import erase
 from mm.cli.options import DrawingMode
+from mm.cli.progress_line import ProgressLine
 from mm.core.checks import MAX_SEED
 from mm.families.mm_tiny import GUIDANCE
 
@@ -190,7 +191,7 @@ def customize_(
     force: shared.ForceOption = False,
 ) -> None:
     """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
-    from mm.cli.running import ProgressLine, quietly_loaded
+    from mm.cli.running import quietly_loaded
     from mm.core.files import check_folder
     from mm.customization.methods.registry import method_of
     from mm.evaluation.customize import CustomizeConfig, evaluate_customize

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mm.cli import options as shared
+from mm.cli.progress_line import ProgressLine
 from mm.core.nouns import counted
 
 app = typer.Typer(add_completion=False)
@@ -17,15 +18,22 @@ app = typer.Typer(add_completion=False)
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Adapters: patches of mm, or LoRA files with --model.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
-    method: Annotated[str, typer.Option(help="sum, ties, dare, do or orthogonal.")] = "sum",
+    method: Annotated[str, typer.Option(help="sum, ties, dare, do, orthogonal or regmean.")] = "sum",
     weight: Annotated[list[float] | None, typer.Option(help="How strongly one acts; once for each.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the values that ties and dare keep; default: 0.5.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of layers that ties, dare and do combine; default: the sum of the ranks.")
+        int | None,
+        typer.Option(min=1, help="Of layers that ties, dare, do and regmean combine; default: the sum of the ranks."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model; LoRA files of other programs need it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model; LoRA files of other programs and regmean need it.")
+    ] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="What an adapter's subject is called in prompts, once for each, where files do not say it."),
+    ] = None,
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
     force: shared.ForceOption = False,
 ) -> None:
@@ -39,7 +47,7 @@ def merge(
     from mm.customization.merging.merge import merge as make
 
     check_layout(layout)
-    check_options(len(files), method, weight, density, rank)
+    check_options(len(files), method, weight, density, rank, word, model is not None)
     check_files(files)
     target = None
     if model is not None:
@@ -47,7 +55,9 @@ def merge(
 
         target = quietly_loaded(model).pipeline
     patches = [read_adapter(file, target) for file in files]
-    merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem)
+    with ProgressLine() as line:
+        drawing = {} if method != "regmean" else {"pipe": target, "words": word, "progress": line.show}
+        merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem, **drawing)
     merged.write(out, layout, target=target)  # type: ignore[arg-type]
     for pair, count in merged.report["overlap"].items():
         print(f"{pair}: {counted(count, 'layer')} in common")

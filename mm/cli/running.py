@@ -56,33 +56,6 @@ def no_loading_bars() -> None:
         logs.disable_progress_bar()
 
 
-class ProgressLine:
-    """A line of progress on stderr, which is written over until it ends.
-
-    As a context it ends the line, so that what follows, an error too, begins on a line of its own.
-    """
-
-    def __init__(self) -> None:
-        self._open = False
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._open:
-            print(file=sys.stderr)
-        self._open = False
-
-    def show(self, share: float, text: str) -> None:
-        """Writes a share of 0 to 1 and a text."""
-        self.say(f"{share:4.0%} {text}")
-
-    def say(self, text: str) -> None:
-        """Writes a text."""
-        self._open = True
-        print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
-
-
 def follow(events: Run, on_picture: Callable[[Picture], None], *, total: int = 1) -> Done:
     """Reads a run's events to the end: pictures go to `on_picture`, words to stdout, all else to stderr.
 

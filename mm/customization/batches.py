@@ -48,18 +48,21 @@ class Batches:
         dropout: share of pictures without their caption, among those that the noise leaves visible.
         guarded: number of guarded prompts; their numbers follow those of the preserved ones.
         guard_batch: of them a step.
+        strangers: number of prompts with other new words; their numbers follow those of the guarded ones.
+        stranger_batch: of them a step.
         own: how many of the examples, from the first, are the user's, which previews score. None: all.
     """
 
     def __init__(
         self, objective: Objective, examples: Sequence[Example], *, batch_size: int, seed: int, prompts: int,
         preserve_batch: int,
-        dropout: float = 0.0, guarded: int = 0, guard_batch: int = 0, own: int | None = None,
+        dropout: float = 0.0, guarded: int = 0, guard_batch: int = 0, strangers: int = 0,
+        stranger_batch: int = 0, own: int | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.seed, self.batch_size = objective, seed, batch_size
         self.prompts, self.preserve_batch, self.dropout = prompts, preserve_batch, dropout
         self.own = len(examples) if own is None else own
-        self.guarded, self.guard_batch = guarded, min(guard_batch, guarded)
+        self.more = ((prompts, guarded, guard_batch), (prompts + guarded, strangers, stranger_batch))
         self.order = [i for i, example in enumerate(examples) for _ in range(example.repeats)]
         self.latents, self.masks = encode(objective, examples)
 
@@ -77,12 +80,12 @@ class Batches:
         bare = visible & (torch.rand(len(chosen), generator=generator) < self.dropout)
         levels = self.objective.levels(count, generator) if count else level_B[:0]
         preserved_noise = torch.randn(count, *shape, generator=generator)
-        more = self.guard_batch
-        if more:  # drawn last, so that a run without a guard is what it was
-            texts += (self.prompts + torch.randperm(self.guarded, generator=generator)[:more]).tolist()
-            sources += torch.randint(len(self.latents), (more,), generator=generator).tolist()
-            levels = torch.cat([levels, self.objective.levels(more, generator)])
-            preserved_noise = torch.cat([preserved_noise, torch.randn(more, *shape, generator=generator)])
+        for first, there, wanted in self.more:  # drawn last, so that a run without them is what it was
+            if more := min(wanted, there):
+                texts += (first + torch.randperm(there, generator=generator)[:more]).tolist()
+                sources += torch.randint(len(self.latents), (more,), generator=generator).tolist()
+                levels = torch.cat([levels, self.objective.levels(more, generator)])
+                preserved_noise = torch.cat([preserved_noise, torch.randn(more, *shape, generator=generator)])
         return Step(
             chosen=chosen,
             bare=tuple(bare.tolist()),

@@ -24,6 +24,8 @@ class TrainingConfig:
         preserve_every: steps between two times that they are held to the base.
         guard_batch: guarded prompts each time that unrelated ones are held to the base.
         guard_weight: of a guarded prompt, as a multiple of an unrelated one; 0 only measures.
+        strangers: prompts with other new words each time that unrelated ones are held to the base, so that adapters
+            merge (`mm.customization.strangers`); 0 for none.
         regularize: weight of regularization pictures, where some are given.
         caption_dropout: share of pictures that are learned without their caption, where the noise leaves them visible.
             Guidance compares with the empty prompt, whose prediction has to know the subject when it sees it.
@@ -49,6 +51,7 @@ class TrainingConfig:
     preserve_every: int = 2
     guard_batch: int = 1
     guard_weight: float = 4.0
+    strangers: int = 0
     regularize: float = 1.0
     caption_dropout: float = 0.25
     weight_decay: float = 1e-4
@@ -67,7 +70,7 @@ class TrainingConfig:
             "slider_pictures", "guard_batch",
         ):  # fmt: skip
             whole(name, getattr(self, name), 1, MAX_SETTING)
-        for name in ("warmup", "companions"):
+        for name in ("warmup", "companions", "strangers"):
             whole(name, getattr(self, name), 0, MAX_SETTING)
         whole("seed", self.seed, 0, MAX_SEED)
         for name in ("learning_rate", "row_rate", "clip"):

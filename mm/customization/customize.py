@@ -42,6 +42,7 @@ from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.previews import draw, save_previews, sheet_of
 from mm.customization.sliders import SliderPrompts
+from mm.customization.strangers import Strangers
 from mm.customization.training import Progress, Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
@@ -132,14 +133,17 @@ def customize(
     base = base_hash(objective.modules()[objective.parts[0]])
     wanted = _freeze(pipe)
     learner: Learner | None = None
+    strangers: Strangers | None = None
     try:
         learner = maker.begin(job)
+        strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
         goal = goal_of(learner, prompts)
         batches = Batches(
             objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
             own=len(examples),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
+            strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
         )  # fmt: skip
         of_slider = None if prompts is None else asdict(prompts)
         more = [of_slider, guarded, fingerprint(class_pictures or [])]
@@ -147,7 +151,7 @@ def customize(
         place = None if work is None else Path(work)
         training = Training(
             learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
-            regularization=_regularization(objective, class_pictures, config),
+            regularization=_regularization(objective, class_pictures, config), strangers=strangers,
         )  # fmt: skip
         found = estimate(training)
         check_resources(found, place)
@@ -163,6 +167,8 @@ def customize(
         training.run(on_step, on_preview)
         return _learned(pipe, learner, training, base, maker.name, chosen | ({} if of_slider is None else of_slider))
     finally:
+        if strangers is not None:
+            strangers.remove()
         if learner is not None:
             learner.remove()
         for parameter in wanted:

@@ -79,7 +79,9 @@ def estimate(training: Training) -> Estimate:
     values = sum(p.numel() for p in training.parameters.values())
     activations = sum(size for place, size in seen.items() if place not in model)
     config = training.config
-    held = 1.5 * config.preserve_batch / config.batch_size / config.preserve_every if training.prompts else 0.0
+    more = config.strangers if training.strangers is not None and training.strangers.prompts else 0
+    at_once = (config.preserve_batch + more) if training.prompts else more
+    held = 1.5 * at_once / config.batch_size / config.preserve_every
     each = passed * (1.05 + (held if config.preserve else 0.0))
     previews = config.steps // config.preview_every + 1
     left = config.steps - training.progress.step

@@ -210,10 +210,10 @@ class Rows:
         self.spreads: dict[str, float] = {}  # the table's standard deviation, by the parameter's name
         self.per_sample: dict[str, Tensor] = {}  # rows (B, D) by token, for batches whose prompts differ in them
         self.ids: dict[tuple[str, str], int] = {}
-        self._tables: list[TokenTable] = list(objective.tables)
-        if not self._tables:
+        self.tables: list[TokenTable] = list(objective.tables)
+        if not self.tables:
             raise UserError(f"{type(objective.pipe).__name__} has no tokenizer that takes a new word")
-        for table in self._tables:
+        for table in self.tables:
             for token, start in tokens.items():
                 row = add_token(objective.pipe, table, token)
                 embedding = self.embedding(table)
@@ -223,7 +223,7 @@ class Rows:
                 drift = torch.randn(first.shape, generator=layer_seed(f"{table.embedding} {token}", seed))
                 self.spreads[f"{table.embedding}|{token}"] = float(spread)
                 self.values[table.embedding, token] = nn.Parameter(first + noise * spread * drift.to(first))
-        self._handles = [self.embedding(t).register_forward_hook(self._hook(t)) for t in self._tables]
+        self._handles = [self.embedding(t).register_forward_hook(self._hook(t)) for t in self.tables]
         self._on = True
 
     def embedding(self, table: TokenTable) -> nn.Embedding:
@@ -273,7 +273,7 @@ class Rows:
 
     def entries(self, only: Sequence[str] | None = None) -> dict[str, Entry]:
         out: dict[str, Entry] = {}
-        for table in self._tables:
+        for table in self.tables:
             mine = {t: v for (e, t), v in self.values.items() if e == table.embedding and (only is None or t in only)}
             ids = torch.tensor([self.ids[table.embedding, token] for token in mine])
             rows = torch.stack([value.detach().cpu().float() for value in mine.values()]).to(torch.float16)
@@ -285,7 +285,7 @@ class Rows:
         return [
             {"token": token, "tokenizer": table.tokenizer, "embedding": table.embedding,
              "id": self.ids[table.embedding, token]}
-            for table in self._tables for (embedding, token) in self.values
+            for table in self.tables for (embedding, token) in self.values
             if embedding == table.embedding and (only is None or token in only)
         ]  # fmt: skip
 

@@ -32,6 +32,7 @@ from mm.customization.config import TrainingConfig
 from mm.customization.goals import Goal, Noised
 from mm.customization.methods.protocol import Learner
 from mm.customization.objectives.protocol import Objective, weighted_mse
+from mm.customization.strangers import Strangers
 
 STATE = "state.safetensors"
 _SCORED = 8  # noise levels of a preview
@@ -91,6 +92,7 @@ class Training:
         config: how long and how fast.
         goal: what is learned of a batch; None learns the pictures under their captions.
         guarded: further prompts that are to stay, with a weight of their own.
+        strangers: prompts with other new words that are to stay; None for none.
         regularization: pictures of the class, learned under their own captions; None for none.
         work: folder of the state; None keeps none.
         identity: what the state belongs to; another run's state is refused.
@@ -98,11 +100,13 @@ class Training:
 
     def __init__(
         self, learner: Learner, batches: Batches, prompts: Sequence[str], config: TrainingConfig, *,
-        goal: Goal | None = None, guarded: Sequence[str] = (), regularization: Regularization | None = None,
+        goal: Goal | None = None, guarded: Sequence[str] = (), strangers: Strangers | None = None,
+        regularization: Regularization | None = None,
         work: Path | None = None, identity: str = "",
     ) -> None:  # fmt: skip
         self.learner, self.batches, self.prompts, self.config = learner, batches, list(prompts), config
         self.guarded, self.regularization = list(guarded), regularization
+        self.strangers = strangers
         self.objective = learner.job.objective
         self.goal = goal if goal is not None else Goal(learner)
         self.parameters = learner.parameters()
@@ -183,8 +187,13 @@ class Training:
         clean, noise, level_B = self._moved(clean, step.preserved_noise, step.preserved_level_B)
         noisy = self.objective.noised(clean, noise, level_B)
         every = [*self.prompts, *self.guarded]
+        weight_of = [1.0] * len(self.prompts) + [self.config.guard_weight] * len(self.guarded)
+        if self.strangers is not None:
+            every += self.strangers.prompts
+            weight_of += [1.0] * len(self.strangers.prompts)
+            self.strangers.draw(self.progress.step, len(step.preserved))
         words, beside = [every[i] for i in step.preserved], step.preserved_from
-        weights = torch.tensor([1.0 if i < len(self.prompts) else self.config.guard_weight for i in step.preserved])
+        weights = torch.tensor([weight_of[i] for i in step.preserved])
         with torch.no_grad(), self.learner.off():
             wanted = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
         with self.goal.acting(self.progress.step):

@@ -34,6 +34,7 @@ from mm.world import captions as c
 from mm.world import vocabulary as v
 
 PLAIN = "dreambooth"
+MERGING: tuple[str, ...] = ("regmean", "sum")
 NOUNS: dict[str, str] = {"panda": "bear", "tulip": "sunflower", "gift": "cake"}  # the nearest known class
 KNOWN: tuple[tuple[str, str], ...] = (("cat", "car"), ("tree", "apple"), ("house", "star"), ("fish", "clock"))
 PAIRS: tuple[str, ...] = ("a {0} and a {1}", "a {1} left of a {0}", "a {0} above a {1}", "a {0} and a {1} on grass")
@@ -72,8 +73,9 @@ def _cells() -> Iterator[Named]:
     for subject in SUBJECTS[:4]:
         yield f"alone/{ORTHOGONAL}/{subject}", partial(alone, method=ORTHOGONAL, subject=subject)
     for method in (ORTHOGONAL, PLAIN):
-        yield f"merged/{method}/four", partial(merged, method=method, subjects=SUBJECTS[:4])
-    yield f"pairs/{ORTHOGONAL}/four", partial(pairs, method=ORTHOGONAL, subjects=SUBJECTS[:4])
+        for how in MERGING:
+            yield f"merged/{method}/four/{how}", partial(merged, method=method, subjects=SUBJECTS[:4], how=how)
+            yield f"pairs/{method}/four/{how}", partial(pairs, method=method, subjects=SUBJECTS[:4], how=how)
     yield f"four/trained/{first}", partial(four_trained, subject=first)
     yield from _classes(first)
     yield "erased/on, guarded", partial(erased, adapter="on, guarded")
@@ -92,10 +94,14 @@ def _cells() -> Iterator[Named]:
 def _by_method(method: str, subjects: Sequence[str]) -> Iterator[Named]:
     for subject in subjects:
         yield f"alone/{method}/{subject}", partial(alone, method=method, subject=subject)
-    yield f"merged/{method}/eight", partial(merged, method=method, subjects=SUBJECTS)
+    for subject in subjects:
+        yield f"beside/{method}/{subject}", partial(beside, method=method, subject=subject)
     if method == PLAIN:
+        yield "beside/base/known", beside_base
         yield "pairs/base/known", pairs_base
-    yield f"pairs/{method}/eight", partial(pairs, method=method, subjects=SUBJECTS)
+    for how in MERGING:
+        yield f"merged/{method}/eight/{how}", partial(merged, method=method, subjects=SUBJECTS, how=how)
+        yield f"pairs/{method}/eight/{how}", partial(pairs, method=method, subjects=SUBJECTS, how=how)
 
 
 def _four(subjects: Sequence[str]) -> Iterator[Named]:
@@ -141,12 +147,36 @@ def alone(bench: Bench, method: str, subject: str) -> dict[str, Any]:
     return _verdicts(bench, subject, f"<{subject}>", patch) | {"training": _of(patch)}
 
 
-def merged(bench: Bench, method: str, subjects: Sequence[str]) -> dict[str, Any]:
-    """Each subject with the plain sum of all their adapters on; the same seeds as by itself."""
-    each = [bench.adapter(method, subject) for subject in subjects]
-    total = merge(each, method="orthogonal" if method == ORTHOGONAL else "sum")
+def merged(bench: Bench, method: str, subjects: Sequence[str], how: str) -> dict[str, Any]:
+    """Each subject with all their adapters merged; the same seeds as by itself."""
+    total = _total(bench, method, subjects, how)
     found = {subject: _verdicts(bench, subject, f"<{subject}>", total) for subject in subjects}
-    return {"subjects": found, "seen": [x for one in found.values() for x in one["seen"]]}
+    errors = {key: total.report[key] for key in ("largest_loss", "mean_error") if key in total.report}
+    return {"subjects": found, "seen": [x for one in found.values() for x in one["seen"]]} | errors
+
+
+def _total(bench: Bench, method: str, subjects: Sequence[str], how: str) -> Patch:
+    each = [bench.adapter(method, subject) for subject in subjects]
+    if how == "regmean":
+        return merge(each, method=how, pipe=bench.pipe, steps=bench.steps)
+    return merge(each, method="orthogonal" if method == ORTHOGONAL else how)
+
+
+def beside(bench: Bench, method: str, subject: str) -> dict[str, Any]:
+    """A learned subject beside a known object."""
+    return {"both": _beside(bench, subject, f"<{subject}>", bench.adapter(method, subject))}
+
+
+def beside_base(bench: Bench) -> dict[str, Any]:
+    """A known object beside another one, drawn by the base."""
+    return {"both": _beside(bench, "dog", "dog")}
+
+
+def _beside(bench: Bench, subject: str, word: str, *patches: Patch) -> list[bool]:
+    prompts = bench.few([ask for ask in asks() if ask.companion])
+    each = [ask for ask in prompts for _ in range(bench.pictures)]
+    readings = bench.read(bench.drawn([ask.text.format(word) for ask in prompts], f"beside {subject}", *patches))
+    return [shows(r, subject) and bool(follows(r, ask)) for r, ask in zip(readings, each, strict=True)]
 
 
 def _both(bench: Bench, names: tuple[str, str], words: tuple[str, str], *patches: Patch) -> list[bool]:
@@ -160,11 +190,11 @@ def pairs_base(bench: Bench) -> dict[str, Any]:
     return {"both": [x for names in KNOWN for x in _both(bench, names, names)]}
 
 
-def pairs(bench: Bench, method: str, subjects: Sequence[str]) -> dict[str, Any]:
+def pairs(bench: Bench, method: str, subjects: Sequence[str], how: str) -> dict[str, Any]:
     """Two learned subjects in one picture, from two adapters merged; each with its neighbour."""
     found = []
     for one, other in zip(subjects[::2], subjects[1::2], strict=True):
-        total = merge([bench.adapter(method, one), bench.adapter(method, other)])
+        total = _total(bench, method, (one, other), how)
         found += _both(bench, (one, other), (f"<{one}>", f"<{other}>"), total)
     return {"both": found}
 

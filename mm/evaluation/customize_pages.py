@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from mm.core.statistics import share
+from mm.evaluation.customize_cells import MERGING
 from mm.evaluation.erase_pages import cells_of, heading
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -40,29 +42,47 @@ def apart(one: Sequence[bool], other: Sequence[bool]) -> str:
     return f"{100 * (sum(one) / len(one) - sum(other) / len(other)):+.1f} points"
 
 
+def _alone(reports: Reports) -> Iterator[Row]:
+    for method in ("dreambooth", "orthogonal"):
+        found, done = (verdicts(reports, key, "alone", method) for key in ("seen", "follows"))
+        if found:
+            cells = cells_of(reports, "alone", method)
+            spent = [report["training"]["cpu_seconds"] for report in cells if report.get("training")]
+            busy = f"{sum(spent) / len(spent):.0f} s of CPU each" if spent and all(spent) else ""
+            title = f"{count_of(len(cells), 'subject')} alone, `{method}`: seen"
+            yield title, rate(found), f"prompts followed {rate(done)}" if done else "", busy
+
+
 def _merged(reports: Reports) -> Iterator[Row]:
-    wanted = {"orthogonal": "; >= .95", "dreambooth": ""}
-    for count in ("eight", "four"):
-        for method, aim in wanted.items():
-            for report in cells_of(reports, "merged", method, count):
-                single = [x for name in report["subjects"] for x in verdicts(reports, "seen", "alone", method, name)]
-                if len(single) == len(report["seen"]):
-                    yield (
-                        f"{count} `{method}` adapters summed",
-                        rate(report["seen"]),
-                        f"one by one {rate(single)}",
-                        (f"{over(report['seen'], single)} of it{aim}"),
-                    )
+    for count, method, how in product(("eight", "four"), ("orthogonal", "dreambooth"), MERGING):
+        for report in cells_of(reports, "merged", method, count, how):
+            single = [x for name in report["subjects"] for x in verdicts(reports, "seen", "alone", method, name)]
+            if len(single) == len(report["seen"]):
+                aim = "; >= .95" if method == "orthogonal" else ""
+                yield (
+                    f"{count} `{method}` adapters merged by `{how}`",
+                    rate(report["seen"]),
+                    f"one by one {rate(single)}",
+                    f"{over(report['seen'], single)} of it{aim}",
+                )
 
 
 def _pairs(reports: Reports) -> Iterator[Row]:
     base = verdicts(reports, "both", "pairs", "base")
-    for count in ("eight", "four"):
-        for method in ("dreambooth", "orthogonal"):
-            found = verdicts(reports, "both", "pairs", method, count)
-            if found and base:
-                title = f"two learned subjects in one picture, `{method}`, pairs of {count}"
-                yield title, rate(found), f"two known objects {rate(base)}", f"{over(found, base)} of it; >= .90"
+    for count, method, how in product(("eight", "four"), ("orthogonal", "dreambooth"), MERGING):
+        found = verdicts(reports, "both", "pairs", method, count, how)
+        if found and base:
+            title = f"two learned subjects in one picture, `{method}` by `{how}`, pairs of {count}"
+            yield title, rate(found), f"two known objects {rate(base)}", f"{over(found, base)} of it; >= .90"
+
+
+def _beside(reports: Reports) -> Iterator[Row]:
+    base = verdicts(reports, "both", "beside", "base")
+    for method in ("dreambooth", "orthogonal"):
+        found = verdicts(reports, "both", "beside", method)
+        if found and base:
+            title = f"a learned subject beside a known object, `{method}`"
+            yield title, rate(found), f"two known objects {rate(base)}", f"{over(found, base)} of it"
 
 
 def _four(reports: Reports) -> Iterator[Row]:
@@ -160,7 +180,9 @@ def _styles(reports: Reports) -> Iterator[Row]:
             )
 
 
-ROWS: tuple[Callable[[Reports], Iterator[Row]], ...] = (_merged, _pairs, _four, _grounds, _classes, _erased, _styles)
+ROWS: tuple[Callable[[Reports], Iterator[Row]], ...] = (
+    _alone, _beside, _merged, _pairs, _four, _grounds, _classes, _erased, _styles,
+)  # fmt: skip
 
 
 def claims(reports: Reports) -> str:

@@ -48,12 +48,14 @@ _CENTRES = 3  # at which an object is searched for beside another
 COMPANIONS: tuple[str, ...] = ("tree", "fish", "key", "dog")
 # Settings by which a method stores about as many values as LoRA of rank 8. What follows a + names a variant.
 METHODS: dict[str, dict[str, Any]] = {
-    "dreambooth": {"rank": 8}, "orthogonal": {"rank": 16}, "paca": {"rank": 16}, "s2ft": {"rank": 16},
-    "eva": {"rank": 8}, "adalora": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
-    "lokr": {"rank": 16, "factor": 4},
-    "loha": {"rank": 4}, "shira": {"rank": 8}, "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
-    "dreambooth+beside": {"rank": 8, "companions": 20},
-    "dreambooth+beside+long": {"rank": 8, "companions": 20, "steps": 600, "preview_every": 200},
+    "dreambooth": {"rank": 8}, "dreambooth+no strangers": {"rank": 8, "strangers": 0},
+    "dreambooth+fast": {"rank": 8, "learning_rate": 2e-3},
+    "dreambooth+long": {"rank": 8, "steps": 600, "preview_every": 200},
+    "dreambooth+fast+long": {"rank": 8, "learning_rate": 2e-3, "steps": 600, "preview_every": 200},
+    "dreambooth+less held": {"rank": 8, "preserve": 1.0},
+    "orthogonal": {"rank": 8}, "lora": {"rank": 8}, "dora": {"rank": 8}, "oft": {"block": 32},
+    "lokr": {"rank": 16, "factor": 4}, "loha": {"rank": 4}, "shira": {"rank": 8}, "paca": {"rank": 16},
+    "s2ft": {"rank": 16}, "eva": {"rank": 8}, "adalora": {"rank": 8},
 }  # fmt: skip
 
 

@@ -263,7 +263,7 @@ def test_our_model_learns_a_new_word(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     before, words = _state(pipe), len(pipe.text_tokenizer)
     folder = subject_folder(tmp_path / "data", 2)
-    fast = FAST | {"steps": 2, "batch_size": 1, "size": 128, "preview_every": 2, "preserve_batch": 1}
+    fast = FAST | {"steps": 2, "batch_size": 1, "size": 128, "preview_every": 2, "preserve_batch": 1, "companions": 0}
     learned = customize(pipe, folder, name="<mug>", layers="text", **fast)
     after = _state(pipe)
     assert all(torch.equal(before[key], after[key]) for key in before)

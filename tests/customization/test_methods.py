@@ -212,7 +212,15 @@ def test_our_model_in_bfloat16(method: str, tmp_path: Path) -> None:
     import mm
 
     pipe = mm.TextToImagePipeline.from_pretrained("mm-tiny").to(torch.bfloat16)
-    short = FAST | {"steps": 1, "batch_size": 1, "size": 128, "preview_every": 1, "rank": 2, "layers": "text"}
+    short = FAST | {
+        "steps": 1,
+        "batch_size": 1,
+        "size": 128,
+        "preview_every": 1,
+        "rank": 2,
+        "layers": "text",
+        "companions": 0,
+    }
     learned = customize(pipe, subject_folder(tmp_path / "data", 2), name="<mug>", method=method, **short)
     assert {entry.kind for entry in learned.entries.values()} == KINDS[method] | {"rows"}
     changed = [e.tensors["delta"] for e in learned.entries.values() if e.kind == "dense"]

@@ -78,7 +78,7 @@ def test_a_short_run_reports_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(pipe), "__call__", quick)
     some = asks()[:3] + asks()[-1:]
     monkeypatch.setattr("mm.evaluation.customize.asks", lambda tuning: some)
-    settings = {"steps": 1, "batch_size": 1, "preserve_batch": 1, "preview_every": 1}
+    settings = {"steps": 1, "batch_size": 1, "preserve_batch": 1, "preview_every": 1, "companions": 0}
     config = CustomizeConfig(
         subjects=("gift",), method="textual-inversion", pictures=1, limit=1, settings=settings
     )  # fmt: skip

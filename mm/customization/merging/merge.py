@@ -2,7 +2,9 @@
 
 Design choices
 - "sum" adds products exactly. "orthogonal" does the same and asks that the adapters were trained in subspaces of their
-  own (method "orthogonal", Po et al. 2023, arXiv 2312.02432), in which sums do not disturb each other.
+  own (method "orthogonal", Po et al. 2023, arXiv 2312.02432), in which sums disturb each other less.
+- "regmean" needs the model: it draws with each adapter, and fits the merged layers to what the adapters did there
+  (`mm.customization.merging.regmean`).
 - New words are carried along, with rows of their own; two adapters that bring the same word are refused.
 - Nothing is lost silently: the report has the overlap of each pair, and what a cut to a rank has lost.
 
@@ -27,9 +29,10 @@ from mm.core.errors import UserError, shown
 from mm.core.nouns import counted
 from mm.customization.learned import Learned
 from mm.customization.merging.combining import COMBINING, cut
+from mm.customization.merging.regmean import Moments, OnProgress
 
-METHODS = ("sum", "ties", "dare", "do", "orthogonal")
-CUTTING = ("ties", "dare", "do")  # these cut layers to a rank; the others keep the sum of the ranks
+METHODS = ("sum", "ties", "dare", "do", "orthogonal", "regmean")
+CUTTING = ("ties", "dare", "do", "regmean")  # these cut layers to a rank; the others keep the sum of the ranks
 THINNING = ("ties", "dare")  # these keep a share of the values
 DENSITY = 0.5
 MAX_WEIGHT = 1e6
@@ -40,19 +43,25 @@ _APART = 0.05  # the largest cosine between subspaces that count as orthogonal
 @torch.no_grad()
 def merge(
     patches: Sequence[Patch], *, method: str = "sum", weights: Sequence[float] | None = None,
-    density: float | None = None, rank: int | None = None, seed: int = 0, name: str = "merged",
+    density: float | None = None, rank: int | None = None, seed: int = 0, name: str = "merged", pipe: Any = None,
+    words: Sequence[str] | None = None, steps: int | None = None,
+    progress: OnProgress = lambda share, text: None,
 ) -> Learned:  # fmt: skip
     """Makes one patch of several.
 
     Args:
         patches: two or more, of one model; those of other programs through `mm.read_lora`.
-        method: "sum", "ties", "dare", "do" or "orthogonal".
+        method: "sum", "ties", "dare", "do", "orthogonal" or "regmean".
         weights: how strongly each acts, a finite number; 1 by default.
         density: share of the values that "ties" and "dare" keep, by default .5; the other methods take none.
         rank: of layers that were combined as whole changes; None takes the sum of the ranks. "sum" and "orthogonal"
             keep the sum of the ranks, and take none.
-        seed: of DARE's choice.
+        seed: of DARE's choice, and of what "regmean" draws.
         name: of the result.
+        pipe: the model, which "regmean" draws with; it is unchanged afterwards. The other methods take none.
+        words: what each adapter's subject is called in prompts; None takes what the adapters say. For "regmean" alone.
+        steps: of sampling for "regmean"; None takes the pipeline's own.
+        progress: called by "regmean" with a share from 0 to 1 and a text.
 
     Returns:
         The merged patch; its report has the overlap and what was lost.
@@ -60,18 +69,25 @@ def merge(
     Raises:
         UserError: for patches that cannot be merged, with the first layer or word that stands against it.
     """
-    check_options(len(patches), method, weights, density, rank)
+    check_options(len(patches), method, weights, density, rank, words, pipe is not None)
     whole("seed", seed, 0, MAX_SEED)
     _check_patches(patches, rank)
     each = [1.0] * len(patches) if weights is None else [float(weight) for weight in weights]
     share = DENSITY if density is None else density
     if method == "orthogonal":
         _check_orthogonal(patches)
-    words = _Words(patches)
+    carried = _Words(patches)
+    moments = None
+    if method == "regmean":
+        moments = Moments(pipe, patches, words or words_of(patches), seed=seed, steps=steps, progress=progress)
+    errors: dict[str, float] = {}
     paths = list(dict.fromkeys(path for patch in patches for path in patch.entries))
     entries, lost = {}, {}
     for path in paths:
-        here = [(words.moved(k, path, p.entries[path]), each[k]) for k, p in enumerate(patches) if path in p.entries]
+        if moments is not None and path in moments.paths:
+            entries[path], lost[path], errors[path] = _regressed(moments, path, patches, each, rank)
+            continue
+        here = [(carried.moved(k, path, p.entries[path]), each[k]) for k, p in enumerate(patches) if path in p.entries]
         entries[path], loss = _combined(path, here, method, share, rank, seed)
         if loss:
             lost[path] = round(loss, 4)
@@ -79,9 +95,11 @@ def merge(
         "merged": [patch.name for patch in patches], "overlap": overlaps(patches),
         "largest_loss": max(lost.values(), default=0.0), "lost": lost,
     }  # fmt: skip
+    if errors:
+        report |= {"errors": errors, "mean_error": round(sum(errors.values()) / len(errors), 4)}
     settings: dict[str, Any] = {"weights": each, "density": share, "seed": seed}
-    if words.tokens:
-        settings["tokens"] = words.tokens
+    if carried.tokens:
+        settings["tokens"] = carried.tokens
     family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
     return Learned(
         entries=entries, method=f"merged-{method}", base=patches[0].base, name=name, settings=settings, report=report,
@@ -99,14 +117,28 @@ def overlaps(patches: Sequence[Patch]) -> dict[str, int]:
     }  # fmt: skip
 
 
+def words_of(patches: Sequence[Patch]) -> list[str]:
+    """What each adapter's subject is called in prompts. Raises UserError for an adapter that does not say it."""
+    found = [str(patch.settings.get("name") or "") for patch in patches]
+    if not all(found):
+        unnamed = next(patch.name for patch, word in zip(patches, found, strict=True) if not word)
+        raise UserError(
+            f"adapter {unnamed!r} does not say what its subject is called in prompts; give the words of all adapters "
+            "(words=[...], --word)"
+        )
+    return found
+
+
 def check_options(
-    count: int, method: str, weights: Sequence[float] | None, density: float | None, rank: int | None
+    count: int, method: str, weights: Sequence[float] | None, density: float | None, rank: int | None,
+    words: Sequence[str] | None = None, with_model: bool = True,
 ) -> None:  # fmt: skip
     """Checks what can be checked before a file is read.
 
     Args:
         count: of adapters.
         method: and the others as in `merge`.
+        with_model: whether there is a model to draw with.
 
     Raises:
         UserError: for a wrong value, and for one that has no effect.
@@ -126,6 +158,14 @@ def check_options(
     if rank is not None:
         whole("rank", rank, 1, MAX_RANK)
         _check_effect("rank", rank, method, CUTTING)
+
+    if method == "regmean" and not with_model:
+        raise UserError("regmean draws with each adapter; give the model (pipe=..., --model)")
+    if words is not None:
+        if method != "regmean":
+            raise UserError(f"words are given, which {method} does not use; leave them out, or merge with regmean")
+        if len(words) != count or not all(words):
+            raise UserError(f"{counted(len(words), 'word')} for {count} adapters; give one for each")
 
 
 def _check_effect(name: str, value: float, method: str, methods: Sequence[str]) -> None:
@@ -167,6 +207,22 @@ def _same(one: Mapping[str, Entry], other: Mapping[str, Entry]) -> bool:
         and all(torch.equal(value, other[path].tensors[key]) for key, value in entry.tensors.items())
         for path, entry in one.items()
     )
+
+
+def _regressed(
+    moments: Moments, path: str, patches: Sequence[Patch], weights: Sequence[float], rank: int | None
+) -> tuple[Entry, float, float]:  # fmt: skip
+    """One entry by least squares, what its cut to a rank has lost, and its error on the adapters' own prompts."""
+    here = [patch.entries.get(path) for patch in patches]
+    shapes = {tuple(_delta(entry).shape) for entry in here if entry is not None}
+    if len(shapes) > 1:
+        raise UserError(f"{path} has changes of shapes {sorted(shapes)}; the adapters are for different models")
+    deltas = [None if e is None else weight * _delta(e) for e, weight in zip(here, weights, strict=True)]
+    low = [len(entry.tensors["down"]) for entry in here if entry is not None and entry.kind == "lowrank"]
+    dense = any(entry is not None and entry.kind == "dense" for entry in here)
+    made = moments.merged(path, deltas, rank or (None if dense else sum(low)))
+    tensors = {"down": made.down.to(torch.float16), "up": made.up.to(torch.float16)}
+    return Entry(kind="lowrank", tensors=tensors), round(made.lost, 4), round(made.error, 4)
 
 
 def _combined(

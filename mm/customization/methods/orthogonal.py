@@ -1,7 +1,8 @@
 """Orthogonal adaptation: adapters in subspaces of their own, so that their plain sum merges them.
 
 Source: Po et al. 2023, arXiv 2312.02432: `down` is frozen and taken from one orthogonal basis that all adapters share;
-different adapters take different rows of it.
+different adapters take different rows of it. Rows that are orthogonal do not keep an adapter from acting on another
+one's word, so that it is held to the base on other new words while it is trained (`mm.customization.strangers`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Orthogonal:
     """LoRA whose `down` is a slot of the shared basis. `slot` None takes one by the name's hash."""
 
     name = "orthogonal"
-    defaults: Mapping[str, Any] = {"rank": 8, "layers": "all", "slot": None, "learning_rate": 3e-3}
+    defaults: Mapping[str, Any] = {"rank": 8, "layers": "all", "slot": None, "learning_rate": 3e-3, "strangers": 1}
 
     def begin(self, job: Job) -> Learner:
         """Branches on a slot, and the name's row where the vocabulary is closed."""
