@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ def merge(
         target = quietly_loaded(model).pipeline
     patches = [read_adapter(file, target) for file in files]
     with ProgressLine() as line:
-        drawing = {} if method != "regmean" else {"pipe": target, "words": word, "progress": line.show}
+        drawing: dict[str, Any] = {} if method != "regmean" else {"pipe": target, "words": word, "progress": line.show}
         merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem, **drawing)
     merged.write(out, layout, target=target)  # type: ignore[arg-type]
     for pair, count in merged.report["overlap"].items():

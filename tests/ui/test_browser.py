@@ -75,9 +75,10 @@ def draw(tab, *, seed: str = "7", done: str = "4 of 4 done") -> None:
 
 
 def set_steps(tab, steps: int) -> None:
-    if not tab.locator("#draw-more input[aria-label*='Steps'], #draw-more >> text=Mode").first.is_visible():
-        tab.locator("#draw-more >> text=More").click()
-    tab.locator("#draw-more").get_by_label("Steps").fill(str(steps))
+    more = tab.locator("#draw-more")
+    if not more.get_by_label("Steps").first.is_visible():
+        more.get_by_role("button", name="More").click()
+    more.get_by_label("Steps").first.fill(str(steps))
 
 
 def wait_in_view(tab, selector: str) -> None:
@@ -133,7 +134,7 @@ def test_it_draws_and_keeps_texts_as_text(tab_of, viewport) -> None:
     wait_loaded(tab, "#draw-pictures .thumbnail-item img", 4)
     wait_in_view(tab, "#draw-pictures .thumbnail-item")
     assert "<img src=http" in tab.locator("#draw-details").inner_text()
-    assert "does not know" in tab.locator("#draw-status").inner_text()
+    assert "are not known" in tab.locator("#draw-status").inner_text()
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     wait_settled(tab, "#draw-pictures .thumbnail-item")
     tab.locator("#draw-pictures .thumbnail-item").nth(1).click()
@@ -255,7 +256,7 @@ def test_talk_survives_errors_and_begins_anew(tab_of, viewport) -> None:
     tab.locator("#send").click()
     tab.wait_for_selector("#talk-status >> text=done", timeout=60_000)
     assert "<img src=http" in tab.locator("#chat").inner_text()
-    assert "does not know" in tab.locator("#talk-status").inner_text()
+    assert "are not known" in tab.locator("#talk-status").inner_text()
     tab.locator("#new").click()
     tab.wait_for_selector("#talk-status >> text=Say something")
     assert "<img" not in tab.locator("#chat").inner_text()
