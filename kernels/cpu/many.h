@@ -111,10 +111,11 @@ MM_TARGET void fill_panel(const LinearArgs &a, int64_t first, Panel &p) {
     const int64_t stride = a.row_bytes();
     for (int64_t c = 0; c < COLUMNS; c += LANES) {
         const int64_t rows = a.N - first - c;
-        if (a.R && rows > 0) turn_floats(a.up, first + c, std::min<int64_t>(LANES, rows), a.R, COLUMNS, p.up.data() + c);
+        if (a.R) fetch_rows(a, a.up, first + c, a.R);
         for (int64_t g = 0; g < a.G; ++g)
             expand<BITS>(a.weight + (first + c) * stride + g * GROUP * BITS / 8, stride, rows,
                          p.w.data() + g * GROUP * COLUMNS + c * DEPTH);
+        if (a.R && rows > 0) turn_floats(a.up, first + c, std::min<int64_t>(LANES, rows), a.R, COLUMNS, p.up.data() + c);
     }
     fill_ends(a, first, p.ends);
 }
