@@ -22,7 +22,15 @@ MM_TARGET inline void store(float *to, F value) { _mm512_storeu_ps(to, value); }
 MM_TARGET inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 MM_TARGET inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 MM_TARGET inline F floats(I value) { return _mm512_cvtepi32_ps(value); }
-MM_TARGET inline float sum_of(F value) { return _mm512_reduce_add_ps(value); }
+
+// As in vectors256.h, after the two halves of each vector
+MM_TARGET inline void sums_of_8(const float *from, float *to) {
+    __m256 v[8];
+    for (int i = 0; i < 8; ++i) v[i] = _mm256_add_ps(_mm256_loadu_ps(from + i * LANES), _mm256_loadu_ps(from + i * LANES + 8));
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)));
+}
 
 MM_TARGET inline I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
 MM_TARGET inline I load_int(const uint8_t *from) { return _mm512_loadu_si512(from); }

@@ -5,6 +5,7 @@
 //   LANES, VECTORS, ROWS   a tile is ROWS tokens x VECTORS vectors of LANES outputs
 //   FEW                    up to so many tokens weights are not written to a panel (see few.h)
 //   F, I                   vectors of LANES floats and 32-bit integers, with load, store, splat, fma, ...
+//   sums_of_8              the sums of the lanes of 8 vectors side by side
 //   turn                   LANES rows of 32 bytes to 8 vectors, one 32-bit word of every row each
 //   load_rows, ...         where MM_ROW_SUMS is defined: the same rows as they lie, and what adds up words of a row (see few.h)
 //   Part, begin, dot, join sums of products of 4 columns each: `dot` adds up to CHAIN of them, `join` widens to 32 bits

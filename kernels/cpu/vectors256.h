@@ -14,10 +14,13 @@ MM_TARGET inline void store(float *to, F value) { _mm256_storeu_ps(to, value); }
 MM_TARGET inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 MM_TARGET inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 MM_TARGET inline F floats(I value) { return _mm256_cvtepi32_ps(value); }
-MM_TARGET inline float sum_of(F value) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+// The sums of 8 vectors side by side, each added up in the same order.
+MM_TARGET inline void sums_of_8(const float *from, float *to) {
+    F v[8];
+    for (int i = 0; i < 8; ++i) v[i] = load(from + i * LANES);
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    store(to, _mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)));
 }
 
 MM_TARGET inline I splat_int(int32_t value) { return _mm256_set1_epi32(value); }
