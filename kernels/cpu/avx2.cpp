@@ -17,6 +17,7 @@ constexpr int CHAIN = 8, PLANES8 = 2;
 
 MM_TARGET inline Part begin(I) { return _mm256_setzero_si256(); }
 MM_TARGET inline Part dot(Part part, I w, I x) { return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x)); }
+MM_TARGET inline Part plus(Part a, Part b) { return _mm256_add_epi16(a, b); }
 template <int PLANE>
 MM_TARGET inline I join(I sums, Part part) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(part, _mm256_set1_epi16(PLANE ? 16 : 1)));

@@ -22,7 +22,15 @@ MM_TARGET inline void store(float *to, F value) { _mm512_storeu_ps(to, value); }
 MM_TARGET inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 MM_TARGET inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 MM_TARGET inline F floats(I value) { return _mm512_cvtepi32_ps(value); }
-MM_TARGET inline float sum_of(F value) { return _mm512_reduce_add_ps(value); }
+
+// As in vectors256.h, after the two halves of each vector
+MM_TARGET inline void sums_of_8(const float *from, float *to) {
+    __m256 v[8];
+    for (int i = 0; i < 8; ++i) v[i] = _mm256_add_ps(_mm256_loadu_ps(from + i * LANES), _mm256_loadu_ps(from + i * LANES + 8));
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)));
+}
 
 MM_TARGET inline I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
 MM_TARGET inline I load_int(const uint8_t *from) { return _mm512_loadu_si512(from); }
@@ -49,11 +57,11 @@ MM_TARGET inline F load_as(const void *data, int64_t index) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-MM_TARGET inline void turn(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
-    I r[8], s[8];
+// 16 rows of 32 bytes, `stride` apart, row i and row i + 8 side by side. Rows from `rows` on are zeros.
+MM_TARGET inline void load_rows(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
     if (rows >= LANES)
         for (int i = 0; i < 8; ++i)
-            r[i] = _mm512_inserti64x4(
+            to[i] = _mm512_inserti64x4(
                 _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i * stride))),
                 _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + (i + 8) * stride)), 1);
     else
@@ -62,23 +70,47 @@ MM_TARGET inline void turn(const uint8_t *from, int64_t stride, int64_t rows, I 
             const __m256i low = i < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i * stride)) : none;
             const __m256i high =
                 i + 8 < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + (i + 8) * stride)) : none;
-            r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+            to[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
         }
-    // An 8 x 8 transposition of 32-bit words in either half of the registers
+}
+
+// As in vectors256.h, in either half of the registers
+template <int HALF>
+MM_TARGET inline I words_of(I a, I b) {
+    return HALF ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b);
+}
+template <int HALF>
+MM_TARGET inline I pairs_of(I a, I b) {
+    return HALF ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b);
+}
+template <int HALF>
+MM_TARGET inline I quads_of(I a, I b) {
+    constexpr int64_t D = HALF ? 2 : 0;
+    return _mm512_permutex2var_epi64(a, _mm512_setr_epi64(D, D + 1, D + 8, D + 9, D + 4, D + 5, D + 12, D + 13), b);
+}
+
+MM_TARGET inline void turn(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
+    I r[8], s[8];
+    load_rows(from, stride, rows, r);
     for (int i = 0; i < 4; ++i) {
-        s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i] = words_of<0>(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = words_of<1>(r[2 * i], r[2 * i + 1]);
     }
     for (int i = 0; i < 2; ++i)
         for (int j = 0; j < 2; ++j) {
-            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
-            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+            r[4 * i + 2 * j] = pairs_of<0>(s[4 * i + j], s[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = pairs_of<1>(s[4 * i + j], s[4 * i + 2 + j]);
         }
-    const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), upper = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     for (int j = 0; j < 4; ++j) {
-        to[j] = _mm512_permutex2var_epi64(r[j], lower, r[j + 4]);
-        to[j + 4] = _mm512_permutex2var_epi64(r[j], upper, r[j + 4]);
+        to[j] = quads_of<0>(r[j], r[j + 4]);
+        to[j + 4] = quads_of<1>(r[j], r[j + 4]);
     }
+}
+
+#define MM_ROW_SUMS
+MM_TARGET inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+MM_TARGET inline I repeated(const int8_t *from) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 }
 
 using Part = I;
@@ -86,6 +118,7 @@ constexpr int CHAIN = 16, PLANES8 = 1;
 
 MM_TARGET inline Part begin(I sums) { return sums; }
 MM_TARGET inline Part dot(Part part, I w, I x) { return _mm512_dpbusd_epi32(part, w, x); }
+MM_TARGET inline Part plus(Part a, Part b) { return add_int(a, b); }
 template <int PLANE>
 MM_TARGET inline I join(I, Part part) {
     return part;

@@ -3,7 +3,8 @@
 
 struct FewTokens {
     std::vector<int32_t> offsets;  // (M, G)
-    std::vector<float> low;
+    std::vector<float> low;        // (M, R)
+    std::atomic<int64_t> taken{0};  // outputs that a thread has taken upon itself
 };
 
 // One group: 16 words of 4 columns of LANES outputs (two to a word of 4-bit weights) times T tokens, `stride` apart.
@@ -40,14 +41,82 @@ MM_TARGET inline void few_sums(const int8_t *x, int64_t stride, const uint8_t *w
         }
 }
 
-constexpr int64_t AHEAD = 1024;  // bytes of the outputs after the next, asked for before the ends so that memory has work meanwhile
+#ifdef MM_ROW_SUMS
+// The same for one token, where each weight meets one input: words of a row are multiplied where they lie and added up in a
+// tree, which takes fewer steps than turning the weights.
+template <int BITS>
+MM_TARGET inline I row_sums(const int8_t *x, const uint8_t *w, int64_t row_bytes, int64_t rows, I offset) {
+    I first[8], second[8];
+    load_rows(w, row_bytes, rows, first);
+    if constexpr (BITS == 8) load_rows(w + 32, row_bytes, rows, second);
+    const I left = repeated(x), right = repeated(x + 32);
+    Part parts[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const I one = BITS == 4 ? low_halves(first[i]) : flipped(first[i]);
+        const I two = BITS == 4 ? high_halves(first[i]) : flipped(second[i]);
+        parts[i] = dot(dot(begin(splat_int(0)), one, left), two, right);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        parts[i] = plus(words_of<0>(parts[2 * i], parts[2 * i + 1]), words_of<1>(parts[2 * i], parts[2 * i + 1]));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        parts[i] = plus(pairs_of<0>(parts[2 * i], parts[2 * i + 1]), pairs_of<1>(parts[2 * i], parts[2 * i + 1]));
+    const I low = join<0>(splat_int(0), parts[0]), high = join<0>(splat_int(0), parts[1]);
+    return add_int(offset, add_int(quads_of<0>(low, high), quads_of<1>(low, high)));
+}
+#endif
+
+template <int T>
+MM_TARGET inline void add_rank(const float *low, int64_t stride, F up, F (&sums)[T]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) sums[t] = fma(splat(low[t * stride]), up, sums[t]);
+}
+
+// The branch of T tokens onto the bias, in `sums`: `up` is read as it lies and turned in registers.
+template <int T, Type TYPE>
+MM_TARGET inline void add_branch(const LinearArgs &a, const FewTokens &few, int64_t m, int64_t n, int64_t rows, F (&sums)[T]) {
+    const Array start = a.up.at(n * a.R);
+    const uint8_t *up = static_cast<const uint8_t *>(start.data);
+    const float *low = few.low.data() + m * a.R;
+    constexpr int64_t SIZE = TYPE == Type::f32 ? 4 : 2, EACH = 32 / SIZE;  // R is a multiple of 16
+    for (int64_t r = 0; r < a.R; r += EACH) {
+        I words[8];
+        turn(up + r * SIZE, a.R * SIZE, rows, words);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j)
+            if constexpr (TYPE == Type::f32) {
+                add_rank<T>(low + r + j, a.R, as_floats(words[j]), sums);
+            } else {
+                add_rank<T>(low + r + 2 * j, a.R, widened<0>(words[j], TYPE), sums);
+                add_rank<T>(low + r + 2 * j + 1, a.R, widened<1>(words[j], TYPE), sums);
+            }
+    }
+}
+
+// Apart from few_outputs, whose registers are all taken.
+template <int T>
+__attribute__((noinline)) MM_TARGET void bias_and_branch(const LinearArgs &a, const FewTokens &few, int64_t m, int64_t n, int64_t rows,
+                                                         const Ends &e, float *ends) {
+    F sums[T];
+    for (int t = 0; t < T; ++t) sums[t] = load(e.bias.data());
+    if (a.R && a.up.type == Type::f32) add_branch<T, Type::f32>(a, few, m, n, rows, sums);
+    if (a.R && a.up.type == Type::bf16) add_branch<T, Type::bf16>(a, few, m, n, rows, sums);
+    if (a.R && a.up.type == Type::f16) add_branch<T, Type::f16>(a, few, m, n, rows, sums);
+    for (int t = 0; t < T; ++t) store(ends + t * LANES, sums[t]);
+}
+
+constexpr int64_t AHEAD = 1024;  // bytes of the next outputs, asked for before the ends so that memory has work meanwhile
 
 template <int T, int BITS, bool GROUPED>
-MM_TARGET void few_outputs(const LinearArgs &a, const FewTokens &few, int64_t m, int64_t n, const Ends &e) {
+MM_TARGET void few_outputs(const LinearArgs &a, const FewTokens &few, int64_t m, int64_t n, int64_t after, const Ends &e) {
     const int64_t rows = std::min<int64_t>(LANES, a.N - n), row_bytes = a.row_bytes();
-    const uint8_t *w = a.weight + n * row_bytes, *end = a.weight + a.N * row_bytes;
-    const uint8_t *next = w + LANES * row_bytes + AHEAD, *stop = std::min(next + LANES * row_bytes - AHEAD, end);
+    const uint8_t *w = a.weight + n * row_bytes, *next = a.weight + std::min(after, a.N) * row_bytes;
+    const uint8_t *end = a.weight + std::min(after + LANES, a.N) * row_bytes, *stop = end - AHEAD;
     const int8_t *x = a.values + m * a.C;
+    float ends[T * LANES];
+    bias_and_branch<T>(a, few, m, n, rows, e, ends);
     F y[T];
     for (int t = 0; t < T; ++t) y[t] = zero();
     for (int64_t g = 0; g < a.G; ++g) {
@@ -55,20 +124,20 @@ MM_TARGET void few_outputs(const LinearArgs &a, const FewTokens &few, int64_t m,
         for (int64_t i = 0; i < BYTES * LANES && next < stop; i += 64, next += 64) __builtin_prefetch(next, 0, 2);
         I sums[T];
         for (int t = 0; t < T; ++t) sums[t] = splat_int(few.offsets[size_t((m + t) * a.G + g)]);
-        few_sums<T, BITS>(x + g * GROUP, a.C, w + g * BYTES, row_bytes, rows, sums);
+#ifdef MM_ROW_SUMS
+        if constexpr (T == 1 && (BITS == 4 || PLANES8 == 1))
+            sums[0] = row_sums<BITS>(x + g * GROUP, w + g * BYTES, row_bytes, rows, sums[0]);
+        else
+#endif
+            few_sums<T, BITS>(x + g * GROUP, a.C, w + g * BYTES, row_bytes, rows, sums);
         const F scale = load(e.scales.data() + g * LANES);
         for (int t = 0; t < T; ++t)
             y[t] = fma(floats(sums[t]), GROUPED ? mul(scale, splat(a.scales[(m + t) * a.G + g])) : scale, y[t]);
     }
-    for (stop = std::min(next + AHEAD, end); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
-    for (int t = 0; t < T; ++t) y[t] = fma(y[t], splat(GROUPED ? 1.0f : a.scales[m + t]), load(e.bias.data()));
-    for (int64_t r = 0; r < a.R; ++r) {
-        const F up = load(e.up.data() + r * LANES);
-        for (int t = 0; t < T; ++t) y[t] = fma(splat(few.low[size_t((m + t) * a.R + r)]), up, y[t]);
-    }
+    for (; next < end; next += 64) __builtin_prefetch(next, 0, 2);
     for (int t = 0; t < T; ++t) {
         float out[LANES];
-        store(out, y[t]);
+        store(out, fma(y[t], splat(GROUPED ? 1.0f : a.scales[m + t]), load(ends + t * LANES)));
         store_floats(out, rows, a.out.at((m + t) * a.N + n));
     }
 }
@@ -79,26 +148,33 @@ inline void fetch_rows(const LinearArgs &a, Array from, int64_t n, int64_t lengt
     for (int64_t i = 0; n < a.N && i < LANES * length * from.bytes(); i += 64) __builtin_prefetch(at + i, 0, 3);
 }
 
+// All tokens of LANES outputs from n on; those from `after` on come next.
 template <int BITS, bool GROUPED>
-MM_TARGET inline void few_rows(const LinearArgs &a, const FewTokens &few, int64_t n, const Ends &e) {
+MM_TARGET inline void few_rows(const LinearArgs &a, const FewTokens &few, int64_t n, int64_t after, const Ends &e) {
     int64_t m = 0;
-    for (; m + 4 <= a.M; m += 4) few_outputs<4, BITS, GROUPED>(a, few, m, n, e);
-    if (a.M - m == 3) few_outputs<3, BITS, GROUPED>(a, few, m, n, e);
-    if (a.M - m == 2) few_outputs<2, BITS, GROUPED>(a, few, m, n, e);
-    if (a.M - m == 1) few_outputs<1, BITS, GROUPED>(a, few, m, n, e);
+    for (; m + 4 <= a.M; m += 4) few_outputs<4, BITS, GROUPED>(a, few, m, n, after, e);
+    if (a.M - m == 3) few_outputs<3, BITS, GROUPED>(a, few, m, n, after, e);
+    if (a.M - m == 2) few_outputs<2, BITS, GROUPED>(a, few, m, n, after, e);
+    if (a.M - m == 1) few_outputs<1, BITS, GROUPED>(a, few, m, n, after, e);
 }
 
-// All outputs, shared out among the threads that are here.
+// All outputs, shared out among the threads that are here, SPAN at a time. A thread takes its next ones before it has done with
+// those it has, so that it can ask for what they read.
 template <int BITS>
-MM_TARGET void few_panels(const LinearArgs &a, const FewTokens &few) {
+MM_TARGET void few_panels(const LinearArgs &a, FewTokens &few) {
+    constexpr int64_t SPAN = 64;
     Ends ends(a, 1);
-#pragma omp for schedule(dynamic, 64 / LANES)
-    for (int64_t n = 0; n < a.N; n += LANES) {
-        fill_ends(a, n, ends);
-        fetch_rows(a, a.weight_scales, n + LANES, a.G);
-        if (a.R) fetch_rows(a, a.up, n + LANES, a.R);
-        a.grouped() ? few_rows<BITS, true>(a, few, n, ends) : few_rows<BITS, false>(a, few, n, ends);
-    }
+    for (int64_t first = few.taken.fetch_add(SPAN), then; first < a.N; first = then)
+        for (int64_t n = first; n < first + SPAN; n += LANES) {
+            const bool last = n + LANES == first + SPAN;
+            if (last) then = few.taken.fetch_add(SPAN);
+            if (n >= a.N) continue;
+            const int64_t after = last ? then : n + LANES;
+            fill_ends(a, n, ends);
+            fetch_rows(a, a.weight_scales, after, a.G);
+            if (a.R) fetch_rows(a, a.up, after, a.R);
+            a.grouped() ? few_rows<BITS, true>(a, few, n, after, ends) : few_rows<BITS, false>(a, few, n, after, ends);
+        }
 }
 
 MM_TARGET inline void few_offsets(const LinearArgs &a, int64_t m, FewTokens &few) {
@@ -117,7 +193,7 @@ MM_TARGET void linear_few(const LinearArgs &a) {
 MM_TARGET void layer_few(const QuantizeArgs &q, const LinearArgs &a) {
     constexpr int64_t RANKS = 8;
     const std::vector<float> inverse = inverse_of(q);
-    FewTokens few{std::vector<int32_t>(size_t(a.M * a.G)), {}};
+    FewTokens few{std::vector<int32_t>(size_t(a.M * a.G)), std::vector<float>(size_t(a.M * a.R))};
     const Raw<float> x(a.M * a.C), v(a.M * a.C);
     load_block(q, 0, x.data());
     const int64_t blocks = a.R / RANKS;
@@ -130,10 +206,10 @@ MM_TARGET void layer_few(const QuantizeArgs &q, const LinearArgs &a) {
                 quantize_row(q, task, q.smooth ? inverse.data() : nullptr, v.data() + task * a.C);
                 few_offsets(a, task, few);
             } else {
-                project_down(q, 0, a.M, x.data(), (task - a.M) * RANKS, (task - a.M + 1) * RANKS);
+                const int64_t first = (task - a.M) * RANKS;
+                project_down(q, 0, a.M, x.data(), first, first + RANKS);
+                scale_low(a, first, first + RANKS, few.low.data());
             }
-#pragma omp single
-        few.low = scaled_low(a);
         a.weight_bits == 4 ? few_panels<4>(a, few) : few_panels<8>(a, few);
     }
 }

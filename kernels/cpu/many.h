@@ -37,8 +37,9 @@ MM_TARGET void pack_block(const LinearArgs &a, const std::vector<float> &low, Bl
 
 struct Panel {  // COLUMNS outputs; those past the end are zero
     std::vector<uint8_t> w;  // (C / DEPTH, COLUMNS, DEPTH): unsigned weights
+    std::vector<float> up;   // (R, COLUMNS)
     Ends ends;
-    explicit Panel(const LinearArgs &a) : w(size_t(a.C * COLUMNS)), ends(a, VECTORS) {}
+    explicit Panel(const LinearArgs &a) : w(size_t(a.C * COLUMNS)), up(size_t(a.R * COLUMNS)), ends(a, VECTORS) {}
 };
 
 #ifndef MM_OWN_TILE
@@ -110,9 +111,11 @@ MM_TARGET void fill_panel(const LinearArgs &a, int64_t first, Panel &p) {
     const int64_t stride = a.row_bytes();
     for (int64_t c = 0; c < COLUMNS; c += LANES) {
         const int64_t rows = a.N - first - c;
+        if (a.R) fetch_rows(a, a.up, first + c, a.R);
         for (int64_t g = 0; g < a.G; ++g)
             expand<BITS>(a.weight + (first + c) * stride + g * GROUP * BITS / 8, stride, rows,
                          p.w.data() + g * GROUP * COLUMNS + c * DEPTH);
+        if (a.R && rows > 0) turn_floats(a.up, first + c, std::min<int64_t>(LANES, rows), a.R, COLUMNS, p.up.data() + c);
     }
     fill_ends(a, first, p.ends);
 }
@@ -149,18 +152,21 @@ MM_TARGET inline void finish_tile(const LinearArgs &a, const Blocks &b, const Pa
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v)
-            y[t][v] = fma(load(sums + t * COLUMNS + v * LANES), splat(a.grouped() ? 1.0f : scales[t]),
-                          load(p.ends.bias.data() + v * LANES));
+        for (int v = 0; v < VECTORS; ++v) y[t][v] = load(p.ends.bias.data() + v * LANES);
     for (int64_t r = 0; r < a.R; ++r, low += ROWS) {
         F up[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) up[v] = load(p.ends.up.data() + r * COLUMNS + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) up[v] = load(p.up.data() + r * COLUMNS + v * LANES);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) y[t][v] = fma(splat(low[t]), up[v], y[t][v]);
     }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            y[t][v] = fma(load(sums + t * COLUMNS + v * LANES), splat(a.grouped() ? 1.0f : scales[t]), y[t][v]);
     const int64_t columns = std::min<int64_t>(COLUMNS, a.N - first);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {

@@ -14,7 +14,9 @@ MM_TARGET inline void store(float *to, F value) { vst1q_f32(to, value); }
 MM_TARGET inline F mul(F a, F b) { return vmulq_f32(a, b); }
 MM_TARGET inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 MM_TARGET inline F floats(I value) { return vcvtq_f32_s32(value); }
-MM_TARGET inline float sum_of(F value) { return vaddvq_f32(value); }
+MM_TARGET inline void sums_of_8(const float *from, float *to) {
+    for (int i = 0; i < 8; ++i) to[i] = vaddvq_f32(load(from + i * LANES));
+}
 
 MM_TARGET inline I splat_int(int32_t value) { return vdupq_n_s32(value); }
 MM_TARGET inline I load_int(const uint8_t *from) { return vreinterpretq_s32_u8(vld1q_u8(from)); }

@@ -5,14 +5,16 @@
 //   LANES, VECTORS, ROWS   a tile is ROWS tokens x VECTORS vectors of LANES outputs
 //   FEW                    up to so many tokens weights are not written to a panel (see few.h)
 //   F, I                   vectors of LANES floats and 32-bit integers, with load, store, splat, fma, ...
+//   sums_of_8              the sums of the lanes of 8 vectors side by side
 //   turn                   LANES rows of 32 bytes to 8 vectors, one 32-bit word of every row each
+//   load_rows, ...         where MM_ROW_SUMS is defined: the same rows as they lie, and what adds up words of a row (see few.h)
 //   Part, begin, dot, join sums of products of 4 columns each: `dot` adds up to CHAIN of them, `join` widens to 32 bits
 //   PLANES8                8-bit weights are multiplied whole (1), or as two 4-bit ones (2)
 //
 // One order of summation: an output's products are added exactly, in integers, over a group of 64 columns; groups join in
-// their order, each by one fused multiply-add in fp32; then scale of the token and bias by one, then the ranks of the branch in
-// their order, each by one. Few tokens and many, whole tiles and rests all do the same, so a token's outputs have the same bits
-// whatever is computed beside it.
+// their order, each by one fused multiply-add in fp32; the ranks of the branch join the bias in their order, each by one; the
+// sum of groups, times the scale of the token, joins that by one. Few tokens and many, whole tiles and rests all do the same, so
+// a token's outputs have the same bits whatever is computed beside it. Groups and ranks are two chains, so that neither waits.
 
 
 #ifndef MM_OWN_TILE
@@ -69,10 +71,10 @@ __attribute__((noinline)) MM_TARGET void turn_floats(Array from, int64_t first, 
 
 // What belongs to COUNT vectors of outputs and is no integer; outputs past the end are zero.
 struct Ends {
-    std::vector<float> scales, up, bias;  // (G, COUNT * LANES), (R, COUNT * LANES), (COUNT * LANES)
+    std::vector<float> scales, bias;  // (G, COUNT * LANES), (COUNT * LANES)
     int64_t width;
     Ends(const LinearArgs &a, int count)
-        : scales(size_t(a.G * count * LANES)), up(size_t(a.R * count * LANES)), bias(size_t(count * LANES)), width(count * LANES) {}
+        : scales(size_t(a.G * count * LANES)), bias(size_t(count * LANES)), width(count * LANES) {}
 };
 
 MM_TARGET inline void fill_ends(const LinearArgs &a, int64_t first, Ends &e) {
@@ -80,15 +82,20 @@ MM_TARGET inline void fill_ends(const LinearArgs &a, int64_t first, Ends &e) {
         const int64_t rows = std::min<int64_t>(LANES, a.N - first - c);
         if (rows <= 0) break;
         turn_floats(a.weight_scales, first + c, rows, a.G, e.width, e.scales.data() + c);
-        if (a.R) turn_floats(a.up, first + c, rows, a.R, e.width, e.up.data() + c);
     }
     if (a.bias) load_floats(a.bias.at(first), std::min(e.width, a.N - first), e.bias.data());
 }
 
+// Ranks [first, last) of all tokens, times the scales of the branches.
+inline void scale_low(const LinearArgs &a, int64_t first, int64_t last, float *to) {
+    for (int64_t m = 0; m < a.M; ++m)
+        for (int64_t r = first; r < last; ++r)
+            to[m * a.R + r] = a.low[m * a.R + r] * (a.branch_scales != nullptr ? a.branch_scales[r] : 1.0f);
+}
+
 inline std::vector<float> scaled_low(const LinearArgs &a) {
-    std::vector<float> low(a.low, a.low + (a.R ? a.M * a.R : 0));
-    if (a.branch_scales != nullptr)
-        for (int64_t i = 0; i < int64_t(low.size()); ++i) low[size_t(i)] *= a.branch_scales[i % a.R];
+    std::vector<float> low(size_t(a.M * a.R));
+    scale_low(a, 0, a.R, low.data());
     return low;
 }
 

@@ -33,7 +33,7 @@ MM_TARGET inline void project_tile(const float *x, int64_t stride, const void *d
         for (int r = 0; r < RANKS; ++r) store(sums + t * token_step + r * LANES, s[t][r]);
 }
 
-constexpr int SIDE = LANES >= 16 ? QUANTIZE_ROWS : 4;  // tokens of a tile, two ranks wide
+constexpr int SIDE = LANES >= 16 ? QUANTIZE_ROWS : 4;  // tokens of a tile, two or three ranks wide
 
 // Ranks [first, last) of `count` tokens over columns [from, to); both counted from the start of `down` and `sums`.
 template <Type TYPE>
@@ -41,10 +41,20 @@ MM_TARGET void project_columns(const float *x, int64_t stride, int64_t count, co
                                int64_t to, int64_t ranks, float *sums, int64_t token_step) {
     constexpr int64_t size = TYPE == Type::f32 ? 4 : 2;
     int64_t t = 0;
+    const auto at = [&](int64_t r) { return static_cast<const char *>(down) + r * columns * size; };
     for (; t + SIDE <= count; t += SIDE)
-        for (int64_t r = 0; r < ranks; r += 2)
-            project_tile<SIDE, 2, TYPE>(x + t * stride, stride, static_cast<const char *>(down) + r * columns * size, columns,
-                                        from, to, sums + t * token_step + r * LANES, token_step);
+        for (int64_t r = 0; r < ranks; r += 8) {
+            const float *from_x = x + t * stride;
+            float *to_sums = sums + t * token_step;
+            if constexpr (LANES >= 16) {
+                for (int64_t i = r; i < r + 8; i += 2)
+                    project_tile<SIDE, 2, TYPE>(from_x, stride, at(i), columns, from, to, to_sums + i * LANES, token_step);
+            } else {  // 12 sums fill 16 registers, with what they are made of
+                project_tile<SIDE, 3, TYPE>(from_x, stride, at(r), columns, from, to, to_sums + r * LANES, token_step);
+                project_tile<SIDE, 3, TYPE>(from_x, stride, at(r + 3), columns, from, to, to_sums + (r + 3) * LANES, token_step);
+                project_tile<SIDE, 2, TYPE>(from_x, stride, at(r + 6), columns, from, to, to_sums + (r + 6) * LANES, token_step);
+            }
+        }
     for (; t < count; ++t)
         for (int64_t r = 0; r < ranks; r += 8)
             project_tile<1, 8, TYPE>(x + t * stride, stride, static_cast<const char *>(down) + r * columns * size, columns, from,
@@ -66,7 +76,7 @@ MM_TARGET inline void project_typed(const QuantizeArgs &a, int64_t first, int64_
         project_columns<Type::f32>(x + whole, a.C, count, rest.data(), LANES, 0, LANES, ranks, sums.data(), step);
     }
     for (int64_t t = 0; t < count; ++t)
-        for (int64_t r = 0; r < ranks; ++r) a.low[(first + t) * a.R + from + r] = sum_of(load(sums.data() + t * step + r * LANES));
+        for (int64_t r = 0; r < ranks; r += 8) sums_of_8(sums.data() + t * step + r * LANES, a.low + (first + t) * a.R + from + r);
 }
 
 MM_TARGET void project_down(const QuantizeArgs &a, int64_t first, int64_t count, const float *x, int64_t from, int64_t to) {

@@ -14,10 +14,13 @@ MM_TARGET inline void store(float *to, F value) { _mm256_storeu_ps(to, value); }
 MM_TARGET inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 MM_TARGET inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 MM_TARGET inline F floats(I value) { return _mm256_cvtepi32_ps(value); }
-MM_TARGET inline float sum_of(F value) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+// The sums of 8 vectors side by side, each added up in the same order.
+MM_TARGET inline void sums_of_8(const float *from, float *to) {
+    F v[8];
+    for (int i = 0; i < 8; ++i) v[i] = load(from + i * LANES);
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    store(to, _mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)));
 }
 
 MM_TARGET inline I splat_int(int32_t value) { return _mm256_set1_epi32(value); }
@@ -49,24 +52,47 @@ MM_TARGET inline F load_as(const void *data, int64_t index) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// LANES rows of 32 bytes, `stride` apart, to 8 vectors: word j of every row. Rows from `rows` on are zeros.
+// LANES rows of 32 bytes, `stride` apart. Rows from `rows` on are zeros.
+MM_TARGET inline void load_rows(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
+    if (rows >= LANES)
+        for (int i = 0; i < 8; ++i) to[i] = load_int(from + i * stride);
+    else
+        for (int i = 0; i < 8; ++i) to[i] = i < rows ? load_int(from + i * stride) : _mm256_setzero_si256();
+}
+
+// In every 128 bits: the first (0) or last (1) two words of a and b in turn, or pairs of words; then 128 bits of a and of b.
+template <int HALF>
+MM_TARGET inline I words_of(I a, I b) {
+    return HALF ? _mm256_unpackhi_epi32(a, b) : _mm256_unpacklo_epi32(a, b);
+}
+template <int HALF>
+MM_TARGET inline I pairs_of(I a, I b) {
+    return HALF ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
+}
+template <int HALF>
+MM_TARGET inline I quads_of(I a, I b) {
+    return _mm256_permute2x128_si256(a, b, HALF ? 0x31 : 0x20);
+}
+
+// Rows as load_rows reads them to 8 vectors: word j of every row.
 MM_TARGET inline void turn(const uint8_t *from, int64_t stride, int64_t rows, I (&to)[8]) {
     I r[8], s[8];
-    if (rows >= LANES)
-        for (int i = 0; i < 8; ++i) r[i] = load_int(from + i * stride);
-    else
-        for (int i = 0; i < 8; ++i) r[i] = i < rows ? load_int(from + i * stride) : _mm256_setzero_si256();
+    load_rows(from, stride, rows, r);
     for (int i = 0; i < 4; ++i) {
-        s[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        s[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i] = words_of<0>(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = words_of<1>(r[2 * i], r[2 * i + 1]);
     }
     for (int i = 0; i < 2; ++i)
         for (int j = 0; j < 2; ++j) {
-            r[4 * i + 2 * j] = _mm256_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
-            r[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+            r[4 * i + 2 * j] = pairs_of<0>(s[4 * i + j], s[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = pairs_of<1>(s[4 * i + j], s[4 * i + 2 + j]);
         }
     for (int j = 0; j < 4; ++j) {
-        to[j] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x20);
-        to[j + 4] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x31);
+        to[j] = quads_of<0>(r[j], r[j + 4]);
+        to[j + 4] = quads_of<1>(r[j], r[j + 4]);
     }
 }
+
+#define MM_ROW_SUMS
+MM_TARGET inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+MM_TARGET inline I repeated(const int8_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }

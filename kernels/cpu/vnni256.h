@@ -7,6 +7,7 @@ constexpr int CHAIN = 16, PLANES8 = 1;
 
 MM_TARGET inline Part begin(I sums) { return sums; }
 MM_TARGET inline Part dot(Part part, I w, I x) { return MM_DPBUSD(part, w, x); }
+MM_TARGET inline Part plus(Part a, Part b) { return add_int(a, b); }
 template <int PLANE>
 MM_TARGET inline I join(I, Part part) {
     return part;
