@@ -28,7 +28,7 @@ from mm.customization.pieces import Branches, Rows
 
 _SYLLABLES = ("ba", "do", "fi", "gu", "ka", "lo", "mi", "ne", "po", "ru", "sa", "te", "vi", "wo", "xu", "zy")
 _NAMES = 12  # made-up names
-_ALIKE = 0.7  # largest share of the learned row's direction in another word's row
+_SHARED = 0.7  # largest share of the learned row's direction in another word's row
 _NORMS = (0.6, 1.2)  # of another word's row, as shares of the learned row's
 
 
@@ -78,10 +78,10 @@ def others(own_D: Tensor, mean_D: Tensor, count: int, generator: torch.Generator
     norm = away_D.norm().clamp_min(1e-12)
     free_BD = torch.randn(count, len(away_D), generator=generator)
     free_BD = free_BD / free_BD.norm(dim=1, keepdim=True)
-    alike_B1 = _ALIKE * torch.rand(count, 1, generator=generator)
+    share_B1 = _SHARED * torch.rand(count, 1, generator=generator)
     low, high = _NORMS
     size_B1 = norm * (low + (high - low) * torch.rand(count, 1, generator=generator))
-    made_BD = size_B1 * (alike_B1 * away_D / norm + (1 - alike_B1.square()).sqrt() * free_BD)
+    made_BD = size_B1 * (share_B1 * away_D / norm + (1 - share_B1.square()).sqrt() * free_BD)
     return mean_D + made_BD.to(mean_D)
 
 

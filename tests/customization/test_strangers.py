@@ -27,9 +27,9 @@ def test_rows_of_other_words_have_the_norm_of_the_own_and_other_directions() -> 
     own, mean = torch.randn(256, generator=torch.Generator().manual_seed(1)), torch.full((256,), 0.3)
     made = others(own, mean, 200, torch.Generator().manual_seed(2))
     norms = (made - mean).norm(dim=1) / (own - mean).norm()
-    alike = torch.nn.functional.cosine_similarity(made - mean, (own - mean)[None])
+    cosines = torch.nn.functional.cosine_similarity(made - mean, (own - mean)[None])
     assert 0.5 < float(norms.min()) < 0.8 and 1.0 < float(norms.max()) < 1.4
-    assert float(alike.max()) < 0.85 and 0.2 < float(alike.mean()) < 0.5
+    assert float(cosines.max()) < 0.85 and 0.2 < float(cosines.mean()) < 0.5
     assert torch.equal(made, others(own, mean, 200, torch.Generator().manual_seed(2)))
 
 
@@ -37,7 +37,7 @@ def test_rows_of_other_words_have_the_norm_of_the_own_and_other_directions() -> 
 def test_captions_under_other_names_are_held_to_the_base(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an open vocabulary: two at each time, beside one unrelated prompt, before and after the adapter alike."""
+    """In an open vocabulary: two at each time, beside one unrelated prompt, with the adapter and without."""
     held: list[tuple[str, ...]] = []
     condition = Goal.condition
 
