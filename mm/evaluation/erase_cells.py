@@ -46,7 +46,7 @@ COMPARED = ("wolf", "car", "neon")  # by every method
 FIVE = ("wolf", "fox", "owl", "car", "tree")
 QUANTIZED = ("w4a8", "w4a8-r16", "w4a4", "w4a4-r16", "nf4", "int4")
 LEARNED = v.HELD_OUT_OBJECTS[:4]
-_PAUSE = 0.5  # seconds between two looks at what other processes are making
+_PAUSE = 0.5  # seconds between two checks of what other processes are making
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def pipe() -> Any:
 @pytest.fixture(scope="module")
 def adapters(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Patch]:
     folder = subject_folder(tmp_path_factory.mktemp("subject"))
-    found = [
+    found: list[Patch] = [
         customize(pipe, folder, name=name, method="dreambooth", seed=k, **FAST) for k, name in enumerate(("sks", "zwx"))
     ]
     assert all(patch.report["best_step"] == 3 for patch in found)  # else the adapters change nothing

@@ -46,7 +46,7 @@ def test_captions_under_other_names_are_held_to_the_base(
         return condition(goal, words, chosen)
 
     monkeypatch.setattr(Goal, "condition", noted)
-    fast = FAST | {"size": SIDE, "steps": 3, "preview_every": 3}
+    fast: dict[str, Any] = FAST | {"size": SIDE, "steps": 3, "preview_every": 3}
     folder = subject_folder(tmp_path / "data")
     customize(tiny_pipeline_of(family), folder, name="sks", preserved=("grass", "snow"), strangers=2, **fast)
     preserved = [words for words in held if len(words) == 3]
@@ -62,7 +62,7 @@ def test_a_closed_vocabulary_has_a_word_for_them_while_it_is_trained(
     monkeypatch.setattr(Training, "score", lambda run: (1.0 - 0.01 * run.progress.step, 0.0))  # the last step is best
     pipe = tiny_pipeline(codes=False)
     words = len(pipe.text_tokenizer)
-    fast = FAST | {"steps": 2, "preview_every": 2, "size": 128, "companions": 0}
+    fast: dict[str, Any] = FAST | {"steps": 2, "preview_every": 2, "size": 128, "companions": 0}
     one, two = (
         customize(pipe, subject_folder(tmp_path / "data"), name="<mug>", strangers=count, **fast) for count in (1, 1)
     )
@@ -78,7 +78,8 @@ def test_a_closed_vocabulary_has_a_word_for_them_while_it_is_trained(
 @pytest.mark.parametrize("method", ["textual-inversion"])
 def test_rows_alone_need_none(method: str, tmp_path: Path) -> None:
     pipe, folder = tiny_pipeline_of("stable-diffusion"), subject_folder(tmp_path / "data")
-    fast = {key: value for key, value in FAST.items() if key not in ("rank", "method")} | {"steps": 2, "size": SIDE}
+    kept = {key: value for key, value in FAST.items() if key not in ("rank", "method")}
+    fast: dict[str, Any] = kept | {"steps": 2, "size": SIDE}
     each = [customize(pipe, folder, name="<mug>", method=method, strangers=n, **fast) for n in (0, 2)]
     for path, entry in each[0].entries.items():
         assert torch.equal(entry.tensors["rows"], each[1].entries[path].tensors["rows"])
