@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -27,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+PROMPTS = ["a red cat", "two blue stars on the house , a dog on grass"]
+SIZE = {"height": 16, "width": 24}  # two rows of three tokens
 WORDS = (
     "a an the red blue cat dog house on grass describe picture what colour is it User Assistant : . two stars".split()
 )
@@ -113,3 +117,13 @@ def save_emu3(folder: Path) -> Path:
     model.save_pretrained(folder)
     Emu3Processor(sight, tokens, chat_template=CHAT).save_pretrained(folder)
     return folder
+
+
+def reading_inputs(pipe, pictures, questions):
+    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in questions]
+    texts = pipe.processor.apply_chat_template(turns, add_generation_prompt=True)
+    return pipe.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+
+
+def noise(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -55,7 +55,8 @@ def quantize(
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
 
-    if data_free and (unused := shared.given(context, "prompts", "steps", "size", "pictures", "compose")):
+    drawn = [name for name, count in (("pictures", pictures), ("compose", compose)) if count]
+    if data_free and (unused := shared.given(context, "prompts", "steps", "size", *drawn)):
         raise UserError(f"--data-free draws nothing, so {unused[0]} has no effect; leave one of the two out")
     is_file = Path(model).expanduser().is_file()
     if not is_file:

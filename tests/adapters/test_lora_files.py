@@ -237,7 +237,7 @@ _BAD = {
     "several adapters at once": pair(TO_Q) | {f"{TO_Q}.lokr_w1": noise(4, 4), f"{TO_Q}.lokr_w2": noise(8, 8)},
     "has 32 outputs": {f"{TO_Q}.diff_b": noise(31)},
     "a bias inside a DoRA": pair(TO_Q) | {f"{TO_Q}.dora_scale": noise(32, 1), f"{TO_Q}.lora_B.bias": noise(32)},
-    "0 of 1 LoRA layers": pair("input_blocks.1.1.transformer_blocks.0.attn1.to_q"),
+    "0 of 1 LoRA layer": pair("input_blocks.1.1.transformer_blocks.0.attn1.to_q"),
 }  # fmt: skip
 
 

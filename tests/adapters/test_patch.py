@@ -271,7 +271,7 @@ def test_dora_acts_as_in_peft_when_cut_at_full_rank(model):
 
 def test_unknown_layers_are_named(model):
     tensors = {"nowhere.lora_A.weight": torch.randn(2, 4), "nowhere.lora_B.weight": torch.randn(4, 2)}
-    with pytest.raises(UserError, match="0 of 1 LoRA layers are in this model; not: nowhere"):
+    with pytest.raises(UserError, match="0 of 1 LoRA layer are in this model; not: nowhere"):
         read_lora(tensors, model)
     with pytest.raises(UserError, match=r"'odd\.key' is in no LoRA layout"):
         read_lora({"odd.key": torch.zeros(1)}, model)

@@ -78,7 +78,7 @@ def test_verify_only_looks_and_knows_every_kind():
     model = text_encoder()
     before = state_of(model)
     for patch in five():
-        with pytest.raises(UserError, match=f"layers lack patch '{patch.name}'"):
+        with pytest.raises(UserError, match=f"layers? lack patch '{patch.name}'"):
             patch.verify(model)
         assert unchanged(model, before)
     for patch in five():
@@ -86,7 +86,7 @@ def test_verify_only_looks_and_knows_every_kind():
     after = state_of(model)
     for patch in five():
         total = sum(len(e.tensors) for e in patch.entries.values())
-        assert patch.verify(model) == f"{total} of {total} tensors applied"
+        assert patch.verify(model) == f"{total} of {total} tensor{'s' * (total != 1)} applied"
     assert unchanged(model, after)
     layer = model.get_submodule(Q)
     with torch.no_grad():

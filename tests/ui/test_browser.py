@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from mm.ui import forms
 
 EVIL = "a red cat ![x](http://evil.example/a.png) <img src=http://evil.example/b.png onerror=alert(1)>"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PlaywrightTimeout = pytest.importorskip("playwright.sync_api").TimeoutError
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium, and playwright"),
@@ -114,6 +116,16 @@ def give(tab, selector: str, file: Path) -> None:
         tab.locator(f"{selector} input[type=file]").first.set_input_files(file)
 
 
+def click_until(clicked, shown, tries: int = 20) -> None:
+    """Clicks until something is shown: a click is lost where the page replaces an element just then."""
+    for _ in range(tries):
+        clicked.click()
+        with contextlib.suppress(PlaywrightTimeout):
+            shown.first.wait_for(timeout=1500)
+            return
+    raise AssertionError(f"{shown} is not shown after {tries} clicks")
+
+
 def wait_loaded(tab, selector: str, count: int) -> None:
     """Waits until so many pictures are loaded."""
     tab.wait_for_function(
@@ -136,9 +148,8 @@ def test_it_draws_and_keeps_texts_as_text(tab_of, viewport) -> None:
     assert "<img src=http" in tab.locator("#draw-details").inner_text()
     assert "are not known" in tab.locator("#draw-status").inner_text()
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    wait_settled(tab, "#draw-pictures .thumbnail-item")
-    tab.locator("#draw-pictures .thumbnail-item").nth(1).click()
-    tab.wait_for_selector("#draw-details >> text=seed 8")
+    wait_settled(tab, "#draw-pictures")
+    click_until(tab.locator("#draw-pictures .thumbnail-item").nth(1), tab.locator("#draw-details >> text=seed 8"))
     tab.get_by_role("button", name="Use these settings").click()
     tab.wait_for_function("document.querySelector('#seed input, #seed textarea').value == '8'")
 
