@@ -21,11 +21,14 @@ from mm.adapters.matching import Place, layer_path, match
 from mm.adapters.placed import Placed
 from mm.adapters.stack_items import Applied, Spot, StackItem, base_matches_of, in_the_way, item_of, same_entry
 from mm.adapters.tokens import keep_words, release_words
+from mm.core.checks import number
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import check_groups, refresh_groups
 from mm.layers.surgery import clean, roots_of
+
+MAX_SCALE = 1e6  # of a patch, on either side of 0
 
 if TYPE_CHECKING:
     from mm.adapters.patch import Patch
@@ -100,6 +103,7 @@ class Stack:
         """
         if not patch.name:
             raise UserError("the patch has no name; give it one, by which it is taken off again")
+        number("scale", scale, -MAX_SCALE, MAX_SCALE)
         places = match(patch.name, patch.entries, self.target)
         self._check_free(patch.name, places)
         base = base_matches_of(patch, self.target)
@@ -118,6 +122,7 @@ class Stack:
 
     def scale(self, name: str, scale: float) -> None:
         """How strongly a patch acts from now on: 0 is without it, 1 in full. Entries of all kinds follow."""
+        number("scale", scale, -MAX_SCALE, MAX_SCALE)
         spots = [spot for spot in self._named(name) if spot.placed.scale != scale]
         self._all([(spot.module, None) for spot in spots], lambda module, _: rescale(module, name, float(scale)))
 

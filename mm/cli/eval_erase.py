@@ -81,6 +81,7 @@ def erase(
     )  # fmt: skip
     if given_patch is not None and patch is not None:
         given_patch.save(patch)
+        print(f"{patch}: the certificate in it is that of this run")
     print(table(report))
 
 

@@ -69,7 +69,7 @@ class Certificate:
 
     def card(self) -> str:
         """A table for a terminal."""
-        rows = [f"certificate: {', '.join(self.targets)} erased"]
+        rows = [f"certificate of an erasure: {', '.join(self.targets)}"]
         for name, rate in self.rates.items():
             if rate["n"]:
                 before = self.base[name]["score"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from mm.core.checks import number, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.erasure.concepts import Concept, Contexts, parse
@@ -14,6 +15,8 @@ from mm.erasure.methods.protocol import Method
 from mm.erasure.methods.registry import method_of
 
 Scope = Literal["draw", "read"]
+COUNTS = ("rank", "picture_rank", "steps", "batch", "prompts")  # settings that are 1 or more
+MAX_SETTING = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,9 @@ def check_call(
     maker = method_of(method)
     if unknown := sorted(set(settings) - set(maker.defaults)):
         raise UserError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(maker.defaults)}")
+    for name, value in settings.items():
+        _check_setting(name, maker.defaults[name], value)
+    number("strength", strength, -MAX_SETTING, MAX_SETTING)
     if not 0 < strength <= 2:
         raise UserError(f"strength is {strength}; give a number above 0, at most 2 (1 erases)")
     if scope not in get_args(Scope):
@@ -52,11 +58,25 @@ def check_call(
     kept = [] if retain == "auto" else [retain] if isinstance(retain, str) else list(retain)
     if any(not name.strip() for name in kept):
         raise UserError("a retained concept is empty; give words such as 'dog'")
-    if both := sorted(set(kept) & {c.name for c in concepts}):
+    targeted = {c.name.casefold() for c in concepts if c.of is None}
+    if both := [name for name in kept if parse(name).name.casefold() in {c.name.casefold() for c in concepts}]:
         raise UserError(f"{both[0]!r} is a target and retained; it can only be one of them")
+    if erased := [name for name in (placed or {}).values() if parse(name or "nothing").name.casefold() in targeted]:
+        raise UserError(f"the anchor {erased[0]!r} is a target itself, and would be erased; choose another anchor")
     if contexts is not None:
         _check_known(contexts, concepts, {"anchor": list((placed or {}).values()), "retained concept": kept})
     return Call(maker=maker, settings=maker.defaults | dict(settings), concepts=concepts, anchors=placed)
+
+
+def _check_setting(name: str, default: Any, value: Any) -> None:
+    """Raises UserError where a setting is not of its default's type, or below what has an effect."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}; give true or false")
+    elif isinstance(default, int):
+        whole(name, value, 1 if name in COUNTS else 0, MAX_SETTING)
+    elif isinstance(default, float):
+        number(name, value, 0, MAX_SETTING)
 
 
 def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]:
@@ -64,7 +84,8 @@ def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]
     if not given:
         raise UserError("there is no target; name at least one concept to erase")
     concepts = [parse(target) for target in given]
-    twice = [str(c) for i, c in enumerate(concepts) if c in concepts[:i]]
+    names = [(str(c).casefold(), c.kind) for c in concepts]
+    twice = [str(c) for i, c in enumerate(concepts) if names[i] in names[:i]]
     if twice:
         raise UserError(f"the target {twice[0]!r} is given twice")
     return concepts
@@ -79,7 +100,7 @@ def _placed(concepts: Sequence[Concept], given: str | Sequence[str]) -> dict[str
             "target"
         )
     pairs = dict(zip(map(str, concepts), each, strict=True))
-    if same := [target for target, anchor in pairs.items() if target == anchor]:
+    if same := [target for target, anchor in pairs.items() if target.casefold() == anchor.casefold()]:
         raise UserError(f"{same[0]!r} is target and anchor; choose another anchor")
     return pairs
 

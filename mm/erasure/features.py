@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,23 @@ class _RecordedError(Exception):
     """Leaves a pipeline once every layer has been seen."""
 
 
+class Watch(Protocol):
+    """What is watched beside the layers, one value a prompt."""
+
+    def begin(self) -> None:
+        """Called before a call for some prompts."""
+        ...
+
+    def again(self) -> None:
+        """Called where these prompts are drawn again one by one: what was seen since `begin` does not count."""
+        ...
+
+
 @torch.no_grad()
 def record(
-    pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str], pictures: Sequence[Any] = ()
-) -> dict[str, list[Tensor]]:
+    pipe: Any, layers: Mapping[str, nn.Module], prompts: Sequence[str], pictures: Sequence[Any] = (),
+    watch: Watch | None = None,
+) -> dict[str, list[Tensor]]:  # fmt: skip
     """What each layer reads for each prompt.
 
     Args:
@@ -44,6 +57,7 @@ def record(
         layers: the layers by path.
         prompts: what they are to read.
         pictures: one a prompt, for a pipeline that edits pictures by prompts; none for others.
+        watch: told of each call, and of prompts that are drawn again.
 
     Returns:
         For each path a tensor (T, D) a prompt, in float32 on the CPU.
@@ -55,7 +69,9 @@ def record(
     found: dict[str, list[Tensor]] = {path: [] for path in layers}
     for start in range(0, len(texts), CHUNK):
         part = slice(start, start + CHUNK)
-        for path, x_BTD in _seen(pipe, layers, texts[part], list(pictures[part])).items():
+        if watch is not None:
+            watch.begin()
+        for path, x_BTD in _seen(pipe, layers, texts[part], list(pictures[part]), watch).items():
             found[path] += list(x_BTD)
     if len(texts) == len(prompts):
         return found
@@ -63,7 +79,9 @@ def record(
     return {path: [x[place[prompt]] for prompt in prompts] for path, x in found.items()}
 
 
-def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:
+def _seen(
+    pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str], pictures: list[Any], watch: Watch | None = None
+) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def hook(path: str) -> Any:
@@ -92,7 +110,9 @@ def _seen(pipe: Any, layers: Mapping[str, nn.Module], prompts: list[str], pictur
         if x.ndim != 3 or x.shape[0] < len(prompts):
             if len(prompts) == 1:
                 seen[path] = x.reshape(1, -1, x.shape[-1])
-            else:  # a layer without a batch dimension: prompts one by one
+            else:  # a layer without a batch dimension, or a 4-bit model that draws each prompt alone: one by one
+                if watch is not None:
+                    watch.again()
                 parts = [_seen(pipe, layers, [prompt], pictures[i : i + 1]) for i, prompt in enumerate(prompts)]
                 return {p: torch.nn.utils.rnn.pad_sequence([q[p][0] for q in parts], batch_first=True) for p in layers}
     return {path: x[-len(prompts) :] for path, x in seen.items()}  # with guidance, the prompts' rows come last

@@ -109,7 +109,7 @@ def rows_of(
     ids = _Ids(editor)
     with ids, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of words and pictures that the family's contexts chose
-        read = record(editor, {group[0]: layers[group[0]] for group in groups}, texts, pictures)
+        read = record(editor, {group[0]: layers[group[0]] for group in groups}, texts, pictures, ids)
     n = len(asked)
     match = [_matched(ids.rows[i], ids.rows[n + i], ids.padding) for i in range(n)]
     own = [_places(row, ids.padding) for row in ids.rows[2 * n :]]
@@ -132,6 +132,15 @@ class _Ids:
         found = [t for n, t in pipe.components.items() if "tokenizer" in n and callable(t)]
         self.padding = next((t.pad_token_id for t in found if t.pad_token_id is not None), -1)
         self._handles: list[Any] = []
+        self._begun = 0
+
+    def begin(self) -> None:
+        """Rows from here on are those of a new call."""
+        self._begun = len(self.rows)
+
+    def again(self) -> None:
+        """The call is made again, prompt by prompt."""
+        del self.rows[self._begun :]
 
     def __enter__(self) -> None:
         self._handles = [table.register_forward_pre_hook(self._keep) for table in self.tables]
