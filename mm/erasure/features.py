@@ -57,7 +57,7 @@ def record(
         layers: the layers by path.
         prompts: what they are to read.
         pictures: one a prompt, for a pipeline that edits pictures by prompts; none for others.
-        watch: told of each call, and of prompts that are drawn again.
+        watch: its methods are called before each call, and where prompts are drawn again.
 
     Returns:
         For each path a tensor (T, D) a prompt, in float32 on the CPU.
