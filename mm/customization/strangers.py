@@ -10,7 +10,7 @@ Design choices
 - Where names are written with the words of an open vocabulary, other names are made up of syllables.
 - Methods that train rows alone change nothing else, and need none of this.
 
-Legend: B prompts, D width of an embedding.
+Legend: B prompts, V words, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -47,12 +47,17 @@ class Strangers:
         job = learner.job
         self.seed, self.rows, self.own = seed, None, _own_rows(learner)
         self.prompts: list[str] = []
+        self._means: dict[str, Tensor] = {}
         if job.kind not in ("subject", "style") or not any(isinstance(piece, Branches) for piece in learner.pieces):
             return
         names = _made_up(job.name, seed)
         if self.own is not None:
             names = [f"<{names[0]}>"]
             self.rows = Rows(job.objective, {names[0]: job.noun}, seed=seed)
+            # the embeddings are frozen, so that their means are the same at each step
+            for table in self.rows.tables:
+                weight_VD = self.rows.embedding(table).weight.detach()
+                self._means[table.embedding] = weight_VD[: self.rows.ids[table.embedding, names[0]]].float().mean(0)
         self.prompts = _renamed(job.examples, job.name, names)
 
     def draw(self, number: int, count: int) -> None:
@@ -62,9 +67,7 @@ class Strangers:
         generator = torch.Generator().manual_seed(hash_of(self.seed + 2, number))
         for embedding, token in self.rows.values:
             own_D = next(value for (name, _), value in self.own.values.items() if name == embedding).detach()
-            table = self.rows.embedding(next(t for t in self.rows.tables if t.embedding == embedding))
-            mean_D = table.weight.detach().float()[: self.rows.ids[embedding, token]].mean(0)
-            self.rows.per_sample[f"{embedding} {token}"] = others(own_D, mean_D, count, generator)
+            self.rows.per_sample[f"{embedding} {token}"] = others(own_D, self._means[embedding], count, generator)
 
     def remove(self) -> None:
         """Takes the other word off the model."""

@@ -8,27 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import draw, seeded, tiny_pipeline
+from trunk_loras import CONFIG, NEAR, lora_of
 
 import mm
 from mm import TextToImagePipeline
 from mm.core.errors import UserError
-
-NEAR = {"atol": 1e-4, "rtol": 1e-4}
-CONFIG = LoraConfig(r=2, lora_alpha=2, target_modules=["to_k_pic", "to_v_pic"], init_lora_weights=False)
-
-
-def lora_of(pipe: TextToImagePipeline, seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA on what picture tokens read of the text."""
-    generator, tensors = seeded(seed)[0], {}
-    for name, module in pipe.trunk.named_modules():
-        if name.endswith(("to_k_pic", "to_v_pic")):
-            tensors[f"trunk.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator)
-            tensors[f"trunk.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator)
-    return tensors
 
 
 def test_adapters_without_a_name_are_numbered() -> None:

@@ -13,25 +13,12 @@ import pytest
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin
-from peft import LoraConfig
 from PIL import Image
 from tiny import draw, seeded, tiny_pipeline, tiny_reader
+from trunk_loras import NEAR, lora_of
 
 from mm import ImageEditPipeline, TextToImagePipeline
 from mm.core.errors import UserError
-
-NEAR = {"atol": 1e-4, "rtol": 1e-4}
-CONFIG = LoraConfig(r=2, lora_alpha=2, target_modules=["to_k_pic", "to_v_pic"], init_lora_weights=False)
-
-
-def lora_of(pipe: TextToImagePipeline, seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA on what picture tokens read of the text."""
-    generator, tensors = seeded(seed)[0], {}
-    for name, module in pipe.trunk.named_modules():
-        if name.endswith(("to_k_pic", "to_v_pic")):
-            tensors[f"trunk.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator)
-            tensors[f"trunk.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator)
-    return tensors
 
 
 @pytest.fixture(scope="module")
