@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 from torch import Tensor
 from typer.testing import CliRunner
 
+import mm.customization.merging.merge as merge_module
+import mm.customization.merging.teachers as teachers_module
 from mm.adapters.patch import Patch
 from mm.cli.merge import app
 from mm.core.errors import UserError
 from mm.customization.customize import customize
 from mm.customization.merging.distill import Distillation
-from mm.customization.merging.lessons import School
 from mm.customization.merging.merge import merge
+from mm.customization.merging.teachers import Teachers
 from mm.customization.objectives.protocol import objective_of
 
 FAST: dict[str, Any] = {
@@ -26,6 +30,17 @@ FAST: dict[str, Any] = {
     "samples": (),
 }  # fmt: skip
 WORDS = ("sks", "zwx")
+NOISES = 4
+UPDATES = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_targets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers_module, "_NOISES", NOISES)
+        patch.setattr(teachers_module, "_TRIES", 1)
+        patch.setattr(merge_module, "Distillation", partial(Distillation, pairs=1))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +58,7 @@ def adapters(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Patch]
 
 @pytest.fixture(scope="module")
 def merged(pipe: Any, adapters: list[Patch]) -> Patch:
-    return merge(adapters, method="distill", pipe=pipe, steps=2, updates=15, seed=3)
+    return merge(adapters, method="distill", pipe=pipe, steps=1, updates=UPDATES, seed=3)
 
 
 def weights_of(pipe: Any) -> dict[str, Tensor]:
@@ -54,7 +69,7 @@ def weights_of(pipe: Any) -> dict[str, Tensor]:
 
 
 def test_training_brings_the_merged_layers_nearer_to_the_adapters(merged: Patch) -> None:
-    assert merged.report["error"] < 0.9 * merged.report["error_before"]
+    assert merged.report["error"] < 0.95 * merged.report["error_before"]
 
 
 def test_the_report_holds_the_error_that_an_independent_loop_finds(
@@ -62,52 +77,52 @@ def test_the_report_holds_the_error_that_an_independent_loop_finds(
 ) -> None:
     """The share is computed again here, from predictions with whole patches on."""
     objective = objective_of(pipe)
-    school = School(objective, adapters, WORDS, (1.0, 1.0), seed=3, steps=2)
+    teachers = Teachers(objective, adapters, WORDS, (1.0, 1.0), seed=3, steps=1)
     wrong = plain = 0.0
-    for lessons in school.own:
-        part = slice(0, len(lessons), max(1, len(lessons) // 32))
-        given = (lessons.noisy[part], lessons.level_M[part], lessons.prompts[part])
+    for targets in teachers.own:
+        part = slice(0, len(targets), max(1, len(targets) // 32))
+        given = (targets.noisy[part], targets.level_M[part], targets.prompts[part])
         with torch.no_grad():
             base = objective.predict(given[0], given[1], objective.encode_prompts(given[2]))
             merged.apply(pipe)
             total = objective.predict(given[0], given[1], objective.encode_prompts(given[2]))
             merged.undo(pipe)
-        plain += float((base - lessons.wanted[part]).square().mean())
-        wrong += float((total - lessons.wanted[part]).square().mean())
+        plain += float((base - targets.wanted[part]).square().mean())
+        wrong += float((total - targets.wanted[part]).square().mean())
     assert (wrong / plain) ** 0.5 == pytest.approx(merged.report["error"], rel=0.02)
 
 
-def test_the_lessons_are_what_each_adapter_predicts(pipe: Any, adapters: list[Patch]) -> None:
+def test_the_targets_are_what_each_adapter_predicts(pipe: Any, adapters: list[Patch]) -> None:
     objective = objective_of(pipe)
-    school = School(objective, adapters, WORDS, (1.0, 0.5), seed=5, steps=2)
-    assert {len(lessons) for lessons in school.own} == {8 * 16}
-    for lessons, patch, word, scale in zip(school.own, adapters, WORDS, (1.0, 0.5), strict=True):
-        assert all(word in prompt or not prompt for prompt in lessons.prompts)
-        assert "" in lessons.prompts
+    teachers = Teachers(objective, adapters, WORDS, (1.0, 0.5), seed=5, steps=1)
+    assert {len(targets) for targets in teachers.own} == {8 * NOISES}
+    for targets, patch, word, scale in zip(teachers.own, adapters, WORDS, (1.0, 0.5), strict=True):
+        assert all(word in prompt or not prompt for prompt in targets.prompts)
+        assert "" in targets.prompts
         patch.apply(pipe, scale)
         with torch.no_grad():
-            condition = objective.encode_prompts(lessons.prompts[:4])
-            again = objective.predict(lessons.noisy[:4], lessons.level_M[:4], condition)
+            condition = objective.encode_prompts(targets.prompts[:4])
+            again = objective.predict(targets.noisy[:4], targets.level_M[:4], condition)
         patch.undo(pipe)
-        assert torch.allclose(again, lessons.wanted[:4], atol=1e-5)
+        assert torch.allclose(again, targets.wanted[:4], atol=1e-5)
 
 
 def test_the_model_is_as_before_and_the_same_seed_gives_the_same_file(
     pipe: Any, adapters: list[Patch], merged: Patch
 ) -> None:
-    before, picture = weights_of(pipe), draw_with(pipe)
-    again = merge(adapters, method="distill", pipe=pipe, steps=2, updates=15, seed=3)
+    before, picture = weights_of(pipe), draw_with("stable-diffusion", pipe)
+    again = merge(adapters, method="distill", pipe=pipe, steps=1, updates=UPDATES, seed=3)
     after = weights_of(pipe)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(picture, draw_with(pipe))
+    assert torch.equal(picture, draw_with("stable-diffusion", pipe))
     for path, entry in merged.entries.items():
         assert all(torch.equal(value, again.entries[path].tensors[key]) for key, value in entry.tensors.items())
-    assert merged.method == "merged-distill" and merged.settings["updates"] == 15
+    assert merged.method == "merged-distill" and merged.settings["updates"] == UPDATES
 
 
 def test_pictures_of_two_subjects_name_both(pipe: Any, adapters: list[Patch]) -> None:
-    school = School(objective_of(pipe), adapters, WORDS, (1.0, 1.0), seed=7, steps=2)
-    for example in school.pairs(6):
+    teachers = Teachers(objective_of(pipe), adapters, WORDS, (1.0, 1.0), seed=7, steps=1)
+    for example in teachers.pairs(3):
         assert all(word in example.caption for word in WORDS)
         assert example.picture.size == (SIDE, SIDE)
 
@@ -127,7 +142,7 @@ def test_what_does_not_fit_is_refused(adapters: list[Patch], given: dict[str, An
 
 def test_settings_have_values_that_train() -> None:
     config = Distillation()
-    assert config.updates > 0 and config.lessons > 0 and config.learning_rate > 0
+    assert config.updates > 0 and config.adapters > 0 and config.learning_rate > 0
 
 
 def test_the_command_refuses_updates_where_nothing_is_trained(adapters: list[Patch], tmp_path: Path) -> None:

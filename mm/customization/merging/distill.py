@@ -7,7 +7,7 @@ error of a layer is corrected by those that follow. No training pictures are nee
 
 Design choices
 - The branches start at the solution by least squares (`mm.customization.merging.regmean`), and keep its ranks.
-- A step has lessons of several adapters, one of the base, and a picture of two subjects (`.lessons`).
+- A step has predictions of several adapters, one of the base, and a picture of two subjects (`.teachers`).
 - The words' rows are those of the adapters, and stay.
 - Step k depends on (seed, k) alone.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.customization.batches import hash_of
-from mm.customization.merging.lessons import Lessons, School, encoded, worn
+from mm.customization.merging.teachers import Targets, Teachers, applied, encoded
 from mm.customization.objectives.protocol import Objective, objective_of, weighted_mse
 from mm.customization.pieces import Branches, frozen
 
@@ -40,14 +40,14 @@ class Distillation:
 
     Attributes:
         updates: of training for each adapter.
-        lessons: of adapters in a step; one of the base and one of a pair are added.
+        adapters: whose predictions are in a step; one of the base and one picture of two subjects are added.
         pairs: pictures of two subjects, for each subject.
         learning_rate: of the branches; it falls to a tenth (cosine).
         clip: largest norm of the gradient.
     """
 
     updates: int = 100
-    lessons: int = 2
+    adapters: int = 2
     pairs: int = 6
     learning_rate: float = 1e-3
     clip: float = 1.0
@@ -59,7 +59,7 @@ class Distilled:
 
     Attributes:
         entries: of the merged layers.
-        first: error on the adapters' lessons before training, as a share of what the adapters change.
+        first: error on the predictions of the adapters before training, as a share of what the adapters change.
         last: the same afterwards.
         pairs: pictures of two subjects that were made.
     """
@@ -91,10 +91,10 @@ def distill(
     """
     config = Distillation() if config is None else config
     objective = objective_of(pipe)
-    school = School(objective, patches, words, weights, seed=seed, steps=steps, progress=progress)
-    pairs = school.pairs(config.pairs, progress) if len(patches) > 1 and config.pairs else []
+    teachers = Teachers(objective, patches, words, weights, seed=seed, steps=steps, progress=progress)
+    pairs = teachers.pairs(config.pairs, progress) if len(patches) > 1 and config.pairs else []
     pictures = [(encoded(objective, pair.picture), pair.caption) for pair in pairs]
-    with frozen(pipe), worn(pipe, others):
+    with frozen(pipe), applied(pipe, others):
         branches = Branches(
             objective, list(start), rank=1, seed=seed, origin="distill",
             downs={path: entry.tensors["down"].float() for path, entry in start.items()},
@@ -103,10 +103,10 @@ def distill(
             with torch.no_grad():
                 for path, entry in start.items():
                     branches.up[path].copy_(entry.scale * entry.tensors["up"].float())
-            first = _error(objective, school, branches)
-            _train(objective, school, pictures, branches, config, seed, len(patches), progress)
+            first = _error(objective, teachers, branches)
+            _train(objective, teachers, pictures, branches, config, seed, len(patches), progress)
             return Distilled(
-                entries=branches.entries(), first=first, last=_error(objective, school, branches), pairs=len(pairs)
+                entries=branches.entries(), first=first, last=_error(objective, teachers, branches), pairs=len(pairs)
             )
         finally:
             branches.remove()
@@ -114,7 +114,7 @@ def distill(
 
 @torch.enable_grad()
 def _train(
-    objective: Objective, school: School, pictures: Sequence[tuple[Tensor, str]], branches: Branches,
+    objective: Objective, teachers: Teachers, pictures: Sequence[tuple[Tensor, str]], branches: Branches,
     config: Distillation, seed: int, count: int, progress: OnProgress,
 ) -> None:  # fmt: skip
     parameters = list(branches.parameters().values())
@@ -125,7 +125,7 @@ def _train(
             warm = min(1.0, (number + 1) / 10)
             group["lr"] = config.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * number / total)))
         generator = torch.Generator().manual_seed(hash_of(seed + 3, number))
-        noisy, level_B, prompts, wanted = _batch(objective, school, pictures, config.lessons, generator)
+        noisy, level_B, prompts, wanted = _batch(objective, teachers, pictures, config.adapters, generator)
         given = objective.predict(noisy, level_B, objective.encode_prompts(prompts))
         loss = weighted_mse(given, wanted, None).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -136,7 +136,7 @@ def _train(
 
 
 def _batch(
-    objective: Objective, school: School, pictures: Sequence[tuple[Tensor, str]], lessons: int,
+    objective: Objective, teachers: Teachers, pictures: Sequence[tuple[Tensor, str]], most: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, list[str], Tensor]:  # fmt: skip
     """A step's latents, levels, prompts and what is wanted."""
@@ -144,8 +144,8 @@ def _batch(
     def one_of(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))
 
-    chosen = [school.own[k] for k in torch.randperm(len(school.own), generator=generator)[:lessons].tolist()]
-    rows = [(each, one_of(len(each))) for each in (*chosen, school.other)]
+    chosen = [teachers.own[k] for k in torch.randperm(len(teachers.own), generator=generator)[:most].tolist()]
+    rows = [(each, one_of(len(each))) for each in (*chosen, teachers.other)]
     noisy = [each.noisy[k] for each, k in rows]
     levels = [each.level_M[k] for each, k in rows]
     prompts = [each.prompts[k] for each, k in rows]
@@ -163,11 +163,11 @@ def _batch(
 
 
 @torch.no_grad()
-def _error(objective: Objective, school: School, branches: Branches, most: int = 32) -> float:
-    """Error on some of the adapters' lessons, as a share of what the adapters change there."""
+def _error(objective: Objective, teachers: Teachers, branches: Branches, most: int = 32) -> float:
+    """Error on some of the predictions of the adapters, as a share of what the adapters change there."""
     error, size = 0.0, 0.0
     branches.settle()
-    for each in school.own:
+    for each in teachers.own:
         part = slice(0, len(each), max(1, len(each) // most))
         error += _distance(objective, each, part)
         with branches.off():
@@ -175,7 +175,7 @@ def _error(objective: Objective, school: School, branches: Branches, most: int =
     return round((error / max(size, 1e-30)) ** 0.5, 4)
 
 
-def _distance(objective: Objective, each: Lessons, part: slice) -> float:
+def _distance(objective: Objective, each: Targets, part: slice) -> float:
     device = objective.device
     condition = objective.encode_prompts(each.prompts[part])
     given = objective.predict(each.noisy[part].to(device), each.level_M[part].to(device), condition)

@@ -1,15 +1,15 @@
 """What a merged adapter is trained on: predictions of each adapter on its own prompts, and pictures of two subjects.
 
 Design choices
-- A lesson is a noised latent, its noise level, a prompt, and what is to be predicted there. An adapter's lessons are
-  its own predictions along pictures that it drew, so that no training pictures are needed. The base's lessons, on
+- A target is a noised latent, its noise level, a prompt, and what is to be predicted there. The targets of an adapter
+  are its own predictions along pictures that it drew, so that no training pictures are needed. Those of the base, on
   prompts without any of the words, keep what it draws.
 - Pictures of two subjects are made as those beside known things are (`mm.customization.companions`): the base draws two
-  known things, and both are covered by subjects cut out of pictures that their adapters drew. The lesson is then the
+  known things, and both are covered by subjects cut out of pictures that their adapters drew. The target is then the
   true velocity or noise.
-- A part of an adapter's lessons has the empty prompt, with which guidance compares.
+- A part of the targets of an adapter has the empty prompt, with which guidance compares.
 
-Legend: M lessons, B batch, C channels, H x W latents.
+Legend: M targets, B batch, C channels, H x W latents.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOGETHER = (
     "a {} and a {}", "a {} next to a {}", "a {} left of a {}", "a {} right of a {}", "a {} above a {}",
     "a {} below a {}",
 )  # fmt: skip
-_NOISES = 16  # lessons of each drawn picture
+_NOISES = 16  # targets of each drawn picture
 _EMPTY = 0.2  # share of them with the empty prompt, where the noise leaves the picture visible
 _VISIBLE = 0.6  # share of the highest noise below which it does
 _ALONE = 4  # the first of an adapter's own prompts name its subject alone
@@ -49,8 +49,8 @@ OnProgress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Lessons:
-    """Lessons of one teacher.
+class Targets:
+    """Targets of one teacher.
 
     Attributes:
         noisy: latents (M, C, H, W).
@@ -77,7 +77,7 @@ class Drawn:
 
 
 @contextmanager
-def worn(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
+def applied(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
     """Within the context the patch is on; None for the base."""
     if patch is not None:
         patch.apply(pipe, scale)
@@ -88,8 +88,8 @@ def worn(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
             patch.undo(pipe)
 
 
-class School:
-    """Draws with each adapter, and makes the lessons.
+class Teachers:
+    """Draws with each adapter, and computes the targets.
 
     Args:
         objective: its pipeline has no patch on it; it is unchanged afterwards.
@@ -101,7 +101,7 @@ class School:
         progress: called with a share and a text.
 
     Attributes:
-        own: lessons by adapter.
+        own: targets by adapter.
         other: those of the base.
         drawn: pictures by adapter.
     """
@@ -111,22 +111,22 @@ class School:
         seed: int, steps: int | None = None, progress: OnProgress = lambda share, text: None,
     ) -> None:  # fmt: skip
         self.objective, self.words, self.seed, self.steps = objective, list(words), seed, steps
-        self.own: list[Lessons] = []
+        self.own: list[Targets] = []
         self.drawn: list[list[Drawn]] = []
-        self.other = self._taught(None, 1.0, other_prompts(objective.pipe), 0, progress)[0]
+        self.other = self._of(None, 1.0, other_prompts(objective.pipe), 0, progress)[0]
         for number, (patch, word, weight) in enumerate(zip(patches, words, weights, strict=True), 1):
-            lessons, drawn = self._taught(patch, weight, own_prompts(objective, word), number, progress)
-            self.own.append(lessons)
+            targets, drawn = self._of(patch, weight, own_prompts(objective, word), number, progress)
+            self.own.append(targets)
             self.drawn.append(drawn)
 
     @torch.no_grad()
-    def _taught(
+    def _of(
         self, patch: Patch | None, weight: float, prompts: Sequence[str], number: int, progress: OnProgress
-    ) -> tuple[Lessons, list[Drawn]]:
-        """The lessons of a teacher, and what it drew."""
+    ) -> tuple[Targets, list[Drawn]]:
+        """The targets of a teacher, and what it drew."""
         objective, drawn, parts = self.objective, [], []
         generator = torch.Generator().manual_seed(hash_of(self.seed, number))
-        with worn(objective.pipe, patch, weight):
+        with applied(objective.pipe, patch, weight):
             for k, prompt in enumerate(prompts):
                 progress(number / (len(self.words) + 1), f"drawing {prompt!r}")
                 picture = draw(objective.pipe, prompt, side=objective.side, seed=self.seed + k, steps=self.steps)
@@ -134,7 +134,7 @@ class School:
                 parts.append(self._along(drawn[-1], generator))
         return joined(parts), drawn
 
-    def _along(self, drawn: Drawn, generator: torch.Generator) -> Lessons:
+    def _along(self, drawn: Drawn, generator: torch.Generator) -> Targets:
         """Predictions of the model as it is, along a picture that it drew."""
         objective = self.objective
         clean = encoded(objective, drawn.picture).expand(_NOISES, -1, -1, -1)
@@ -145,7 +145,7 @@ class School:
         device = objective.device
         noisy = objective.noised(clean.to(device), noise.to(device), level_B.to(device))
         wanted = objective.predict(noisy, level_B.to(device), objective.encode_prompts(prompts))
-        return Lessons(noisy=noisy.cpu(), level_M=level_B, prompts=prompts, wanted=wanted.cpu())
+        return Targets(noisy=noisy.cpu(), level_M=level_B, prompts=prompts, wanted=wanted.cpu())
 
     def pairs(self, each: int, progress: OnProgress = lambda share, text: None) -> list[Example]:
         """Pictures of two subjects, so that each subject is in about `each` of them; fewer where they overlap."""
@@ -198,9 +198,9 @@ def encoded(objective: Objective, picture: Image.Image) -> Tensor:
     return objective.encode_pictures(to_tensor(picture, objective.side)[None].to(objective.device)).float().cpu()
 
 
-def joined(parts: Sequence[Lessons]) -> Lessons:
-    """Lessons in a row."""
-    return Lessons(
+def joined(parts: Sequence[Targets]) -> Targets:
+    """Targets in a row."""
+    return Targets(
         noisy=torch.cat([part.noisy for part in parts]), level_M=torch.cat([part.level_M for part in parts]),
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
         wanted=torch.cat([part.wanted for part in parts]),
