@@ -50,6 +50,7 @@ from mm.layers.base_hash import base_hash
 from mm.layers.surgery import roots_of
 
 PRESERVED = 48  # unrelated prompts that are held to the base
+_STYLE_VISIBLE = 0.95  # share of the highest noise below which a picture shows its style
 OnProgress = Callable[[float, str], None]
 
 
@@ -118,7 +119,7 @@ def customize(
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
     warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
     kept = _preserved(objective, examples, name, noun, kind, preserved)
-    beside = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
+    beside, held = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
         objective=objective,
         examples=balanced(examples, beside),
@@ -138,7 +139,7 @@ def customize(
         goal = goal_of(learner, prompts)
         batches = Batches(
             objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
-            own=len(examples),
+            own=len(examples), held=held, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
             strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
@@ -206,12 +207,12 @@ def _examples(
 def _companions(
     objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: Kind, config: TrainingConfig,
     steps: int | None, progress: OnProgress,
-) -> list[Example]:  # fmt: skip
-    """Further training pictures, made of the user's and of what the base draws."""
+) -> tuple[list[Example], list[Example]]:  # fmt: skip
+    """Further training pictures, made of the user's and of what the base draws, and pictures to hold prompts on."""
     given: dict[str, Any] = {"count": config.companions, "seed": config.seed, "steps": steps, "progress": progress}
     if kind == "subject":
-        return companions(objective, examples, name=name, noun=noun, **given)
-    return recoloured(objective, examples, name=name, **given) if kind == "style" else []
+        return companions(objective, examples, name=name, noun=noun, **given), []
+    return recoloured(objective, examples, name=name, **given) if kind == "style" else ([], [])
 
 
 def _samples(learner: Learner, samples: Sequence[str] | None, steps: int | None) -> list[Image.Image]:
