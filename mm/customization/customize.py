@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from mm.core.checks import texts
 from mm.customization.batches import Batches
 from mm.customization.checks import (
     check_call,
@@ -47,7 +48,7 @@ from mm.customization.strangers import Strangers
 from mm.customization.training import Progress, Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
-from mm.layers.surgery import roots_of
+from mm.layers.surgery import check_pipeline, roots_of
 
 PRESERVED = 48  # unrelated prompts that are held to the base
 _STYLE_VISIBLE = 0.95  # share of the highest noise below which a picture shows its style
@@ -64,10 +65,10 @@ def customize(
     noun: str = "",
     prompts: SliderPrompts | None = None,
     regularization: str | Path | None = None,
-    guard: Sequence[str] = (),
+    guard: str | Sequence[str] = (),
     work: str | Path | None = None,
-    preserved: Sequence[str] | None = None,
-    samples: Sequence[str] | None = None,
+    preserved: str | Sequence[str] | None = None,
+    samples: str | Sequence[str] | None = None,
     sample_steps: int | None = None,
     estimated: Callable[[Estimate], None] = lambda made: None,
     progress: OnProgress = lambda share, text: None,
@@ -101,6 +102,10 @@ def customize(
     Raises:
         UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
     """
+    check_pipeline(pipe, "customization")
+    guard = texts("guard", guard)
+    preserved = None if preserved is None else texts("preserved", preserved)
+    samples = None if samples is None else texts("samples", samples)
     check_call(kind, folder, name, prompts, regularization, work=work, samples=samples)
     guarded = guarded_prompts(guard)
     maker = method_of(method)

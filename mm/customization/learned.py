@@ -63,7 +63,7 @@ class Learned(Patch):
         return "diffusers" if plain and self.family != "mm-tiny" else "mm"
 
     def write(self, path: str | Path, layout: Layout = "auto", *, target: Any = None) -> None:
-        """Writes the file, whole or not at all.
+        """Writes the file, whole or not at all. One that is there is replaced.
 
         Args:
             path: the file.
