@@ -25,7 +25,7 @@ from mm.customization.sliders import SliderPrompts
 from mm.layers.surgery import roots_of
 
 GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
-_LOWEST = {"rank": 1, "factor": -1}  # of methods' whole numbers, where that is not 0
+_LOWEST = {"rank": 1, "factor": -1, "block": 2, "alpha": 1e-6}  # of methods' numbers, where that is not 0
 _STATE_BYTES = 16  # of a trained value: as it is, the best one, and two moments of the optimizer
 _STATES = 2  # a state is written whole before it takes the place of the last one
 
@@ -165,9 +165,9 @@ def _check_own(name: str, value: object, usual: object) -> None:
         if not isinstance(value, str):
             raise UserError(f"{name} is {shown_value(value)}; give a text such as {usual!r}")
     elif isinstance(usual, int) or name == "slot":
-        whole(name, value, _LOWEST.get(name, 0), MAX_SETTING)
+        whole(name, value, int(_LOWEST.get(name, 0)), MAX_SETTING)
     else:
-        number(name, value, 0, MAX_SETTING)
+        number(name, value, _LOWEST.get(name, 0), MAX_SETTING)
 
 
 def check_resources(found: Estimate, work: Path | None) -> None:

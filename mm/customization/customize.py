@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm.customization.batches import Batches
+from mm.customization.captions import renamed
 from mm.customization.checks import (
     check_call,
     check_name,
@@ -33,6 +34,7 @@ from mm.customization.checks import (
 from mm.customization.companions import balanced, companions
 from mm.customization.config import TrainingConfig
 from mm.customization.data import Example, Kind, fingerprint, read_folder, read_regularization
+from mm.customization.effects import check_effects
 from mm.customization.estimate import Estimate, estimate
 from mm.customization.goals import goal_of
 from mm.customization.learned import Learned
@@ -40,6 +42,7 @@ from mm.customization.methods.protocol import Job, Learner
 from mm.customization.methods.registry import method_of
 from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.only_run import only_run
 from mm.customization.previews import draw, save_previews, sheet_of
 from mm.customization.sliders import SliderPrompts
 from mm.customization.strangers import Strangers
@@ -108,12 +111,18 @@ def customize(
         name = name or "slider"
     else:
         check_name(name, objective)
+    check_effects(
+        maker.name, kind, settings, preserve=config.preserve, drawn=folder is None, guard=guard, preserved=preserved,
+        regularization=regularization, noun=noun,
+    )  # fmt: skip
     check_rank(objective, chosen)
     check_words(
         objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples or (),
         prompts=prompts, preserved=preserved or (),
     )  # fmt: skip
-    class_pictures = None if regularization is None else read_regularization(regularization, noun=noun)
+    class_pictures = None
+    if regularization is not None:
+        class_pictures = read_regularization(regularization, noun=noun, name=name)
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
     warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
     kept = _preserved(objective, examples, name, noun, kind, preserved)
@@ -134,6 +143,7 @@ def customize(
     wanted = _freeze(pipe)
     learner: Learner | None = None
     strangers: Strangers | None = None
+    held = ExitStack()
     try:
         learner = maker.begin(job)
         strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
@@ -149,6 +159,7 @@ def customize(
         more = [of_slider, guarded, fingerprint(class_pictures or [])]
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)
         place = None if work is None else Path(work)
+        held.enter_context(only_run(place))
         training = Training(
             learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
             regularization=_regularization(objective, class_pictures, config), strangers=strangers,
@@ -173,6 +184,7 @@ def customize(
             learner.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
+        held.close()
 
 
 def _regularization(
@@ -244,7 +256,7 @@ def _preserved(
         return [""]
     family = family_of(objective.pipe)
     own = family.calibration_prompts(PRESERVED) if family is not None else []
-    classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
+    classes = [re.sub(r"\s+", " ", renamed(renamed(e.caption, f"{name} {noun}", noun), name, noun)) for e in examples]
     return list(dict.fromkeys([*own, *(classes if noun else [])]))
 
 

@@ -28,6 +28,7 @@ READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_l
 OFT_SETTINGS = {"peft_type": "OFT", "use_cayley_neumann": False}  # as `methods.through_peft` trains it
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
 _MOST = 8 << 30
+_CLIPS = {"tokenizer": "clip_l", "tokenizer_2": "clip_g"}  # keys of A1111's embeddings
 ARCHITECTURES = {  # of ModelSpec, by family
     "stable-diffusion": "stable-diffusion-v1",
     "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
@@ -78,7 +79,7 @@ class Learned(Patch):
         if chosen == "mm":
             self.save(path)
             return
-        if self.native and chosen == "peft":
+        if self.native and chosen == "peft" and self.method in READABLE:
             tensors = {key: value.contiguous().cpu() for key, value in self.native.items()}
             write_bytes(path, ordered(save(tensors, metadata=self.metadata())))
             return
@@ -147,32 +148,61 @@ def ordered(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def write_textual_inversion(patch: Patch, path: str | Path) -> list[Path]:
-    """Writes the new words of a patch as textual-inversion files, which diffusers' `load_textual_inversion` reads.
+def write_textual_inversion(
+    patch: Patch, path: str | Path, layout: Literal["diffusers", "a1111"] = "diffusers"
+) -> list[Path]:
+    """Writes the new words of a patch as textual-inversion files.
 
     Args:
         patch: with words.
-        path: the file; of several text encoders each has its own, with the tokenizer's name in it.
+        path: the file. In diffusers' layout each text encoder has its own, with the tokenizer's number in its name.
+        layout: "diffusers", which `load_textual_inversion` reads: the word is the key. "a1111", which A1111's web UI
+            and ComfyUI read: one file, whose name is the word in prompts there.
 
     Returns:
         The files.
 
     Raises:
-        UserError: for a patch without words.
+        UserError: for a patch without words, and for what the layout does not hold.
     """
     tokens = patch.settings.get("tokens", ())
+    if layout not in ("diffusers", "a1111"):
+        raise UserError(f"the layout is {layout!r}; there are diffusers, a1111")
     if not tokens:
         raise UserError(f"patch {patch.name!r} brings no new word, so there is no textual inversion to write")
+    if layout == "a1111":
+        return [_write_a1111(patch, tokens, Path(path))]
     files, target = [], Path(path)
     for tokenizer in dict.fromkeys(item["tokenizer"] for item in tokens):
         mine = [item for item in tokens if item["tokenizer"] == tokenizer]
         tensors: dict[str, Tensor] = {}
         for item in mine:
-            entry = patch.entries[item["embedding"]]
-            place = int(torch.nonzero(entry.tensors["ids"] == int(item["id"]))[0])
-            tensors[item["token"]] = entry.tensors["rows"][place][None].float()
+            tensors[item["token"]] = _row_1D(patch, item)
         suffix = tokenizer.removeprefix("tokenizer")
         file = target if not suffix else target.with_name(f"{target.stem}{suffix}{target.suffix}")
         write_bytes(file, save(tensors, metadata={"format": "pt"}))
         files.append(file)
     return files
+
+
+def _row_1D(patch: Patch, item: dict[str, Any]) -> Tensor:
+    """The row (1, D) of a word."""
+    entry = patch.entries[item["embedding"]]
+    place = int(torch.nonzero(entry.tensors["ids"] == int(item["id"]))[0])
+    return entry.tensors["rows"][place][None].float()
+
+
+def _write_a1111(patch: Patch, tokens: list[dict[str, Any]], path: Path) -> Path:
+    words = list(dict.fromkeys(item["token"] for item in tokens))
+    if len(words) > 1:
+        raise UserError(f"an embedding of A1111 is one word, and {patch.name!r} brings {', '.join(words)}")
+    other = next((item for item in tokens if not item["embedding"].endswith("token_embedding")), None)
+    if other is not None:
+        raise UserError(
+            f"an embedding of A1111 has rows of CLIP's text encoders, and {words[0]} has one of {other['tokenizer']}; "
+            "write layout 'diffusers'"
+        )
+    rows = {_CLIPS[item["tokenizer"]]: _row_1D(patch, item) for item in tokens}
+    tensors = rows if len(rows) > 1 else {"emb_params": next(iter(rows.values()))}
+    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    return path

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.adapters.formats.words import unpacked, word_of
 from mm.core.errors import UserError, shown
 from mm.core.nouns import with_article
 from mm.core.safe_json import parse_object, read_object
@@ -29,11 +30,13 @@ _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how to call it."""
+    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how to call it.
+    `word`: what a textual inversion in it is called where it does not say so; empty where it has no name."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     label: str
+    word: str = ""
 
 
 def load(source: str | Path | Mapping[str, Tensor]) -> Source:
@@ -46,15 +49,21 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
         UserError: for anything else, and for tensors that are not finite floating-point numbers.
     """
     settings: dict[str, Any] = {}
+    word = ""
     if isinstance(source, Mapping):
-        tensors, label = dict(source), "the LoRA"
+        named = source.get("name")
+        word = named if isinstance(named, str) else ""
+        tensors, label = unpacked(source), "the LoRA"
     else:
         path = _file(Path(source))
+        word = word_of(path)
         tensors, settings = _read(path)
         label = str(path)
     if not tensors:
         raise UserError(f"{label} has no tensors")
-    return Source(tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label)
+    return Source(
+        tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label, word=word
+    )
 
 
 def _file(path: Path) -> Path:

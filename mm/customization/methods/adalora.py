@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
-from mm.customization.methods.protocol import Job, Learner, word_rows
+from mm.customization.methods.protocol import Job, Learner, with_word
 from mm.customization.methods.through_peft import ADAPTER, PeftAdapters
 from mm.customization.pieces import layer_seed
 
@@ -113,4 +113,4 @@ class AdaLora:
         if not 0 <= job.settings["orthogonal"] < float("inf"):
             raise UserError(f"orthogonal is {job.settings['orthogonal']}; give 0 or more")
         timed = replace(job, settings={**job.settings, "steps": job.steps})
-        return _Learner(job=job, pieces=[_Adapters(timed), *word_rows(job)])
+        return _Learner(job=job, pieces=with_word(job, lambda: _Adapters(timed)))

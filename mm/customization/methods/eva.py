@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.customization.batches import encode
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
 from mm.customization.objectives.protocol import Objective
 from mm.customization.pieces import Branches
 from mm.layers.surgery import roots_of
@@ -33,16 +33,13 @@ class Eva:
 
     def begin(self, job: Job) -> Learner:
         """Branches on the layers that were given a rank, and the name's row where the vocabulary is closed."""
-        rows = word_rows(job)  # before the captions are read
-        try:
-            downs = directions(job)
-        except BaseException:
-            for piece in rows:
-                piece.remove()
-            raise
-        rank = max(len(down) for down in downs.values())
-        branches = Branches(job.objective, list(downs), rank=rank, seed=job.seed, downs=downs, origin=self.name)
-        return Learner(job=job, pieces=[branches, *rows])
+
+        def branches() -> Branches:
+            downs = directions(job)  # with the word on the model, since captions are read
+            rank = max(len(down) for down in downs.values())
+            return Branches(job.objective, list(downs), rank=rank, seed=job.seed, downs=downs, origin=self.name)
+
+        return Learner(job=job, pieces=with_word(job, branches))
 
 
 @torch.no_grad()
