@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from mm.adapters.formats import write_lora
+from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
-from mm.core.files import read_regular, write_bytes
+from mm.core.files import write_bytes
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
 READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
 OFT_SETTINGS = {"peft_type": "OFT", "use_cayley_neumann": False}  # as `methods.through_peft` trains it
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
-_MOST = 8 << 30
 _CLIPS = {"tokenizer": "clip_l", "tokenizer_2": "clip_g"}  # keys of A1111's embeddings
 ARCHITECTURES = {  # of ModelSpec, by family
     "stable-diffusion": "stable-diffusion-v1",
@@ -58,8 +57,8 @@ class Learned(Patch):
 
     def layout(self) -> Layout:
         """The layout that `write` takes by itself: diffusers' where it holds all that was learned."""
-        if self.native and self.method in READABLE and not self.settings.get("tokens"):
-            return "peft"
+        if self._own() and not self.settings.get("tokens"):
+            return "diffusers" if self.method == "dora" else "peft"
         plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
         return "diffusers" if plain and self.family != "mm-tiny" else "mm"
 
@@ -67,7 +66,7 @@ class Learned(Patch):
         """Writes the file, whole or not at all.
 
         Args:
-            path: the file.
+            path: the file. Layout "peft" writes `adapter_config.json` beside it; "auto" writes one file in any case.
             layout: "mm" holds everything; the others are those of `mm.write_lora`.
             target: the pipeline, for layouts that call layers by other names.
 
@@ -79,20 +78,46 @@ class Learned(Patch):
         if chosen == "mm":
             self.save(path)
             return
-        if self.native and chosen == "peft" and self.method in READABLE:
-            tensors = {key: value.contiguous().cpu() for key, value in self.native.items()}
-            write_bytes(path, ordered(save(tensors, metadata=self.metadata())))
-            return
         if self.settings.get("tokens"):
             raise UserError(
                 f"a LoRA file holds no new word, and this adapter brings {self.settings['tokens'][0]['token']!r}; "
                 "write layout 'mm', or the word with write_textual_inversion"
             )
-        write_lora(self, path, chosen, target=target)  # type: ignore[arg-type]
-        with_metadata(path, self.metadata())
+        config: str | None = None
+        if self._own() and layout == "peft":
+            tensors, config = self._of_peft()
+        elif self._own() and (layout == "auto" or (chosen == "diffusers" and self.method == "dora")):
+            tensors = self.native
+        else:
+            tensors, config = lora_tensors(self, chosen, target)  # type: ignore[arg-type]
+        ready = {key: value.contiguous().cpu() for key, value in tensors.items()}
+        meta = self.metadata(chosen)
+        if config is not None:  # which says the same, by peft's names
+            meta.pop("lora_adapter_metadata", None)
+        write_adapter(path, ordered(save(ready, metadata=meta)), config)
 
-    def metadata(self) -> dict[str, str]:
-        """Metadata of a LoRA file."""
+    def _own(self) -> bool:
+        """Whether there are peft's own tensors, which mm reads again."""
+        return bool(self.native) and self.method in READABLE
+
+    def _of_peft(self) -> tuple[dict[str, Tensor], str]:
+        """peft's own tensors by peft's names, and its settings."""
+        parts = {key.partition(".")[0] for key in self.native}
+        if len(parts) > 1:
+            raise UserError(f"a file of peft holds one model's adapter, this one changes {', '.join(sorted(parts))}")
+        tensors = {f"base_model.model.{key.partition('.')[2]}": value for key, value in self.native.items()}
+        s, paths = self.settings, sorted(path.partition(".")[2] for path in self.entries)
+        kinds: dict[str, dict[str, Any]] = {
+            "dora": {"peft_type": "LORA", "r": s.get("rank"), "lora_alpha": s.get("rank"), "use_dora": True},
+            "loha": {"peft_type": "LOHA", "r": s.get("rank"), "alpha": s.get("rank")},
+            "lokr": {"peft_type": "LOKR", "r": s.get("rank"), "alpha": s.get("rank"),
+                     "decompose_factor": s.get("factor")},
+            "oft": OFT_SETTINGS | {"r": 0, "oft_block_size": s.get("block")},
+        }  # fmt: skip
+        return tensors, json.dumps(kinds[self.method] | {"target_modules": paths}, indent=2)
+
+    def metadata(self, layout: str = "diffusers") -> dict[str, str]:
+        """Metadata of a LoRA file. Settings of peft stand in diffusers' layout alone: beside alphas it refuses them."""
         ranks = {len(e.tensors["down"]) for e in self.entries.values() if e.kind == "lowrank"}
         rank = max(ranks, default=0)
         s = self.settings
@@ -114,7 +139,7 @@ class Learned(Patch):
             "mm_base": self.base,
             "format": "pt",
         }
-        if rank and len(ranks) == 1 and not self.native:
+        if rank and len(ranks) == 1 and not self.native and layout == "diffusers":
             parts: dict[str, list[str]] = {}
             for path in self.entries:
                 component, _, below = path.partition(".")
@@ -130,12 +155,6 @@ class Learned(Patch):
             config = {f"{part}.{key}": value for part in parts_of for key, value in OFT_SETTINGS.items()}
             meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
         return meta
-
-
-def with_metadata(path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file again with metadata."""
-    tensors = load(read_regular(path, "adapter", most=_MOST))
-    write_bytes(path, ordered(save(tensors, metadata=metadata)))
 
 
 def ordered(data: bytes) -> bytes:

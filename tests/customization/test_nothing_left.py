@@ -87,10 +87,11 @@ def test_settings_without_effect(given: dict[str, Any], message: str, pipe: Any,
 
 def test_settings_without_effect_on_a_slider(pipe: Any) -> None:
     prompts = SliderPrompts(positive="a red cat", negative="a blue cat")
-    for given, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"caption_dropout": 0.5}, "captions are never left out"), ({"strangers": 2}, "other names are held"),
         ({"noun": "cat"}, "noun is 'cat'"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for given, message in cases:
         with pytest.raises(UserError, match=message):
             customize(pipe, kind="slider", prompts=prompts, **(FAST | given))
 

@@ -63,7 +63,9 @@ def read_lora(
         name=name,
         method="+".join(kinds) if kinds != ["lora"] else "lora",
         settings={"source": given.label, "alpha": "as in the file" if _has_alpha(given) else "none: in full"}
-        | ({"tokens": tokens} if tokens else {}),
+        | ({"tokens": tokens} if tokens else {})
+        | ({"name": given.trigger} if given.trigger else {}),
+        base=given.base,
         report={"file": f"{total} of {counted(total, 'tensor')} of the file"},
     )
     return patch if truncate_to is None else _truncated(patch, target, truncate_to)

@@ -89,6 +89,9 @@ class _Learner(Learner):
         return float(self.job.settings["orthogonal"]) * self.adapters.unorthogonal()
 
     def after_step(self, number: int) -> None:
+        for value in self.adapters.parameters().values():
+            if value.grad is None:  # a layer whose output nothing reads, such as the text stream of the last block
+                value.grad = torch.zeros_like(value)
         self.adapters.allocator.update_and_allocate(self.adapters.model, number)
 
     def kept(self) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def directions(job: Job) -> dict[str, Tensor]:
         made = get_eva_state_dict(
             roots_of(objective.pipe).get(part, root), batches, peft_config=config,
             forward_fn=lambda _, batch: _predicted(objective, batch),
-            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
+            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=_inputs, show_progress_bar=False,
         )  # fmt: skip
         for below, rows in made.items():
             if len(rows):
@@ -71,6 +71,12 @@ def directions(job: Job) -> dict[str, Tensor]:
     if not found:
         raise UserError("the layers' inputs do not vary; give more pictures")
     return {path: found[path] for path in paths if path in found}
+
+
+def _inputs(given: Any, _batch: Any, _layer: str) -> Tensor:
+    """A layer's inputs as rows. peft's own function takes no inputs that are views of another layout."""
+    inputs: Tensor = given[0] if isinstance(given, tuple | list) else given
+    return inputs.reshape(-1, inputs.shape[-1]).contiguous()
 
 
 def _predicted(objective: Objective, batch: Mapping[str, Any]) -> Tensor:
