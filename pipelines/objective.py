@@ -49,6 +49,10 @@ class TrunkObjective(FlowObjective):
         autoencoder = self.pipe.autoencoder
         return autoencoder.encode(pictures_B3SS.to(autoencoder.device, autoencoder.dtype)).float()
 
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        autoencoder = self.pipe.autoencoder
+        return autoencoder.decode(latents_BCHW.to(autoencoder.device, autoencoder.dtype)).float()
+
     def encode_prompts(self, prompts: Sequence[str]) -> PromptCache:
         # Without the padding that sampling adds: it is masked, and would cost a fifth of a step.
         words = self.pipe.text_tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.device)

@@ -18,21 +18,24 @@ app = typer.Typer(add_completion=False)
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Adapters: patches of mm, or LoRA files with --model.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
-    method: Annotated[str, typer.Option(help="sum, ties, dare, do, orthogonal or regmean.")] = "sum",
+    method: Annotated[str, typer.Option(help="sum, ties, dare, do, orthogonal, regmean or distill.")] = "sum",
     weight: Annotated[list[float] | None, typer.Option(help="How strongly one acts; once for each.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the values that ties and dare keep; default: 0.5.")
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Of layers that ties, dare, do and regmean combine; default: the sum of the ranks."),
+        typer.Option(min=1, help="Of layers that are combined as whole changes; default: the sum of the ranks."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model; LoRA files of other programs and regmean need it.")
+        str | None, typer.Option(help="The model; LoRA files of other programs, regmean and distill need it.")
     ] = None,
     word: Annotated[
         list[str] | None,
         typer.Option(help="What an adapter's subject is called in prompts, once for each, where files do not say it."),
+    ] = None,
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Of training for each adapter, by distill; default: 100.")
     ] = None,
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
     force: shared.ForceOption = False,
@@ -43,11 +46,11 @@ def merge(
     check_new(out, force=force)
     from mm.customization.learned import check_layout
     from mm.customization.merging.files import check_files, read_adapter
-    from mm.customization.merging.merge import check_options
+    from mm.customization.merging.merge import DRAWING, check_options
     from mm.customization.merging.merge import merge as make
 
     check_layout(layout)
-    check_options(len(files), method, weight, density, rank, word, model is not None)
+    check_options(len(files), method, weight, density, rank, word, model is not None, updates)
     check_files(files)
     target = None
     if model is not None:
@@ -56,7 +59,9 @@ def merge(
         target = quietly_loaded(model).pipeline
     patches = [read_adapter(file, target) for file in files]
     with ProgressLine() as line:
-        drawing: dict[str, Any] = {} if method != "regmean" else {"pipe": target, "words": word, "progress": line.show}
+        drawing: dict[str, Any] = {}
+        if method in DRAWING:
+            drawing = {"pipe": target, "words": word, "updates": updates, "progress": line.show}
         merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem, **drawing)
     merged.write(out, layout, target=target)  # type: ignore[arg-type]
     for pair, count in merged.report["overlap"].items():

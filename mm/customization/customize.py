@@ -44,6 +44,7 @@ from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.only_run import only_run
 from mm.customization.previews import draw, save_previews, sheet_of
+from mm.customization.recoloured import recoloured
 from mm.customization.sliders import SliderPrompts
 from mm.customization.strangers import Strangers
 from mm.customization.training import Progress, Regularization, Training
@@ -126,10 +127,7 @@ def customize(
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
     warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
     kept = _preserved(objective, examples, name, noun, kind, preserved)
-    beside = companions(
-        objective, examples, name=name, noun=noun, seed=config.seed, steps=sample_steps, progress=progress,
-        count=config.companions if kind == "subject" else 0,
-    )  # fmt: skip
+    beside = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
         objective=objective,
         examples=balanced(examples, beside),
@@ -215,6 +213,17 @@ def _examples(
         picture = draw(objective.pipe, caption, side=objective.side, seed=config.seed + k, steps=steps)
         examples.append(Example(path=Path(f"{k}.png"), caption=caption, picture=picture.convert("RGB")))
     return examples
+
+
+def _companions(
+    objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: Kind, config: TrainingConfig,
+    steps: int | None, progress: OnProgress,
+) -> list[Example]:  # fmt: skip
+    """Further training pictures, made of the user's and of what the base draws."""
+    given: dict[str, Any] = {"count": config.companions, "seed": config.seed, "steps": steps, "progress": progress}
+    if kind == "subject":
+        return companions(objective, examples, name=name, noun=noun, **given)
+    return recoloured(objective, examples, name=name, **given) if kind == "style" else []
 
 
 def _samples(learner: Learner, samples: Sequence[str] | None, steps: int | None) -> list[Image.Image]:

@@ -55,6 +55,19 @@ class Piece(Protocol):
         ...
 
 
+@contextmanager
+def frozen(pipe: Any) -> Iterator[None]:
+    """Within the context no parameter of the model asks for gradients."""
+    wanted = [p for root in roots_of(pipe).values() for p in root.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
 def layer_seed(path: str, seed: int) -> torch.Generator:
     """A generator that depends on the layer's path and the seed alone."""
     digest = hashlib.blake2s(f"{seed} {path}".encode(), digest_size=7).digest()

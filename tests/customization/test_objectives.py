@@ -54,3 +54,31 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
     assert made.shape == latents.shape
     scale = output.float().reshape(made.shape).abs().max()
     assert float((made - output.float().reshape(made.shape)).abs().max()) < 1e-3 * float(scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
+    """The last latents of the pipeline's own loop give its picture."""
+    pipe = tiny_pipeline_of(name)
+    last: list[torch.Tensor] = []
+    before = pipe.scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = before(*args, **kwargs)
+        last[:] = [made[0].clone()]
+        return made
+
+    pipe.scheduler.step = step
+    more: dict[str, Any] = {"output_type": "pt"}
+    if name == "sana":
+        takes = inspect.signature(type(pipe).__call__).parameters
+        more["complex_human_instruction"] = takes["complex_human_instruction"].default
+    pictures = torch.as_tensor(pipe(**arguments_of(name, **more)).images)
+    latents = last[0].float()
+    if latents.ndim == 3:  # packed in 2 x 2 patches
+        side = SIDE // (2 if name == "qwen-image" else 4)
+        latents = unpacked(latents, side, side)
+    with torch.no_grad():
+        made = objective_of(pipe, SIDE).decode_latents(latents) / 2 + 0.5
+    assert made.shape == pictures.shape
+    assert float((made.clamp(0, 1) - pictures).abs().max()) < 1e-3

@@ -5,6 +5,7 @@ Design choices
   own (method "orthogonal", Po et al. 2023, arXiv 2312.02432), in which sums disturb each other less.
 - "regmean" needs the model: it draws with each adapter, and fits the merged layers to what the adapters did there
   (`mm.customization.merging.regmean`).
+- "distill" starts there, and trains the merged layers (`mm.customization.merging.distill`).
 - New words are carried along, with rows of their own; two adapters that bring the same word are refused.
 - Nothing is lost silently: the report has the overlap of each pair, and what a cut to a rank has lost.
 
@@ -29,14 +30,17 @@ from mm.core.errors import UserError, shown
 from mm.core.nouns import counted
 from mm.customization.learned import Learned
 from mm.customization.merging.combining import COMBINING, cut
+from mm.customization.merging.distill import Distillation, distill
 from mm.customization.merging.regmean import Moments, OnProgress
 
-METHODS = ("sum", "ties", "dare", "do", "orthogonal", "regmean")
-CUTTING = ("ties", "dare", "do", "regmean")  # these cut layers to a rank; the others keep the sum of the ranks
+METHODS = ("sum", "ties", "dare", "do", "orthogonal", "regmean", "distill")
+DRAWING = ("regmean", "distill")  # these need the model
+CUTTING = ("ties", "dare", "do", *DRAWING)  # these cut layers to a rank; the others keep the sum of the ranks
 THINNING = ("ties", "dare")  # these keep a share of the values
 DENSITY = 0.5
 MAX_WEIGHT = 1e6
 MAX_RANK = 10**6
+MAX_UPDATES = 10**6
 _APART = 0.05  # the largest cosine between subspaces that count as orthogonal
 
 
@@ -44,24 +48,27 @@ _APART = 0.05  # the largest cosine between subspaces that count as orthogonal
 def merge(
     patches: Sequence[Patch], *, method: str = "sum", weights: Sequence[float] | None = None,
     density: float | None = None, rank: int | None = None, seed: int = 0, name: str = "merged", pipe: Any = None,
-    words: Sequence[str] | None = None, steps: int | None = None,
+    words: Sequence[str] | None = None, steps: int | None = None, updates: int | None = None,
     progress: OnProgress = lambda share, text: None,
 ) -> Learned:  # fmt: skip
     """Makes one patch of several.
 
     Args:
         patches: two or more, of one model; those of other programs through `mm.read_lora`.
-        method: "sum", "ties", "dare", "do", "orthogonal" or "regmean".
+        method: one of `METHODS`.
         weights: how strongly each acts, a finite number; 1 by default.
         density: share of the values that "ties" and "dare" keep, by default .5; the other methods take none.
         rank: of layers that were combined as whole changes; None takes the sum of the ranks. "sum" and "orthogonal"
             keep the sum of the ranks, and take none.
-        seed: of DARE's choice, and of what "regmean" draws.
+        seed: of DARE's choice, and of what "regmean" and "distill" draw.
         name: of the result.
-        pipe: the model, which "regmean" draws with; it is unchanged afterwards. The other methods take none.
-        words: what each adapter's subject is called in prompts; None takes what the adapters say. For "regmean" alone.
-        steps: of sampling for "regmean"; None takes the pipeline's own.
-        progress: called by "regmean" with a share from 0 to 1 and a text.
+        pipe: the model, which "regmean" and "distill" draw with; it is unchanged afterwards. The other methods take
+            none.
+        words: what each adapter's subject is called in prompts; None takes what the adapters say. For "regmean" and
+            "distill" alone.
+        steps: of sampling for these; None takes the pipeline's own.
+        updates: of training for each adapter, for "distill" alone; None takes `Distillation`'s.
+        progress: called by these with a share from 0 to 1 and a text.
 
     Returns:
         The merged patch; its report has the overlap and what was lost.
@@ -69,7 +76,7 @@ def merge(
     Raises:
         UserError: for patches that cannot be merged, with the first layer or word that stands against it.
     """
-    check_options(len(patches), method, weights, density, rank, words, pipe is not None)
+    check_options(len(patches), method, weights, density, rank, words, pipe is not None, updates)
     whole("seed", seed, 0, MAX_SEED)
     _check_patches(patches, rank)
     each = [1.0] * len(patches) if weights is None else [float(weight) for weight in weights]
@@ -78,8 +85,9 @@ def merge(
         _check_orthogonal(patches)
     carried = _Words(patches)
     moments = None
-    if method == "regmean":
-        moments = Moments(pipe, patches, words or words_of(patches), seed=seed, steps=steps, progress=progress)
+    called = (words or words_of(patches)) if method in DRAWING else []
+    if method in DRAWING:
+        moments = Moments(pipe, patches, called, seed=seed, steps=steps, progress=progress)
     errors: dict[str, float] = {}
     paths = list(dict.fromkeys(path for patch in patches for path in patch.entries))
     entries, lost = {}, {}
@@ -100,6 +108,17 @@ def merge(
     settings: dict[str, Any] = {"weights": each, "density": share, "seed": seed}
     if carried.tokens:
         settings["tokens"] = carried.tokens
+    if method == "distill" and moments is not None:
+        trained = {path: entries[path] for path in moments.paths}
+        untrained = {path: entry for path, entry in entries.items() if path not in trained}
+        rest = Patch(entries=untrained, base=patches[0].base, settings=settings, name="rest") if untrained else None
+        config = Distillation() if updates is None else Distillation(updates=updates)
+        made = distill(
+            pipe, patches, called, each, trained, rest, seed=seed, steps=steps, config=config, progress=progress
+        )
+        entries |= made.entries
+        report |= {"error_before": made.first, "error": made.last, "pairs": made.pairs}
+        settings["updates"] = config.updates
     family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
     return Learned(
         entries=entries, method=f"merged-{method}", base=patches[0].base, name=name, settings=settings, report=report,
@@ -131,7 +150,7 @@ def words_of(patches: Sequence[Patch]) -> list[str]:
 
 def check_options(
     count: int, method: str, weights: Sequence[float] | None, density: float | None, rank: int | None,
-    words: Sequence[str] | None = None, with_model: bool = True,
+    words: Sequence[str] | None = None, with_model: bool = True, updates: int | None = None,
 ) -> None:  # fmt: skip
     """Checks what can be checked before a file is read.
 
@@ -139,6 +158,7 @@ def check_options(
         count: of adapters.
         method: and the others as in `merge`.
         with_model: whether there is a model to draw with.
+        updates: as in `merge`.
 
     Raises:
         UserError: for a wrong value, and for one that has no effect.
@@ -159,11 +179,16 @@ def check_options(
         whole("rank", rank, 1, MAX_RANK)
         _check_effect("rank", rank, method, CUTTING)
 
-    if method == "regmean" and not with_model:
-        raise UserError("regmean draws with each adapter; give the model (pipe=..., --model)")
+    if updates is not None:
+        whole("updates", updates, 1, MAX_UPDATES)
+        _check_effect("updates", updates, method, ("distill",))
+    if method in DRAWING and not with_model:
+        raise UserError(f"{method} draws with each adapter; give the model (pipe=..., --model)")
     if words is not None:
-        if method != "regmean":
-            raise UserError(f"words are given, which {method} does not use; leave them out, or merge with regmean")
+        if method not in DRAWING:
+            raise UserError(
+                f"words are given, which {method} does not use; leave them out, or merge with {' or '.join(DRAWING)}"
+            )
         if len(words) != count or not all(words):
             raise UserError(f"{counted(len(words), 'word')} for {count} adapters; give one for each")
 

@@ -63,6 +63,10 @@ class Objective(ABC):
         """Latents (B, C, H, W) as the denoiser sees them, of pictures in [-1, 1]."""
 
     @abstractmethod
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] of such latents."""
+
+    @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         """What the denoiser reads of the prompts, with gradients where they are enabled."""
 

@@ -26,6 +26,11 @@ class StableDiffusion3(FlowObjective):
         latents = vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent_dist.mode().float()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = latents_BCHW / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return vae.decode(latents.to(vae.device, vae.dtype)).sample
+
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), list(prompts), list(prompts), device=self.device, do_classifier_free_guidance=False
@@ -82,11 +87,23 @@ class QwenImage(FlowObjective):
     def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
         vae = self.pipe.vae
         latents = vae.encode(pictures_B3SS[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
-        mean, deviation = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, deviation = self._moments(latents.device)
         return (latents - mean) / deviation
+
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        mean, deviation = self._moments(latents_BCHW.device)
+        latents = latents_BCHW * deviation + mean
+        return vae.decode(latents[:, :, None].to(vae.device, vae.dtype)).sample[:, :, 0]
+
+    def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (1, C, 1, 1) of the autoencoder's latents."""
+        config = self.pipe.vae.config
+        mean, deviation = (
+            torch.tensor(values, device=device).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, deviation
 
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, mask = self.pipe.encode_prompt(list(prompts), device=self.device)
@@ -127,6 +144,10 @@ class Sana(FlowObjective):
     def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
         vae = self.pipe.vae
         return vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
+
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
 
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         usual = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default

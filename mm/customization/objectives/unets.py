@@ -22,6 +22,10 @@ class StableDiffusion(DiffusionObjective):
         latents = vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent_dist.mode()
         return latents.float() * vae.config.scaling_factor
 
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
+
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
         return {"encoder_hidden_states": text}

@@ -1,0 +1,182 @@
+"""Adapters merged by training: one set of branches learns what each adapter does, and how two subjects stand together.
+
+Source: Gu et al. 2023, Mix-of-Show, arXiv 2305.18292, fit merged layers to what single-concept models do; Hinton et al.
+2015, arXiv 1503.02531, train on a teacher's outputs instead of its data; Kumari et al. 2022, arXiv 2212.04488, train
+two subjects together. Here the merged adapter is fitted to the adapters' predictions, not layer by layer, so that the
+error of a layer is corrected by those that follow. No training pictures are needed.
+
+Design choices
+- The branches start at the solution by least squares (`mm.customization.merging.regmean`), and keep its ranks.
+- A step has predictions of several adapters, one of the base, and a picture of two subjects (`.teachers`).
+- The words' rows are those of the adapters, and stay.
+- Step k depends on (seed, k) alone.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.adapters.entry import Entry
+from mm.adapters.patch import Patch
+from mm.customization.batches import hash_of
+from mm.customization.merging.teachers import Targets, Teachers, applied, encoded
+from mm.customization.objectives.protocol import Objective, objective_of, weighted_mse
+from mm.customization.pieces import Branches, frozen
+
+OnProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Settings.
+
+    Attributes:
+        updates: of training for each adapter.
+        adapters: whose predictions are in a step; one of the base and one picture of two subjects are added.
+        pairs: pictures of two subjects, for each subject.
+        learning_rate: of the branches; it falls to a tenth (cosine).
+        clip: largest norm of the gradient.
+    """
+
+    updates: int = 100
+    adapters: int = 2
+    pairs: int = 6
+    learning_rate: float = 1e-3
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Distilled:
+    """What came out.
+
+    Attributes:
+        entries: of the merged layers.
+        first: error on the predictions of the adapters before training, as a share of what the adapters change.
+        last: the same afterwards.
+        pairs: pictures of two subjects that were made.
+    """
+
+    entries: dict[str, Entry]
+    first: float
+    last: float
+    pairs: int
+
+
+def distill(
+    pipe: Any, patches: Sequence[Patch], words: Sequence[str], weights: Sequence[float], start: Mapping[str, Entry],
+    others: Patch | None, *, seed: int, steps: int | None = None,
+    config: Distillation | None = None, progress: OnProgress = lambda share, text: None,
+) -> Distilled:  # fmt: skip
+    """Trains merged layers.
+
+    Args:
+        pipe: the model, with no patch on it; it is unchanged afterwards.
+        patches: the adapters.
+        words: what each is called in prompts.
+        weights: how strongly each acts.
+        start: low-rank entries by path, which are trained.
+        others: a patch of what is not trained, such as the words' rows; None for nothing.
+        seed: of drawings and training.
+        steps: of sampling; None takes the pipeline's own.
+        config: see `Distillation`.
+        progress: called with a share and a text.
+    """
+    config = Distillation() if config is None else config
+    objective = objective_of(pipe)
+    teachers = Teachers(objective, patches, words, weights, seed=seed, steps=steps, progress=progress)
+    pairs = teachers.pairs(config.pairs, progress) if len(patches) > 1 and config.pairs else []
+    pictures = [(encoded(objective, pair.picture), pair.caption) for pair in pairs]
+    with frozen(pipe), applied(pipe, others):
+        branches = Branches(
+            objective, list(start), rank=1, seed=seed, origin="distill",
+            downs={path: entry.tensors["down"].float() for path, entry in start.items()},
+        )  # fmt: skip
+        try:
+            with torch.no_grad():
+                for path, entry in start.items():
+                    branches.up[path].copy_(entry.scale * entry.tensors["up"].float())
+            first = _error(objective, teachers, branches)
+            _train(objective, teachers, pictures, branches, config, seed, len(patches), progress)
+            return Distilled(
+                entries=branches.entries(), first=first, last=_error(objective, teachers, branches), pairs=len(pairs)
+            )
+        finally:
+            branches.remove()
+
+
+@torch.enable_grad()
+def _train(
+    objective: Objective, teachers: Teachers, pictures: Sequence[tuple[Tensor, str]], branches: Branches,
+    config: Distillation, seed: int, count: int, progress: OnProgress,
+) -> None:  # fmt: skip
+    parameters = list(branches.parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    total = config.updates * count
+    for number in range(total):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (number + 1) / 10)
+            group["lr"] = config.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * number / total)))
+        generator = torch.Generator().manual_seed(hash_of(seed + 3, number))
+        noisy, level_B, prompts, wanted = _batch(objective, teachers, pictures, config.adapters, generator)
+        given = objective.predict(noisy, level_B, objective.encode_prompts(prompts))
+        loss = weighted_mse(given, wanted, None).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        progress(number / total, f"update {number + 1} of {total}, loss {float(loss.detach()):.4f}")
+
+
+def _batch(
+    objective: Objective, teachers: Teachers, pictures: Sequence[tuple[Tensor, str]], most: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, list[str], Tensor]:  # fmt: skip
+    """A step's latents, levels, prompts and what is wanted."""
+
+    def one_of(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    chosen = [teachers.own[k] for k in torch.randperm(len(teachers.own), generator=generator)[:most].tolist()]
+    rows = [(each, one_of(len(each))) for each in (*chosen, teachers.other)]
+    noisy = [each.noisy[k] for each, k in rows]
+    levels = [each.level_M[k] for each, k in rows]
+    prompts = [each.prompts[k] for each, k in rows]
+    wanted = [each.wanted[k] for each, k in rows]
+    if pictures:
+        clean, caption = pictures[one_of(len(pictures))]
+        level_B = objective.levels(1, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy.append(objective.noised(clean, noise, level_B)[0])
+        wanted.append(objective.target(clean, noise, level_B)[0])
+        levels.append(level_B[0])
+        prompts.append(caption)
+    device = objective.device
+    return torch.stack(noisy).to(device), torch.stack(levels).to(device), prompts, torch.stack(wanted).to(device)
+
+
+@torch.no_grad()
+def _error(objective: Objective, teachers: Teachers, branches: Branches, most: int = 32) -> float:
+    """Error on some of the predictions of the adapters, as a share of what the adapters change there."""
+    error, size = 0.0, 0.0
+    branches.settle()
+    for each in teachers.own:
+        part = slice(0, len(each), max(1, len(each) // most))
+        error += _distance(objective, each, part)
+        with branches.off():
+            size += _distance(objective, each, part)
+    return round((error / max(size, 1e-30)) ** 0.5, 4)
+
+
+def _distance(objective: Objective, each: Targets, part: slice) -> float:
+    device = objective.device
+    condition = objective.encode_prompts(each.prompts[part])
+    given = objective.predict(each.noisy[part].to(device), each.level_M[part].to(device), condition)
+    return float((given.cpu() - each.wanted[part]).square().mean())

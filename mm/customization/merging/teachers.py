@@ -1,0 +1,207 @@
+"""What a merged adapter is trained on: predictions of each adapter on its own prompts, and pictures of two subjects.
+
+Design choices
+- A target is a noised latent, its noise level, a prompt, and what is to be predicted there. The targets of an adapter
+  are its own predictions along pictures that it drew, so that no training pictures are needed. Those of the base, on
+  prompts without any of the words, keep what it draws.
+- Pictures of two subjects are made as those beside known things are (`mm.customization.companions`): the base draws two
+  known things, and both are covered by subjects cut out of pictures that their adapters drew. The target is then the
+  true velocity or noise.
+- A part of the targets of an adapter has the empty prompt, with which guidance compares.
+
+Legend: M targets, B batch, C channels, H x W latents.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm.adapters.patch import Patch
+from mm.customization.batches import hash_of
+from mm.customization.companions import Box, drawn_box, fitted, pasted, subject_box
+from mm.customization.data import Example, to_tensor
+from mm.customization.merging.regmean import other_prompts, own_prompts
+from mm.customization.objectives.protocol import Objective
+from mm.customization.previews import draw
+
+TOGETHER = (
+    "a {} and a {}", "a {} next to a {}", "a {} left of a {}", "a {} right of a {}", "a {} above a {}",
+    "a {} below a {}",
+)  # fmt: skip
+_NOISES = 16  # targets of each drawn picture
+_EMPTY = 0.2  # share of them with the empty prompt, where the noise leaves the picture visible
+_VISIBLE = 0.6  # share of the highest noise below which it does
+_ALONE = 4  # the first of an adapter's own prompts name its subject alone
+_TRIES = 3
+_LARGEST = 0.45  # area of a subject beside another one
+_SHARED = 0.2  # of the smaller box, that two subjects may share
+OnProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """Targets of one teacher.
+
+    Attributes:
+        noisy: latents (M, C, H, W).
+        level_M: noise levels.
+        prompts: M of them.
+        wanted: predictions (M, C, H, W).
+    """
+
+    noisy: Tensor
+    level_M: Tensor
+    prompts: tuple[str, ...]
+    wanted: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """A picture that a teacher drew."""
+
+    prompt: str
+    picture: Image.Image
+
+
+@contextmanager
+def applied(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
+    """Within the context the patch is on; None for the base."""
+    if patch is not None:
+        patch.apply(pipe, scale)
+    try:
+        yield
+    finally:
+        if patch is not None:
+            patch.undo(pipe)
+
+
+class Teachers:
+    """Draws with each adapter, and computes the targets.
+
+    Args:
+        objective: its pipeline has no patch on it; it is unchanged afterwards.
+        patches: the adapters.
+        words: what each is called in prompts.
+        weights: how strongly each acts.
+        seed: of all that is drawn.
+        steps: of sampling; None takes the pipeline's own.
+        progress: called with a share and a text.
+
+    Attributes:
+        own: targets by adapter.
+        other: those of the base.
+        drawn: pictures by adapter.
+    """
+
+    def __init__(
+        self, objective: Objective, patches: Sequence[Patch], words: Sequence[str], weights: Sequence[float], *,
+        seed: int, steps: int | None = None, progress: OnProgress = lambda share, text: None,
+    ) -> None:  # fmt: skip
+        self.objective, self.words, self.seed, self.steps = objective, list(words), seed, steps
+        self.own: list[Targets] = []
+        self.drawn: list[list[Drawn]] = []
+        self.other = self._of(None, 1.0, other_prompts(objective.pipe), 0, progress)[0]
+        for number, (patch, word, weight) in enumerate(zip(patches, words, weights, strict=True), 1):
+            targets, drawn = self._of(patch, weight, own_prompts(objective, word), number, progress)
+            self.own.append(targets)
+            self.drawn.append(drawn)
+
+    @torch.no_grad()
+    def _of(
+        self, patch: Patch | None, weight: float, prompts: Sequence[str], number: int, progress: OnProgress
+    ) -> tuple[Targets, list[Drawn]]:
+        """The targets of a teacher, and what it drew."""
+        objective, drawn, parts = self.objective, [], []
+        generator = torch.Generator().manual_seed(hash_of(self.seed, number))
+        with applied(objective.pipe, patch, weight):
+            for k, prompt in enumerate(prompts):
+                progress(number / (len(self.words) + 1), f"drawing {prompt!r}")
+                picture = draw(objective.pipe, prompt, side=objective.side, seed=self.seed + k, steps=self.steps)
+                drawn.append(Drawn(prompt=prompt, picture=picture.convert("RGB")))
+                parts.append(self._along(drawn[-1], generator))
+        return joined(parts), drawn
+
+    def _along(self, drawn: Drawn, generator: torch.Generator) -> Targets:
+        """Predictions of the model as it is, along a picture that it drew."""
+        objective = self.objective
+        clean = encoded(objective, drawn.picture).expand(_NOISES, -1, -1, -1)
+        level_B = objective.levels(_NOISES, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        empty = (torch.rand(_NOISES, generator=generator) < _EMPTY) & (objective.strength(level_B) < _VISIBLE)
+        prompts = tuple("" if bare else drawn.prompt for bare in empty.tolist())
+        device = objective.device
+        noisy = objective.noised(clean.to(device), noise.to(device), level_B.to(device))
+        wanted = objective.predict(noisy, level_B.to(device), objective.encode_prompts(prompts))
+        return Targets(noisy=noisy.cpu(), level_M=level_B, prompts=prompts, wanted=wanted.cpu())
+
+    def pairs(self, each: int, progress: OnProgress = lambda share, text: None) -> list[Example]:
+        """Pictures of two subjects, so that each subject is in about `each` of them; fewer where they overlap."""
+        rng = random.Random(f"pairs {self.seed}")
+        boxes: dict[tuple[int, int], Box] = {}
+        made: list[Example] = []
+        order = list(combinations(range(len(self.words)), 2))
+        rng.shuffle(order)
+        wanted = max(1, round(each * len(self.words) / 2))
+        for number in range(wanted):
+            progress(number / wanted, f"picture {number + 1} of {wanted} with two subjects")
+            one, other = order[number % len(order)]
+            example = self._pair((one, other) if number % 2 else (other, one), boxes, rng, number)
+            if example is not None:
+                made.append(example)
+        return made
+
+    def _pair(
+        self, names: tuple[int, int], boxes: dict[tuple[int, int], Box], rng: random.Random, number: int
+    ) -> Example | None:
+        """A picture of two adapters' subjects."""
+        objective, form = self.objective, TOGETHER[rng.randrange(len(TOGETHER))]
+        if objective.unknown(form.format("", ""), ""):
+            form = TOGETHER[0]
+        caption = form.format(*(self.words[k] for k in names))
+        for _ in range(_TRIES):
+            one, other, third = rng.sample(list(objective.known_nouns()), 3)
+            prompt = form.format(one, other)
+            drawn = draw(objective.pipe, prompt, side=objective.side, seed=rng.randrange(2**31), steps=self.steps)
+            picture, places = drawn.convert("RGB"), []
+            for k, without in zip(names, (form.format(third, other), form.format(one, third)), strict=True):
+                shown = rng.randrange(min(_ALONE, len(self.drawn[k])))
+                source = self.drawn[k][shown]
+                if (k, shown) not in boxes:
+                    boxes[k, shown] = self._subject(source, self.words[k])
+                place = fitted(boxes[k, shown], drawn_box(objective, drawn, prompt, without))
+                picture = pasted(picture, source.picture, boxes[k, shown], place)
+                places.append(place)
+            if max(p.area for p in places) < _LARGEST and places[0].overlap(places[1]) < _SHARED:
+                return Example(path=Path(f"pair-{number}.png"), caption=caption, picture=picture)
+        return None
+
+    def _subject(self, source: Drawn, word: str) -> Box:
+        example = Example(path=Path("drawn.png"), caption=source.prompt, picture=source.picture)
+        return subject_box(self.objective, example, word, self.objective.known_nouns()[0])
+
+
+def encoded(objective: Objective, picture: Image.Image) -> Tensor:
+    """Latents (1, C, H, W) of a picture, on the CPU."""
+    return objective.encode_pictures(to_tensor(picture, objective.side)[None].to(objective.device)).float().cpu()
+
+
+def joined(parts: Sequence[Targets]) -> Targets:
+    """Targets in a row."""
+    return Targets(
+        noisy=torch.cat([part.noisy for part in parts]), level_M=torch.cat([part.level_M for part in parts]),
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        wanted=torch.cat([part.wanted for part in parts]),
+    )  # fmt: skip
