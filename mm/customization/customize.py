@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -24,12 +25,14 @@ from mm.customization.captions import renamed
 from mm.customization.checks import (
     check_call,
     check_name,
+    check_names_read,
     check_rank,
     check_resources,
     check_words,
     guarded_prompts,
     settings_of,
     warn_of_captions,
+    warn_of_small,
 )
 from mm.customization.companions import balanced, companions
 from mm.customization.config import TrainingConfig
@@ -126,6 +129,8 @@ def customize(
         class_pictures = read_regularization(regularization, noun=noun, name=name)
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
     warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
+    check_names_read(objective, name, [one.caption for one in examples])
+    warn_of_small(examples, objective.side)
     kept = _preserved(objective, examples, name, noun, kind, preserved)
     beside = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
@@ -283,6 +288,12 @@ def _learned(
     job, progress, config = learner.job, training.progress, training.config
     family = family_of(pipe)
     best = progress.scores[progress.best]
+    if best[0] == 0:
+        warnings.warn(
+            "no preview was better than the start, so that the adapter changes nothing that was learned; give more "
+            "steps, another learning_rate, or a smaller preserve",
+            stacklevel=3,
+        )
     report = {
         "steps": progress.step, "pictures": training.batches.own,
         "companions": len(job.examples) - training.batches.own, "stopped_early": progress.stopped,

@@ -26,6 +26,8 @@ from mm.core.files import write_bytes
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
 READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
 OFT_SETTINGS = {"peft_type": "OFT", "use_cayley_neumann": False}  # as `methods.through_peft` trains it
+BRINGING_WORDS = ("textual-inversion", "custom-diffusion", "class-diffusion", "detex", "stydeco")
+WHOLE = {"loha": ("diffusers",), "lokr": ("diffusers",), "oft": ("diffusers",), "shira": ("diffusers", "peft")}
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
 _CLIPS = {"tokenizer": "clip_l", "tokenizer_2": "clip_g"}  # keys of A1111's embeddings
 ARCHITECTURES = {  # of ModelSpec, by family
@@ -37,10 +39,30 @@ ARCHITECTURES = {  # of ModelSpec, by family
 }
 
 
-def check_layout(layout: str) -> None:
-    """Raises UserError for a layout that there is not."""
+def check_layout(layout: str, method: str = "", *, word: bool = False) -> None:
+    """Checks before the work that a layout can hold what a method will learn.
+
+    Args:
+        layout: "auto" or one of `LAYOUTS`.
+        method: its name; "" where nothing is learned.
+        word: the name gets a row of its own with any method, since the model reads no new word in pieces.
+
+    Raises:
+        UserError: for a layout that there is not, and for one that does not hold it.
+    """
     if layout not in LAYOUTS:
         raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
+    if layout in ("auto", "mm"):
+        return
+    if word or method in BRINGING_WORDS:
+        raise UserError(
+            f"the layout is {layout!r}, which holds no new word, and {method or 'the adapter'} brings one here; give "
+            "--layout mm or leave it out"
+        )
+    if layout in WHOLE.get(method, ()):
+        raise UserError(
+            f"the layout is {layout!r}, which does not hold what {method} learns; give another, or leave it out"
+        )
 
 
 @dataclass(kw_only=True)
@@ -49,7 +71,7 @@ class Learned(Patch):
 
     Attributes:
         native: tensors in peft's layout, where the method's own form is smaller than the entries (LoHa, LoKr).
-        family: of the model.
+        family: of the model; empty where it is not known, as of files of mm that were merged.
     """
 
     native: dict[str, Tensor] = field(default_factory=dict)
@@ -60,7 +82,7 @@ class Learned(Patch):
         if self._own() and not self.settings.get("tokens"):
             return "diffusers" if self.method == "dora" else "peft"
         plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
-        return "diffusers" if plain and self.family != "mm-tiny" else "mm"
+        return "diffusers" if plain and self.family not in ("", "mm-tiny") else "mm"
 
     def write(self, path: str | Path, layout: Layout = "auto", *, target: Any = None) -> None:
         """Writes the file, whole or not at all.

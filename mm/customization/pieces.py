@@ -207,6 +207,15 @@ class FullWeights(Branches):
         }
 
 
+def check_whole(roots: Mapping[str, nn.Module], paths: Sequence[str], instead: str) -> None:
+    """Raises UserError where a layer takes no change of its whole weight; `instead` says what to give."""
+    for path in paths:
+        component, _, below = path.partition(".")
+        layer = submodule(roots[component], below)
+        if isinstance(layer, BranchedLinear) and layer.bits != 16:
+            raise UserError(f"{path} has {layer.bits}-bit weights, which whole changes do not go onto; give {instead}")
+
+
 def branched_width(roots: Mapping[str, nn.Module], path: str) -> int:
     """Inputs of the layer at a path."""
     component, _, below = path.partition(".")

@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, tiny_pipeline_of
 
 from mm.core.errors import UserError
+from mm.customization.checks import check_names_read
 from mm.customization.customize import customize
+from mm.customization.data import read_folder
+from mm.customization.learned import LAYOUTS, check_layout
 from mm.customization.methods import through_peft
+from mm.customization.objectives.protocol import objective_of
 from mm.customization.only_run import LOCK, only_run
 from mm.customization.sliders import SliderPrompts
 from mm.layers.linear import BranchedLinear
@@ -96,6 +101,27 @@ def test_settings_without_effect_on_a_slider(pipe: Any) -> None:
             customize(pipe, kind="slider", prompts=prompts, **(FAST | given))
 
 
+def test_captions_that_are_cut_off_before_the_name(pipe: Any, tmp_path: Path) -> None:
+    """CLIP reads 77 tokens, here letters; a name behind them is never read."""
+    folder = subject_folder(tmp_path, 2)
+    (folder / "0.txt").write_text("a long word " * 9 + "and a [trigger]")
+    with pytest.raises(UserError, match="behind the 77 tokens that the model reads"):
+        customize(pipe, folder, name="<mug>", **FAST)
+    (folder / "0.txt").write_text("a [trigger] and " + "a long word " * 9)
+    objective = objective_of(pipe, SIDE)
+    check_names_read(objective, "<mug>", [example.caption for example in read_folder(folder, name="<mug>")])
+
+
+def test_what_a_run_warns_of(pipe: Any, tmp_path: Path) -> None:
+    folder = subject_folder(tmp_path, 2)
+    Image.new("RGB", (1, 5)).save(folder / "1.png")
+    with pytest.warns(UserWarning) as caught:
+        learned = customize(pipe, folder, name="<mug>", **(FAST | {"learning_rate": 1e-9}))
+    said = " ".join(str(one.message) for one in caught)
+    assert "1.png is 1 x 5 pixels" in said and learned.report["best_step"] in (0, 1)
+    assert (learned.report["best_step"] == 0) == ("no preview was better than the start" in said)
+
+
 def test_one_run_at_a_time_in_a_folder(pipe: Any, photos: Path, tmp_path: Path) -> None:
     work = tmp_path / "runs" / "work"
     with only_run(work):
@@ -107,3 +133,19 @@ def test_one_run_at_a_time_in_a_folder(pipe: Any, photos: Path, tmp_path: Path) 
     assert learned.report["steps"] == 1 and not (work / LOCK).exists()
     again = customize(pipe, photos, name="<mug>", work=work, samples=(), **FAST)  # from the state of a finished run
     assert all(torch.equal(e.tensors["up"], again.entries[k].tensors["up"]) for k, e in learned.entries.items())
+
+
+def test_a_layout_that_does_not_hold_what_will_be_learned() -> None:
+    """It is refused before the run, and not when the run has ended."""
+    for method, layout, message in (
+        ("detex", "kohya", "holds no new word, and detex brings one"),
+        ("loha", "diffusers", "does not hold what loha learns"),
+        ("shira", "peft", "does not hold what shira learns"), ("dora", "magic", "there are auto"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            check_layout(layout, method)
+    with pytest.raises(UserError, match="dreambooth brings one here"):
+        check_layout("diffusers", "dreambooth", word=True)
+    for layout in LAYOUTS:
+        check_layout(layout, "dreambooth")
+    check_layout("diffusers", "dora")

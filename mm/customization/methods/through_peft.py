@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
 from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
+from mm.customization.pieces import check_whole
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import branched, roots_of, submodule, swap
 
 ADAPTER = "mm_training"
+_PRODUCTS = ("lora", "adalora")  # the others change whole weights
 
 
 class PeftAdapters:
@@ -40,6 +42,8 @@ class PeftAdapters:
         self.components = list(dict.fromkeys(path.partition(".")[0] for path in self.paths))
         self._flags = [(p, p.requires_grad) for name in self.components for p in self.roots[name].parameters()]
         self._plain: dict[str, bool] = {}
+        if kind not in _PRODUCTS:
+            check_whole(self.roots, self.paths, "a method of products (dreambooth, lora), or learn on the 16-bit model")
         if kind == "shira":
             _check_sparse(self.roots, self.paths, job.settings["rank"])
         try:
