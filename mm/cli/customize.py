@@ -67,15 +67,16 @@ def customize(
     from mm.customization.customize import customize as make
     from mm.customization.learned import check_layout
     from mm.customization.methods.registry import method_of
+    from mm.customization.objectives.protocol import objective_of
     from mm.customization.sliders import prompts_of
     from mm.customization.training import STATE
 
     asked = bool(positive or negative or neutral or subject or strength is not None)
     prompts = prompts_of(positive, negative, neutral, subject or (), strength) if asked else None
-    check_layout(layout)
     place = work or out.with_name(f"{out.name}.work")
     check_call(kind, folder, name, prompts, regularization, work=place, samples=sample)
-    method_of(method)
+    wanted = method_of(method).name
+    check_layout(layout, wanted)
     from mm.cli.running import quietly_loaded
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
@@ -83,6 +84,9 @@ def customize(
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     engine = quietly_loaded(model, bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline
+    check_layout(
+        layout, wanted, word=kind != "slider" and not objective_of(pipe, size, edit=kind == "edit").open_vocabulary
+    )
     with ProgressLine() as line:
         learned = make(
             pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]

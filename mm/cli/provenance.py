@@ -43,8 +43,6 @@ def provenance(
         assert stamp is not None and out is not None
         _stamp(stamp, fingerprint, model or "mm-tiny", out)
         return
-    from dataclasses import asdict
-
     from mm.core.files import write_json
     from mm.provenance.fingerprint import Fingerprint
     from mm.provenance.report import embedded_fingerprint
@@ -55,7 +53,7 @@ def provenance(
     for line in found.lines():
         print(line)
     if json_file is not None:
-        write_json(json_file, asdict(found))
+        write_json(json_file, found.as_json())
 
 
 def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:

@@ -15,8 +15,9 @@ from mm.core.checks import shown as shown_value
 from mm.core.errors import UserError, shown
 from mm.core.files import check_folder
 from mm.core.nouns import counted
+from mm.customization.captions import pattern_of
 from mm.customization.config import MAX_SETTING, TrainingConfig
-from mm.customization.data import KINDS
+from mm.customization.data import KINDS, Example
 from mm.customization.estimate import Estimate
 from mm.customization.methods.protocol import sites_of
 from mm.customization.objectives.protocol import Objective
@@ -25,7 +26,8 @@ from mm.customization.sliders import SliderPrompts
 from mm.layers.surgery import roots_of
 
 GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
-_LOWEST = {"rank": 1, "factor": -1}  # of methods' whole numbers, where that is not 0
+_LOWEST = {"rank": 1, "factor": -1, "block": 2, "alpha": 1e-6}  # of methods' numbers, where that is not 0
+_ENLARGED = 4  # times that a picture may be enlarged without a warning
 _STATE_BYTES = 16  # of a trained value: as it is, the best one, and two moments of the optimizer
 _STATES = 2  # a state is written whole before it takes the place of the last one
 
@@ -122,6 +124,37 @@ def warn_of_captions(objective: Objective, name: str, captions: Sequence[str]) -
         warnings.warn(f"captions: {lost[0]}{more}; it stands for nothing in training", stacklevel=3)
 
 
+def check_names_read(objective: Objective, name: str, captions: Sequence[str]) -> None:
+    """Raises UserError where every text encoder cuts a caption off before the name in it."""
+    if not objective.open_vocabulary:
+        return
+    tokenizers = [objective.pipe.components[table.tokenizer] for table in objective.tables]
+    for caption in dict.fromkeys(captions):
+        found = pattern_of(name).search(caption)
+        if found is None or len(caption) < 64 or not tokenizers:  # each token has a letter at least
+            continue
+        head = caption[: found.end()]
+        if all(len(one(head, verbose=False).input_ids) > one.model_max_length for one in tokenizers):
+            most = max(one.model_max_length for one in tokenizers)
+            raise UserError(
+                f"the caption {shown(caption)} names {shown(name)} behind the {most} tokens that the model reads; "
+                "shorten it, or put the name in front"
+            )
+
+
+def warn_of_small(examples: Sequence[Example], side: int) -> None:
+    """Warns once of pictures that are enlarged so much that little is to be seen."""
+    small = [example for example in examples if min(example.picture.size) < side / _ENLARGED]
+    if small:
+        width, height = small[0].picture.size
+        more = f" (and {counted(len(small) - 1, 'more', 'more')})" if small[1:] else ""
+        warnings.warn(
+            f"{small[0].path}{more} is {width} x {height} pixels, and the middle square is learned at {side} x {side}; "
+            "give larger pictures",
+            stacklevel=3,
+        )
+
+
 def check_rank(objective: Objective, settings: Mapping[str, Any]) -> None:
     """Raises UserError for a rank above the inputs of every layer that is trained."""
     for name in ("rank", "text_rank"):
@@ -171,9 +204,9 @@ def _check_own(name: str, value: object, usual: object) -> None:
         if not isinstance(value, str):
             raise UserError(f"{name} is {shown_value(value)}; give a text such as {usual!r}")
     elif isinstance(usual, int) or name == "slot":
-        whole(name, value, _LOWEST.get(name, 0), MAX_SETTING)
+        whole(name, value, int(_LOWEST.get(name, 0)), MAX_SETTING)
     else:
-        number(name, value, 0, MAX_SETTING)
+        number(name, value, _LOWEST.get(name, 0), MAX_SETTING)
 
 
 def check_resources(found: Estimate, work: Path | None) -> None:

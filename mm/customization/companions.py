@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.nouns import counted
+from mm.customization.captions import renamed as replaced
 from mm.customization.data import Example, to_tensor
 from mm.customization.objectives.protocol import Objective
 from mm.customization.previews import draw
@@ -145,7 +146,7 @@ def beside(caption: str, name: str, noun: str, other: str, *, first: bool) -> st
 def renamed(caption: str, name: str, noun: str, other: str) -> str:
     """A caption with another word in the subject's place."""
     whole = f"{name} {noun}" if noun and f"{name} {noun}" in caption else name
-    return caption.replace(whole, other)
+    return replaced(caption, whole, other)
 
 
 # ---- where things are ------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,23 @@ from torch import Tensor, nn
 
 from mm.core.checks import texts
 from mm.customization.batches import Batches
+from mm.customization.captions import renamed
 from mm.customization.checks import (
     check_call,
     check_name,
+    check_names_read,
     check_rank,
     check_resources,
     check_words,
     guarded_prompts,
     settings_of,
     warn_of_captions,
+    warn_of_small,
 )
 from mm.customization.companions import balanced, companions
 from mm.customization.config import TrainingConfig
 from mm.customization.data import Example, Kind, fingerprint, read_folder, read_regularization
+from mm.customization.effects import check_effects
 from mm.customization.estimate import Estimate, estimate
 from mm.customization.goals import goal_of
 from mm.customization.learned import Learned
@@ -41,6 +46,7 @@ from mm.customization.methods.protocol import Job, Learner
 from mm.customization.methods.registry import method_of
 from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.only_run import only_run
 from mm.customization.previews import draw, save_previews, sheet_of
 from mm.customization.recoloured import recoloured
 from mm.customization.sliders import SliderPrompts
@@ -115,14 +121,22 @@ def customize(
         name = name or "slider"
     else:
         check_name(name, objective)
+    check_effects(
+        maker.name, kind, settings, preserve=config.preserve, drawn=folder is None, guard=guard, preserved=preserved,
+        regularization=regularization, noun=noun,
+    )  # fmt: skip
     check_rank(objective, chosen)
     check_words(
         objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples or (),
         prompts=prompts, preserved=preserved or (),
     )  # fmt: skip
-    class_pictures = None if regularization is None else read_regularization(regularization, noun=noun)
+    class_pictures = None
+    if regularization is not None:
+        class_pictures = read_regularization(regularization, noun=noun, name=name)
     examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
     warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
+    check_names_read(objective, name, [one.caption for one in examples])
+    warn_of_small(examples, objective.side)
     kept = _preserved(objective, examples, name, noun, kind, preserved)
     beside, held = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
@@ -138,6 +152,7 @@ def customize(
     wanted = _freeze(pipe)
     learner: Learner | None = None
     strangers: Strangers | None = None
+    held = ExitStack()
     try:
         learner = maker.begin(job)
         strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
@@ -153,6 +168,7 @@ def customize(
         more = [of_slider, guarded, fingerprint(class_pictures or [])]
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)
         place = None if work is None else Path(work)
+        held.enter_context(only_run(place))
         training = Training(
             learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
             regularization=_regularization(objective, class_pictures, config), strangers=strangers,
@@ -177,6 +193,7 @@ def customize(
             learner.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
+        held.close()
 
 
 def _regularization(
@@ -259,7 +276,7 @@ def _preserved(
         return [""]
     family = family_of(objective.pipe)
     own = family.calibration_prompts(PRESERVED) if family is not None else []
-    classes = [re.sub(r"\s+", " ", e.caption.replace(f"{name} {noun}", noun).replace(name, noun)) for e in examples]
+    classes = [re.sub(r"\s+", " ", renamed(renamed(e.caption, f"{name} {noun}", noun), name, noun)) for e in examples]
     return list(dict.fromkeys([*own, *(classes if noun else [])]))
 
 
@@ -277,6 +294,12 @@ def _learned(
     job, progress, config = learner.job, training.progress, training.config
     family = family_of(pipe)
     best = progress.scores[progress.best]
+    if best[0] == 0:
+        warnings.warn(
+            "no preview was better than the start, so that the adapter changes nothing that was learned; give more "
+            "steps, another learning_rate, or a smaller preserve",
+            stacklevel=3,
+        )
     report = {
         "steps": progress.step, "pictures": training.batches.own,
         "companions": len(job.examples) - training.batches.own, "stopped_early": progress.stopped,

@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from mm.adapters.formats import write_lora
+from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
-from mm.core.files import read_regular, write_bytes
+from mm.core.files import write_bytes
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
 READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
 OFT_SETTINGS = {"peft_type": "OFT", "use_cayley_neumann": False}  # as `methods.through_peft` trains it
+BRINGING_WORDS = ("textual-inversion", "custom-diffusion", "class-diffusion", "detex", "stydeco")
+WHOLE = {"loha": ("diffusers",), "lokr": ("diffusers",), "oft": ("diffusers",), "shira": ("diffusers", "peft")}
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
-_MOST = 8 << 30
+_CLIPS = {"tokenizer": "clip_l", "tokenizer_2": "clip_g"}  # keys of A1111's embeddings
 ARCHITECTURES = {  # of ModelSpec, by family
     "stable-diffusion": "stable-diffusion-v1",
     "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
@@ -37,10 +39,30 @@ ARCHITECTURES = {  # of ModelSpec, by family
 }
 
 
-def check_layout(layout: str) -> None:
-    """Raises UserError for a layout that there is not."""
+def check_layout(layout: str, method: str = "", *, word: bool = False) -> None:
+    """Checks before the work that a layout can hold what a method will learn.
+
+    Args:
+        layout: "auto" or one of `LAYOUTS`.
+        method: its name; "" where nothing is learned.
+        word: the name gets a row of its own with any method, since the model reads no new word in pieces.
+
+    Raises:
+        UserError: for a layout that there is not, and for one that does not hold it.
+    """
     if layout not in LAYOUTS:
         raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
+    if layout in ("auto", "mm"):
+        return
+    if word or method in BRINGING_WORDS:
+        raise UserError(
+            f"the layout is {layout!r}, which holds no new word, and {method or 'the adapter'} brings one here; give "
+            "--layout mm or leave it out"
+        )
+    if layout in WHOLE.get(method, ()):
+        raise UserError(
+            f"the layout is {layout!r}, which does not hold what {method} learns; give another, or leave it out"
+        )
 
 
 @dataclass(kw_only=True)
@@ -49,7 +71,7 @@ class Learned(Patch):
 
     Attributes:
         native: tensors in peft's layout, where the method's own form is smaller than the entries (LoHa, LoKr).
-        family: of the model.
+        family: of the model; empty where it is not known, as of files of mm that were merged.
     """
 
     native: dict[str, Tensor] = field(default_factory=dict)
@@ -57,16 +79,16 @@ class Learned(Patch):
 
     def layout(self) -> Layout:
         """The layout that `write` takes by itself: diffusers' where it holds all that was learned."""
-        if self.native and self.method in READABLE and not self.settings.get("tokens"):
-            return "peft"
+        if self._own() and not self.settings.get("tokens"):
+            return "diffusers" if self.method == "dora" else "peft"
         plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
-        return "diffusers" if plain and self.family != "mm-tiny" else "mm"
+        return "diffusers" if plain and self.family not in ("", "mm-tiny") else "mm"
 
     def write(self, path: str | Path, layout: Layout = "auto", *, target: Any = None) -> None:
         """Writes the file, whole or not at all. One that is there is replaced.
 
         Args:
-            path: the file.
+            path: the file. Layout "peft" writes `adapter_config.json` beside it; "auto" writes one file in any case.
             layout: "mm" holds everything; the others are those of `mm.write_lora`.
             target: the pipeline, for layouts that call layers by other names.
 
@@ -78,20 +100,46 @@ class Learned(Patch):
         if chosen == "mm":
             self.save(path)
             return
-        if self.native and chosen == "peft":
-            tensors = {key: value.contiguous().cpu() for key, value in self.native.items()}
-            write_bytes(path, ordered(save(tensors, metadata=self.metadata())))
-            return
         if self.settings.get("tokens"):
             raise UserError(
                 f"a LoRA file holds no new word, and this adapter brings {self.settings['tokens'][0]['token']!r}; "
                 "write layout 'mm', or the word with write_textual_inversion"
             )
-        write_lora(self, path, chosen, target=target)  # type: ignore[arg-type]
-        with_metadata(path, self.metadata())
+        config: str | None = None
+        if self._own() and layout == "peft":
+            tensors, config = self._of_peft()
+        elif self._own() and (layout == "auto" or (chosen == "diffusers" and self.method == "dora")):
+            tensors = self.native
+        else:
+            tensors, config = lora_tensors(self, chosen, target)  # type: ignore[arg-type]
+        ready = {key: value.contiguous().cpu() for key, value in tensors.items()}
+        meta = self.metadata(chosen)
+        if config is not None:  # which says the same, by peft's names
+            meta.pop("lora_adapter_metadata", None)
+        write_adapter(path, ordered(save(ready, metadata=meta)), config)
 
-    def metadata(self) -> dict[str, str]:
-        """Metadata of a LoRA file."""
+    def _own(self) -> bool:
+        """Whether there are peft's own tensors, which mm reads again."""
+        return bool(self.native) and self.method in READABLE
+
+    def _of_peft(self) -> tuple[dict[str, Tensor], str]:
+        """peft's own tensors by peft's names, and its settings."""
+        parts = {key.partition(".")[0] for key in self.native}
+        if len(parts) > 1:
+            raise UserError(f"a file of peft holds one model's adapter, this one changes {', '.join(sorted(parts))}")
+        tensors = {f"base_model.model.{key.partition('.')[2]}": value for key, value in self.native.items()}
+        s, paths = self.settings, sorted(path.partition(".")[2] for path in self.entries)
+        kinds: dict[str, dict[str, Any]] = {
+            "dora": {"peft_type": "LORA", "r": s.get("rank"), "lora_alpha": s.get("rank"), "use_dora": True},
+            "loha": {"peft_type": "LOHA", "r": s.get("rank"), "alpha": s.get("rank")},
+            "lokr": {"peft_type": "LOKR", "r": s.get("rank"), "alpha": s.get("rank"),
+                     "decompose_factor": s.get("factor")},
+            "oft": OFT_SETTINGS | {"r": 0, "oft_block_size": s.get("block")},
+        }  # fmt: skip
+        return tensors, json.dumps(kinds[self.method] | {"target_modules": paths}, indent=2)
+
+    def metadata(self, layout: str = "diffusers") -> dict[str, str]:
+        """Metadata of a LoRA file. Settings of peft stand in diffusers' layout alone: beside alphas it refuses them."""
         ranks = {len(e.tensors["down"]) for e in self.entries.values() if e.kind == "lowrank"}
         rank = max(ranks, default=0)
         s = self.settings
@@ -113,7 +161,7 @@ class Learned(Patch):
             "mm_base": self.base,
             "format": "pt",
         }
-        if rank and len(ranks) == 1 and not self.native:
+        if rank and len(ranks) == 1 and not self.native and layout == "diffusers":
             parts: dict[str, list[str]] = {}
             for path in self.entries:
                 component, _, below = path.partition(".")
@@ -131,12 +179,6 @@ class Learned(Patch):
         return meta
 
 
-def with_metadata(path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file again with metadata."""
-    tensors = load(read_regular(path, "adapter", most=_MOST))
-    write_bytes(path, ordered(save(tensors, metadata=metadata)))
-
-
 def ordered(data: bytes) -> bytes:
     """The bytes of a safetensors file with its metadata in alphabetical order, which safetensors leaves to chance."""
     size = int.from_bytes(data[:8], "little")
@@ -147,32 +189,61 @@ def ordered(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def write_textual_inversion(patch: Patch, path: str | Path) -> list[Path]:
-    """Writes the new words of a patch as textual-inversion files, which diffusers' `load_textual_inversion` reads.
+def write_textual_inversion(
+    patch: Patch, path: str | Path, layout: Literal["diffusers", "a1111"] = "diffusers"
+) -> list[Path]:
+    """Writes the new words of a patch as textual-inversion files.
 
     Args:
         patch: with words.
-        path: the file; of several text encoders each has its own, with the tokenizer's name in it.
+        path: the file. In diffusers' layout each text encoder has its own, with the tokenizer's number in its name.
+        layout: "diffusers", which `load_textual_inversion` reads: the word is the key. "a1111", which A1111's web UI
+            and ComfyUI read: one file, whose name is the word in prompts there.
 
     Returns:
         The files.
 
     Raises:
-        UserError: for a patch without words.
+        UserError: for a patch without words, and for what the layout does not hold.
     """
     tokens = patch.settings.get("tokens", ())
+    if layout not in ("diffusers", "a1111"):
+        raise UserError(f"the layout is {layout!r}; there are diffusers, a1111")
     if not tokens:
         raise UserError(f"patch {patch.name!r} brings no new word, so there is no textual inversion to write")
+    if layout == "a1111":
+        return [_write_a1111(patch, tokens, Path(path))]
     files, target = [], Path(path)
     for tokenizer in dict.fromkeys(item["tokenizer"] for item in tokens):
         mine = [item for item in tokens if item["tokenizer"] == tokenizer]
         tensors: dict[str, Tensor] = {}
         for item in mine:
-            entry = patch.entries[item["embedding"]]
-            place = int(torch.nonzero(entry.tensors["ids"] == int(item["id"]))[0])
-            tensors[item["token"]] = entry.tensors["rows"][place][None].float()
+            tensors[item["token"]] = _row_1D(patch, item)
         suffix = tokenizer.removeprefix("tokenizer")
         file = target if not suffix else target.with_name(f"{target.stem}{suffix}{target.suffix}")
         write_bytes(file, save(tensors, metadata={"format": "pt"}))
         files.append(file)
     return files
+
+
+def _row_1D(patch: Patch, item: dict[str, Any]) -> Tensor:
+    """The row (1, D) of a word."""
+    entry = patch.entries[item["embedding"]]
+    place = int(torch.nonzero(entry.tensors["ids"] == int(item["id"]))[0])
+    return entry.tensors["rows"][place][None].float()
+
+
+def _write_a1111(patch: Patch, tokens: list[dict[str, Any]], path: Path) -> Path:
+    words = list(dict.fromkeys(item["token"] for item in tokens))
+    if len(words) > 1:
+        raise UserError(f"an embedding of A1111 is one word, and {patch.name!r} brings {', '.join(words)}")
+    other = next((item for item in tokens if not item["embedding"].endswith("token_embedding")), None)
+    if other is not None:
+        raise UserError(
+            f"an embedding of A1111 has rows of CLIP's text encoders, and {words[0]} has one of {other['tokenizer']}; "
+            "write layout 'diffusers'"
+        )
+    rows = {_CLIPS[item["tokenizer"]]: _row_1D(patch, item) for item in tokens}
+    tensors = rows if len(rows) > 1 else {"emb_params": next(iter(rows.values()))}
+    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    return path

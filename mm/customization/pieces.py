@@ -98,27 +98,38 @@ class Branches:
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
         self._plain: set[str] = set()
-        roots = roots_of(objective.pipe)
-        for path in paths:
-            component, _, below = path.partition(".")
-            if not isinstance(submodule(roots[component], below), BranchedLinear):
-                self._plain.add(path)
-            layer = branched(roots[component], below)
-            fixed = None if ups is None else ups.get(path)
-            if fixed is not None:
-                down = torch.zeros(fixed.shape[1], layer.in_features)
-            elif downs is not None:
-                down = downs[path].clone()
-            else:
-                down = torch.empty(min(rank, layer.in_features), layer.in_features)
-                nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=layer_seed(path, seed))
-            device = objective.device
-            up = torch.zeros(layer.out_features, len(down)) if fixed is None else fixed.clone()
-            self.down[path] = nn.Parameter(down.to(device), requires_grad=fixed is not None or not frozen_down)
-            self.up[path] = nn.Parameter(up.to(device), requires_grad=fixed is None)
-            self.layers[path] = layer
-            made = Branch(name=TRAINING, down=self.down[path], up=self.up[path], scale=self.scale, origin=origin)
-            layer.attach(made)
+        self.objective, self.origin = objective, origin
+        try:
+            for path in paths:
+                layer = self._branched(path)
+                fixed = None if ups is None else ups.get(path)
+                if fixed is not None:
+                    down = torch.zeros(fixed.shape[1], layer.in_features)
+                elif downs is not None:
+                    down = downs[path].clone()
+                else:
+                    down = torch.empty(min(rank, layer.in_features), layer.in_features)
+                    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=layer_seed(path, seed))
+                self._attach(path, down, fixed, train_down=fixed is not None or not frozen_down)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _branched(self, path: str) -> BranchedLinear:
+        component, _, below = path.partition(".")
+        root = roots_of(self.objective.pipe)[component]
+        if not isinstance(submodule(root, below), BranchedLinear):
+            self._plain.add(path)
+        self.layers[path] = branched(root, below)
+        return self.layers[path]
+
+    def _attach(self, path: str, down: Tensor, fixed_up: Tensor | None, *, train_down: bool) -> None:
+        layer, device = self.layers[path], self.objective.device
+        up = torch.zeros(layer.out_features, len(down)) if fixed_up is None else fixed_up.clone()
+        self.down[path] = nn.Parameter(down.to(device), requires_grad=train_down)
+        self.up[path] = nn.Parameter(up.to(device), requires_grad=fixed_up is None)
+        made = Branch(name=TRAINING, down=self.down[path], up=self.up[path], scale=self.scale, origin=self.origin)
+        layer.attach(made)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         both = {f"{path}|up": up for path, up in self.up.items()}
@@ -196,6 +207,15 @@ class FullWeights(Branches):
         }
 
 
+def check_whole(roots: Mapping[str, nn.Module], paths: Sequence[str], instead: str) -> None:
+    """Raises UserError where a layer takes no change of its whole weight; `instead` says what to give."""
+    for path in paths:
+        component, _, below = path.partition(".")
+        layer = submodule(roots[component], below)
+        if isinstance(layer, BranchedLinear) and layer.bits != 16:
+            raise UserError(f"{path} has {layer.bits}-bit weights, which whole changes do not go onto; give {instead}")
+
+
 def branched_width(roots: Mapping[str, nn.Module], path: str) -> int:
     """Inputs of the layer at a path."""
     component, _, below = path.partition(".")
@@ -226,18 +246,27 @@ class Rows:
         self.tables: list[TokenTable] = list(objective.tables)
         if not self.tables:
             raise UserError(f"{type(objective.pipe).__name__} has no tokenizer that takes a new word")
-        for table in self.tables:
-            for token, start in tokens.items():
-                row = add_token(objective.pipe, table, token)
-                embedding = self.embedding(table)
-                self.ids[table.embedding, token] = row
-                first = self._start(table, embedding, start, row)
-                spread = embedding.weight.detach().float()[:row].std()
-                drift = torch.randn(first.shape, generator=layer_seed(f"{table.embedding} {token}", seed))
-                self.spreads[f"{table.embedding}|{token}"] = float(spread)
-                self.values[table.embedding, token] = nn.Parameter(first + noise * spread * drift.to(first))
-        self._handles = [self.embedding(t).register_forward_hook(self._hook(t)) for t in self.tables]
+        self._handles: list[Any] = []
         self._on = True
+        try:
+            for table in self.tables:
+                for token, start in tokens.items():
+                    self._add(table, token, start, noise, seed)
+            for table in self.tables:
+                self._handles.append(self.embedding(table).register_forward_hook(self._hook(table)))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _add(self, table: TokenTable, token: str, start: str, noise: float, seed: int) -> None:
+        row = add_token(self.objective.pipe, table, token)
+        embedding = self.embedding(table)
+        self.ids[table.embedding, token] = row
+        first = self._start(table, embedding, start, row)
+        spread = embedding.weight.detach().float()[:row].std()
+        drift = torch.randn(first.shape, generator=layer_seed(f"{table.embedding} {token}", seed))
+        self.spreads[f"{table.embedding}|{token}"] = float(spread)
+        self.values[table.embedding, token] = nn.Parameter(first + noise * spread * drift.to(first))
 
     def embedding(self, table: TokenTable) -> nn.Embedding:
         component, _, path = table.embedding.partition(".")

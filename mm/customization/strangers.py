@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from mm.customization.batches import hash_of
+from mm.customization.captions import names as holds
+from mm.customization.captions import renamed
 from mm.customization.data import Example
 from mm.customization.methods.protocol import Learner
 from mm.customization.pieces import Branches, Rows
@@ -93,8 +95,8 @@ def _own_rows(learner: Learner) -> Rows | None:
 
 
 def _renamed(examples: Sequence[Example], name: str, names: Sequence[str]) -> list[str]:
-    captions = list(dict.fromkeys(example.caption for example in examples if name in example.caption))
-    return [caption.replace(name, other) for caption in captions for other in names]
+    captions = list(dict.fromkeys(example.caption for example in examples if holds(example.caption, name)))
+    return [renamed(caption, name, other) for caption in captions for other in names]
 
 
 def _made_up(name: str, seed: int) -> list[str]:

@@ -7,7 +7,9 @@ Design choices
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from PIL import Image
 from mm.core.errors import UserError
 from mm.core.paths import weights_dir
 from mm.core.pictures import read_picture
-from mm.core.png_settings import read_settings
 from mm.provenance.credentials import MISSING, Credentials, available, read_credentials
+from mm.provenance.file_settings import read_file_settings
 from mm.provenance.fingerprint import Fingerprint
 
+_LONGEST = 1000  # characters of a value that are shown
 FINGERPRINT = "fingerprint.safetensors"  # beside an embedded model's parts
 
 
@@ -52,7 +55,7 @@ class Provenance:
         if self.settings is None:
             first = f"settings: none ({self.why_no_settings})"
         else:
-            first = "settings: " + ", ".join(f"{key} {value}" for key, value in self.settings.items())
+            first = "settings: " + ", ".join(f"{key} {_shown(value)}" for key, value in self.settings.items())
         if self.presence is None:
             second = "fingerprint: not searched for; give the fingerprint's file (--fingerprint)"
         elif self.fingerprint is None:
@@ -61,6 +64,31 @@ class Provenance:
             second = f"fingerprint: {self.fingerprint:#0{2 + self.fingerprint_bits // 4}x}"
         third = self.why_no_credentials or ("none" if self.credentials is None else str(self.credentials))
         return [first, second, f"content credentials: {third}"]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as values that JSON holds: what is no number there is null, and what is no text is escaped."""
+        found = _sound(asdict(self))
+        assert isinstance(found, dict)
+        return found
+
+
+def _sound(value: Any) -> Any:
+    """A value from a file as JSON holds it."""
+    if isinstance(value, dict):
+        return {str(_sound(key)): _sound(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sound(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _shown(value: Any) -> str:
+    """A value from a file on one line of a terminal, cut short."""
+    text = value if isinstance(value, str) else json.dumps(_sound(value), ensure_ascii=False)
+    text = " ".join(text[: _LONGEST + 1].split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def provenance(path: str | Path, fingerprint: Fingerprint | None = None) -> Provenance:
@@ -101,6 +129,6 @@ def pixels(picture: Image.Image) -> torch.Tensor:
 
 def _settings(path: str | Path) -> tuple[dict[str, Any] | None, str]:
     try:
-        return read_settings(path), ""
+        return read_file_settings(path), ""
     except UserError as error:
         return None, str(error)

@@ -32,7 +32,7 @@ def patch_for(family: str, model, prefix: str = "", ranks: int = 2) -> Patch:
 def test_a_written_file_is_the_same_patch(family, layout, tmp_path):
     model = fresh(family)
     pipe = pipeline_of(family, model)
-    patch = patch_for(family, model, f"{FAMILIES[family].part}.", 1 if layout == "kohya" else 2)
+    patch = patch_for(family, model, f"{FAMILIES[family].part}.")
     patch.apply(pipe)
     want = run(family, model)
     patch.undo(pipe)

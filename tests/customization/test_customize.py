@@ -25,7 +25,7 @@ FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
 )  # fmt: skip
 OTHERS = (
-    ("stable-diffusion", "eva"), ("stable-diffusion-3", "paca"), ("flux", "s2ft"), ("stable-diffusion-3", "adalora"),
+    ("stable-diffusion-3", "eva"), ("stable-diffusion", "paca"), ("flux", "s2ft"), ("qwen-image", "adalora"),
 )  # fmt: skip
 FAST: dict[str, Any] = {
     "steps": 12, "batch_size": 2, "size": SIDE, "preview_every": 6, "preserve_batch": 2, "learning_rate": 2e-2,

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 
 import mm
+from mm.core.errors import UserError
 from mm.customization.customize import customize
 from mm.layers.linear import BranchedLinear
 
@@ -57,6 +59,11 @@ def test_training_on_four_bits(tmp_path: Path) -> None:
         learned.apply(pipe)
         assert not torch.equal(plain, draw_with("flux", pipe, prompt="sks thing"))
         learned.undo(pipe)
+    same = {key: value for key, value in FAST.items() if key != "rank"}
+    for method in ("dora", "oft", "lokr", "loha", "shira"):  # what they learn would not go onto this model
+        with pytest.raises(UserError, match="has 4-bit weights, which whole changes do not go onto"):
+            customize(pipe, folder, name="sks thing", method=method, **same)
+    assert not any(type(m).__module__.startswith("peft") for m in pipe.transformer.modules())
 
 
 def test_the_gradient_is_that_of_the_dequantized_weight() -> None:

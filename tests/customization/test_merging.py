@@ -159,3 +159,44 @@ def test_two_subjects_in_one_file(tmp_path: Path) -> None:
     assert torch.allclose(wanted, draw_with("stable-diffusion", other, prompt=prompt), atol=2e-3)
     again = CliRunner().invoke(app, ["merge", *map(str, files), "-o", str(out)])
     assert again.exit_code == 1
+
+
+def _rows_patch(seed: int, row: int, token: str = "") -> Patch:
+    tensors = {"ids": torch.tensor([row]), "rows": torch.full((1, 4), float(seed))}
+    item = {"token": token, "tokenizer": "tokenizer", "embedding": "text_encoder.e", "id": row}
+    settings = {"tokens": [item]} if token else {}
+    entries = {"text_encoder.e": Entry(kind="rows", tensors=tensors)}
+    return Patch(entries=entries, name=f"w{seed}", base="x", settings=settings)
+
+
+def test_rows_are_not_added_up() -> None:
+    """One row cannot be two, and a word has no strength; both were merged into files that could not be read."""
+    with pytest.raises(UserError, match="two adapters change row 7"):
+        merge([_rows_patch(1, 7), _rows_patch(2, 7)])
+    both = merge([_rows_patch(1, 7, "<a>"), _rows_patch(2, 7, "<b>")]).entries["text_encoder.e"]
+    assert both.tensors["ids"].tolist() == [7, 8]
+    with pytest.raises(UserError, match=r"'w2' brings words alone, .* its weight is 0\.5"):
+        merge([_rows_patch(1, 7, "<a>"), _rows_patch(2, 7, "<b>")], weights=[1.0, 0.5])
+
+
+def test_convolutions_are_merged_by_the_method_too() -> None:
+    """Their kernels are rows of a matrix; a plain sum was taken in the place of every method."""
+    deltas = [torch.randn(N, 4, 2, 2, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+
+    def of(shape: tuple[int, ...]) -> list[Patch]:
+        entries = [{"unet.a": Entry(kind="dense", tensors={"delta": d.reshape(shape)})} for d in deltas]
+        return [Patch(entries=e, name=f"p{k}", base="x") for k, e in enumerate(entries)]
+
+    for method in ("ties", "do", "dare"):
+        flat = _delta(merge(of((N, 16)), method=method))
+        assert torch.equal(_delta(merge(of((N, 4, 2, 2)), method=method)), flat.view(N, 4, 2, 2)), method
+    assert not torch.allclose(flat, sum(deltas).flatten(1))
+
+
+def test_the_base_and_the_layout_of_a_merge() -> None:
+    """The base is that of any that says it; where the family is not known, mm's own file holds all."""
+    one, other = _patch(1), _patch(2)
+    one.base = ""
+    with pytest.warns(UserWarning, match="does not say which model"):
+        made = merge([one, other])
+    assert made.base == "x" and made.layout() == "mm"

@@ -94,6 +94,11 @@ def grouped(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
     return modules
 
 
+def is_lora(key: str) -> bool:
+    """Whether a key is one of an adapter's layers, in any layout."""
+    return _split(key) is not None
+
+
 def _split(key: str) -> tuple[str, str, str] | None:
     """Module, part and adapter name of a key; None where no ending matches."""
     if len(key) > LONGEST_KEY:

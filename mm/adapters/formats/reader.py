@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mm.adapters.formats.assemble import Part, entries_of
 from mm.adapters.formats.kinds import change_of
-from mm.adapters.formats.layouts import Parts, grouped
+from mm.adapters.formats.layouts import Parts, grouped, is_lora
 from mm.adapters.formats.names import Names, Piece
 from mm.adapters.formats.settings import Strengths
 from mm.adapters.formats.source import load
+from mm.adapters.formats.words import split_words, word_entries
 from mm.adapters.patch import Entry, Patch
 from mm.core.checks import check_path, whole
 from mm.core.errors import UserError
@@ -27,11 +28,11 @@ MOST = 10**6  # of a rank
 def read_lora(
     source: str | Path | Mapping[str, Tensor], target: Any, *, name: str = "lora", truncate_to: int | None = None
 ) -> Patch:
-    """A LoRA, DoRA, LoHa, LoKr or OFT of another program as a patch for a model.
+    """A LoRA, DoRA, LoHa, LoKr, OFT or textual inversion of another program as a patch for a model.
 
     Args:
         source: a safetensors file, a folder that peft or diffusers saved, or tensors by key, in the layout of peft,
-            diffusers, kohya, LyCORIS, ComfyUI or XLabs.
+            diffusers, kohya, LyCORIS, ComfyUI or XLabs; new words in the forms of `mm.adapters.formats.words`.
         target: the module or pipeline it is for; its layers say what the file's names stand for.
         name: of the patch.
         truncate_to: a rank to which changes of whole weights of linear layers (DoRA, LoHa, LoKr, OFT) are cut down;
@@ -45,7 +46,10 @@ def read_lora(
     """
     _check_call(source, target, truncate_to)
     given = load(source)
-    modules = grouped(given.tensors)
+    odd = not any(map(is_lora, given.tensors))
+    words, tensors = split_words(given.tensors, given.word or name, odd)
+    modules = grouped(tensors)
+    rows, tokens = word_entries(words, target)
     places = _places(modules, target)
     strengths = Strengths(settings=given.settings)
     parts: list[Part] = []
@@ -53,14 +57,17 @@ def read_lora(
         change = change_of(module, tensors, places[module], strengths)
         _check_bits(module, change.kind, change.delta, places[module], truncate_to)
         parts += [Part(module=module, piece=piece, change=change) for piece in places[module]]
-    entries = entries_of(parts)
-    kinds = sorted({part.change.kind.lower() for part in parts})
+    entries = entries_of(parts) | rows
+    kinds = sorted({part.change.kind.lower() for part in parts} | ({"textual-inversion"} if rows else set()))
     total = len(given.tensors)
     patch = Patch(
         entries=entries,
         name=name,
         method="+".join(kinds) if kinds != ["lora"] else "lora",
-        settings={"source": given.label, "alpha": "as in the file" if _has_alpha(given) else "none: in full"},
+        settings={"source": given.label, "alpha": "as in the file" if _has_alpha(given) else "none: in full"}
+        | ({"tokens": tokens} if tokens else {})
+        | ({"name": given.trigger} if given.trigger else {}),
+        base=given.base,
         report={"file": f"{total} of {counted(total, 'tensor')} of the file"},
     )
     return patch if truncate_to is None else _truncated(patch, target, truncate_to)

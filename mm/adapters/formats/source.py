@@ -4,7 +4,8 @@ Design choices
 - safetensors only; a folder is one that peft or diffusers saved.
 - Every tensor is floating point and finite. fp8 becomes bf16, which holds all of its values. Only alpha may be an
   integer, since kohya's scripts save it so.
-- Settings are diffusers' `lora_adapter_metadata` inside the file, else peft's `adapter_config.json` beside it.
+- Settings are diffusers' `lora_adapter_metadata` inside the file, else peft's `adapter_config.json` beside it,
+  which belongs to a file whose names have no component in front.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.adapters.formats.words import unpacked, word_of
 from mm.core.errors import UserError, shown
 from mm.core.nouns import with_article
 from mm.core.safe_json import parse_object, read_object
@@ -24,16 +26,23 @@ from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _LONGEST_JSON = 4 << 20
+_LONGEST_NAME = 200
+_COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "lora_unet_", "lora_te", "oft_unet_")
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how to call it."""
+    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how to call it.
+    `word`: what a textual inversion in it is called where it does not say so; empty where it has no name. `base`: the
+    hash of the model that mm made it for, and `trigger` what its subject is called; empty where it does not say so."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     label: str
+    word: str = ""
+    base: str = ""
+    trigger: str = ""
 
 
 def load(source: str | Path | Mapping[str, Tensor]) -> Source:
@@ -46,15 +55,23 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
         UserError: for anything else, and for tensors that are not finite floating-point numbers.
     """
     settings: dict[str, Any] = {}
+    said: Mapping[str, str] = {}
+    word = ""
     if isinstance(source, Mapping):
-        tensors, label = dict(source), "the LoRA"
+        named = source.get("name")
+        word = named if isinstance(named, str) else ""
+        tensors, label = unpacked(source), "the LoRA"
     else:
         path = _file(Path(source))
-        tensors, settings = _read(path)
+        word = word_of(path)
+        tensors, settings, said = _read(path)
         label = str(path)
     if not tensors:
         raise UserError(f"{label} has no tensors")
-    return Source(tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label)
+    return Source(
+        tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label, word=word,
+        base=said.get("mm_base", ""), trigger=said.get("modelspec.trigger_phrase", "")[:_LONGEST_NAME],
+    )  # fmt: skip
 
 
 def _file(path: Path) -> Path:
@@ -68,15 +85,19 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """Tensors, settings of peft, and metadata."""
     read = read_tensors(path, "LoRA", types=(*FLOATS, *INTEGERS), finite=False)  # `_checked` says it of each by name
     if "mm_patch" in read.metadata:
         raise UserError(f"{path} is a patch of mm; read it with mm.adapters.patch.Patch.load")
     inside = read.metadata.get("lora_adapter_metadata")
     if inside is not None:
-        return read.tensors, parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
+        settings = parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
+        return read.tensors, settings, read.metadata
     beside = path.parent / "adapter_config.json"
-    return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if beside.exists() else {}
+    # Files of diffusers and kohya name the component; settings that lie beside one are another adapter's.
+    mine = not any(key.startswith(_COMPONENTS) for key in read.tensors) and beside.exists()
+    return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if mine else {}, read.metadata
 
 
 def _checked(key: str, tensor: Tensor, label: str) -> Tensor:

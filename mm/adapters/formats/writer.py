@@ -1,8 +1,11 @@
 """`write_lora`: a patch as a LoRA file of another program.
 
 Design choices
-- Thin products are written with their scale in `up`, and alpha equal to the rank where a layout has one: diffusers 0.42
-  misses alphas of a UNet's attention in kohya's files where they differ.
+- Thin products are written with their scale in `up`. Where a layout has an alpha, all layers have that of the largest
+  rank, and `up` the rest of the factor: diffusers 0.42 misses alphas of a UNet's attention in kohya's files where they
+  differ.
+- Two files that belong together (an adapter and its settings) are written both or not at all, and settings that belong
+  to another adapter are not replaced.
 - Changes of a whole weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know;
   the others hold a bias beside a product only. What a layout cannot hold is an error, and nothing is written then.
 - kohya's scripts and ComfyUI call some families' layers by their original names, with q, k and v in one. The model says
@@ -25,11 +28,13 @@ from mm.adapters.formats.names import DENOISERS, Names, Piece
 from mm.adapters.patch import Entry, Patch
 from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError
-from mm.core.files import write_bytes
+from mm.core.files import read_regular, write_bytes
 from mm.layers.surgery import roots_of
 
 Layout = Literal["peft", "diffusers", "kohya", "comfyui"]
 LAYOUTS = ("diffusers", "peft", "kohya", "comfyui")
+CONFIG = "adapter_config.json"  # of peft, beside the file
+_LONGEST = 4 << 20
 _PARTS = (*DENOISERS, "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 _KOHYA = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 _COMFYUI = {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer."}
@@ -51,6 +56,17 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
     """
     check_kind("patch", patch, Patch, "a patch, such as mm.erase and mm.read_lora make")
     check_path("path", path)
+    tensors, config = lora_tensors(patch, layout, target)
+    data = save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata={"format": "pt"})
+    write_adapter(path, data, config)
+
+
+def lora_tensors(patch: Patch, layout: Layout, target: Any = None) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a patch in a layout, and peft's settings where the layout has a file of them.
+
+    Raises:
+        UserError: as `write_lora`.
+    """
     if layout not in LAYOUTS:
         raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
     if not patch.entries:
@@ -63,9 +79,36 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
         raise UserError("ComfyUI's names depend on the model; give target=")
     flat = layout in ("kohya", "comfyui")
     tensors = _flat(patch, layout, target) if flat else _plain(patch, layout)
-    if layout == "peft":
-        write_bytes(Path(path).parent / "adapter_config.json", _config(tensors).encode())
-    write_bytes(Path(path), save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata={"format": "pt"}))
+    return tensors, _config(tensors) if layout == "peft" else None
+
+
+def write_adapter(path: str | Path, data: bytes, config: str | None) -> None:
+    """Writes an adapter, and its settings beside it where it has some; both or none.
+
+    Raises:
+        UserError: where settings of another adapter lie there.
+    """
+    target = Path(path)
+    if config is None:
+        write_bytes(target, data)
+        return
+    beside = target.parent / CONFIG
+    before = read_regular(beside, "adapter config", most=_LONGEST) if beside.is_file() else None
+    others = [other.name for other in target.parent.glob("*.safetensors") if other.name != target.name]
+    if before is not None and before != config.encode() and others:
+        raise UserError(
+            f"{beside} holds the settings of another adapter ({others[0]}); peft reads one a folder, so give a folder "
+            "of its own"
+        )
+    write_bytes(beside, config.encode())
+    try:
+        write_bytes(target, data)
+    except BaseException:
+        if before is None:
+            beside.unlink(missing_ok=True)
+        else:
+            write_bytes(beside, before)
+        raise
 
 
 def _split(where: str) -> tuple[str, str]:
@@ -116,13 +159,15 @@ def _config(tensors: Mapping[str, Tensor]) -> str:
 
 def _flat(patch: Patch, layout: str, target: Any) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for component, name, entry in _named(patch, target):
+    named = list(_named(patch, target))
+    most = max((len(entry.tensors["down"]) for _, _, entry in named if entry.kind == "lowrank"), default=1)
+    for component, name, entry in named:
         stem = _stem(component, name, layout)
         if entry.kind == "lowrank":
             rank = len(entry.tensors["down"])
             out[f"{stem}.lora_down.weight"] = entry.tensors["down"]
-            out[f"{stem}.lora_up.weight"] = entry.scale * entry.tensors["up"]
-            out[f"{stem}.alpha"] = torch.tensor(float(rank))
+            out[f"{stem}.lora_up.weight"] = entry.scale * rank / most * entry.tensors["up"]
+            out[f"{stem}.alpha"] = torch.tensor(float(most))
         else:
             out[f"{stem}.{'diff_b' if entry.kind == 'bias' else 'diff'}"] = entry.scale * entry.tensors["delta"]
     return out

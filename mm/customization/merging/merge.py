@@ -79,6 +79,12 @@ def merge(
     check_options(len(patches), method, weights, density, rank, words, pipe is not None, updates)
     whole("seed", seed, 0, MAX_SEED)
     _check_patches(patches, rank)
+    for patch, weight in zip(patches, weights or (), strict=False):
+        if weight != 1 and all(entry.kind == "rows" for entry in patch.entries.values()):
+            raise UserError(
+                f"{patch.name!r} brings words alone, which act in full, and its weight is {weight:g}; leave it out, or "
+                "give 1"
+            )
     each = [1.0] * len(patches) if weights is None else [float(weight) for weight in weights]
     share = DENSITY if density is None else density
     if method == "orthogonal":
@@ -121,8 +127,8 @@ def merge(
         settings["updates"] = config.updates
     family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
     return Learned(
-        entries=entries, method=f"merged-{method}", base=patches[0].base, name=name, settings=settings, report=report,
-        family=family,
+        entries=entries, method=f"merged-{method}", base=next((p.base for p in patches if p.base), ""), name=name,
+        settings=settings, report=report, family=family,
     )  # fmt: skip
 
 
@@ -262,6 +268,12 @@ def _combined(
         raise UserError(f"{path} is changed for all tokens by one adapter and for some by another; they do not add up")
     if kinds == {"rows"}:
         tensors = {key: torch.cat([entry.tensors[key] for entry, _ in here]) for key in ("ids", "rows")}
+        ids, counts = torch.unique(tensors["ids"], return_counts=True)
+        if bool((counts > 1).any()):
+            raise UserError(
+                f"{path}: two adapters change row {int(ids[counts > 1][0])}, and no row is the sum of two; leave one "
+                "out"
+            )
         return Entry(kind="rows", tensors=tensors), 0.0
     if kinds == {"rotation"}:
         return replace(first, scale=first.scale * here[0][1]), 0.0
@@ -272,8 +284,9 @@ def _combined(
     if len(shapes) > 1:
         raise UserError(f"{path} has changes of shapes {sorted(shapes)}; the adapters are for different models")
     weights = [weight for _, weight in here]
-    if method in COMBINING and first.kind != "bias" and len(here) > 1 and deltas[0].ndim == 2:
-        total = COMBINING[method](deltas, weights, density, seed)
+    if method in COMBINING and first.kind != "bias" and len(here) > 1 and deltas[0].ndim > 1:
+        flat = COMBINING[method]([delta.flatten(1) for delta in deltas], weights, density, seed)
+        total = flat.view_as(deltas[0])
     else:
         total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(deltas[0]))
     if kinds != {"lowrank"}:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
-from mm.customization.methods.protocol import Job, Learner, word_rows
+from mm.customization.methods.protocol import Job, Learner, with_word
 from mm.customization.methods.through_peft import ADAPTER, PeftAdapters
 from mm.customization.pieces import layer_seed
 
@@ -89,6 +89,9 @@ class _Learner(Learner):
         return float(self.job.settings["orthogonal"]) * self.adapters.unorthogonal()
 
     def after_step(self, number: int) -> None:
+        for value in self.adapters.parameters().values():
+            if value.grad is None:  # a layer whose output nothing reads, such as the text stream of the last block
+                value.grad = torch.zeros_like(value)
         self.adapters.allocator.update_and_allocate(self.adapters.model, number)
 
     def kept(self) -> dict[str, Tensor]:
@@ -113,4 +116,4 @@ class AdaLora:
         if not 0 <= job.settings["orthogonal"] < float("inf"):
             raise UserError(f"orthogonal is {job.settings['orthogonal']}; give 0 or more")
         timed = replace(job, settings={**job.settings, "steps": job.steps})
-        return _Learner(job=job, pieces=[_Adapters(timed), *word_rows(job)])
+        return _Learner(job=job, pieces=with_word(job, lambda: _Adapters(timed)))

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
-from mm.customization.methods.dreambooth import DreamBooth
+from mm.customization.methods.dreambooth import DreamBooth, branches_and_word
 from mm.customization.methods.protocol import Job, Learner
-from mm.customization.pieces import Rows
 
 
 @dataclass(kw_only=True)
@@ -40,8 +39,5 @@ class ClassDiffusion:
             raise UserError("class-diffusion needs the subject's class; give noun='mug' (--noun)")
         with torch.no_grad():
             anchor = job.objective.text_features([job.noun]).detach()
-        plain = DreamBooth().begin(job)
-        pieces = plain.pieces
-        if not any(isinstance(piece, Rows) for piece in pieces):
-            pieces = [*pieces, Rows(job.objective, {job.name: job.noun}, seed=job.seed)]
+        pieces = branches_and_word(job, always=True)
         return _Learner(job=job, pieces=pieces, weight=float(job.settings["class_weight"]), anchor=anchor)

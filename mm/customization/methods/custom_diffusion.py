@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mm.core.errors import UserError
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
-from mm.customization.pieces import Branches, FullWeights
-from mm.layers.linear import BranchedLinear
-from mm.layers.surgery import roots_of, submodule
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
+from mm.customization.pieces import Branches, FullWeights, check_whole
+from mm.layers.surgery import roots_of
 
 
 class CustomDiffusion:
@@ -27,15 +25,14 @@ class CustomDiffusion:
         paths = [site.path for site in sites_of(job.objective, "text")]
         rank = job.settings["text_rank"]
         if rank:
-            piece = Branches(job.objective, paths, rank=rank, seed=job.seed, origin=self.name)
-            return Learner(job=job, pieces=[piece, *word_rows(job, always=True)])
-        roots = roots_of(job.objective.pipe)
-        for path in paths:
-            component, _, below = path.partition(".")
-            layer = submodule(roots[component], below)
-            if isinstance(layer, BranchedLinear) and layer.bits != 16:
-                raise UserError(
-                    f"{path} has {layer.bits}-bit weights, which whole changes do not go onto; give text_rank=16"
-                )
-        whole = FullWeights(job.objective, paths, seed=job.seed, origin=self.name)
-        return Learner(job=job, pieces=[whole, *word_rows(job, always=True)])
+            return Learner(
+                job=job,
+                pieces=with_word(
+                    job,
+                    lambda: Branches(job.objective, paths, rank=rank, seed=job.seed, origin=self.name),
+                    always=True,
+                ),
+            )
+        check_whole(roots_of(job.objective.pipe), paths, "text_rank=16")
+        pieces = with_word(job, lambda: FullWeights(job.objective, paths, seed=job.seed, origin=self.name), always=True)
+        return Learner(job=job, pieces=pieces)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
 from mm.customization.batches import encode
+from mm.customization.captions import renamed
 from mm.customization.methods.protocol import Job, Learner
 from mm.customization.pieces import Rows, layer_seed
 
@@ -45,7 +46,7 @@ class _Learner(Learner):
         words = self.placeholders
         own = [f"{words['pose']} {self.job.name}", words["background"]]
         return [
-            f"{self.job.examples[i].caption.replace(self.job.name, own[0])} {own[1]}"
+            f"{renamed(self.job.examples[i].caption, self.job.name, own[0])} {own[1]}"
             for i in chosen
         ]  # fmt: skip
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
-from mm.customization.pieces import Branches
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
+from mm.customization.pieces import Branches, Piece
 
 
 class DreamBooth:
@@ -21,7 +21,17 @@ class DreamBooth:
 
     def begin(self, job: Job) -> Learner:
         """Branches, and the name's row where the vocabulary is closed."""
-        s = job.settings
-        paths = [site.path for site in sites_of(job.objective, s["layers"])]
-        branches = Branches(job.objective, paths, rank=s["rank"], alpha=s["alpha"], seed=job.seed, origin=self.name)
-        return Learner(job=job, pieces=[branches, *word_rows(job)])
+        return Learner(job=job, pieces=branches_and_word(job))
+
+
+def branches_and_word(job: Job, *, always: bool = False) -> list[Piece]:
+    """Branches by the job's settings, and the name's row where the vocabulary is closed, or `always`."""
+    s = job.settings
+    paths = [site.path for site in sites_of(job.objective, s["layers"])]
+    return with_word(
+        job,
+        lambda: Branches(
+            job.objective, paths, rank=s["rank"], alpha=s["alpha"], seed=job.seed, origin=DreamBooth.name
+        ),
+        always=always,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.customization.batches import encode
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
 from mm.customization.objectives.protocol import Objective
 from mm.customization.pieces import Branches
 from mm.layers.surgery import roots_of
@@ -33,16 +33,13 @@ class Eva:
 
     def begin(self, job: Job) -> Learner:
         """Branches on the layers that were given a rank, and the name's row where the vocabulary is closed."""
-        rows = word_rows(job)  # before the captions are read
-        try:
-            downs = directions(job)
-        except BaseException:
-            for piece in rows:
-                piece.remove()
-            raise
-        rank = max(len(down) for down in downs.values())
-        branches = Branches(job.objective, list(downs), rank=rank, seed=job.seed, downs=downs, origin=self.name)
-        return Learner(job=job, pieces=[branches, *rows])
+
+        def branches() -> Branches:
+            downs = directions(job)  # with the word on the model, since captions are read
+            rank = max(len(down) for down in downs.values())
+            return Branches(job.objective, list(downs), rank=rank, seed=job.seed, downs=downs, origin=self.name)
+
+        return Learner(job=job, pieces=with_word(job, branches))
 
 
 @torch.no_grad()
@@ -66,7 +63,7 @@ def directions(job: Job) -> dict[str, Tensor]:
         made = get_eva_state_dict(
             roots_of(objective.pipe).get(part, root), batches, peft_config=config,
             forward_fn=lambda _, batch: _predicted(objective, batch),
-            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
+            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=_inputs, show_progress_bar=False,
         )  # fmt: skip
         for below, rows in made.items():
             if len(rows):
@@ -74,6 +71,12 @@ def directions(job: Job) -> dict[str, Tensor]:
     if not found:
         raise UserError("the layers' inputs do not vary; give more pictures")
     return {path: found[path] for path in paths if path in found}
+
+
+def _inputs(given: Any, _batch: Any, _layer: str) -> Tensor:
+    """A layer's inputs as rows. peft's own function takes no inputs that are views of another layout."""
+    inputs: Tensor = given[0] if isinstance(given, tuple | list) else given
+    return inputs.reshape(-1, inputs.shape[-1]).contiguous()
 
 
 def _predicted(objective: Objective, batch: Mapping[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
 from mm.customization.pieces import Branches, branched_width, layer_seed
 from mm.layers.surgery import roots_of
 
@@ -40,10 +40,13 @@ class Orthogonal:
         if not 0 <= slot < slots:
             raise UserError(f"slot is {slot}; with rank {rank} this model has slots 0 to {slots - 1}")
         downs = {path: basis(path, width)[slot * rank : (slot + 1) * rank] for path, width in widths.items()}
-        branches = Branches(
-            job.objective, paths, rank=rank, seed=job.seed, downs=downs, frozen_down=True, origin=self.name
+        pieces = with_word(
+            job,
+            lambda: Branches(
+                job.objective, paths, rank=rank, seed=job.seed, downs=downs, frozen_down=True, origin=self.name
+            ),
         )
-        return Learner(job=job, pieces=[branches, *word_rows(job)], settings={"slot": slot})
+        return Learner(job=job, pieces=pieces, settings={"slot": slot})
 
 
 def slot_of(name: str, slots: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
 from mm.customization.pieces import Branches, branched_width, layer_seed
 from mm.layers.surgery import roots_of
 
@@ -33,11 +33,14 @@ class PaCA:
         downs = {
             path: chosen_inputs(path, branched_width(roots, path), job.settings["rank"], job.seed) for path in paths
         }
-        branches = Branches(
-            job.objective, paths, rank=job.settings["rank"], seed=job.seed, downs=downs, frozen_down=True,
-            origin=self.name,
+        pieces = with_word(
+            job,
+            lambda: Branches(
+                job.objective, paths, rank=job.settings["rank"], seed=job.seed, downs=downs, frozen_down=True,
+                origin=self.name,
+            ),
         )  # fmt: skip
-        return Learner(job=job, pieces=[branches, *word_rows(job)])
+        return Learner(job=job, pieces=pieces)
 
 
 def chosen_inputs(path: str, width: int, count: int, seed: int) -> Tensor:

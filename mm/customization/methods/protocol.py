@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -189,3 +189,23 @@ def word_rows(job: Job, *, always: bool = False) -> list[Piece]:
     if not (always or job.needs_word):
         return []
     return [Rows(job.objective, {job.name: job.noun}, seed=job.seed)]
+
+
+def with_word(job: Job, make: Callable[[], Piece], *, always: bool = False) -> list[Piece]:
+    """A piece, and behind it the row of the subject's name as `word_rows` says.
+
+    The row is made first, since a name that is taken is found there. Where one of them cannot be made, nothing is left
+    on the model.
+
+    Args:
+        job: whose name it is.
+        make: makes the piece.
+        always: whether the name gets a row with an open vocabulary too.
+    """
+    rows = word_rows(job, always=always)
+    try:
+        return [make(), *rows]
+    except BaseException:
+        for piece in rows:
+            piece.remove()
+        raise

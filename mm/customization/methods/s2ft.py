@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.customization.methods.paca import picks
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
 from mm.customization.pieces import Branches, layer_seed
 from mm.layers.sites import Site
 from mm.layers.surgery import roots_of, submodule
@@ -56,10 +56,14 @@ class S2FT:
                 rows = torch.cat([rows + k * each for k in range(outputs // each)])
                 ups[site.path] = picks(rows, outputs).T.contiguous()
         paths = [site.path for site in sites]
-        branches = Branches(
-            job.objective, paths, rank=rank, seed=job.seed, downs=downs, frozen_down=True, ups=ups, origin=self.name
-        )
-        return Learner(job=job, pieces=[branches, *word_rows(job)])
+        pieces = with_word(
+            job,
+            lambda: Branches(
+                job.objective, paths, rank=rank, seed=job.seed, downs=downs, frozen_down=True, ups=ups,
+                origin=self.name,
+            ),
+        )  # fmt: skip
+        return Learner(job=job, pieces=pieces)
 
 
 def block_of(site: Site) -> str:

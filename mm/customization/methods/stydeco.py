@@ -28,10 +28,10 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.customization.batches import encode, hash_of
-from mm.customization.methods.dreambooth import DreamBooth
+from mm.customization.captions import pattern_of
+from mm.customization.methods.dreambooth import DreamBooth, branches_and_word
 from mm.customization.methods.protocol import Job, Learner
 from mm.customization.objectives.sampling import redrawn, split
-from mm.customization.pieces import Rows
 
 _STEPS = 16  # levels of redrawing, over the whole range
 _TOGETHER = 8  # pictures that are redrawn at once
@@ -104,10 +104,10 @@ def decoupling(one_BD: Tensor, other_BD: Tensor, temperature: float) -> Tensor:
 
 def without_style(caption: str, name: str) -> str:
     """A caption without what names the style: "a cat, <ink> style" and "a cat in the style of <ink>" give "a cat"."""
-    word = re.escape(name)
+    word = pattern_of(name).pattern
     forms = (rf"[,;]?\s*(?:in|with)\s+(?:the\s+)?style\s+of\s+{word}", rf"[,;]?\s*(?:in\s+)?{word}(?:\s+style)?")
     for form in forms:
-        caption = re.sub(form, "", caption)
+        caption = re.sub(form, "", caption, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", caption).strip(" ,;")
 
 
@@ -134,9 +134,7 @@ class StyDeco:
             ).cpu()
             for k in range(0, len(words), _TOGETHER)
         ]  # fmt: skip
-        pieces = DreamBooth().begin(job).pieces
-        if not any(isinstance(piece, Rows) for piece in pieces):
-            pieces = [*pieces, Rows(job.objective, {job.name: job.noun}, seed=job.seed)]
+        pieces = branches_and_word(job, always=True)
         return _Learner(job=job, pieces=pieces, styled=styled, plain=torch.cat(plain), words=words)
 
 

@@ -22,25 +22,39 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.customization.methods.protocol import Job, Learner, sites_of, word_rows
+from mm.core.errors import UserError
+from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
+from mm.customization.pieces import check_whole
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import branched, roots_of, submodule, swap
 
 ADAPTER = "mm_training"
+_PRODUCTS = ("lora", "adalora")  # the others change whole weights
 
 
 class PeftAdapters:
     """A tuner of peft on some layers of the denoiser's components."""
 
     def __init__(self, job: Job, kind: str) -> None:
-        from peft import inject_adapter_in_model
-
         self.kind = kind
         self.roots = roots_of(job.objective.pipe)
         self.paths = [site.path for site in sites_of(job.objective, job.settings["layers"])]
         self.components = list(dict.fromkeys(path.partition(".")[0] for path in self.paths))
         self._flags = [(p, p.requires_grad) for name in self.components for p in self.roots[name].parameters()]
         self._plain: dict[str, bool] = {}
+        if kind not in _PRODUCTS:
+            check_whole(self.roots, self.paths, "a method of products (dreambooth, lora), or learn on the 16-bit model")
+        if kind == "shira":
+            _check_sparse(self.roots, self.paths, job.settings["rank"])
+        try:
+            self._wrap(job)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _wrap(self, job: Job) -> None:
+        from peft import inject_adapter_in_model
+
         for path in self.paths:
             component, _, below = path.partition(".")
             self._plain[path] = not isinstance(submodule(self.roots[component], below), BranchedLinear)
@@ -50,7 +64,7 @@ class PeftAdapters:
             torch.manual_seed(job.seed)
             for name in self.components:
                 mine = [path.partition(".")[2] for path in self.paths if path.startswith(f"{name}.")]
-                inject_adapter_in_model(config_of(kind, job.settings, mine), self.roots[name], ADAPTER)
+                inject_adapter_in_model(config_of(self.kind, job.settings, mine, job.seed), self.roots[name], ADAPTER)
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -123,7 +137,7 @@ class PeftAdapters:
             layer = self._layer(path)
             base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
             swap(self.roots[component], below, base)
-            if self._plain[path] and isinstance(base, BranchedLinear) and base.bits == 16 and not base.branches:
+            if self._plain.get(path) and isinstance(base, BranchedLinear) and base.bits == 16 and not base.branches:
                 base.to_linear()
         for parameter, wanted in self._flags:
             parameter.requires_grad_(wanted)
@@ -131,11 +145,25 @@ class PeftAdapters:
             self.roots[name].__dict__.pop("peft_config", None)
 
 
-def config_of(kind: str, settings: Mapping[str, Any], paths: list[str]) -> Any:
+def _check_sparse(roots: Mapping[str, nn.Module], paths: list[str], rank: int) -> None:
+    """Raises UserError where SHiRA would take more values of a weight than it has."""
+    for path in paths:
+        component, _, below = path.partition(".")
+        layer = submodule(roots[component], below)
+        assert isinstance(layer, nn.Linear)
+        outputs, inputs = layer.out_features, layer.in_features
+        if rank * (outputs + inputs) > outputs * inputs:
+            raise UserError(
+                f"rank is {rank}, and shira takes rank x ({outputs} + {inputs}) values of the {outputs} x {inputs} of "
+                f"{path}; give at most {outputs * inputs // (outputs + inputs)}"
+            )
+
+
+def config_of(kind: str, settings: Mapping[str, Any], paths: list[str], seed: int) -> Any:
     """peft's config of a tuner."""
     import peft
 
-    rank = settings["rank"]
+    rank = settings.get("rank", 0)
     common: dict[str, Any] = {"target_modules": paths}
     if kind in ("lora", "dora"):
         return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", **common)
@@ -151,7 +179,7 @@ def config_of(kind: str, settings: Mapping[str, Any], paths: list[str]) -> Any:
         return peft.LoKrConfig(r=rank, alpha=rank, decompose_factor=settings["factor"], **common)
     if kind == "loha":
         return peft.LoHaConfig(r=rank, alpha=rank, **common)
-    return peft.ShiraConfig(r=rank, random_seed=0, **common)
+    return peft.ShiraConfig(r=rank, random_seed=seed, **common)
 
 
 class ThroughPeft:
@@ -159,38 +187,38 @@ class ThroughPeft:
 
     def __init__(self, kind: str, **defaults: Any) -> None:
         self.name = kind
-        self.defaults: Mapping[str, Any] = {"layers": "all", "rank": 8, **defaults}
+        self.defaults: Mapping[str, Any] = {"layers": "all", **defaults}
 
     def begin(self, job: Job) -> Learner:
         """The tuner on the layers."""
-        return Learner(job=job, pieces=[PeftAdapters(job, self.name), *word_rows(job)])
+        return Learner(job=job, pieces=with_word(job, lambda: PeftAdapters(job, self.name)))
 
 
 def lora() -> ThroughPeft:
     """LoRA as peft makes it."""
-    return ThroughPeft("lora")
+    return ThroughPeft("lora", rank=8)
 
 
 def dora() -> ThroughPeft:
     """DoRA."""
-    return ThroughPeft("dora")
+    return ThroughPeft("dora", rank=8)
 
 
 def oft() -> ThroughPeft:
-    """OFT in blocks."""
+    """OFT in blocks, which take the place of a rank."""
     return ThroughPeft("oft", block=16)
 
 
 def lokr() -> ThroughPeft:
     """LoKr."""
-    return ThroughPeft("lokr", factor=8)
+    return ThroughPeft("lokr", rank=8, factor=8)
 
 
 def loha() -> ThroughPeft:
     """LoHa."""
-    return ThroughPeft("loha")
+    return ThroughPeft("loha", rank=8)
 
 
 def shira() -> ThroughPeft:
     """SHiRA."""
-    return ThroughPeft("shira")
+    return ThroughPeft("shira", rank=8)
