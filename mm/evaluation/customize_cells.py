@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from mm.adapters.patch import Patch
-from mm.customization.merging.merge import merge
+from mm.customization.merging.merge import DRAWING, merge
 from mm.erasure.erase import erase
 from mm.evaluation.customize_bench import GROUND, ORTHOGONAL, SUBJECTS, Bench
 from mm.evaluation.customize_styles import (
@@ -34,7 +34,7 @@ from mm.world import captions as c
 from mm.world import vocabulary as v
 
 PLAIN = "dreambooth"
-MERGING: tuple[str, ...] = ("regmean", "sum")
+MERGING: tuple[str, ...] = ("distill", "regmean", "sum")
 NOUNS: dict[str, str] = {"panda": "bear", "tulip": "sunflower", "gift": "cake"}  # the nearest known class
 KNOWN: tuple[tuple[str, str], ...] = (("cat", "car"), ("tree", "apple"), ("house", "star"), ("fish", "clock"))
 PAIRS: tuple[str, ...] = ("a {0} and a {1}", "a {1} left of a {0}", "a {0} above a {1}", "a {0} and a {1} on grass")
@@ -151,13 +151,14 @@ def merged(bench: Bench, method: str, subjects: Sequence[str], how: str) -> dict
     """Each subject with all their adapters merged; the same seeds as by itself."""
     total = _total(bench, method, subjects, how)
     found = {subject: _verdicts(bench, subject, f"<{subject}>", total) for subject in subjects}
-    errors = {key: total.report[key] for key in ("largest_loss", "mean_error") if key in total.report}
+    measured = ("largest_loss", "mean_error", "error_before", "error")
+    errors = {key: total.report[key] for key in measured if key in total.report}
     return {"subjects": found, "seen": [x for one in found.values() for x in one["seen"]]} | errors
 
 
 def _total(bench: Bench, method: str, subjects: Sequence[str], how: str) -> Patch:
     each = [bench.adapter(method, subject) for subject in subjects]
-    if how == "regmean":
+    if how in DRAWING:
         return merge(each, method=how, pipe=bench.pipe, steps=bench.steps)
     return merge(each, method="orthogonal" if method == ORTHOGONAL else how)
 

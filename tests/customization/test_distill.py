@@ -19,10 +19,11 @@ import mm.customization.merging.teachers as teachers_module
 from mm.adapters.patch import Patch
 from mm.cli.merge import app
 from mm.core.errors import UserError
+from mm.customization.companions import Box
 from mm.customization.customize import customize
 from mm.customization.merging.distill import Distillation
 from mm.customization.merging.merge import merge
-from mm.customization.merging.teachers import Teachers
+from mm.customization.merging.teachers import Teachers, Together, applied
 from mm.customization.objectives.protocol import objective_of
 
 FAST: dict[str, Any] = {
@@ -122,9 +123,35 @@ def test_the_model_is_as_before_and_the_same_seed_gives_the_same_file(
 
 def test_pictures_of_two_subjects_name_both(pipe: Any, adapters: list[Patch]) -> None:
     teachers = Teachers(objective_of(pipe), adapters, WORDS, (1.0, 1.0), seed=7, steps=1)
-    for example in teachers.pairs(3):
-        assert all(word in example.caption for word in WORDS)
-        assert example.picture.size == (SIDE, SIDE)
+    for pair in teachers.pairs(3):
+        assert all(word in pair.caption for word in WORDS)
+        assert pair.picture.size == (SIDE, SIDE)
+        assert [word in prompt for word, prompt in zip(("sks", "zwx"), pair.prompts, strict=True)] in (
+            [True, True], [False, False],
+        )  # fmt: skip
+
+
+def test_targets_of_two_subjects_are_what_each_adapter_predicts_at_its_place(pipe: Any, adapters: list[Patch]) -> None:
+    """Predictions with one whole patch on are compared, cell by cell, with the targets."""
+    objective = objective_of(pipe)
+    teachers = Teachers(objective, adapters, WORDS, (1.0, 1.0), seed=7, steps=1)
+    box = [Box(left=0.0, top=0.0, right=0.5, bottom=0.5), Box(left=0.5, top=0.5, right=1.0, bottom=1.0)]
+    pair = Together(
+        picture=teachers.drawn[0][0].picture, caption="a sks and a zwx", plain="a dog and a car", names=(0, 1),
+        prompts=("a sks and a car", "a dog and a zwx"), places=(box[0], box[1]),
+    )  # fmt: skip
+    made = teachers.of_pairs([pair])
+    assert made is not None and made.prompts == (pair.caption,) * NOISES
+    cases: list[tuple[Patch | None, str]] = [(None, pair.plain), (adapters[0], pair.prompts[0])]
+    cases.append((adapters[1], pair.prompts[1]))
+    half = made.wanted.shape[-1] // 2
+    places = (
+        (slice(0, half), slice(half, None)), (slice(0, half), slice(0, half)), (slice(half, None), slice(half, None)),
+    )  # fmt: skip
+    for (patch, prompt), (rows, columns) in zip(cases, places, strict=True):
+        with torch.no_grad(), applied(pipe, patch):
+            given = objective.predict(made.noisy, made.level_M, objective.encode_prompts([prompt] * NOISES))
+        assert torch.allclose(given[..., rows, columns], made.wanted[..., rows, columns], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch import Tensor
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.customization.batches import hash_of
-from mm.customization.merging.teachers import Targets, Teachers, applied, encoded
+from mm.customization.merging.teachers import Targets, Teachers, applied
 from mm.customization.objectives.protocol import Objective, objective_of, weighted_mse
 from mm.customization.pieces import Branches, frozen
 
@@ -62,12 +62,16 @@ class Distilled:
         first: error on the predictions of the adapters before training, as a share of what the adapters change.
         last: the same afterwards.
         pairs: pictures of two subjects that were made.
+        pairs_first: error on them before training, as a share of what is wanted beyond the base.
+        pairs_last: the same afterwards.
     """
 
     entries: dict[str, Entry]
     first: float
     last: float
     pairs: int
+    pairs_first: float
+    pairs_last: float
 
 
 def distill(
@@ -93,7 +97,7 @@ def distill(
     objective = objective_of(pipe)
     teachers = Teachers(objective, patches, words, weights, seed=seed, steps=steps, progress=progress)
     pairs = teachers.pairs(config.pairs, progress) if len(patches) > 1 and config.pairs else []
-    pictures = [(encoded(objective, pair.picture), pair.caption) for pair in pairs]
+    of_pairs = teachers.of_pairs(pairs)
     with frozen(pipe), applied(pipe, others):
         branches = Branches(
             objective, list(start), rank=1, seed=seed, origin="distill",
@@ -103,18 +107,21 @@ def distill(
             with torch.no_grad():
                 for path, entry in start.items():
                     branches.up[path].copy_(entry.scale * entry.tensors["up"].float())
-            first = _error(objective, teachers, branches)
-            _train(objective, teachers, pictures, branches, config, seed, len(patches), progress)
+            sets = (teachers.own, [] if of_pairs is None else [of_pairs])
+            first = [_error(objective, each, branches) for each in sets]
+            _train(objective, teachers, of_pairs, branches, config, seed, len(patches), progress)
+            last = [_error(objective, each, branches) for each in sets]
             return Distilled(
-                entries=branches.entries(), first=first, last=_error(objective, teachers, branches), pairs=len(pairs)
-            )
+                entries=branches.entries(), first=first[0], last=last[0], pairs=len(pairs), pairs_first=first[1],
+                pairs_last=last[1],
+            )  # fmt: skip
         finally:
             branches.remove()
 
 
 @torch.enable_grad()
 def _train(
-    objective: Objective, teachers: Teachers, pictures: Sequence[tuple[Tensor, str]], branches: Branches,
+    objective: Objective, teachers: Teachers, of_pairs: Targets | None, branches: Branches,
     config: Distillation, seed: int, count: int, progress: OnProgress,
 ) -> None:  # fmt: skip
     parameters = list(branches.parameters().values())
@@ -125,7 +132,7 @@ def _train(
             warm = min(1.0, (number + 1) / 10)
             group["lr"] = config.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * number / total)))
         generator = torch.Generator().manual_seed(hash_of(seed + 3, number))
-        noisy, level_B, prompts, wanted = _batch(objective, teachers, pictures, config.adapters, generator)
+        noisy, level_B, prompts, wanted = _batch(objective, teachers, of_pairs, config.adapters, generator)
         given = objective.predict(noisy, level_B, objective.encode_prompts(prompts))
         loss = weighted_mse(given, wanted, None).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -136,38 +143,27 @@ def _train(
 
 
 def _batch(
-    objective: Objective, teachers: Teachers, pictures: Sequence[tuple[Tensor, str]], most: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, list[str], Tensor]:  # fmt: skip
+    objective: Objective, teachers: Teachers, of_pairs: Targets | None, most: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, list[str], Tensor]:
     """A step's latents, levels, prompts and what is wanted."""
-
-    def one_of(count: int) -> int:
-        return int(torch.randint(count, (), generator=generator))
-
     chosen = [teachers.own[k] for k in torch.randperm(len(teachers.own), generator=generator)[:most].tolist()]
-    rows = [(each, one_of(len(each))) for each in (*chosen, teachers.other)]
-    noisy = [each.noisy[k] for each, k in rows]
-    levels = [each.level_M[k] for each, k in rows]
-    prompts = [each.prompts[k] for each, k in rows]
-    wanted = [each.wanted[k] for each, k in rows]
-    if pictures:
-        clean, caption = pictures[one_of(len(pictures))]
-        level_B = objective.levels(1, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy.append(objective.noised(clean, noise, level_B)[0])
-        wanted.append(objective.target(clean, noise, level_B)[0])
-        levels.append(level_B[0])
-        prompts.append(caption)
+    sets = [*chosen, teachers.other, *([] if of_pairs is None else [of_pairs])]
+    rows = [(each, int(torch.randint(len(each), (), generator=generator))) for each in sets]
     device = objective.device
-    return torch.stack(noisy).to(device), torch.stack(levels).to(device), prompts, torch.stack(wanted).to(device)
+    return (
+        torch.stack([each.noisy[k] for each, k in rows]).to(device),
+        torch.stack([each.level_M[k] for each, k in rows]).to(device),
+        [each.prompts[k] for each, k in rows],
+        torch.stack([each.wanted[k] for each, k in rows]).to(device),
+    )
 
 
 @torch.no_grad()
-def _error(objective: Objective, teachers: Teachers, branches: Branches, most: int = 32) -> float:
-    """Error on some of the predictions of the adapters, as a share of what the adapters change there."""
+def _error(objective: Objective, sets: Sequence[Targets], branches: Branches, most: int = 32) -> float:
+    """Error on some of the targets, as a share of what is wanted there beyond the base."""
     error, size = 0.0, 0.0
     branches.settle()
-    for each in teachers.own:
+    for each in sets:
         part = slice(0, len(each), max(1, len(each) // most))
         error += _distance(objective, each, part)
         with branches.off():

@@ -124,6 +124,7 @@ def merge(
         )
         entries |= made.entries
         report |= {"error_before": made.first, "error": made.last, "pairs": made.pairs}
+        report |= {"pairs_error_before": made.pairs_first, "pairs_error": made.pairs_last}
         settings["updates"] = config.updates
     family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
     return Learned(

@@ -5,8 +5,10 @@ Design choices
   are its own predictions along pictures that it drew, so that no training pictures are needed. Those of the base, on
   prompts without any of the words, keep what it draws.
 - Pictures of two subjects are made as those beside known things are (`mm.customization.companions`): the base draws two
-  known things, and both are covered by subjects cut out of pictures that their adapters drew. The target is then the
-  true velocity or noise.
+  known things, and both are covered by subjects cut out of pictures that their adapters drew. The target is what each
+  adapter predicts at the place of its subject, and what the base predicts elsewhere (as Gu et al. 2023, Mix-of-Show,
+  arXiv 2305.18292, let each adapter draw a region of its own). The true noise would be as good on average, and hide
+  the small differences between adapters in its variance.
 - A part of the targets of an adapter has the empty prompt, with which guidance compares.
 
 Legend: M targets, B batch, C channels, H x W latents.
@@ -76,6 +78,27 @@ class Drawn:
     picture: Image.Image
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Together:
+    """A picture of two subjects.
+
+    Attributes:
+        picture: the base's, with both subjects over two known things.
+        caption: with both words.
+        plain: the prompt with two known things, which the base has drawn.
+        names: numbers of the adapters.
+        prompts: of each adapter, with its word and the known thing in the place of the other subject.
+        places: of the subjects.
+    """
+
+    picture: Image.Image
+    caption: str
+    plain: str
+    names: tuple[int, int]
+    prompts: tuple[str, str]
+    places: tuple[Box, Box]
+
+
 @contextmanager
 def applied(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
     """Within the context the patch is on; None for the base."""
@@ -111,6 +134,7 @@ class Teachers:
         seed: int, steps: int | None = None, progress: OnProgress = lambda share, text: None,
     ) -> None:  # fmt: skip
         self.objective, self.words, self.seed, self.steps = objective, list(words), seed, steps
+        self.patches, self.weights = list(patches), list(weights)
         self.own: list[Targets] = []
         self.drawn: list[list[Drawn]] = []
         self.other = self._of(None, 1.0, other_prompts(objective.pipe), 0, progress)[0]
@@ -147,46 +171,81 @@ class Teachers:
         wanted = objective.predict(noisy, level_B.to(device), objective.encode_prompts(prompts))
         return Targets(noisy=noisy.cpu(), level_M=level_B, prompts=prompts, wanted=wanted.cpu())
 
-    def pairs(self, each: int, progress: OnProgress = lambda share, text: None) -> list[Example]:
+    def pairs(self, each: int, progress: OnProgress = lambda share, text: None) -> list[Together]:
         """Pictures of two subjects, so that each subject is in about `each` of them; fewer where they overlap."""
         rng = random.Random(f"pairs {self.seed}")
         boxes: dict[tuple[int, int], Box] = {}
-        made: list[Example] = []
+        made: list[Together] = []
         order = list(combinations(range(len(self.words)), 2))
         rng.shuffle(order)
         wanted = max(1, round(each * len(self.words) / 2))
         for number in range(wanted):
             progress(number / wanted, f"picture {number + 1} of {wanted} with two subjects")
             one, other = order[number % len(order)]
-            example = self._pair((one, other) if number % 2 else (other, one), boxes, rng, number)
-            if example is not None:
-                made.append(example)
+            found = self._pair((one, other) if number % 2 else (other, one), boxes, rng)
+            if found is not None:
+                made.append(found)
         return made
 
     def _pair(
-        self, names: tuple[int, int], boxes: dict[tuple[int, int], Box], rng: random.Random, number: int
-    ) -> Example | None:
+        self, names: tuple[int, int], boxes: dict[tuple[int, int], Box], rng: random.Random
+    ) -> Together | None:  # fmt: skip
         """A picture of two adapters' subjects."""
         objective, form = self.objective, TOGETHER[rng.randrange(len(TOGETHER))]
         if objective.unknown(form.format("", ""), ""):
             form = TOGETHER[0]
-        caption = form.format(*(self.words[k] for k in names))
+        words = [self.words[k] for k in names]
         for _ in range(_TRIES):
             one, other, third = rng.sample(list(objective.known_nouns()), 3)
-            prompt = form.format(one, other)
-            drawn = draw(objective.pipe, prompt, side=objective.side, seed=rng.randrange(2**31), steps=self.steps)
+            plain = form.format(one, other)
+            drawn = draw(objective.pipe, plain, side=objective.side, seed=rng.randrange(2**31), steps=self.steps)
             picture, places = drawn.convert("RGB"), []
             for k, without in zip(names, (form.format(third, other), form.format(one, third)), strict=True):
                 shown = rng.randrange(min(_ALONE, len(self.drawn[k])))
                 source = self.drawn[k][shown]
                 if (k, shown) not in boxes:
                     boxes[k, shown] = self._subject(source, self.words[k])
-                place = fitted(boxes[k, shown], drawn_box(objective, drawn, prompt, without))
+                place = fitted(boxes[k, shown], drawn_box(objective, drawn, plain, without))
                 picture = pasted(picture, source.picture, boxes[k, shown], place)
                 places.append(place)
             if max(p.area for p in places) < _LARGEST and places[0].overlap(places[1]) < _SHARED:
-                return Example(path=Path(f"pair-{number}.png"), caption=caption, picture=picture)
+                prompts = (form.format(words[0], other), form.format(one, words[1]))
+                return Together(
+                    picture=picture, caption=form.format(*words), plain=plain, names=names, prompts=prompts,
+                    places=(places[0], places[1]),
+                )  # fmt: skip
         return None
+
+    @torch.no_grad()
+    def of_pairs(self, pairs: Sequence[Together]) -> Targets | None:
+        """The targets of pictures of two subjects; None for no pictures."""
+        if not pairs:
+            return None
+        objective, device = self.objective, self.objective.device
+        generator = torch.Generator().manual_seed(hash_of(self.seed, 2**20))
+        parts = []
+        for pair in pairs:
+            clean = encoded(objective, pair.picture).expand(_NOISES, -1, -1, -1)
+            level_B, noise = objective.levels(_NOISES, generator), torch.randn(clean.shape, generator=generator)
+            noisy = objective.noised(clean, noise, level_B)
+            condition = objective.encode_prompts([pair.plain] * _NOISES)
+            wanted = objective.predict(noisy.to(device), level_B.to(device), condition).cpu()
+            captions = (pair.caption,) * _NOISES
+            parts.append(Targets(noisy=noisy, level_M=level_B, prompts=captions, wanted=wanted))
+        for number, (patch, weight) in enumerate(zip(self.patches, self.weights, strict=True)):
+            with applied(objective.pipe, patch, weight):
+                for pair, part in zip(pairs, parts, strict=True):
+                    if number in pair.names:
+                        self._own_part(pair, pair.names.index(number), part)
+        return joined(parts)
+
+    def _own_part(self, pair: Together, at: int, part: Targets) -> None:
+        """Puts what the adapter that is on predicts at the place of its subject into the targets."""
+        objective, device = self.objective, self.objective.device
+        condition = objective.encode_prompts([pair.prompts[at]] * len(part))
+        given = objective.predict(part.noisy.to(device), part.level_M.to(device), condition).cpu()
+        inside_HW = cells(pair.places[at], part.noisy.shape[-2], part.noisy.shape[-1])
+        part.wanted[..., inside_HW] = given[..., inside_HW]
 
     def _subject(self, source: Drawn, word: str) -> Box:
         example = Example(path=Path("drawn.png"), caption=source.prompt, picture=source.picture)
@@ -196,6 +255,19 @@ class Teachers:
 def encoded(objective: Objective, picture: Image.Image) -> Tensor:
     """Latents (1, C, H, W) of a picture, on the CPU."""
     return objective.encode_pictures(to_tensor(picture, objective.side)[None].to(objective.device)).float().cpu()
+
+
+def cells(box: Box, height: int, width: int) -> Tensor:
+    """The cells (H, W) of a grid whose centres are in a box; the nearest one where there are none."""
+    down = (torch.arange(height) + 0.5) / height
+    right = (torch.arange(width) + 0.5) / width
+    rows, columns = (down >= box.top) & (down <= box.bottom), (right >= box.left) & (right <= box.right)
+    for inside, centres, middle in (
+        (rows, down, (box.top + box.bottom) / 2), (columns, right, (box.left + box.right) / 2),
+    ):  # fmt: skip
+        if not inside.any():
+            inside[(centres - middle).abs().argmin()] = True
+    return rows[:, None] & columns
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
