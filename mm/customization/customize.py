@@ -138,7 +138,7 @@ def customize(
     check_names_read(objective, name, [one.caption for one in examples])
     warn_of_small(examples, objective.side)
     kept = _preserved(objective, examples, name, noun, kind, preserved)
-    beside, held = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
+    beside, plain = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
         objective=objective,
         examples=balanced(examples, beside),
@@ -159,7 +159,7 @@ def customize(
         goal = goal_of(learner, prompts)
         batches = Batches(
             objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
-            own=len(examples), held=held, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
+            own=len(examples), held=plain, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
             strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
