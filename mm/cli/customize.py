@@ -93,16 +93,28 @@ def customize(
             regularization=regularization, guard=guard or (), seed=seed,
             estimated=lambda found: print(found, file=sys.stderr), progress=line.show, **settings,
         )  # fmt: skip
-    try:
-        learned.write(out, layout, target=pipe)  # type: ignore[arg-type]
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror or error}); what was learned is kept in {place}, and the same "
-            "command writes it without learning again; free some space first, or choose another -o with --work "
-            f"{place}"
-        ) from error
+    _write(learned, out, layout, pipe, place)
     if not keep:
         (place / STATE).unlink(missing_ok=True)
+    _print(learned, out)
+
+
+def _write(learned: Any, out: Path, layout: str, pipe: Any, work: Path) -> None:
+    """Writes what was learned. Raises UserError where there is no space, with where it is kept."""
+    from mm.core.errors import UserError
+
+    try:
+        learned.write(out, layout, target=pipe)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}); what was learned is kept in {work}, and the same "
+            "command writes it without learning again; free some space first, or choose another -o with --work "
+            f"{work}"
+        ) from error
+
+
+def _print(learned: Any, out: Path) -> None:
+    """Prints how well it was learned, and what was written."""
     report = learned.report
     print(f"error on the pictures: {report['error']:.3f} of the base's, drift {report['drift']:.3f}")
     stopped = f", stopped early; best at step {report['best_step']}" if report["stopped_early"] else ""

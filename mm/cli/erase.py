@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,18 +38,8 @@ def erase(
 ) -> None:
     """Makes a patch after which the model draws something else where the concepts are asked for."""
     from mm.adapters.formats.writer import LAYOUTS
-    from mm.core.errors import UserError
-    from mm.core.files import check_new
 
-    for file in (out, lora):
-        if file is not None:
-            check_new(file, force=force)
-    if lora is not None and lora.resolve() == out.resolve():
-        raise UserError(f"{out} is the patch and the LoRA file; give --lora another name")
-    if layout is not None and layout not in LAYOUTS:
-        raise UserError(f"the layout is {layout!r}; there are {', '.join(LAYOUTS)}")
-    if lora is None and layout is not None:
-        raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")
+    _check_files(out, lora, layout, LAYOUTS, force)
     from mm.cli.running import quietly_loaded
     from mm.erasure.checks import check_call
     from mm.erasure.concepts import contexts_for
@@ -73,3 +64,19 @@ def erase(
         print(f"{target}: draws {placed or 'nothing in its place'}")
     print(f"retained: {', '.join(report['retained']) or 'nothing by name'}")
     print(f"{out}: {counted(len(patch.entries), 'layer')}, method {patch.method}, {report['seconds']} s")
+
+
+def _check_files(out: Path, lora: Path | None, layout: str | None, layouts: Sequence[str], force: bool) -> None:
+    """Raises UserError where the files cannot be written, are one, or `layout` is no layout of the second."""
+    from mm.core.errors import UserError
+    from mm.core.files import check_new
+
+    for file in (out, lora):
+        if file is not None:
+            check_new(file, force=force)
+    if lora is not None and lora.resolve() == out.resolve():
+        raise UserError(f"{out} is the patch and the LoRA file; give --lora another name")
+    if layout is not None and layout not in layouts:
+        raise UserError(f"the layout is {layout!r}; there are {', '.join(layouts)}")
+    if lora is None and layout is not None:
+        raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")

@@ -45,12 +45,15 @@ def merge(
 
     check_new(out, force=force)
     from mm.customization.learned import check_layout
+    from mm.customization.merging.config import DRAWING, MergeConfig
     from mm.customization.merging.files import check_files, read_adapter
-    from mm.customization.merging.merge import DRAWING, check_options
     from mm.customization.merging.merge import merge as make
 
     check_layout(layout)
-    check_options(len(files), method, weight, density, rank, word, model is not None, updates)
+    MergeConfig(
+        count=len(files), method=method, weights=weight, density=density, rank=rank, words=word,
+        with_model=model is not None, updates=updates,
+    )  # fmt: skip
     check_files(files)
     target = None
     if model is not None:

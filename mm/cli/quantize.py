@@ -49,7 +49,6 @@ def quantize(
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
     from mm.core.errors import UserError
-    from mm.core.files import read_text_lines
     from mm.core.paths import resolve_model
     from mm.engine.notices import no_loading_bars
     from mm.quantization.config import SVDQuantConfig
@@ -76,11 +75,7 @@ def quantize(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    lines = None
-    if prompts is not None:
-        lines = [line.strip() for line in read_text_lines(prompts, "prompt file") if line.strip()]
-        if not lines:
-            raise UserError(f"{prompts} holds no prompt; give one a line")
+    lines = None if prompts is None else _prompts(prompts)
     no_loading_bars()
     with _folder(Path(model).expanduser(), base, out) if is_file else nullcontext(model) as where:
         report = quantize_folder(
@@ -95,6 +90,17 @@ def quantize(
         )
     for line in _lines(out, report):
         print(line)
+
+
+def _prompts(file: Path) -> list[str]:
+    """The lines of a file of prompts. Raises UserError where there is none."""
+    from mm.core.errors import UserError
+    from mm.core.files import read_text_lines
+
+    lines = [line.strip() for line in read_text_lines(file, "prompt file") if line.strip()]
+    if not lines:
+        raise UserError(f"{file} holds no prompt; give one a line")
+    return lines
 
 
 def _folder(path: Path, base: str | None, out: Path) -> AbstractContextManager[Path]:

@@ -191,19 +191,31 @@ def check_finite(tensor: Tensor, name: str, source: object, most: float = math.i
         raise UserError(f"{source}: {shown(name)} holds values up to {size:.3g}; no sound weights exceed {most:.0g}")
 
 
-def sealed(data: bytes, key: str) -> bytes:
-    """The bytes of a safetensors file with a checksum of all of it in its metadata, which `check_seal` compares.
+def ordered(data: bytes, more: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file with its metadata in alphabetical order, which safetensors leaves to chance.
 
-    Metadata stand in alphabetical order then, which safetensors leaves to chance.
+    Args:
+        data: the file.
+        more: metadata that are added.
     """
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    metadata = header.get("__metadata__", {})
-    values = np.frombuffer(data, np.uint8, offset=8 + size)
-    header["__metadata__"] = dict(sorted((metadata | {key: _checksum(header, values)}).items()))
+    header, values = _parts(data)
+    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **(more or {})}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    return len(text).to_bytes(8, "little") + text + values
+
+
+def sealed(data: bytes, key: str) -> bytes:
+    """The bytes of a safetensors file with a checksum of all of it in its metadata, which `check_seal` compares."""
+    header, values = _parts(data)
+    header.setdefault("__metadata__", {})
+    return ordered(data, {key: _checksum(header, np.frombuffer(values, np.uint8))})
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header of a safetensors file, and the bytes of its tensors."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
 
 
 def check_seal(path: str | os.PathLike[str], key: str, what: str, *, limits: Limits = ADAPTER_LIMITS) -> None:

@@ -22,6 +22,7 @@ from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
+from mm.core.safe_tensors import ordered
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
 READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
@@ -177,16 +178,6 @@ class Learned(Patch):
             config = {f"{part}.{key}": value for part in parts_of for key, value in OFT_SETTINGS.items()}
             meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
         return meta
-
-
-def ordered(data: bytes) -> bytes:
-    """The bytes of a safetensors file with its metadata in alphabetical order, which safetensors leaves to chance."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def write_textual_inversion(

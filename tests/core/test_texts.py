@@ -104,6 +104,8 @@ CALLS: dict[str, tuple[Any, str]] = {
     "read_lora for nothing": (lambda: mm.read_lora({}, None), "has no tensors|None is no model"),
     "write_lora": (lambda: mm.write_lora({}, "x"), "patch is a dict; give a patch"),
     "write_lora nowhere": (lambda: mm.write_lora(PATCH, None), "path is None; give the path"),
+    "merge one": (lambda: mm.merge(PATCH), "patches is a Patch; give a list of two"),
+    "merge names": (lambda: mm.merge(["a", "b"]), "a patch is 'a'; give patches"),
     "load nothing": (lambda: mm.load(None), "the model is None; give the path"),
     "from_pretrained": (lambda: mm.TextToImagePipeline.from_pretrained(None), "the model is None; give"),
     "load_nunchaku": (lambda: mm.load_nunchaku(None), "the Nunchaku file is None; give the path"),
