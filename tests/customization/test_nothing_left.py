@@ -15,6 +15,7 @@ from mm.core.errors import UserError
 from mm.customization.checks import check_names_read
 from mm.customization.customize import customize
 from mm.customization.data import read_folder
+from mm.customization.effects import check_effects
 from mm.customization.learned import LAYOUTS, check_layout
 from mm.customization.methods import through_peft
 from mm.customization.objectives.protocol import objective_of
@@ -77,7 +78,6 @@ def test_a_tuner_that_fails_midway(pipe: Any, photos: Path, monkeypatch: pytest.
         ({"preserve": 0, "guard": ("wolf",)}, "guarded concepts are held"),
         ({"preserve": 0, "preserved": ("a wolf",)}, "preserved prompts are held"),
         ({"preserve": 0, "strangers": 1}, "strangers is 1, and other names are held"),
-        ({"method": "textual-inversion", "learning_rate": 1e-3}, "learning_rate is 0.001, and textual-inversion"),
         ({"method": "oft", "rank": 4}, "oft has no setting 'rank'"),
         ({"method": "oft", "block": 1}, "block is 1"),
         ({"alpha": 0}, "alpha is 0"),
@@ -114,6 +114,8 @@ def test_captions_that_are_cut_off_before_the_name(pipe: Any, tmp_path: Path) ->
 
 def test_what_a_run_warns_of(pipe: Any, tmp_path: Path) -> None:
     folder = subject_folder(tmp_path, 2)
+    with pytest.warns(UserWarning, match="learning_rate is 0.001, and textual-inversion trains a word alone"):
+        check_effects("textual-inversion", "subject", {"learning_rate": 1e-3})
     Image.new("RGB", (1, 5)).save(folder / "1.png")
     with pytest.warns(UserWarning) as caught:
         learned = customize(pipe, folder, name="<mug>", **(FAST | {"learning_rate": 1e-9}))
