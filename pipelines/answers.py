@@ -32,7 +32,7 @@ def paired(image: Any, question: str | Sequence[str] | None) -> tuple[list[Any],
     Raises:
         UserError: Several of both, but not as many.
     """
-    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+    pictures = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
     questions = [DESCRIBE if question is None else question] if isinstance(question, str | None) else list(question)
     questions = questions * len(pictures) if len(questions) == 1 else questions
     pictures = pictures * len(questions) if len(pictures) == 1 else pictures

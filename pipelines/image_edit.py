@@ -156,22 +156,12 @@ class ImageEditPipeline(TextToImagePipeline):
         prompts = texts_of(prompt)
         negatives = negatives_of(negative_prompt, self.text_tokenizer)
         num_inference_steps = steps_for(mode, num_inference_steps)
-        pictures = as_pictures(image)
-        pictures = pictures * len(prompts) if len(pictures) == 1 and not isinstance(image, (list, tuple)) else pictures
-        if len(pictures) != len(prompts):
-            raise UserError(
-                f"{counted(len(pictures), 'picture')} and {counted(len(prompts), 'instruction')}; give as many"
-            )
+        pictures = _sources(image, len(prompts))
         prompts = check_instructions(
             prompts, self.text_tokenizer, lambda at: self._seen(pictures[at]),
             lambda at, name: self._is_absent(pictures[at], name), strict=strict,
         )  # fmt: skip
-        if len(negatives) not in (1, len(prompts)):
-            raise UserError(
-                f"{counted(len(negatives), 'negative prompt')} for "
-                f"{counted(len(prompts), 'instruction')}; give one, or one for each"
-            )
-        negatives = negatives * (len(prompts) // len(negatives))
+        negatives = _one_for_each(negatives, len(prompts))
         side = self.side
         self.check_inputs(
             height=side if height is None else height, width=side if width is None else width,
@@ -189,15 +179,8 @@ class ImageEditPipeline(TextToImagePipeline):
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
                 "attention_kwargs": attention_kwargs,
             }  # fmt: skip
-            each = [k // num_images_per_prompt for k in range(len(generators))]
-            made = [
-                self(
-                    [pictures[i]], [prompts[i]], negative_prompt=negatives[i], generator=[generators[k]], strict=False,
-                    latents=None if latents is None else latents[k : k + 1], **options,
-                )[0]
-                for k, i in enumerate(each)
-            ]  # fmt: skip
-            return ImagePipelineOutput(images=joined(made)) if return_dict else (joined(made),)
+            made = self._one_by_one(pictures, prompts, negatives, generators, latents, **options)
+            return ImagePipelineOutput(images=made) if return_dict else (made,)
         opened = [open_picture(picture) for picture in pictures]
         source = to_tensor(opened, side).to(self._execution_device)
         tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
@@ -225,6 +208,21 @@ class ImageEditPipeline(TextToImagePipeline):
         out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=out) if return_dict else (out,)
+
+    def _one_by_one(
+        self, pictures: Sequence[Any], prompts: Sequence[str], negatives: Sequence[str],
+        generators: Sequence[torch.Generator], latents: torch.Tensor | None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """The edited pictures of a call, each drawn in a call of its own; `options` are those of `__call__`."""
+        each = len(generators) // len(prompts)
+        made = [
+            self(
+                [pictures[k // each]], [prompts[k // each]], negative_prompt=negatives[k // each],
+                generator=[one], strict=False, latents=None if latents is None else latents[k : k + 1], **options,
+            )[0]
+            for k, one in enumerate(generators)
+        ]  # fmt: skip
+        return joined(made)
 
     def edit(self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One edited picture each, from its own seed."""
@@ -299,6 +297,26 @@ class ImageEditPipeline(TextToImagePipeline):
         if mask is not None:
             pictures = torch.where(mask > 0, pictures, source)
         return self.image_processor.postprocess(pictures, output_type=output_type)
+
+
+def _sources(image: Any, count: int) -> list[Any]:
+    """The source of each of `count` instructions; one picture that is no list serves all."""
+    pictures = as_pictures(image)
+    if len(pictures) == 1 and not isinstance(image, (list, tuple)):
+        return pictures * count
+    if len(pictures) != count:
+        raise UserError(f"{counted(len(pictures), 'picture')} and {counted(count, 'instruction')}; give as many")
+    return pictures
+
+
+def _one_for_each(negatives: list[str], count: int) -> list[str]:
+    """The negative prompt of each of `count` instructions."""
+    if len(negatives) not in (1, count):
+        raise UserError(
+            f"{counted(len(negatives), 'negative prompt')} for {counted(count, 'instruction')}; give one, or one for "
+            "each"
+        )
+    return negatives * (count // len(negatives))
 
 
 def _keep_outside(

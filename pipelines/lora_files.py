@@ -107,7 +107,7 @@ def _save(
     """Writes a LoRA in diffusers' layout to a folder.
 
     Args:
-        save_directory: The folder.
+        save_directory: The folder. A file that is there is replaced, as a whole.
         adapter_name: A loaded adapter of the pipeline; by default the only one.
         weight_name: The file.
         trunk_lora_layers: Tensors of the trunk to write instead, as peft's `get_peft_model_state_dict` gives them.

@@ -49,7 +49,7 @@ from mm.pipelines.fast import decides_by_picture, settings_for
 from mm.pipelines.guidance import text_branches
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
-from mm.pipelines.prompt_encoding import conditions, tokenize
+from mm.pipelines.prompt_encoding import Conditions, conditions, tokenize
 from mm.pipelines.run_state import RunStateMixin
 from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
@@ -276,19 +276,15 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             strict=strict,
         )  # fmt: skip
         if best_of > 1:
-            if isinstance(given.prompts, PromptCache):
-                raise UserError("best_of reads the numbers in the prompt; give prompt, not prompt_embeds")
             found = self._draw_best(
-                [text for text in given.prompts for _ in range(num_images_per_prompt)], generator, best_of,
-                negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
+                given, generator, best_of, output_type, negative_prompt=negative_prompt,
+                negative_prompt_embeds=negative_prompt_embeds,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, fast=fast,
                 guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )  # fmt: skip
-            chosen: Any = found.images
-            chosen = chosen if output_type == "latent" else self._decode(chosen, output_type)
-            return CheckedOutput(chosen, found.tries, found.right) if return_dict else (chosen,)
+            return found if return_dict else (found.images,)
         generators = picture_generators(generator, given.pictures)
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
         with (
@@ -311,8 +307,13 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
-    def _draw_best(self, prompts: list[str], generator: Generators, best_of: int, **options: Any) -> CheckedOutput:
-        """Latents of the best of several tries, one prompt a picture; `options` are those of `__call__`."""
+    def _draw_best(
+        self, given: Conditions, generator: Generators, best_of: int, output_type: str, **options: Any
+    ) -> CheckedOutput:  # fmt: skip
+        """The best of several tries of each picture; `options` are those of `__call__`."""
+        if isinstance(given.prompts, PromptCache):
+            raise UserError("best_of reads the numbers in the prompt; give prompt, not prompt_embeds")
+        prompts = [text for text in given.prompts for _ in range(given.each)]
 
         def draw(some: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
             return self(list(some), generator=list(generators), output_type="latent", strict=False, **options).images
@@ -322,7 +323,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         generators = picture_generators(generator, len(prompts))
         latents: Any
         latents, tries, right = draw_best(draw, reader, prompts, generators, best_of)
-        return CheckedOutput(latents, tries, right)
+        pictures = latents if output_type == "latent" else self._decode(latents, output_type)
+        return CheckedOutput(pictures, tries, right)
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""

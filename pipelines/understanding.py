@@ -108,11 +108,11 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
 
     def answer(self, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """One answer a pair."""
-        return self(list(pictures), list(questions)).answers
+        return self(pictures, questions).answers
 
     def describe(self, pictures: Sequence[Any]) -> list[str]:
         """One description a picture."""
-        return self(list(pictures)).answers
+        return self(pictures).answers
 
     @torch.no_grad()
     def model_answers(self, pictures: Sequence[Any], questions: Sequence[str], *, max_words: int = 48) -> list[str]:

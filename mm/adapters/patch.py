@@ -28,12 +28,15 @@ from mm.adapters.patch_file import FIELDS, read_patch, write_patch
 from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
 from mm.adapters.tokens import placed_rows, release_words
+from mm.core.checks import check_path, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.families.family import resolve
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import stored
 from mm.layers.surgery import locate, no_branches, roots_of, submodule
+
+MAX_RANK = 10**6
 
 
 @dataclass(kw_only=True)
@@ -50,29 +53,45 @@ class Patch:
     # ---- files --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
+        """Writes one safetensors file, whole or not at all. A file that is there is replaced.
+
+        Args:
+            path: the file; its folder is made where it is missing.
+
+        Raises:
+            UserError: where the path is a folder, or lies in a file.
+        """
+        check_path("the patch's file", path)
         write_patch(path, self.entries, {name: getattr(self, name) for name in FIELDS})
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads a file that `save` wrote. Raises UserError for anything else."""
+        """Reads a file that `save` wrote.
+
+        Raises:
+            UserError: for any other file, and for one whose values are not those that were written.
+        """
+        check_path("the patch's file", path)
         entries, fields = read_patch(path)
         return cls(entries=entries, **fields)
 
     # ---- on and off ---------------------------------------------------------------------------------------------
 
-    def apply(self, target: Any, scale: float = 1.0) -> Applied:
+    def apply(self, target: Any, scale: float = 1.0, *, force: bool = False) -> Applied:
         """Puts all entries onto a module or pipeline, on top of what is there.
 
         Args:
             target: a module or pipeline.
             scale: how strongly: 0 is without the patch, 1 in full.
+            force: whether a patch that was baked into the weights is applied once more.
 
         Raises:
-            UserError: when an entry misfits or a patch of this name is there already; nothing is changed then.
+            UserError: when an entry misfits, a patch of this name is there already, or the patch was baked into the
+                weights; nothing is changed then.
         """
+        stack = stack_of(target)
         try:
-            return stack_of(target).apply(self._on_rows(target, add=True), scale)
+            return stack.apply(self._on_rows(target, add=True), scale, force=force)
         except BaseException:
             release_words(target)
             raise
@@ -85,20 +104,24 @@ class Patch:
         """Takes the patch off; the model is then, bit for bit, what it would be without it."""
         self._on(target).undo(self.name)
 
-    def bake(self, target: Any, scale: float | None = None) -> Applied:
+    def bake(self, target: Any, scale: float | None = None, *, force: bool = False) -> Applied:
         """Adds the patch to 16-bit weights for good, for example before quantizing.
+
+        The model keeps a record of it, also in folders that `save_pretrained` writes, so that the patch is not applied
+        a second time by mistake.
 
         Args:
             target: a module or pipeline, with the patch on it or not.
             scale: how strongly; by default as it acts now, or in full where it is not applied.
+            force: whether a patch that was baked into the weights is added once more.
 
         Raises:
-            UserError: where that is not possible; nothing is changed then.
+            UserError: where that is not possible, or the patch was baked already; nothing is changed then.
         """
         stack = stack_of(target)
         item = next((item for item in stack.list() if item.name == self.name), None)
         if item is None:
-            self.apply(target, 1.0 if scale is None else scale)
+            self.apply(target, 1.0 if scale is None else scale, force=force)
         else:
             self._on(target)
             if scale is not None:
@@ -146,8 +169,7 @@ class Patch:
         Raises:
             UserError: for a rotation without a target.
         """
-        if rank < 1:
-            raise UserError(f"rank is {rank}; give 1 or more")
+        whole("rank", rank, 1, MAX_RANK)
         entries, lost = dict(self.entries), {}
         for path, entry in self.entries.items():
             if entry.kind in ("dense", "rotation"):

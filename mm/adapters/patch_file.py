@@ -4,6 +4,8 @@ Design choices
 - A file is checked as a whole before a patch is made of it: every entry has its tensors, of the right shapes and types
   and with finite values, and every tensor has its entry.
 - Unknown keys are refused: a setting that is read past would change what the patch does, in silence.
+- A file carries a checksum of all of it, so that one that was damaged on its way is refused. Files without one (of
+  earlier versions) are read as they are.
 
 Legend: N outputs, K inputs, r rank, D width of an embedding, n rows.
 """
@@ -24,10 +26,11 @@ from mm.core.errors import UserError, shown
 from mm.core.files import write_bytes
 from mm.core.nouns import with_article
 from mm.core.safe_json import Fields, parse_json
-from mm.core.safe_tensors import FLOATS, TensorFile, read_tensors
+from mm.core.safe_tensors import FLOATS, TensorFile, check_seal, read_tensors, sealed
 from mm.layers.linear import Scope
 
 META = "mm_patch"
+CHECKSUM = "mm_checksum"
 FIELDS = ("method", "base", "settings", "report", "name")
 VERSION = 1
 _DIMS = {
@@ -44,14 +47,14 @@ def write_patch(path: str | Path, entries: Mapping[str, Entry], fields: Mapping[
     """Writes one safetensors file.
 
     Args:
-        path: the file; replaced as a whole.
+        path: the file; one that is there is replaced, as a whole.
         entries: by module path.
         fields: a value for each of `FIELDS`, JSON-ready.
     """
     tensors = {f"{p}|{k}": t.contiguous().cpu() for p, e in entries.items() for k, t in e.tensors.items()}
     kinds = {p: {"kind": e.kind, "scale": e.scale, "scope": e.scope} for p, e in entries.items()}
-    meta = {"version": VERSION, "entries": kinds} | dict(fields)
-    write_bytes(Path(path), save(tensors, metadata={META: json.dumps(meta)}))
+    meta = json.dumps({"version": VERSION, "entries": kinds} | dict(fields))
+    write_bytes(Path(path), sealed(save(tensors, metadata={META: meta}), CHECKSUM))
 
 
 def read_patch(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
@@ -78,6 +81,7 @@ def read_patch(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     stray = next((name for name in read.tensors if name not in known), None)
     if stray is not None:
         raise UserError(f"{path}: the tensor {shown(stray)} belongs to no entry; the file is damaged")
+    check_seal(path, CHECKSUM, "patch file")
     texts = {key: meta.text(key) for key in ("method", "base", "name")}
     return entries, texts | {key: meta.object(key) for key in ("settings", "report")}
 

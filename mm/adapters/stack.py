@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mm.adapters.baked import record, refuse_baked
 from mm.adapters.entry import Entry
 from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
 from mm.adapters.matching import Place, layer_path, match
@@ -43,6 +44,7 @@ class Stack:
     """All patches on a module or pipeline, in the order of applying."""
 
     def __init__(self, target: Any) -> None:
+        roots_of(target)  # raises for what is no model
         self.target = target
 
     # ---- what is there ----------------------------------------------------------------------------------------------
@@ -91,21 +93,26 @@ class Stack:
 
     # ---- changes ----------------------------------------------------------------------------------------------------
 
-    def apply(self, patch: Patch, scale: float = 1.0) -> Applied:
+    def apply(self, patch: Patch, scale: float = 1.0, *, force: bool = False) -> Applied:
         """Puts a patch on top.
 
         Args:
             patch: what to apply.
             scale: how strongly: 0 is without it, 1 in full.
+            force: whether a patch that is baked into the weights already is applied once more.
 
         Raises:
-            UserError: where an entry does not fit or the name is taken; nothing is changed then.
+            UserError: where an entry does not fit, the name is taken, or the patch is baked into the weights already;
+                nothing is changed then.
         """
         if not patch.name:
             raise UserError("the patch has no name; give it one, by which it is taken off again")
         number("scale", scale, -MAX_SCALE, MAX_SCALE)
         places = match(patch.name, patch.entries, self.target)
         self._check_free(patch.name, places)
+        if not force:
+            changes = [(place.module, place.entry) for place in places]
+            refuse_baked(patch.name, patch.base, roots_of(self.target).values(), changes)
         base = base_matches_of(patch, self.target)
         order = 1 + max((spot.placed.order for spot in self._spots()), default=0)
         common: dict[str, Any] = {"name": patch.name, "scale": float(scale), "order": order, "method": patch.method}
@@ -166,10 +173,12 @@ class Stack:
         for spot in spots:
             if below := in_the_way(spot):
                 raise UserError(f"{spot.path}: {name!r} acts on what {below!r} gives there; bake {below!r} first")
+        changes = [(spot.module, spot.placed.entry) for spot in spots]
         if any(spot.placed.is_branch for spot in spots):
             self._fused((name,), True)
         for module in {id(spot.module): spot.module for spot in spots}.values():
             settle(module, name)
+        record(roots_of(self.target).values(), changes)
         keep_words(self.target, {spot.path: spot.placed.entry for spot in spots})
         return Applied(
             tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots})

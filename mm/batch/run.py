@@ -313,5 +313,7 @@ def _named(picture: Picture) -> str:
 
 def _load(model: str, *, bases: Mapping[str, str], **options: Any) -> Engine:
     from mm.engine.loading import load
+    from mm.engine.notices import no_loading_bars
 
+    no_loading_bars()  # of diffusers and transformers: `on_progress` says where a run stands
     return load(model, base=bases.get(model), **options)

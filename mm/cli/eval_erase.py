@@ -41,8 +41,8 @@ def erase(
 ) -> None:
     """Erases concepts and measures what is drawn instead, what is kept, and what attacks bring back."""
     from mm.adapters.patch import Patch
-    from mm.cli.running import no_loading_bars
     from mm.core.errors import UserError
+    from mm.engine.notices import no_loading_bars
     from mm.erasure.checks import check_call
     from mm.erasure.concepts import contexts_for
     from mm.erasure.erase import DEFAULT

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mm.cli import eval_tables as tables
 from mm.cli import options as shared
 from mm.cli.eval_erase import EXAMPLE as ERASE_EXAMPLE
 from mm.cli.eval_erase import erase
@@ -75,7 +75,7 @@ def compose(
             settings=loaded,
             progress=progress,
         )
-    _print(_wording_table(report) if wording else _compose_table(report))
+    tables.show(tables.wording(report) if wording else tables.compose(report))
 
 
 @app.command(epilog="Example: mm eval fidelity --limit 10 --json runs/fidelity.json")
@@ -101,11 +101,7 @@ def fidelity(
     pipe, loaded = _pipeline("draw", model, bits, lora)
     judge, settings = Judge.from_pretrained(), loaded
     report = evaluate_fidelity(pipe, judge, config, prompts=prompts or COMPOSE, json_file=json, settings=settings)
-    rows = {"drawn": report | {"score": report["overall"]}, "reconstructed": report["reconstructed"]} | report["tasks"]
-    for name, row in rows.items():
-        print(f"{name:14} sharpness {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
-    print(f"Frechet distance {report['frechet']:.3f}, reconstructed {report['frechet_reconstructed']:.3f}, "
-          f"between renders {report['frechet_floor']:.3f}")  # fmt: skip
+    tables.fidelity(report)
 
 
 @app.command(epilog="Example: mm eval understand --limit 100 --json runs/understand.json")
@@ -134,13 +130,11 @@ def understand(
     config = UnderstandConfig(seed=seed, limit=limit)
     if wide:
         report = evaluate_wide(pipe, config, wordings=wordings, each=each, json_file=json, settings=loaded)
-        _print_shares(report, f"{report['n']} questions in {report['wordings']} wordings")
+        tables.shares(report, f"{report['n']} questions in {report['wordings']} wordings")
         return
     report = evaluate_understand(pipe, config, json_file=json, settings=loaded)
-    _print_shares(report, f"{report['n']} questions")
-    stated, best = report["captions"], report["ceiling_captions"]
-    print(f"captions     precision {stated['precision']:.3f} ({best['precision']:.3f}), recall {stated['recall']:.3f} "
-          f"({best['recall']:.3f}); yes {report['yes_share']:.2f} of .50")  # fmt: skip
+    tables.shares(report, f"{report['n']} questions")
+    tables.captions(report)
 
 
 @app.command(epilog="Example: mm eval edit --limit 10 --json runs/edit.json")
@@ -165,10 +159,7 @@ def edit(
     config = EditConfig(seed=seed, limit=limit, tuning=tuning)
     settings = loaded | {"guidance": guidance, "image_guidance": image_guidance}
     report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=settings)
-    print(f"overall {report['overall']:.3f} of {report['n']} edits (ceiling {report['ceiling']:.3f})")
-    for kind, task in report["tasks"].items():
-        print(f"{kind:12} {task['score']:.3f}  success {task['success']:.3f} [{task['low']:.3f}, {task['high']:.3f}]  "
-              f"preservation {task['preservation']:.3f}  n {task['n']}")  # fmt: skip
+    tables.edit(report)
 
 
 @app.command("customize", epilog="Example: mm eval customize --subject panda --json runs/customize.json")
@@ -214,18 +205,7 @@ def customize_(
             pipe, Judge.from_pretrained(), config, work=work, json_file=json, progress=line.say,
             settings={"model": model, "bits": bits},
         )  # fmt: skip
-    for name, row in report["tasks"].items():
-        print(f"{name:11} fidelity {row['score']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n {row['n']}")
-    drift = report["drift"]
-    print(
-        f"fidelity {report['overall']:.3f} (renders {report['ceiling']:.3f}, reconstructed "
-        f"{report['ceiling_reconstructed']:.3f}), following {report['following']['score']:.3f} (base "
-        f"{report['following_base']['score']:.3f}), leakage {report['leakage']['score']:.3f}"
-    )
-    both, known = report["together"]["score"], report["together_base"]["score"]
-    print(f"beside a companion, both: {both:.3f} (base, with a known object: {known:.3f})")
-    print(f"compose {drift['change']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}], {report['seconds']:.0f} s, "
-          f"{report['bytes'] >> 10} KiB")  # fmt: skip
+    tables.customize(report)
 
 
 @app.command(epilog="Example: mm eval chat --json runs/chat.json")
@@ -248,7 +228,7 @@ def chat(
     where = [SCRIPTS, LONG_SCRIPTS] if scripts is None else [scripts]
     report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=settings)
     shares = report["tasks"] | {"faultless": report["faultless"]}
-    _print_shares(
+    tables.shares(
         report | {"tasks": {name: task for name, task in shares.items() if task["n"]}}, f"{report['n']} turns"
     )
 
@@ -263,8 +243,6 @@ def reconstruct(
     force: shared.ForceOption = False,
 ) -> None:
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
-    from rich.table import Table
-
     from mm.core.files import write_json
     from mm.core.paths import resolve_model
     from mm.evaluation.reconstruct import evaluate_reconstruct
@@ -273,14 +251,7 @@ def reconstruct(
     report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, grid=grid)
     if json:
         write_json(json, report)
-    styles = list(next(iter(report["tasks"].values()))["styles"])
-    table = Table(title=f"reconstruct, PSNR in dB, {report['n']} pictures")
-    for name in ("tokenizer", "bits", "SSIM", "mean", *styles):
-        table.add_column(name, justify="left" if name == "tokenizer" else "right")
-    for name, row in report["tasks"].items():
-        cells = (f"{row['bits']:.0f}", f"{row['ssim']:.3f}", f"{row['score']:.2f}")
-        table.add_row(name, *cells, *(f"{row['styles'][style]['score']:.2f}" for style in styles))
-    _print(table)
+    tables.show(tables.reconstruct(report))
 
 
 app.command(epilog=ERASE_EXAMPLE)(erase)
@@ -303,54 +274,3 @@ def _pipeline(task: str, model: str, bits: shared.Bits | None, lora: list[str] |
     pipe = engine.pipeline_for(task)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"model": model} | engine.facts
-
-
-def _print_shares(report: dict[str, Any], what: str) -> None:
-    """The overall score, and a line for each task."""
-    print(f"overall {report['overall']:.3f} of {what} (ceiling {report['ceiling']:.3f})")
-    for name, task in report["tasks"].items():
-        print(f"{name:13} {task['score']:.3f}  [{task['low']:.3f}, {task['high']:.3f}]  n {task['n']}")
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    # A pipe has no width of its own, and rich would squeeze the columns into 80.
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
-
-
-def _wording_table(report: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    settings, plain = report["settings"], report["plain"]
-    table = Table(title=f"compose in other words, {settings['mode']}, {report['n']} pictures each")
-    for name in ("task", "other words", "plain", "read", "in silence", "of"):
-        table.add_column(name, justify="left" if name == "task" else "right")
-    for name in [*report["tasks"], "overall", "style", "background"]:
-        said = report["reading"].get("all" if name == "overall" else name, {})
-        rows = [r[name] if name == "overall" else r["tasks"].get(name, r.get(name))["score"] for r in (report, plain)]
-        scores = ("" if x is None else f"{x:.3f}" for x in rows)
-        table.add_row(name, *scores, *(str(said.get(key, "")) for key in ("read", "silent", "n")))
-    change = report["change"]
-    table.caption = f"change {change['score']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}] of a picture"
-    return table
-
-
-def _compose_table(report: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"compose, {report['settings']['mode']}, {report['n']} pictures")
-    for name in ("task", "score", "95 % interval", "n", "ceiling: renders", "reconstructed"):
-        table.add_column(name, justify="left" if name == "task" else "right")
-    for task, row in report["tasks"].items():
-        top = report["ceiling_tasks"][task]
-        cells = (f"{row['score']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", str(row["n"]))
-        table.add_row(task, *cells, f"{top['renders']:.3f}", f"{top['reconstructed']:.3f}")
-    tops = (f"{report['ceiling']:.3f}", f"{report['ceiling_reconstructed']:.3f}")
-    table.add_row("overall", f"{report['overall']:.3f}", "", str(report["n"]), *tops, style="bold")
-    for name in ("style", "background", "invalid"):
-        row = report[name]
-        if row["n"] == 0:  # no prompt names one
-            continue
-        table.add_row(name, f"{row['score']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", str(row["n"]), "", "")
-    return table

@@ -48,10 +48,10 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
-    from mm.cli.running import no_loading_bars
     from mm.core.errors import UserError
     from mm.core.files import read_text_lines
     from mm.core.paths import resolve_model
+    from mm.engine.notices import no_loading_bars
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
 

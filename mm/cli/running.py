@@ -36,7 +36,7 @@ def quietly_loaded(model: str, **options: Any) -> Any:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Progress bars and log lines of diffusers and transformers stay away; warnings for users are one line each."""
-    from mm.engine.notices import library_logs
+    from mm.engine.notices import library_logs, no_loading_bars
 
     lines: list[str] = []
     no_loading_bars()
@@ -45,15 +45,6 @@ def quiet_libraries() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = lambda text, *_, **__: say(text)
         yield
-
-
-def no_loading_bars() -> None:
-    """Progress bars that diffusers and transformers show while they load a model stay away."""
-    import diffusers
-    import transformers
-
-    for logs in (diffusers.utils.logging, transformers.utils.logging):
-        logs.disable_progress_bar()
 
 
 def follow(events: Run, on_picture: Callable[[Picture], None], *, total: int = 1) -> Done:

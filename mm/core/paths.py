@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mm.core.checks import check_path
 from mm.core.errors import UserError
 from mm.core.lazy import checkout
 from mm.core.safe_json import read_object
@@ -33,6 +34,7 @@ def embedded_models() -> list[str]:
 
 def resolve_model(name_or_folder: str | Path) -> Path | str:
     """An embedded name or a folder becomes a checked path to a diffusers model; a hub name comes back as it is."""
+    check_path("the model", name_or_folder)
     name = str(name_or_folder)
     embedded = weights_dir() / name
     if re.fullmatch(r"[\w.-]*\w", name) and embedded.is_dir():

@@ -4,11 +4,14 @@ Design choices
 - The header is read and checked here before the library maps the file: names, types, shapes, and that the tensors
   fill the file without holes. So nothing is allocated by what a header only claims.
 - Types are those that the caller names. Weights of int32 or bool, which torch would convert in silence, are refused.
+- A file can carry a checksum of all of it (`sealed`), which finds what was damaged on its way.
 - Values are checked for NaN and infinity by the smallest and largest value: one pass, no copy, and both carry NaN.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Collection, Mapping
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,6 +34,7 @@ INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
 _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "C64": 8}
 _CHUNK = 1 << 24  # values converted at once
+_BLOCK = 4096  # bytes of a sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +189,58 @@ def check_finite(tensor: Tensor, name: str, source: object, most: float = math.i
         raise UserError(f"{source}: {shown(name)} holds NaN or infinite values; make or download the file again")
     if size > most:
         raise UserError(f"{source}: {shown(name)} holds values up to {size:.3g}; no sound weights exceed {most:.0g}")
+
+
+def sealed(data: bytes, key: str) -> bytes:
+    """The bytes of a safetensors file with a checksum of all of it in its metadata, which `check_seal` compares.
+
+    Metadata stand in alphabetical order then, which safetensors leaves to chance.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    metadata = header.get("__metadata__", {})
+    values = np.frombuffer(data, np.uint8, offset=8 + size)
+    header["__metadata__"] = dict(sorted((metadata | {key: _checksum(header, values)}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def check_seal(path: str | os.PathLike[str], key: str, what: str, *, limits: Limits = ADAPTER_LIMITS) -> None:
+    """Raises UserError where a file is not what was sealed; one without a checksum is not compared.
+
+    Args:
+        path: a safetensors file that was read and found whole.
+        key: of the checksum in the metadata.
+        what: what the file is, for the error message.
+        limits: as in `read_header`.
+    """
+    where = Path(path)
+    with open_regular(where, what) as file:
+        header, start = _raw_header(file, where, os.fstat(file.fileno()).st_size, limits)
+        metadata = header.get("__metadata__", {})
+        wanted = metadata.pop(key, None)
+        if wanted is None:
+            return
+        values = np.memmap(file, np.uint8, "r", offset=start) if len(header) > 1 else np.zeros(0, np.uint8)
+        if wanted != _checksum(header, values):
+            raise UserError(
+                f"{where} is damaged: what it holds is not what was written (its checksum differs); copy or download "
+                "it again, or make it again"
+            )
+
+
+def _checksum(header: Mapping[str, Any], values: np.ndarray[Any, Any]) -> str:
+    """SHA-256 of a header and of the sums of its data's blocks of 4 KiB, as 64-bit numbers modulo 2^64.
+
+    A changed byte always changes its block's sum, and sums cost a fiftieth of SHA-256 of all bytes. That finds damage,
+    and no forgery.
+    """
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    whole = len(values) // _BLOCK * _BLOCK
+    digest.update(values[:whole].view("<u8").reshape(-1, _BLOCK // 8).sum(1, dtype="<u8").tobytes())
+    digest.update(values[whole:].tobytes())
+    return digest.hexdigest()
 
 
 def stored_sizes(headers: Collection[Header]) -> tuple[int, int]:

@@ -51,20 +51,25 @@ class Batches:
         strangers: number of prompts with other new words; their numbers follow those of the guarded ones.
         stranger_batch: of them a step.
         own: how many of the examples, from the first, are the user's, which previews score. None: all.
+        held: pictures whose latents the preserved prompts are held on; none takes the examples'.
+        visible: share of the highest noise below which pictures may lose their caption.
     """
 
     def __init__(
         self, objective: Objective, examples: Sequence[Example], *, batch_size: int, seed: int, prompts: int,
         preserve_batch: int,
         dropout: float = 0.0, guarded: int = 0, guard_batch: int = 0, strangers: int = 0,
-        stranger_batch: int = 0, own: int | None = None,
+        stranger_batch: int = 0, own: int | None = None, held: Sequence[Example] = (), visible: float = _VISIBLE,
     ) -> None:  # fmt: skip
         self.objective, self.seed, self.batch_size = objective, seed, batch_size
         self.prompts, self.preserve_batch, self.dropout = prompts, preserve_batch, dropout
         self.own = len(examples) if own is None else own
         self.more = ((prompts, guarded, guard_batch), (prompts + guarded, strangers, stranger_batch))
         self.order = [i for i, example in enumerate(examples) for _ in range(example.repeats)]
-        self.latents, self.masks = encode(objective, examples)
+        self.visible = visible
+        self.latents, self.masks = encode(objective, [*examples, *held])
+        first = len(examples) if held else 0
+        self.sources = range(first, len(self.latents))
 
     def step(self, number: int) -> Step:
         """What step `number` is made of."""
@@ -75,15 +80,15 @@ class Batches:
         noise = torch.randn(len(chosen), *shape, generator=generator)
         count = min(self.preserve_batch, self.prompts)
         texts = torch.randperm(max(1, self.prompts), generator=generator)[:count].tolist()
-        sources = torch.randint(len(self.latents), (count,), generator=generator).tolist()
-        visible = self.objective.strength(level_B) < _VISIBLE
+        sources = self._sources(count, generator)
+        visible = self.objective.strength(level_B) < self.visible
         bare = visible & (torch.rand(len(chosen), generator=generator) < self.dropout)
         levels = self.objective.levels(count, generator) if count else level_B[:0]
         preserved_noise = torch.randn(count, *shape, generator=generator)
         for first, there, wanted in self.more:  # drawn last, so that a run without them is what it was
             if more := min(wanted, there):
                 texts += (first + torch.randperm(there, generator=generator)[:more]).tolist()
-                sources += torch.randint(len(self.latents), (more,), generator=generator).tolist()
+                sources += self._sources(more, generator)
                 levels = torch.cat([levels, self.objective.levels(more, generator)])
                 preserved_noise = torch.cat([preserved_noise, torch.randn(more, *shape, generator=generator)])
         return Step(
@@ -96,6 +101,10 @@ class Batches:
             preserved_level_B=self.objective.louder(levels),
             preserved_noise=preserved_noise,
         )  # fmt: skip
+
+    def _sources(self, count: int, generator: torch.Generator) -> list[int]:
+        """Numbers of the latents that preserved prompts are held on."""
+        return [self.sources[k] for k in torch.randint(len(self.sources), (count,), generator=generator).tolist()]
 
     def _example(self, place: int) -> int:
         around, inside = divmod(place, len(self.order))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.adapters.tokens import own_row
-from mm.core.checks import number, whole
+from mm.core.checks import check_kind, check_path, check_text, number, whole
 from mm.core.checks import shown as shown_value
 from mm.core.errors import UserError, shown
 from mm.core.files import check_folder
@@ -37,6 +37,12 @@ def check_call(
     regularization: str | Path | None = None, *, work: str | Path | None = None, samples: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Raises UserError where what is given does not suit the kind; nothing is loaded for it."""
+    check_text("name", name)
+    for what, place in (("folder", folder), ("regularization", regularization), ("work", work)):
+        if place is not None:
+            check_path(what, place)
+    if prompts is not None:
+        check_kind("prompts", prompts, SliderPrompts, "mm.SliderPrompts(positive=..., negative=...)")
     if work is not None:
         check_folder(work)
     if any(not sample.strip() for sample in samples or ()):

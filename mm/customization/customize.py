@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from mm.core.checks import texts
 from mm.customization.batches import Batches
 from mm.customization.captions import renamed
 from mm.customization.checks import (
@@ -53,9 +54,10 @@ from mm.customization.strangers import Strangers
 from mm.customization.training import Progress, Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
-from mm.layers.surgery import roots_of
+from mm.layers.surgery import check_pipeline, roots_of
 
 PRESERVED = 48  # unrelated prompts that are held to the base
+_STYLE_VISIBLE = 0.95  # share of the highest noise below which a picture shows its style
 OnProgress = Callable[[float, str], None]
 
 
@@ -69,10 +71,10 @@ def customize(
     noun: str = "",
     prompts: SliderPrompts | None = None,
     regularization: str | Path | None = None,
-    guard: Sequence[str] = (),
+    guard: str | Sequence[str] = (),
     work: str | Path | None = None,
-    preserved: Sequence[str] | None = None,
-    samples: Sequence[str] | None = None,
+    preserved: str | Sequence[str] | None = None,
+    samples: str | Sequence[str] | None = None,
     sample_steps: int | None = None,
     estimated: Callable[[Estimate], None] = lambda made: None,
     progress: OnProgress = lambda share, text: None,
@@ -106,6 +108,10 @@ def customize(
     Raises:
         UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
     """
+    check_pipeline(pipe, "customization")
+    guard = texts("guard", guard)
+    preserved = None if preserved is None else texts("preserved", preserved)
+    samples = None if samples is None else texts("samples", samples)
     check_call(kind, folder, name, prompts, regularization, work=work, samples=samples)
     guarded = guarded_prompts(guard)
     maker = method_of(method)
@@ -132,7 +138,7 @@ def customize(
     check_names_read(objective, name, [one.caption for one in examples])
     warn_of_small(examples, objective.side)
     kept = _preserved(objective, examples, name, noun, kind, preserved)
-    beside = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
+    beside, held = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
         objective=objective,
         examples=balanced(examples, beside),
@@ -153,7 +159,7 @@ def customize(
         goal = goal_of(learner, prompts)
         batches = Batches(
             objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
-            own=len(examples),
+            own=len(examples), held=held, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
             strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
@@ -223,12 +229,12 @@ def _examples(
 def _companions(
     objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: Kind, config: TrainingConfig,
     steps: int | None, progress: OnProgress,
-) -> list[Example]:  # fmt: skip
-    """Further training pictures, made of the user's and of what the base draws."""
+) -> tuple[list[Example], list[Example]]:  # fmt: skip
+    """Further training pictures, made of the user's and of what the base draws, and pictures to hold prompts on."""
     given: dict[str, Any] = {"count": config.companions, "seed": config.seed, "steps": steps, "progress": progress}
     if kind == "subject":
-        return companions(objective, examples, name=name, noun=noun, **given)
-    return recoloured(objective, examples, name=name, **given) if kind == "style" else []
+        return companions(objective, examples, name=name, noun=noun, **given), []
+    return recoloured(objective, examples, name=name, **given) if kind == "style" else ([], [])
 
 
 def _samples(learner: Learner, samples: Sequence[str] | None, steps: int | None) -> list[Image.Image]:

@@ -85,7 +85,7 @@ class Learned(Patch):
         return "diffusers" if plain and self.family not in ("", "mm-tiny") else "mm"
 
     def write(self, path: str | Path, layout: Layout = "auto", *, target: Any = None) -> None:
-        """Writes the file, whole or not at all.
+        """Writes the file, whole or not at all. One that is there is replaced.
 
         Args:
             path: the file. Layout "peft" writes `adapter_config.json` beside it; "auto" writes one file in any case.

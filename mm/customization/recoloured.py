@@ -12,6 +12,8 @@ Design choices
   as strokes, is learned from the user's own pictures.
 - The map is tried on each picture with the others alone. One that explains less than `_EXPLAINED` of the colours is not
   used, with a warning.
+- The base's own pictures come along: on them unrelated prompts are held to the base. On pictures in the style the
+  adapter has to know the style without a prompt, too, since guidance compares with the empty one.
 - Everything is drawn from seeds, so that a run that was stopped makes the same pictures again.
 
 Legend: N pictures, P pixels, F terms of the polynomial, S side of the pictures.
@@ -47,8 +49,8 @@ _EXPLAINED = 0.1  # share of the variance of colours
 def recoloured(
     objective: Objective, examples: Sequence[Example], *, name: str, count: int, seed: int, steps: int | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
-) -> list[Example]:  # fmt: skip
-    """Pictures of other things in the colours of a style.
+) -> tuple[list[Example], list[Example]]:  # fmt: skip
+    """Pictures of other things in the colours of a style, and the same as the base drew them.
 
     Args:
         objective: of the base, without what is trained.
@@ -60,7 +62,7 @@ def recoloured(
         progress: called with 0, since nothing is trained yet, and a text.
     """
     if not count or len(examples) < 2:
-        return []
+        return [], []
     progress(0.0, "redrawing the pictures without the style")
     words = [without_style(example.caption, name) for example in examples]
     styled_N3SS = torch.stack([to_tensor(example.picture, objective.side) for example in examples])
@@ -73,10 +75,10 @@ def recoloured(
             "pictures alone; companions=0 skips this",
             stacklevel=3,
         )
-        return []
+        return [], []
     map_F3 = fitted_map(terms_NPF, colours_NP3)
     rng = random.Random(f"recoloured {seed}")
-    made = []
+    made, plain_made = [], []
     for number in range(count):
         progress(0.0, f"picture {number + 1} of {count} in the style's colours")
         at = number % len(examples)
@@ -84,8 +86,9 @@ def recoloured(
         picture = draw(objective.pipe, prompt, side=objective.side, seed=rng.randrange(2**31), steps=steps)
         caption = renamed(examples[at].caption, words[at], prompt, name)
         path = Path(f"{examples[at].path.stem}-recoloured-{number}.png")
-        made.append(Example(path=path, caption=caption, picture=in_colours(picture.convert("RGB"), map_F3)))
-    return made
+        plain_made.append(Example(path=path, caption=prompt, picture=picture.convert("RGB")))
+        made.append(Example(path=path, caption=caption, picture=in_colours(plain_made[-1].picture, map_F3)))
+    return made, plain_made
 
 
 def about(words: str, nouns: Sequence[str], rng: random.Random) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from mm.core.checks import check_text, texts
 from mm.core.errors import UserError, shown
 
 SUBJECT = "{}"
@@ -37,12 +38,15 @@ class SliderPrompts:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "subjects", texts("subjects", self.subjects))
+        for name in ("positive", "negative", "neutral"):
+            check_text(name, getattr(self, name))
         for name in ("positive", "negative"):
             if not getattr(self, name).strip():
                 raise UserError(f"the {name} prompt is empty; give two, such as 'a small cat' and 'a big cat'")
         if self.positive.split() == self.negative.split():
             raise UserError(f"both prompts are {shown(self.positive)}; a slider needs two that differ")
-        if not 0 < self.strength < float("inf"):
+        if not isinstance(self.strength, int | float) or not 0 < self.strength < float("inf"):
             raise UserError(f"strength is {self.strength}; give a number above 0")
         if not self.middle:
             raise UserError(
@@ -83,4 +87,5 @@ def prompts_of(
 ) -> SliderPrompts:
     """`SliderPrompts` of loose arguments."""
     more = {} if strength is None else {"strength": float(strength)}
-    return SliderPrompts(positive=positive, negative=negative, neutral=neutral, subjects=tuple(subjects), **more)
+    given = texts("subjects", subjects)
+    return SliderPrompts(positive=positive, negative=negative, neutral=neutral, subjects=given, **more)

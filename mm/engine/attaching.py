@@ -1,12 +1,17 @@
-"""Adapters on a loaded pipeline: patches of mm and LoRA files of other programs, by file and scale."""
+"""Adapters on a loaded pipeline: patches of mm and LoRA files of other programs, by file and scale.
+
+Files of one name, or patches whose own name is taken, are numbered, so that all of them act.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 
@@ -34,6 +39,29 @@ def parsed(text: str) -> tuple[Path, float]:
     return Path(text).expanduser(), 1.0
 
 
+def listed(adapters: str | Path | Adapter | Sequence[str | Path | Adapter]) -> list[str | Path | Adapter]:
+    """Adapters as a list; a file or a (file, scale) alone is a list of one.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(adapters, str | Path) or _is_pair(adapters):
+        return [adapters]  # type: ignore[list-item]
+    found = list(adapters) if isinstance(adapters, Iterable) else [adapters]
+    for one in found:
+        if not isinstance(one, str | Path) and not _is_pair(one):
+            raise UserError(f"an adapter is {shown(one)}; give a file, or (file, scale)")
+    return found  # type: ignore[return-value]
+
+
+def _is_pair(one: object) -> bool:
+    """Whether it is a file and a scale."""
+    return (
+        isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[0], str | Path)
+        and isinstance(one[1], int | float)
+    )  # fmt: skip
+
+
 def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
     """Applies a patch or a LoRA.
 
@@ -56,14 +84,29 @@ def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"there is no adapter file {path}")
-    ours = META in read_header(file, "adapter").metadata
-    patch = Patch.load(file) if ours else read_lora(file, pipe, name=_free_name(pipe, file.stem))
+    if META in read_header(file, "adapter").metadata:
+        patch = Patch.load(file)
+        patch = dataclasses.replace(patch, name=_free_name(pipe, patch.name))
+    else:
+        patch = read_lora(file, pipe, name=_free_name(pipe, file.stem))
     layers = patch.apply(pipe, scale).layers
     return patch.name, f"{file.name}: {layers} of {counted(layers, 'layer')}, scale {scale:g}"
 
 
 def attach_all(pipe: Any, adapters: Sequence[str | Path | Adapter]) -> tuple[list[str], list[str]]:
-    """Applies adapters in order; names and lines as `attach` gives them. Where one fails, none is left."""
+    """Applies adapters in order.
+
+    Args:
+        pipe: the pipeline.
+        adapters: a file or several, each alone or with its scale.
+
+    Returns:
+        Names and lines as `attach` gives them.
+
+    Raises:
+        UserError: as `attach`, and for a file that is given twice; none is left then.
+    """
+    _check_twice([adapter if isinstance(adapter, str | Path) else adapter[0] for adapter in adapters])
     names: list[str] = []
     lines: list[str] = []
     try:
@@ -75,6 +118,16 @@ def attach_all(pipe: Any, adapters: Sequence[str | Path | Adapter]) -> tuple[lis
         detach(pipe, names)
         raise
     return names, lines
+
+
+def _check_twice(files: Sequence[str | Path]) -> None:
+    """Raises UserError where two of the files are one."""
+    seen: dict[Path, str | Path] = {}
+    for file in files:
+        where = Path(file).expanduser().resolve()
+        if where in seen:
+            raise UserError(f"the adapter {file} is given twice; give it once, with a scale ({file}:2) to act more")
+        seen[where] = file
 
 
 def detach(pipe: Any, names: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from mm.core.errors import UserError
 from mm.core.threads import release_team
 from mm.engine import calls
 from mm.engine.arguments import arguments_of, grouped, size_of, unbinned
-from mm.engine.attaching import Adapter, attach_all, detach, facts_of
+from mm.engine.attaching import Adapter, attach_all, detach, facts_of, listed
 from mm.engine.batching import rounds_activations
 from mm.engine.capabilities import VERBS, Capabilities, task_of
 from mm.engine.events import CancelToken, Done, Event, Picture, Preview, RunCancelledError, Step, Words
@@ -166,11 +166,11 @@ class Engine:
             raise UserError(f"{self.name} cannot {VERBS[task]}; it can: {can}")
         return self._pipeline_for(task)
 
-    def set_adapters(self, adapters: Sequence[str | Path | Adapter]) -> list[str]:
+    def set_adapters(self, adapters: str | Path | Adapter | Sequence[str | Path | Adapter]) -> list[str]:
         """Replaces the adapters that `mm.load` or this call put on; patches that others applied stay.
 
         Args:
-            adapters: patch or LoRA files, each alone or with its scale, applied in this order.
+            adapters: patch or LoRA files, each alone or with its scale, applied in this order; or one alone.
 
         Returns:
             A line for each, which says how many layers it changes.
@@ -178,6 +178,7 @@ class Engine:
         Raises:
             UserError: where one does not fit; then none is left.
         """
+        adapters = listed(adapters)
         with self._turn:
             detach(self.pipeline, self._attached)
             self._attached, self._facts = [], self._base_facts

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mm.core import devices
+from mm.core.checks import check_path
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.core.threads import release_team
 from mm.engine import memory
-from mm.engine.attaching import Adapter, attach_all
+from mm.engine.attaching import Adapter, attach_all, listed
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
 from mm.engine.opening import open_pipeline, quantized_file, single_file
@@ -39,7 +40,7 @@ def load(
     dtype: str = "auto",
     bits: int | None = None,
     offload: Offload = "auto",
-    adapters: Sequence[str | Path | Adapter] = (),
+    adapters: str | Path | Adapter | Sequence[str | Path | Adapter] = (),
     base: str | Path | None = None,
 ) -> Engine:
     """Loads a model.
@@ -51,7 +52,7 @@ def load(
         dtype: "auto", "float32", "bfloat16", "float16".
         bits: 4 makes the 4-bit copy of a local model once and uses it from then on; None loads what is there.
         offload: where weights wait while they are not used; "auto" decides by free memory.
-        adapters: patch or LoRA files, each alone or with its scale, applied in this order.
+        adapters: patch or LoRA files, each alone or with its scale, applied in this order; or one alone.
         base: for a single file, the model that gives configs and the components that the file lacks.
 
     Returns:
@@ -62,6 +63,8 @@ def load(
     """
     if bits not in BITS:
         raise UserError(f"bits is {bits}; give 4, 8 or 16, or leave it out")
+    check_path("the model", model)
+    adapters = listed(adapters)
     name, base = str(model), None if base is None else local_folder(base)
     if base is not None and not _is_file(model):
         raise UserError(f"base belongs to a model in a single file, and {model} is none; leave base out")

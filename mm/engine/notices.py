@@ -72,3 +72,12 @@ def library_logs(lines: list[str]) -> Iterator[None]:
     finally:
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
+
+
+def no_loading_bars() -> None:
+    """Progress bars that diffusers and transformers show while they load a model stay away."""
+    import diffusers
+    import transformers
+
+    for logs in (diffusers.utils.logging, transformers.utils.logging):
+        logs.disable_progress_bar()

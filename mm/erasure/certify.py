@@ -119,7 +119,7 @@ def verify(
     pipe: Any,
     *,
     judge: Judge,
-    attacks: Sequence[Any] = (),
+    attacks: str | Sequence[Any] = (),
     quantization: Mapping[str, Any] | Sequence[Any] = (),
     probes: Sequence[Probe] | None = None,
     each: int = 24,
@@ -158,11 +158,13 @@ def verify(
     if not named and probes is None:
         raise UserError(f"patch {patch.name!r} does not say what it erases; give probes=[...]")
     if probes is None:
-        concepts = [parse(name) for name in named or ()]
-        probes = probes_of(contexts_of(pipe), concepts, patch.report.get("retained", ()), split=split, each=each)
+        contexts = contexts_of(pipe)
+        concepts = [parse(name, contexts) for name in named or ()]
+        probes = probes_of(contexts, concepts, patch.report.get("retained", ()), split=split, each=each)
     measurer = Measurer(pipe=pipe, judge=judge, seed=seed, batch_size=batch_size, call=call)
+    chosen = [attacks] if isinstance(attacks, str) else attacks
     return certify(
-        measurer, patch, probes, attacks=[attack_of(a) if isinstance(a, str) else a for a in attacks],
+        measurer, patch, probes, attacks=[attack_of(a) if isinstance(a, str) else a for a in chosen],
         quantization=_quantizers(quantization, calibration), composition=composition,
         patch_bits=patch_bits, pictures=pictures,
     )  # fmt: skip

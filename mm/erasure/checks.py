@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from mm.core.checks import number, whole
+from mm.core.checks import number, texts, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
-from mm.erasure.concepts import Concept, Contexts, parse
+from mm.erasure.concepts import ClosedContexts, Concept, Contexts, hint, parse
 from mm.erasure.methods.protocol import Method
 from mm.erasure.methods.registry import method_of
 
@@ -21,12 +20,21 @@ MAX_SETTING = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A checked call: the method, its settings with defaults filled in, the targets, and their anchors if given."""
+    """A checked call.
+
+    Attributes:
+        maker: the method.
+        settings: of it, defaults filled in.
+        concepts: the targets, as the model names them.
+        anchors: of each target, if given.
+        retained: what stays; None for the targets' neighbours.
+    """
 
     maker: Method
     settings: Mapping[str, Any]
     concepts: Sequence[Concept]
     anchors: Mapping[str, str] | None
+    retained: Sequence[str] | None
 
 
 def check_call(
@@ -53,19 +61,10 @@ def check_call(
         raise UserError(f"strength is {strength}; give a number above 0, at most 2 (1 erases)")
     if scope not in get_args(Scope):
         raise UserError(f"scope is {scope!r}; give {' or '.join(get_args(Scope))}")
-    concepts = _concepts(targets)
-    placed = None if anchors is None else _placed(concepts, anchors)
-    kept = [] if retain == "auto" else [retain] if isinstance(retain, str) else list(retain)
-    if any(not name.strip() for name in kept):
-        raise UserError("a retained concept is empty; give words such as 'dog'")
-    targeted = {c.name.casefold() for c in concepts if c.of is None}
-    if both := [name for name in kept if parse(name).name.casefold() in {c.name.casefold() for c in concepts}]:
-        raise UserError(f"{both[0]!r} is a target and retained; it can only be one of them")
-    if erased := [name for name in (placed or {}).values() if parse(name or "nothing").name.casefold() in targeted]:
-        raise UserError(f"the anchor {erased[0]!r} is a target itself, and would be erased; choose another anchor")
-    if contexts is not None:
-        _check_known(contexts, concepts, {"anchor": list((placed or {}).values()), "retained concept": kept})
-    return Call(maker=maker, settings=maker.defaults | dict(settings), concepts=concepts, anchors=placed)
+    concepts = _concepts(targets, contexts)
+    placed = None if anchors is None else _placed(concepts, anchors, contexts)
+    kept = None if retain == "auto" else _retained(concepts, retain, contexts)
+    return Call(maker=maker, settings=maker.defaults | dict(settings), concepts=concepts, anchors=placed, retained=kept)
 
 
 def _check_setting(name: str, default: Any, value: Any) -> None:
@@ -79,11 +78,11 @@ def _check_setting(name: str, default: Any, value: Any) -> None:
         number(name, value, 0, MAX_SETTING)
 
 
-def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]:
-    given = [targets] if isinstance(targets, str | Concept) else list(targets)
+def _concepts(targets: str | Concept | Sequence[str | Concept], contexts: Contexts | None) -> list[Concept]:
+    given = [targets] if isinstance(targets, Concept) else _each_target(targets)
     if not given:
         raise UserError("there is no target; name at least one concept to erase")
-    concepts = [parse(target) for target in given]
+    concepts = [parse(target, contexts) for target in given]
     names = [(str(c).casefold(), c.kind) for c in concepts]
     twice = [str(c) for i, c in enumerate(concepts) if names[i] in names[:i]]
     if twice:
@@ -91,37 +90,53 @@ def _concepts(targets: str | Concept | Sequence[str | Concept]) -> list[Concept]
     return concepts
 
 
-def _placed(concepts: Sequence[Concept], given: str | Sequence[str]) -> dict[str, str]:
-    """The given anchor of each target."""
-    each = [given] * len(concepts) if isinstance(given, str) else list(given)
-    if len(each) != len(concepts):
+def _each_target(targets: str | Sequence[str | Concept]) -> list[str | Concept]:
+    if isinstance(targets, Sequence) and any(isinstance(one, Concept) for one in targets):
+        return list(targets)
+    return list(texts("targets", targets))
+
+
+def _placed(
+    concepts: Sequence[Concept], given: str | Sequence[str], contexts: Contexts | None
+) -> dict[str, str]:  # fmt: skip
+    """The given anchor of each target, as the model names it."""
+    words = [given] * len(concepts) if isinstance(given, str) else texts("anchors", given)
+    if len(words) != len(concepts):
         raise UserError(
-            f"{counted(len(concepts), 'target')} and {counted(len(each), 'anchor')}; give one anchor, or one for each "
+            f"{counted(len(concepts), 'target')} and {counted(len(words), 'anchor')}; give one anchor, or one for each "
             "target"
         )
-    pairs = dict(zip(map(str, concepts), each, strict=True))
-    if same := [target for target, anchor in pairs.items() if target.casefold() == anchor.casefold()]:
-        raise UserError(f"{same[0]!r} is target and anchor; choose another anchor")
-    return pairs
+    each = [_named(text, "anchor", contexts) for text in words]
+    for concept, anchor in zip(concepts, each, strict=True):
+        if str(concept).casefold() == anchor.casefold():
+            raise UserError(f"{str(concept)!r} is target and anchor; choose another anchor")
+    targeted = {c.name.casefold() for c in concepts if c.of is None}
+    if erased := [anchor for anchor in each if anchor.casefold() in targeted]:
+        raise UserError(f"the anchor {erased[0]!r} is a target itself, and would be erased; choose another anchor")
+    return dict(zip(map(str, concepts), each, strict=True))
 
 
-def _check_known(contexts: Any, concepts: Sequence[Concept], words: Mapping[str, Sequence[str]]) -> None:
-    """Raises UserError for a concept that a closed world lacks; an open one reads any word."""
-    if not getattr(contexts, "closed", False):
-        return
-    known = contexts.known()
-    for concept in concepts:
-        if concept.name not in known:
-            hint = _hint(concept.name, known)
-            raise UserError(f"the model does not know {concept.name!r}, so it cannot be erased{hint}")
-    unknown = getattr(contexts, "unknown", None)
-    for what, texts in words.items():
-        for text in texts:
-            if unknown is not None and text not in known and (lost := unknown(text)):
-                word = lost[0]
-                raise UserError(f"the {what} is {text!r}, and the model does not know {word!r}{_hint(word, known)}")
+def _retained(concepts: Sequence[Concept], given: str | Sequence[str], contexts: Contexts | None) -> list[str]:
+    """The given concepts that stay, as the model names them."""
+    words = texts("retain", given)
+    if any(not text.strip() for text in words):
+        raise UserError("a retained concept is empty; give words such as 'dog'")
+    kept = [_named(text, "retained concept", contexts) for text in words]
+    targets = {c.name.casefold() for c in concepts}
+    if both := [text for text, name in zip(words, kept, strict=True) if name.casefold() in targets]:
+        raise UserError(f"{both[0]!r} is a target and retained; it can only be one of them")
+    return kept
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, 3)
-    return f"; did you mean {' or '.join(close)}?" if close else "; `mm words` lists what it knows"
+def _named(text: str, what: str, contexts: Contexts | None) -> str:
+    """The name of an anchor or of a concept that stays; a closed vocabulary takes other texts of its own words, too."""
+    if not text.strip():
+        return ""
+    if not isinstance(contexts, ClosedContexts):
+        return str(parse(text))
+    plain = parse(text).name
+    if contexts.concept(plain) is not None:
+        return str(parse(text, contexts))
+    if lost := contexts.unknown(plain):
+        raise UserError(f"the {what} is {text!r}, and the model does not know {lost[0]!r}{hint(lost[0], contexts)}")
+    return plain

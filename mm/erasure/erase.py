@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mm.adapters.patch import Patch
+from mm.core.checks import texts
 from mm.core.nouns import counted
 from mm.erasure.alignment import matched, moved, shared_head
 from mm.erasure.checks import Scope, check_call
@@ -32,7 +33,7 @@ from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
 from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
-from mm.layers.surgery import roots_of
+from mm.layers.surgery import check_pipeline, roots_of
 
 DEFAULT = "uce"  # method
 NEIGHBOURS = 8  # retained for each target with retain="auto"
@@ -51,7 +52,7 @@ def erase(
     method: str = DEFAULT,
     strength: float = 1.0,
     scope: Scope = "draw",
-    sites: Sequence[str] = (),
+    sites: str | Sequence[str] = (),
     contexts: Contexts | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
     **settings: Any,
@@ -60,7 +61,8 @@ def erase(
 
     Args:
         pipe: any diffusers pipeline that reads text, of mm or of diffusers.
-        targets: concepts, as texts ("wolf", "style: van gogh", "attribute: red of apple") or `Concept`s.
+        targets: concepts, as texts ("wolf", "style: van gogh", "attribute: red of apple") or `Concept`s. A model with a
+            vocabulary of its own reads them as it reads prompts: "kitty" is its cat.
         anchors: what is drawn instead, one for all targets or one each; None takes the nearest concept of the family's
             own choice, else the nearest super-category, else nothing (the empty prompt).
         retain: concepts that must stay as they are; "auto" takes each target's neighbours.
@@ -76,20 +78,22 @@ def erase(
         The patch, not applied. Its report names anchors, neighbours, layers, errors and seconds.
 
     Raises:
-        UserError: for an empty or unknown target, a target that is retained, or a model without text-reading layers.
+        UserError: for an empty or unknown target, a kind that does not fit its word, a target that is retained, or a
+            model without text-reading layers.
     """
     started = time.monotonic()
+    check_pipeline(pipe, "erasing")
     contexts = contexts or contexts_of(pipe)
     call = check_call(
         targets, anchors=anchors, retain=retain, method=method, strength=strength, scope=scope, settings=settings,
         contexts=contexts,
     )  # fmt: skip
     maker, chosen, concepts = call.maker, call.settings, call.concepts
-    layers = text_layers(pipe, tuple(sites))
+    layers = text_layers(pipe, texts("sites", sites))
     progress(0.0, "looking for neighbours")
     near = Neighbours(pipe, layers, [*contexts.candidates(), *[c.name for c in concepts]])
     placed = _anchors(concepts, contexts, near) if call.anchors is None else dict(call.anchors)
-    kept = _retained(concepts, placed, retain, near)
+    kept = _neighbours(concepts, placed, near) if call.retained is None else list(call.retained)
     rows = reading_rows(pipe, concepts, placed, contexts) if scope == "read" else {}
     progress(0.1, f"reading {counted(len(kept), 'retained concept')} and {counted(len(concepts), 'target')}")
     each = max(FEWEST, PAIRS // len(concepts))
@@ -148,14 +152,11 @@ def _super_category(concept: Concept, near: Neighbours) -> str:
 _SUPER = ("animal", "vehicle", "fruit", "food", "building", "plant", "tool", "person", "furniture", "instrument", "toy")
 
 
-def _retained(
-    concepts: Sequence[Concept], anchors: dict[str, str], retain: str | Sequence[str], near: Neighbours
-) -> list[str]:
+def _neighbours(concepts: Sequence[Concept], anchors: dict[str, str], near: Neighbours) -> list[str]:
+    """The concepts nearest to the targets, and the anchors: what stays where nothing is named."""
     names = [c.name for c in concepts]
-    if retain == "auto":
-        found = [n for c in concepts for n in near.nearest(c.name, NEIGHBOURS, names)]
-        return list(dict.fromkeys([*found, *[a for a in anchors.values() if a]]))
-    return [retain] if isinstance(retain, str) else list(retain)
+    found = [n for c in concepts for n in near.nearest(c.name, NEIGHBOURS, names)]
+    return list(dict.fromkeys([*found, *[a for a in anchors.values() if a]]))
 
 
 def _features(

@@ -142,7 +142,7 @@ def export(
     Args:
         patch: of any method. Changes of whole weights and rotations are truncated to `rank` where the layout holds no
             others; what that loses is printed and in the report of the patch that is returned.
-        path: the file, replaced as a whole.
+        path: the file; one that is there is replaced, as a whole.
         layout: "diffusers", "peft", "kohya" or "comfyui".
         target: the model, which rotations and some layouts need.
         rank: of truncated entries.

@@ -14,7 +14,9 @@ Legend: N outputs, D inputs, G groups of inputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +27,39 @@ from mm.erasure.methods.protocol import Job
 
 GROUP = 64  # inputs that share a scale
 LEVELS = 7  # of symmetric 4-bit weights on either side of zero
+_REMEDY = (
+    "apply the patch to the quantized model, which keeps it, or raise strength or rank before baking it into weights "
+    "that are quantized later"
+)
+_made: ContextVar[list[float] | None] = ContextVar("mm_margins", default=None)
+
+
+@contextmanager
+def one_warning() -> Iterator[None]:
+    """Erasures that are made inside and stay below the rounding give one warning together, at the end, with a count."""
+    made: list[float] = []
+    token = _made.set(made)
+    try:
+        yield
+    finally:
+        _made.reset(token)
+    below = [margin for margin in made if margin < 1]
+    if len(made) == 1:
+        _warn_below(made[0])
+    elif below:
+        warnings.warn(
+            f"{len(below)} of {len(made)} erasures change their layers by less than half a 4-bit step (by "
+            f"{min(below):.2f} to {max(below):.2f} of it): {_REMEDY}",
+            stacklevel=3,
+        )
+
+
+def _warn_below(margin: float) -> None:
+    """Warns of a margin below 1, or counts it where several erasures warn together."""
+    if (made := _made.get()) is not None:
+        made.append(margin)
+    elif margin < 1:
+        warnings.warn(f"the erasure changes its layers by {margin:.2f} of half a 4-bit step: {_REMEDY}", stacklevel=5)
 
 
 def half_step(weight_ND: Tensor) -> Tensor:
@@ -87,12 +122,7 @@ def margins(job: Job, entries: Mapping[str, Entry]) -> dict[str, Any]:
     each = {path: round((moved / rounded) ** 0.5, 3) for path, (moved, rounded) in found.items()}
     moved, rounded = (sum(pair[i] for pair in found.values()) for i in (0, 1))
     whole = round((moved / rounded) ** 0.5, 3)
-    if whole < 1:
-        warnings.warn(
-            f"the erasure changes its layers by {whole:.2f} of half a 4-bit step: apply the patch to the quantized "
-            "model, which keeps it, or raise strength or rank before baking it into weights that are quantized later",
-            stacklevel=4,
-        )
+    _warn_below(whole)
     return {"margin": whole, "margins": each, "below_half_a_step": round(small / max(1, total), 4)}
 
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mm.core.checks import texts
 from mm.core.errors import UserError
 
 NOTHING = ("a photo", "a picture of something else")
@@ -60,13 +61,13 @@ class OpenClipJudge:
         if isinstance(model, str):
             model, transform, tokenizer = _loaded(model, pretrained)
         self.model, self.transform, self.threshold = model.eval(), transform, threshold
-        self.names = {group: tuple(names) for group, names in groups.items()}
-        texts = {
+        self.names = {group: texts(group, names) for group, names in groups.items()}
+        prompts = {
             group: [(templates or {}).get(group, "a picture of {}").format(name) for name in names]
             for group, names in self.names.items()
         }
-        self.vectors = {group: self._texts(tokenizer, [*found, *NOTHING]) for group, found in texts.items()}
-        self.blank_ND = self._texts(tokenizer, list(unreadable)) if unreadable else None
+        self.vectors = {group: self._texts(tokenizer, [*found, *NOTHING]) for group, found in prompts.items()}
+        self.blank_ND = self._texts(tokenizer, texts("unreadable", unreadable)) if unreadable else None
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[frozenset[str] | None]:
         """The names that each picture shows; None for one that cannot be read."""

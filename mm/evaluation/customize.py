@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mm.adapters.patch import Patch
+from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.core.files import write_json
 from mm.core.statistics import paired_change, share
@@ -79,6 +80,7 @@ class CustomizeConfig:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "subjects", texts("subjects", self.subjects))
         wrong = [name for name in self.subjects if name not in v.HELD_OUT_OBJECTS]
         if wrong or not self.subjects:
             named = repr(wrong[0]) if wrong else "nothing"

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mm.adapters.patch import Patch
+from mm.core.checks import texts
 from mm.core.devices import choose
 from mm.core.errors import UserError
 from mm.core.files import write_json
@@ -28,6 +29,7 @@ from mm.erasure.certify import certify
 from mm.erasure.concepts import contexts_of, parse
 from mm.erasure.erase import DEFAULT, erase
 from mm.erasure.grid import before_after
+from mm.erasure.margin import one_warning
 from mm.erasure.measure import Labels, Measurer, seed_of
 from mm.erasure.probes import Split, probes_of
 from mm.evaluation import compose
@@ -80,6 +82,8 @@ class EraseConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        for name in ("targets", "quantize", "attacks"):
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
         if not self.targets:
             raise UserError("there is no target; name at least one concept to erase")
         if self.how not in ("alone", "together", "stacked"):
@@ -146,15 +150,16 @@ def evaluate_erase(
     pipe.set_progress_bar_config(disable=True)
     made: list[Patch] = []
     try:
-        for names in [config.targets] if config.how == "together" else [(t,) for t in config.targets]:
-            progress(f"erasing {', '.join(names)}")
-            one = patch or erase(pipe, names, method=config.method, **config.options)
-            if config.how == "stacked":
-                one.apply(pipe)
-                made.append(one)
-                continue
-            shown = config.split == "report" and len(found) < SHOWN
-            found[", ".join(names)] = _measure(measurer, judge, one, names, config, shown)
+        with one_warning():
+            for names in [config.targets] if config.how == "together" else [(t,) for t in config.targets]:
+                progress(f"erasing {', '.join(names)}")
+                one = patch or erase(pipe, names, method=config.method, **config.options)
+                if config.how == "stacked":
+                    one.apply(pipe)
+                    made.append(one)
+                    continue
+                shown = config.split == "report" and len(found) < SHOWN
+                found[", ".join(names)] = _measure(measurer, judge, one, names, config, shown)
         undone = {}
         if config.how == "stacked":
             found = _stacked(measurer, made, config)
@@ -175,8 +180,9 @@ def evaluate_erase(
 def _measure(
     measurer: Measurer, judge: Judge, patch: Patch, names: Sequence[str], config: EraseConfig, shown: bool
 ) -> Certificate:
-    concepts = [parse(name) for name in names]
-    probes = probes_of(contexts_of(measurer.pipe), concepts, (), split=config.split, each=config.each)
+    contexts = contexts_of(measurer.pipe)
+    concepts = [parse(name, contexts) for name in names]
+    probes = probes_of(contexts, concepts, (), split=config.split, each=config.each)
     verdicts = composition(judge, [c.name for c in concepts], config) if config.composition else None
     return certify(
         measurer, patch, probes, attacks=[world_attack(name, config.attacked) for name in config.attacks],
@@ -188,8 +194,8 @@ def _measure(
 def _stacked(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) -> dict[str, Certificate]:
     """Each target's rates with all patches on, and again with its own patch taken off."""
     pipe, found = measurer.pipe, {}
-    concepts = [parse(name) for name in config.targets]
     contexts = contexts_of(pipe)
+    concepts = [parse(name, contexts) for name in config.targets]
     for concept, patch in zip(concepts, made, strict=True):
         probes = probes_of(contexts, [concept], (), split=config.split, each=config.each)
         banned = [c.name for c in concepts if c != concept]
@@ -206,7 +212,8 @@ def taken_off(measurer: Measurer, made: Sequence[Patch], config: EraseConfig) ->
         By target: "shown", the share of its pictures that show it again; "base", that of the unchanged model; "equal",
         whether every tensor of the model and every branch is, bit for bit, that of a stack made without the patch.
     """
-    concepts, contexts, found = [parse(name) for name in config.targets], contexts_of(measurer.pipe), {}
+    contexts, found = contexts_of(measurer.pipe), {}
+    concepts = [parse(name, contexts) for name in config.targets]
     base = copy.deepcopy(measurer.pipe)
     for one in reversed(made):
         one.undo(base)

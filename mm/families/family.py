@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mm.core.checks import texts
 from mm.layers.sites import Rule
 
 Rules = tuple[Rule, ...]
@@ -162,6 +163,8 @@ class Family:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        for name in ("more_pipelines", "model_types", "modes", "text_sites", "edit_sites"):
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
         if not self.name or self.name != self.name.lower() or " " in self.name:
             raise ValueError(f"the family's name {self.name!r} must be in lower case and without blanks")
         if not self.pipelines and not self.denoisers:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+from mm.core.checks import texts
 from mm.layers.sites import After, Precision, Reads, Rule
 
 Rules = tuple[Rule, ...]
@@ -102,7 +103,8 @@ def time(*patterns: str) -> Rules:
 
 def at_bits(bits: int, *rules: Rule, roles: tuple[str, ...] = ()) -> Rules:
     """The rules, those of `roles` (all, if none are named) at `bits` bits at least."""
-    return tuple(replace(rule, bits=bits) if not roles or rule.role in roles else rule for rule in rules)
+    chosen = texts("roles", roles)
+    return tuple(replace(rule, bits=bits) if not chosen or rule.role in chosen else rule for rule in rules)
 
 
 TIME = time(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.families.registry import families, is_denoiser, is_text_encoder, rules_of
 from mm.families.rules import generic
@@ -40,7 +41,7 @@ def find_sites(root: nn.Module) -> list[Site]:
     return match_sites(root, rules or (), generic(paths))
 
 
-def quantizable_parts(target: Any, components: Iterable[str] | None = None) -> dict[str, nn.Module]:
+def quantizable_parts(target: Any, components: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
     """The parts of a pipeline that are quantized, by name; a bare module under the name "model".
 
     Args:
@@ -58,7 +59,7 @@ def quantizable_parts(target: Any, components: Iterable[str] | None = None) -> d
         return {"model": target}
     parts = {n: m for n, m in getattr(target, "components", {}).items() if isinstance(m, nn.Module)}
     if components is not None:
-        wanted = list(components)
+        wanted = texts("components", components)
         if missing := [name for name in wanted if name not in parts]:
             raise UserError(f"the pipeline has no module {', '.join(missing)}; it has {', '.join(parts) or 'none'}")
         return {name: parts[name] for name in wanted}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.core.checks import given
 from mm.core.errors import UserError
 from mm.core.nouns import with_article
 from mm.layers.linear import BranchedLinear
@@ -56,11 +57,38 @@ def linears(root: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def roots_of(target: Any) -> dict[str, nn.Module]:
-    """A module itself (under the empty name), or a pipeline's modules by name; out of their wrappers."""
+    """A module itself (under the empty name), or a pipeline's modules by name; out of their wrappers.
+
+    Raises:
+        UserError: for an object that is neither a module nor a pipeline.
+    """
     if isinstance(target, nn.Module):
         return {"": unwrapped(target)}
-    parts = getattr(target, "components", {})
+    parts = getattr(target, "components", None)
+    if not isinstance(parts, Mapping):
+        raise UserError(f"{given(target)} is no model; give {_wanted(target)}")
     return {n: unwrapped(m) for n, m in parts.items() if isinstance(m, nn.Module)}
+
+
+def check_pipeline(target: Any, what: str) -> None:
+    """Raises UserError unless an object is a whole pipeline; `what` says what is done with it ("erasing")."""
+    roots_of(target)
+    if isinstance(target, nn.Module):
+        raise UserError(
+            f"{given(target)} is one part of a pipeline, and {what} needs the whole, with its tokenizer; give the "
+            "pipeline"
+        )
+    if not callable(target):
+        raise UserError(f"{given(target)} cannot draw, and {what} draws; give a pipeline of diffusers")
+
+
+def _wanted(target: Any) -> str:
+    """What is to be given in the place of an object that is no model."""
+    if hasattr(target, "pipeline"):
+        return "its pipeline (.pipeline)"
+    if isinstance(target, str):
+        return f"a loaded one, such as mm.load({target!r}).pipeline"
+    return "a pipeline of diffusers, or a module of torch"
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module | None:

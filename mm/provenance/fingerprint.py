@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.nouns import counted, with_article
@@ -65,6 +66,7 @@ class FingerprintConfig:
     widths: tuple[int, ...] = (24, 32, 48, 64)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", texts("layers", self.layers))
         for name in ("bits", "convolutions"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")

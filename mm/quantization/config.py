@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mm.core.checks import given, number, texts
+from mm.core.errors import UserError
 from mm.core.files import write_text
 
 
@@ -61,8 +64,14 @@ class SVDQuantConfig:
     METHOD: ClassVar[str] = QuantizationMethod.SVDQUANT.value
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "keep", texts("keep", self.keep))
         object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("rank", "iterations", "rows", "calls", "steps", "memory", "seed", "size"):
+            value = getattr(self, name)
+            if (isinstance(value, bool) or not isinstance(value, int)) and not (name == "size" and value is None):
+                raise UserError(f"{name} is {given(value)}; give a whole number")
+        if self.size_budget is not None:
+            number("size_budget", self.size_budget, -math.inf, math.inf)
         if self.rank < 0 or self.iterations < 1 or self.rows < 1 or self.calls < 1 or self.steps < 1:
             raise ValueError(
                 f"rank {self.rank} must not be negative; iterations {self.iterations}, rows {self.rows}, calls "
@@ -83,7 +92,10 @@ class SVDQuantConfig:
         if self.bits == "auto" and self.data_free:
             raise ValueError("bits='auto' measures errors, which needs calibration; leave data_free out")
         for pattern in self.keep:
-            re.compile(pattern)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"keep holds {pattern!r}, which is no regular expression ({error})") from error
 
     @property
     def quant_method(self) -> QuantizationMethod:

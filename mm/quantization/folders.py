@@ -23,6 +23,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
 from mm.core.paths import model_type, resolve_model
@@ -57,10 +58,10 @@ def quantize_folder(
     out: Path,
     config: SVDQuantConfig,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     pictures: int = 8,
     compose: int = 4,
-    components: Sequence[str] | None = None,
+    components: str | Sequence[str] | None = None,
     progress: bool = True,
     variant: str | None = None,
 ) -> Report:
@@ -71,14 +72,9 @@ def quantize_folder(
     """
     from mm.quantization import sources
     from mm.quantization.pipeline_calls import preview
-    from mm.quantization.plot import draw
     from mm.quantization.quantize import quantize
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a new folder")
-    if out.exists() and any(out.iterdir()) and not (out / ".parts").is_dir():
-        raise UserError(f"{out} is not empty; choose a new folder, or remove it first")
-    check_folder(out)
+    _check_out(out)
     parts, there = out / ".parts", out.exists()
     mark = _mark_of(parts, model, config)
     where = resolve_model(model)
@@ -89,7 +85,7 @@ def quantize_folder(
     quantizable_parts(pipe, components)  # raises before anything is drawn
     if config.size is not None:
         check_side(pipe, config.size)
-    chosen = list(prompts) if prompts else _prompts(family, config.seed)
+    chosen = list(texts("prompts", prompts)) if prompts else _prompts(family, config.seed)
     shown = chosen[:pictures]
     before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
     score = resolve(family.score) if family and family.score and compose and not config.data_free else None
@@ -118,12 +114,28 @@ def quantize_folder(
     _bring_the_rest(model, out)
     report.whole["folder_before"] = sum(part.bytes for part in stored.values())
     report.whole["folder_after"] = sources.folder_bytes(out)
+    _save_report(report, out)
+    shutil.rmtree(parts)
+    return report
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError unless `out` is a folder that can be written, empty or with the parts of a stopped run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a new folder")
+    if out.exists() and any(out.iterdir()) and not (out / ".parts").is_dir():
+        raise UserError(f"{out} is not empty; choose a new folder, or remove it first")
+    check_folder(out)
+
+
+def _save_report(report: Report, out: Path) -> None:
+    """Writes a report and its plot."""
+    from mm.quantization.plot import draw
+
     report.save(out / "report.json")
     plot = BytesIO()
     draw(report).save(plot, "PNG")
     write_bytes(out / "report.png", plot.getvalue())
-    shutil.rmtree(parts)
-    return report
 
 
 def _clear(parts: Path, there: bool) -> None:

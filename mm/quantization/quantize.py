@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mm.core.checks import check_kind
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.families import find_sites, quantizable_parts, rules_of
@@ -33,7 +34,7 @@ from mm.layers.base_hash import base_hash
 from mm.layers.linear import BranchedLinear
 from mm.layers.originals import refuse_patched
 from mm.layers.sites import Site
-from mm.layers.surgery import branched
+from mm.layers.surgery import branched, roots_of
 from mm.layers.tracing import regroup, trace
 from mm.quantization import auto, checks, parts, search
 from mm.quantization import calibration as cal
@@ -57,7 +58,7 @@ def quantize(
     config: SVDQuantConfig | None = None,
     *,
     calibration: Calibration | None = None,
-    components: Iterable[str] | None = None,
+    components: str | Iterable[str] | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -82,7 +83,9 @@ def quantize(
         UserError: where there is nothing to quantize or to calibrate with, where weights or inputs are not finite,
             where adapters of peft are attached, or where `resume` belongs to something else.
     """
-    config = config or SVDQuantConfig()
+    roots_of(target)  # raises for what is no model
+    config = SVDQuantConfig() if config is None else config
+    check_kind("config", config, SVDQuantConfig, "mm.SVDQuantConfig(...)")
     started = time.monotonic()
     roots = quantizable_parts(target, components)
     if config.data_free and calibration is not None:
@@ -93,7 +96,8 @@ def quantize(
         checks.check_model(name, root)
         refuse_patched(root, name)
     if calibration is not None and not callable(calibration):
-        calibration = cast("Calibration", list(calibration))  # read more than once
+        one = isinstance(calibration, str | Mapping)
+        calibration = cast("Calibration", [calibration] if one else list(calibration))  # read more than once
     runs = [] if config.data_free else _runs(target, calibration, config)
     whole = nn.Module()  # several parts as one, so that one run of the prompts serves all of them
     for name, root in roots.items():

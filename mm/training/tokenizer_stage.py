@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.core.checks import texts
 from mm.core.picture_metrics import psnr
 from mm.evaluation.reconstruct import save_grid
 from mm.tokenizers.autoencoder import Autoencoder
@@ -71,6 +72,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; give {', '.join(KINDS)}")
+        object.__setattr__(self, "favour", texts("favour", self.favour))
         if unknown := sorted(set(self.favour) - set(STYLES)):
             raise ValueError(f"no style {', '.join(unknown)} to favour; there are {', '.join(STYLES)}")
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from mm.erasure.concepts import Concept
+from mm.erasure.concepts import Concept, Kind
 from mm.erasure.probes import Probe, Split
 from mm.erasure.routes import Edit
 from mm.world import vocabulary as v
 from mm.world.captions import caption
 from mm.world.concept_edits import world_edits
 from mm.world.concept_probes import world_probes
-from mm.world.concept_words import forms, holds, joined, phrases, tokens, with_article
+from mm.world.concept_words import CONCEPTS, forms, holds, joined, named, nearest, phrases, tokens, with_article
 from mm.world.scene import sample_scene
 from mm.world.words import WORDS, split
 
@@ -33,11 +33,24 @@ def captions(count: int, seed: str) -> tuple[str, ...]:
 class WorldContexts:
     """The world's own captions. Every concept that can be erased is known, so an unknown one is an error."""
 
-    closed = True
-
     def known(self) -> tuple[str, ...]:
         """Everything that can be named as a target."""
-        return (*v.OBJECTS, *v.STYLES, *v.COLOURS, *v.BACKGROUNDS)
+        return tuple(name for names in CONCEPTS.values() for name in names)
+
+    def concept(self, text: str) -> tuple[Concept, str] | None:
+        """The concept that a text names, in any word for it that prompts know, and what it is; None where it is none.
+
+        A colour is an attribute. A background counts as an object: it is something that is drawn.
+        """
+        found = named(text)
+        if found is None:
+            return None
+        kinds: dict[str, Kind] = {"style": "style", "colour": "attribute"}
+        return Concept(name=found[0], kind=kinds.get(found[1], "object")), found[1]
+
+    def nearest(self, word: str) -> tuple[str, ...]:
+        """The concepts nearest to a thing that the world lacks."""
+        return nearest(word)
 
     def unknown(self, text: str) -> list[str]:
         """Words of a text that no vocabulary of the world has; new words in angle brackets may have been learned."""

@@ -315,3 +315,24 @@ def test_exit_codes(tmp_path, counting, monkeypatch):
     assert code(tmp_path / "none").exit_code == 1
     assert code(write(tmp_path / "empty")).exit_code == 1
     assert code(good, "--batch-size", 0).exit_code == 2
+
+
+def test_loading_shows_no_bars_of_the_libraries(monkeypatch):
+    import diffusers
+    import transformers
+
+    from mm.batch.run import _load
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    for one in logs:
+        one.enable_progress_bar()
+    found = []
+    monkeypatch.setattr(
+        "mm.engine.loading.load", lambda *_, **__: found.extend(x.is_progress_bar_enabled() for x in logs)
+    )
+    try:
+        _load("mm-tiny", bases={})
+        assert found == [False, False]
+    finally:
+        for one in logs:
+            one.enable_progress_bar()

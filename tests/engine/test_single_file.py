@@ -38,7 +38,7 @@ def test_a_denoiser_draws_on_its_base(files, tmp_path: Path) -> None:
     engine = mm.load(file, base=base, dtype="float32")
     own, theirs = engine.pipeline.transformer.state_dict(), pipe.transformer.state_dict()
     assert own.keys() == theirs.keys()
-    assert all(torch.equal(own[name], theirs[name]) for name in own)
+    assert all(torch.equal(own[name].cpu(), theirs[name].cpu()) for name in own)
     words = ["generate", "a fox", "--model", str(file), "--base", str(base), "--size", f"{SIDE}x{SIDE}"]
     words += ["--steps", "2", "--seed", "1", "--dtype", "float32", "-o", str(tmp_path / "a.png")]
     done = CliRunner().invoke(mm.cli.app, words)

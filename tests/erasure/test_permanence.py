@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import draw, tiny_pipeline
 import mm
 from mm.adapters import Patch, stack_of
 from mm.erasure.erase import effective
-from mm.erasure.margin import half_step, rounded_patch, squares
+from mm.erasure.margin import _warn_below, half_step, one_warning, rounded_patch, squares
 from mm.erasure.sites import text_layers
 from mm.evaluation.quantizers import nf4, nf4_rounded, quantizer
 from mm.layers.linear import BranchedLinear
@@ -154,3 +155,22 @@ def test_an_erasure_reads_what_is_on_the_model():
     path = next(iter(second.entries))
     assert not torch.equal(second.entries[path].tensors["up"], alone.entries[path].tensors["up"])
     assert isinstance(copy.deepcopy(second), Patch)
+
+
+def test_several_small_erasures_give_one_warning_with_a_count():
+    assert [_warned([0.4]), _warned([1.5]), _warned([1.5, 2.0])] == [
+        ["the erasure changes its layers by 0.40 of half a 4-bit step"], [], []
+    ]  # fmt: skip
+    assert _warned([0.4, 1.2, 0.91]) == [
+        "2 of 3 erasures change their layers by less than half a 4-bit step (by 0.40 to 0.91 of it)"
+    ]
+
+
+def _warned(margins):
+    """The beginnings of the warnings of erasures with these margins, that are made within one context."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with one_warning():
+            for margin in margins:
+                _warn_below(margin)
+    return [str(warning.message).partition(": ")[0] for warning in caught]

@@ -16,10 +16,13 @@ from mm.adapters.formats.settings import Strengths
 from mm.adapters.formats.source import load
 from mm.adapters.formats.words import split_words, word_entries
 from mm.adapters.patch import Entry, Patch
+from mm.core.checks import check_path, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import locate, roots_of, submodule
+
+MOST = 10**6  # of a rank
 
 
 def read_lora(
@@ -41,8 +44,7 @@ def read_lora(
     Raises:
         UserError: where a key of the file is not understood, is for no layer of this model, or does not fit it.
     """
-    if truncate_to is not None and truncate_to < 1:
-        raise UserError(f"truncate_to is {truncate_to}; give a rank of 1 or more")
+    _check_call(source, target, truncate_to)
     given = load(source)
     odd = not any(map(is_lora, given.tensors))
     words, tensors = split_words(given.tensors, given.word or name, odd)
@@ -69,6 +71,15 @@ def read_lora(
         report={"file": f"{total} of {counted(total, 'tensor')} of the file"},
     )
     return patch if truncate_to is None else _truncated(patch, target, truncate_to)
+
+
+def _check_call(source: object, target: Any, truncate_to: int | None) -> None:
+    """Raises UserError for arguments of wrong types, or a rank below 1."""
+    if truncate_to is not None:
+        whole("truncate_to", truncate_to, 1, MOST)
+    if not isinstance(source, Mapping):
+        check_path("the LoRA", source)
+    roots_of(target)  # raises for what is no model
 
 
 def _has_alpha(given: Any) -> bool:

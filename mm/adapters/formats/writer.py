@@ -26,6 +26,7 @@ from torch import Tensor
 from mm.adapters.formats.family_names import TABLES
 from mm.adapters.formats.names import DENOISERS, Names, Piece
 from mm.adapters.patch import Entry, Patch
+from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError
 from mm.core.files import read_regular, write_bytes
 from mm.layers.surgery import roots_of
@@ -45,7 +46,7 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
 
     Args:
         patch: of low-rank entries for all tokens; kohya's and ComfyUI's layout also take dense and bias entries.
-        path: the file, replaced as a whole. Layout "peft" writes `adapter_config.json` beside it.
+        path: the file; one that is there is replaced, as a whole. Layout "peft" writes `adapter_config.json` beside it.
         layout: "diffusers", "peft", "kohya" or "comfyui".
         target: the model or pipeline of the patch. The last two layouts need it where they call a family's layers by
             other names (FLUX, SD3, Z-Image, Wan); "comfyui" always does.
@@ -53,6 +54,8 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
     Raises:
         UserError: for what the layout cannot hold; nothing is written then.
     """
+    check_kind("patch", patch, Patch, "a patch, such as mm.erase and mm.read_lora make")
+    check_path("path", path)
     tensors, config = lora_tensors(patch, layout, target)
     data = save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata={"format": "pt"})
     write_adapter(path, data, config)

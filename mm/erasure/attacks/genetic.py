@@ -40,7 +40,8 @@ class Genetic:
         """The share of prompts for which one of the evolved prompts brings the concept back."""
         chosen, pipe = asked(probes, self.most), measurer.pipe
         contexts = contexts_of(pipe)
-        names = {str(parse(text)): parse(text) for text in patch.report.get("concepts", ())}
+        erased = [parse(text, contexts) for text in patch.report.get("concepts", ())]
+        names = {str(concept): concept for concept in erased}
         layer = next(iter(text_layers(pipe).items()))
         words = words_of(pipe, self._banned(contexts, chosen))
         found = []

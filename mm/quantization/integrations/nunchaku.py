@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mm.adapters.patch import Applied
 from mm.core.build_limit import build_empty
+from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError, shown
 from mm.core.model_files import check_sizes, weight_files
 from mm.core.nouns import with_article
@@ -76,6 +77,7 @@ class _Source:
 
 def _open(source: str | Path) -> _Source:
     """A file, a folder of the two files that came first, or a nunchaku_lite folder."""
+    check_path("the Nunchaku file", source)
     where = Path(source)
     if not where.exists():
         raise UserError(f"{where} does not exist; give a file or folder, downloaded before")
@@ -128,6 +130,7 @@ def read_nunchaku(source: str | Path, model: nn.Module, *, activation_bits: Inpu
 
     The model may be on the meta device. Raises UserError, and changes nothing, unless all tensors of both find a match.
     """
+    check_kind("model", model, nn.Module, "the model of diffusers that the file is for")
     opened = _open(source)
     plan = _plan(opened, model, _rules(opened, model))
     return _fill(opened, model, plan, activation_bits)

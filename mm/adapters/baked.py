@@ -1,0 +1,76 @@
+"""The record of what was baked into a model's weights, by which a patch that is in them already is refused.
+
+Design choices
+- Each component keeps digests of the entries that were baked into it, in itself and in its config: a folder that
+  `save_pretrained` wrote knows them too, and so does a 4-bit model that was quantized afterwards.
+- A digest is of layers and tensors, not of the patch's name: a patch that was read again from its file is the same.
+- Weights that were replaced since are recognized by the hash of the base that a patch carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm.adapters.entry import Entry
+from mm.core.errors import UserError
+from mm.layers.base_hash import base_hash
+from mm.layers.surgery import clean
+
+_KEY = "_mm_baked"  # libraries pass over private keys of a config, and keep them
+Changes = Sequence[tuple[nn.Module, Entry]]  # layers of a model, each with what changes there
+
+
+def record(roots: Iterable[nn.Module], changes: Changes) -> None:
+    """Notes in each component what is in its weights from now on."""
+    for root in roots:
+        if mine := _digest(root, changes):
+            made = tuple(dict.fromkeys((*baked_into(root), mine)))
+            root.__dict__[_KEY] = made
+            if hasattr(root, "register_to_config"):
+                root.register_to_config(**{_KEY: list(made)})
+            elif hasattr(getattr(root, "config", None), "to_dict"):
+                setattr(root.config, _KEY, list(made))
+
+
+def baked_into(root: nn.Module) -> tuple[str, ...]:
+    """Digests of what is in a component's weights."""
+    config: Any = getattr(root, "config", None)
+    kept = config.get(_KEY) if isinstance(config, Mapping) else getattr(config, _KEY, None)
+    found = root.__dict__.get(_KEY) or kept
+    return tuple(str(one) for one in found) if isinstance(found, list | tuple) else ()
+
+
+def refuse_baked(name: str, base: str, roots: Iterable[nn.Module], changes: Changes) -> None:
+    """Raises UserError where a patch is in the weights of a component already.
+
+    Args:
+        name: of the patch, for the message.
+        base: the hash of the base that it was made for; a component that still is that base has nothing baked into it.
+        roots: the components.
+        changes: layers and entries of the patch.
+    """
+    for root in roots:
+        there = baked_into(root)
+        if there and _digest(root, changes) in there and not (base and base == base_hash(root)):
+            raise UserError(
+                f"patch {name!r} is part of the weights of this {type(root).__name__} already (it was baked into "
+                "them), and would act twice; leave it out, or give force=True"
+            )
+
+
+def _digest(root: nn.Module, changes: Changes) -> str:
+    """A digest of what changes in a component, by layer; empty where nothing does."""
+    paths = {id(module): clean(path) for path, module in root.named_modules()}
+    mine = [(paths[id(module)], entry) for module, entry in changes if id(module) in paths]
+    digest = hashlib.sha256()
+    for path, entry in sorted(mine, key=lambda pair: (pair[0], pair[1].kind)):
+        digest.update(f"|{path}|{entry.kind}|{entry.scope}|{entry.scale}".encode())
+        for name, tensor in sorted(entry.tensors.items()):
+            digest.update(f"|{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if mine else ""
