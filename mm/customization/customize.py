@@ -152,7 +152,7 @@ def customize(
     wanted = _freeze(pipe)
     learner: Learner | None = None
     strangers: Strangers | None = None
-    held = ExitStack()
+    locks = ExitStack()
     try:
         learner = maker.begin(job)
         strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
@@ -168,7 +168,7 @@ def customize(
         more = [of_slider, guarded, fingerprint(class_pictures or [])]
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)
         place = None if work is None else Path(work)
-        held.enter_context(only_run(place))
+        locks.enter_context(only_run(place))
         training = Training(
             learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
             regularization=_regularization(objective, class_pictures, config), strangers=strangers,
@@ -193,7 +193,7 @@ def customize(
             learner.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
-        held.close()
+        locks.close()
 
 
 def _regularization(

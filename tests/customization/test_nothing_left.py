@@ -71,7 +71,6 @@ def test_a_tuner_that_fails_midway(pipe: Any, photos: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "style", "companions": 3}, "companions is 3, and pictures beside the subject"),
         ({"guard_weight": 2.0}, "guard_weight is 2.0, and no concept is guarded"),
         ({"regularize": 2.0}, "regularize is 2.0, and there are no regularization pictures"),
         ({"slider_pictures": 4}, "slider_pictures is 4, and no pictures are drawn"),
@@ -94,6 +93,7 @@ def test_settings_without_effect_on_a_slider(pipe: Any) -> None:
     prompts = SliderPrompts(positive="a red cat", negative="a blue cat")
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"caption_dropout": 0.5}, "captions are never left out"), ({"strangers": 2}, "other names are held"),
+        ({"companions": 3}, "companions is 3, and further pictures are made of subjects and styles"),
         ({"noun": "cat"}, "noun is 'cat'"),
     )  # fmt: skip
     for given, message in cases:
