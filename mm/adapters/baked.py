@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def record(roots: Iterable[nn.Module], changes: Changes) -> None:
             made = tuple(dict.fromkeys((*baked_into(root), mine)))
             root.__dict__[_KEY] = made
             if hasattr(root, "register_to_config"):
-                root.register_to_config(**{_KEY: list(made)})
+                cast(Any, root).register_to_config(**{_KEY: list(made)})
             elif hasattr(getattr(root, "config", None), "to_dict"):
                 setattr(root.config, _KEY, list(made))
 

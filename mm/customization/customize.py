@@ -138,7 +138,7 @@ def customize(
     check_names_read(objective, name, [one.caption for one in examples])
     warn_of_small(examples, objective.side)
     kept = _preserved(objective, examples, name, noun, kind, preserved)
-    beside, held = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
+    beside, plain = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
         objective=objective,
         examples=balanced(examples, beside),
@@ -152,14 +152,14 @@ def customize(
     wanted = _freeze(pipe)
     learner: Learner | None = None
     strangers: Strangers | None = None
-    locks = ExitStack()
+    held = ExitStack()
     try:
         learner = maker.begin(job)
         strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
         goal = goal_of(learner, prompts)
         batches = Batches(
             objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
-            own=len(examples), held=held, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
+            own=len(examples), held=plain, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
             preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
             guarded=len(guarded), guard_batch=config.guard_batch,
             strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
@@ -168,7 +168,7 @@ def customize(
         more = [of_slider, guarded, fingerprint(class_pictures or [])]
         identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)
         place = None if work is None else Path(work)
-        locks.enter_context(only_run(place))
+        held.enter_context(only_run(place))
         training = Training(
             learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
             regularization=_regularization(objective, class_pictures, config), strangers=strangers,
@@ -193,7 +193,7 @@ def customize(
             learner.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
-        locks.close()
+        held.close()
 
 
 def _regularization(

@@ -53,8 +53,8 @@ def read_lora(
     places = _places(modules, target)
     strengths = Strengths(settings=given.settings)
     parts: list[Part] = []
-    for module, tensors_here in modules.items():
-        change = change_of(module, tensors_here, places[module], strengths)
+    for module, own in modules.items():
+        change = change_of(module, own, places[module], strengths)
         _check_bits(module, change.kind, change.delta, places[module], truncate_to)
         parts += [Part(module=module, piece=piece, change=change) for piece in places[module]]
     entries = entries_of(parts) | rows
