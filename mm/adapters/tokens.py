@@ -80,10 +80,20 @@ def add_token(pipe: Any, table: TokenTable, token: str) -> int:
         resize: Any = getattr(root, "resize_token_embeddings", None)
         if resize is None:
             raise UserError(f"all {embedding.num_embeddings} rows of {table.embedding} are taken; no new word fits")
-        resize(row + 1, mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # rows are drawn for it, which are replaced here
+            resize(row + 1, mean_resizing=False)
+        _fill_new_rows(root, path, rows)
     tokenizer.add_tokens([token])
     tokenizer.__dict__.setdefault(_ADDED, {})[token] = rows
     return row
+
+
+@torch.no_grad()
+def _fill_new_rows(root: nn.Module, path: str, rows: int) -> None:
+    """The mean of all rows in new ones: what a word is at a scale of 0 must not be left to chance."""
+    grown = submodule(root, path)
+    if isinstance(grown, nn.Embedding):
+        grown.weight[rows:] = grown.weight[:rows].float().mean(0).to(grown.weight)
 
 
 def release_words(target: Any) -> None:

@@ -122,7 +122,7 @@ def customize(
     else:
         check_name(name, objective)
     check_effects(
-        maker.name, kind, settings, preserve=config.preserve, drawn=folder is None, guard=guard, preserved=preserved,
+        maker.name, kind, settings, drawn=folder is None, guard=guard, preserved=preserved,
         regularization=regularization, noun=noun,
     )  # fmt: skip
     check_rank(objective, chosen)

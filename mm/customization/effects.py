@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ _OF_WORDS = ("textual-inversion",)  # methods that train rows of embeddings alon
 
 
 def check_effects(
-    method: str, kind: str, given: Mapping[str, Any], *, preserve: float, drawn: bool = False,
+    method: str, kind: str, given: Mapping[str, Any], *, drawn: bool = False,
     guard: Sequence[str] = (), preserved: Sequence[str] | None = None, regularization: object = None, noun: str = "",
 ) -> None:  # fmt: skip
     """Checks what a user has given against the kind, the method and the other settings.
@@ -21,7 +22,6 @@ def check_effects(
         method: its name.
         kind: of what is learned.
         given: settings that the user has given.
-        preserve: the weight of the preservation in this run.
         drawn: whether the pictures of a slider are drawn by the base.
         guard: concepts that stay.
         preserved: prompts that stay.
@@ -32,12 +32,11 @@ def check_effects(
         UserError: with the first setting that changes nothing, its value, and what to do.
     """
     lost: dict[str, str] = {}
-    if kind != "subject":
-        lost["companions"] = f"pictures beside the subject are made for the kind 'subject', and this is {kind!r}"
     if kind in ("edit", "slider"):
+        lost["companions"] = f"further pictures are made of subjects and styles, and the kind is {kind!r}"
         lost["strangers"] = f"other names are held for subjects and styles, and the kind is {kind!r}"
         lost["caption_dropout"] = f"captions are never left out where the kind is {kind!r}"
-    if not preserve:
+    if given.get("preserve") == 0:
         lost["strangers"] = "other names are held to the base with the weight preserve, which is 0"
     if not drawn:
         lost["slider_pictures"] = "no pictures are drawn by the base here"
@@ -45,12 +44,16 @@ def check_effects(
         lost["guard_weight"] = lost["guard_batch"] = "no concept is guarded"
     if regularization is None:
         lost["regularize"] = "there are no regularization pictures"
-    if method in _OF_WORDS:
-        lost["learning_rate"] = f"{method} trains a word alone, whose rate is row_rate"
     for name, why in lost.items():
         value = given.get(name)
         if value is not None and value != 0:
             raise UserError(f"{name} is {shown(value)}, and {why}; leave it out")
+    if method in _OF_WORDS and given.get("learning_rate") is not None:  # of a list of settings for many methods, often
+        warnings.warn(
+            f"learning_rate is {shown(given['learning_rate'])}, and {method} trains a word alone, whose rate is "
+            "row_rate",
+            stacklevel=3,
+        )
     if given.get("preserve") == 0 and (guard or preserved):
         what = "guarded concepts" if guard else "preserved prompts"
         raise UserError(f"{what} are held to the base with the weight preserve, which is 0; leave one of them out")

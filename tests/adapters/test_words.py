@@ -69,6 +69,25 @@ def test_undo_takes_words_away_in_any_order() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:patch")
+def test_a_word_in_part_is_not_left_to_chance() -> None:
+    """A new row is the table's mean before a word fills it, whatever the state of torch's random numbers."""
+    found = []
+    for seed in (1, 2):
+        pipe = tiny_pipeline_of("stable-diffusion")
+        weights = pipe.text_encoder.get_input_embeddings().weight
+        while len(pipe.tokenizer) < len(weights):  # so that the table has to grow
+            pipe.tokenizer.add_tokens([f"<{len(pipe.tokenizer)}>"])
+        mean = weights.detach().float().mean(0)
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        _word(pipe, "<a>", 1.0).apply(pipe, 0.5)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(_row(pipe, "<a>"))
+        assert torch.allclose(found[-1], 0.5 * mean + 0.5, atol=1e-6)
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:patch")
 def test_words_that_stay() -> None:
     """Those of a baked patch, those of the user's own, and those below a user's own."""
     pipe = tiny_pipeline_of("stable-diffusion")

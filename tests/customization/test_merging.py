@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 from typer.testing import CliRunner
@@ -15,7 +16,9 @@ from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.customization.customize import customize
+from mm.customization.learned import Learned
 from mm.customization.merging.combining import cut, decoupled_orthogonal, orthogonalized
+from mm.customization.merging.files import read_adapter
 from mm.customization.merging.merge import merge, shared
 from mm.customization.methods.orthogonal import basis
 
@@ -200,3 +203,28 @@ def test_the_base_and_the_layout_of_a_merge() -> None:
     with pytest.warns(UserWarning, match="does not say which model"):
         made = merge([one, other])
     assert made.base == "x" and made.layout() == "mm"
+
+
+def test_files_that_mm_wrote_for_other_programs_need_no_model(tmp_path: Path) -> None:
+    """Their names are those of the model, and they say which one; the first example of the docs is such a call."""
+    from mm.cli import app
+
+    files = []
+    for seed in (1, 2):
+        made = Learned(
+            entries=_patch(seed).entries, base="x", family="stable-diffusion-xl", name=f"p{seed}",
+            settings={"name": f"<p{seed}>", "rank": 2},
+        )  # fmt: skip
+        files.append(tmp_path / f"{seed}.safetensors")
+        made.write(files[-1])
+        read = read_adapter(files[-1])
+        assert torch.allclose(_delta(read), _delta(made)) and isinstance(read, Learned)
+        assert (read.base, read.family, read.settings["name"]) == ("x", "stable-diffusion-xl", f"<p{seed}>")
+    out = tmp_path / "both.safetensors"
+    done = CliRunner().invoke(app, ["merge", *map(str, files), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert torch.allclose(_delta(read_adapter(out)), _delta(_patch(1)) + _delta(_patch(2)), atol=1e-5)
+    tensors = {"unet.a.lora_A.weight": torch.ones(2, K), "unet.a.lora_B.weight": torch.ones(N, 2)}
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match="a LoRA of another program"):
+        read_adapter(tmp_path / "foreign.safetensors")

@@ -15,6 +15,7 @@ from mm.core.errors import UserError
 from mm.customization.checks import check_names_read
 from mm.customization.customize import customize
 from mm.customization.data import read_folder
+from mm.customization.effects import check_effects
 from mm.customization.learned import LAYOUTS, check_layout
 from mm.customization.methods import through_peft
 from mm.customization.objectives.protocol import objective_of
@@ -70,14 +71,12 @@ def test_a_tuner_that_fails_midway(pipe: Any, photos: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "style", "companions": 3}, "companions is 3, and pictures beside the subject"),
         ({"guard_weight": 2.0}, "guard_weight is 2.0, and no concept is guarded"),
         ({"regularize": 2.0}, "regularize is 2.0, and there are no regularization pictures"),
         ({"slider_pictures": 4}, "slider_pictures is 4, and no pictures are drawn"),
         ({"preserve": 0, "guard": ("wolf",)}, "guarded concepts are held"),
         ({"preserve": 0, "preserved": ("a wolf",)}, "preserved prompts are held"),
         ({"preserve": 0, "strangers": 1}, "strangers is 1, and other names are held"),
-        ({"method": "textual-inversion", "learning_rate": 1e-3}, "learning_rate is 0.001, and textual-inversion"),
         ({"method": "oft", "rank": 4}, "oft has no setting 'rank'"),
         ({"method": "oft", "block": 1}, "block is 1"),
         ({"alpha": 0}, "alpha is 0"),
@@ -94,6 +93,7 @@ def test_settings_without_effect_on_a_slider(pipe: Any) -> None:
     prompts = SliderPrompts(positive="a red cat", negative="a blue cat")
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"caption_dropout": 0.5}, "captions are never left out"), ({"strangers": 2}, "other names are held"),
+        ({"companions": 3}, "companions is 3, and further pictures are made of subjects and styles"),
         ({"noun": "cat"}, "noun is 'cat'"),
     )  # fmt: skip
     for given, message in cases:
@@ -114,6 +114,8 @@ def test_captions_that_are_cut_off_before_the_name(pipe: Any, tmp_path: Path) ->
 
 def test_what_a_run_warns_of(pipe: Any, tmp_path: Path) -> None:
     folder = subject_folder(tmp_path, 2)
+    with pytest.warns(UserWarning, match="learning_rate is 0.001, and textual-inversion trains a word alone"):
+        check_effects("textual-inversion", "subject", {"learning_rate": 1e-3})
     Image.new("RGB", (1, 5)).save(folder / "1.png")
     with pytest.warns(UserWarning) as caught:
         learned = customize(pipe, folder, name="<mug>", **(FAST | {"learning_rate": 1e-9}))
