@@ -49,7 +49,7 @@ class Distillation:
     updates: int = 100
     adapters: int = 2
     pairs: int = 6
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     clip: float = 1.0
 
 
