@@ -11,33 +11,29 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.core.checks import texts
 from mm.customization.batches import Batches
-from mm.customization.captions import renamed
 from mm.customization.checks import (
     check_call,
     check_name,
-    check_names_read,
     check_rank,
     check_resources,
     check_words,
     guarded_prompts,
     settings_of,
-    warn_of_captions,
-    warn_of_small,
 )
-from mm.customization.companions import balanced, companions
+from mm.customization.companions import balanced
 from mm.customization.config import TrainingConfig
-from mm.customization.data import Example, Kind, fingerprint, read_folder, read_regularization
+from mm.customization.data import Example, Kind, fingerprint
 from mm.customization.effects import check_effects
 from mm.customization.estimate import Estimate, estimate
 from mm.customization.goals import goal_of
@@ -47,18 +43,17 @@ from mm.customization.methods.registry import method_of
 from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.only_run import only_run
+from mm.customization.pictures import OnProgress, Pictures, gathered, preserved_prompts
+from mm.customization.pieces import frozen
 from mm.customization.previews import draw, save_previews, sheet_of
-from mm.customization.recoloured import recoloured
 from mm.customization.sliders import SliderPrompts
 from mm.customization.strangers import Strangers
 from mm.customization.training import Progress, Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
-from mm.layers.surgery import check_pipeline, roots_of
+from mm.layers.surgery import check_pipeline
 
-PRESERVED = 48  # unrelated prompts that are held to the base
 _STYLE_VISIBLE = 0.95  # share of the highest noise below which a picture shows its style
-OnProgress = Callable[[float, str], None]
 
 
 def customize(
@@ -108,71 +103,44 @@ def customize(
     Raises:
         UserError: for a folder, a name or a setting that does not fit; the model is unchanged then.
     """
-    check_pipeline(pipe, "customization")
     guard = texts("guard", guard)
     preserved = None if preserved is None else texts("preserved", preserved)
     samples = None if samples is None else texts("samples", samples)
+    check_pipeline(pipe, "customization")
     check_call(kind, folder, name, prompts, regularization, work=work, samples=samples)
     guarded = guarded_prompts(guard)
     maker = method_of(method)
     objective = objective_of(pipe, settings.get("size"), edit=kind == "edit")
     config, chosen = settings_of(maker.name, {**objective.training, **maker.defaults}, settings)
-    if kind == "slider":
-        name = name or "slider"
-    else:
-        check_name(name, objective)
-    check_effects(
-        maker.name, kind, settings, drawn=folder is None, guard=guard, preserved=preserved,
-        regularization=regularization, noun=noun,
+    name = name or ("slider" if kind == "slider" else "")
+    _check(
+        objective, maker.name, kind, name, settings, chosen, folder=folder, noun=noun, guard=guard, prompts=prompts,
+        samples=samples or (), preserved=preserved, regularization=regularization,
     )  # fmt: skip
-    check_rank(objective, chosen)
-    check_words(
-        objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples or (),
-        prompts=prompts, preserved=preserved or (),
+    given = gathered(
+        objective, folder, name, kind, noun, prompts, regularization, config, sample_steps, progress
     )  # fmt: skip
-    class_pictures = None
-    if regularization is not None:
-        class_pictures = read_regularization(regularization, noun=noun, name=name)
-    examples = _examples(objective, folder, name, kind, noun, prompts, config, sample_steps, progress)
-    warn_of_captions(objective, name, [one.caption for one in (*examples, *(class_pictures or ()))])
-    check_names_read(objective, name, [one.caption for one in examples])
-    warn_of_small(examples, objective.side)
-    kept = _preserved(objective, examples, name, noun, kind, preserved)
-    beside, plain = _companions(objective, examples, name, noun, kind, config, sample_steps, progress)
     job = Job(
-        objective=objective,
-        examples=balanced(examples, beside),
-        name=name,
-        noun=noun,
-        kind=kind,
-        settings=chosen,
-        seed=config.seed, steps=config.steps,
+        objective=objective, examples=balanced(given.own, given.beside), name=name, noun=noun, kind=kind,
+        settings=chosen, seed=config.seed, steps=config.steps,
     )  # fmt: skip
+    kept = preserved_prompts(objective, given.own, name, noun, kind, preserved)
     base = base_hash(objective.modules()[objective.parts[0]])
-    wanted = _freeze(pipe)
-    learner: Learner | None = None
-    strangers: Strangers | None = None
-    held = ExitStack()
-    try:
+    place = None if work is None else Path(work)
+    with ExitStack() as stack:
+        stack.enter_context(only_run(place))
+        stack.enter_context(frozen(pipe))
         learner = maker.begin(job)
+        stack.callback(learner.remove)
         strangers = Strangers(learner, config.seed) if config.strangers and config.preserve and kept else None
-        goal = goal_of(learner, prompts)
-        batches = Batches(
-            objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
-            own=len(examples), held=plain, **({"visible": _STYLE_VISIBLE} if kind == "style" else {}),
-            preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
-            guarded=len(guarded), guard_batch=config.guard_batch,
-            strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
-        )  # fmt: skip
+        if strangers is not None:
+            stack.callback(strangers.remove)
         of_slider = None if prompts is None else asdict(prompts)
-        more = [of_slider, guarded, fingerprint(class_pictures or [])]
-        identity = _identity(examples, name, kind, maker.name, chosen, config, base, kept, more)
-        place = None if work is None else Path(work)
-        held.enter_context(only_run(place))
-        training = Training(
-            learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
-            regularization=_regularization(objective, class_pictures, config), strangers=strangers,
+        identity = _identity(
+            given.own, name, kind, maker.name, chosen, config, base, kept,
+            [of_slider, guarded, fingerprint(given.of_class or [])],
         )  # fmt: skip
+        training = _training(learner, given, kept, guarded, config, strangers, prompts, place, identity)
         found = estimate(training)
         check_resources(found, place)
         estimated(found)
@@ -186,14 +154,43 @@ def customize(
 
         training.run(on_step, on_preview)
         return _learned(pipe, learner, training, base, maker.name, chosen | ({} if of_slider is None else of_slider))
-    finally:
-        if strangers is not None:
-            strangers.remove()
-        if learner is not None:
-            learner.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        held.close()
+
+
+def _check(
+    objective: Objective, method: str, kind: Kind, name: str, settings: Mapping[str, Any],
+    chosen: Mapping[str, Any], *, folder: object, noun: str, guard: Sequence[str], prompts: SliderPrompts | None,
+    samples: Sequence[str], preserved: Sequence[str] | None, regularization: object,
+) -> None:  # fmt: skip
+    """Raises UserError for what does not fit the model, before pictures are read."""
+    if kind != "slider":
+        check_name(name, objective)
+    check_effects(
+        method, kind, settings, drawn=folder is None, guard=guard, regularization=regularization, noun=noun,
+    )  # fmt: skip
+    check_rank(objective, chosen)
+    check_words(
+        objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples, prompts=prompts,
+        preserved=preserved or (),
+    )  # fmt: skip
+
+
+def _training(
+    learner: Learner, given: Pictures, kept: Sequence[str], guarded: Sequence[str], config: TrainingConfig,
+    strangers: Strangers | None, prompts: SliderPrompts | None, place: Path | None, identity: str,
+) -> Training:  # fmt: skip
+    """The run, resumed where its folder has a state."""
+    job, goal = learner.job, goal_of(learner, prompts)
+    batches = Batches(
+        job.objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
+        own=len(given.own), held=given.plain, **({"visible": _STYLE_VISIBLE} if job.kind == "style" else {}),
+        preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
+        guarded=len(guarded), guard_batch=config.guard_batch,
+        strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,
+    )  # fmt: skip
+    return Training(
+        learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
+        regularization=_regularization(job.objective, given.of_class, config), strangers=strangers,
+    )  # fmt: skip
 
 
 def _regularization(
@@ -205,36 +202,6 @@ def _regularization(
         objective, examples, batch_size=config.batch_size, seed=config.seed + 101, prompts=0, preserve_batch=0
     )
     return Regularization(batches=batches, captions=[example.caption for example in examples])
-
-
-def _examples(
-    objective: Objective, folder: str | Path | None, name: str, kind: Kind, noun: str, prompts: SliderPrompts | None,
-    config: TrainingConfig, steps: int | None, progress: OnProgress,
-) -> list[Example]:  # fmt: skip
-    """The pictures of the folder; of a slider without one, pictures that the base draws of its neutral prompts."""
-    if folder is not None:
-        return read_folder(folder, name=name, kind=kind, noun=noun)
-    assert prompts is not None
-    words = [triple[0] for triple in prompts.triples()]
-    count = max(config.slider_pictures, len(words))
-    examples = []
-    for k in range(count):
-        progress(0.0, f"picture {k + 1} of {count}")
-        caption = words[k % len(words)]
-        picture = draw(objective.pipe, caption, side=objective.side, seed=config.seed + k, steps=steps)
-        examples.append(Example(path=Path(f"{k}.png"), caption=caption, picture=picture.convert("RGB")))
-    return examples
-
-
-def _companions(
-    objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: Kind, config: TrainingConfig,
-    steps: int | None, progress: OnProgress,
-) -> tuple[list[Example], list[Example]]:  # fmt: skip
-    """Further training pictures, made of the user's and of what the base draws, and pictures to hold prompts on."""
-    given: dict[str, Any] = {"count": config.companions, "seed": config.seed, "steps": steps, "progress": progress}
-    if kind == "subject":
-        return companions(objective, examples, name=name, noun=noun, **given), []
-    return recoloured(objective, examples, name=name, **given) if kind == "style" else ([], [])
 
 
 def _samples(learner: Learner, samples: Sequence[str] | None, steps: int | None) -> list[Image.Image]:
@@ -254,30 +221,6 @@ def _samples(learner: Learner, samples: Sequence[str] | None, steps: int | None)
                     )
                 )  # fmt: skip
     return made
-
-
-def _freeze(pipe: Any) -> list[nn.Parameter]:
-    """Lets no parameter of the model ask for gradients; gives those that did."""
-    found = [p for root in roots_of(pipe).values() for p in root.parameters() if p.requires_grad]
-    for parameter in found:
-        parameter.requires_grad_(False)
-    return found
-
-
-def _preserved(
-    objective: Objective, examples: Sequence[Example], name: str, noun: str, kind: str, given: Sequence[str] | None
-) -> list[str]:  # fmt: skip
-    if given is not None:
-        return list(given)
-    if kind == "edit":
-        return objective.kept_instructions(PRESERVED)
-    if kind == "slider":
-        # A slider acts on every prompt of its kind; guidance compares with the empty one, which stays as it is.
-        return [""]
-    family = family_of(objective.pipe)
-    own = family.calibration_prompts(PRESERVED) if family is not None else []
-    classes = [re.sub(r"\s+", " ", renamed(renamed(e.caption, f"{name} {noun}", noun), name, noun)) for e in examples]
-    return list(dict.fromkeys([*own, *(classes if noun else [])]))
 
 
 def _identity(

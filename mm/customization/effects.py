@@ -14,7 +14,7 @@ _OF_WORDS = ("textual-inversion",)  # methods that train rows of embeddings alon
 
 def check_effects(
     method: str, kind: str, given: Mapping[str, Any], *, drawn: bool = False,
-    guard: Sequence[str] = (), preserved: Sequence[str] | None = None, regularization: object = None, noun: str = "",
+    guard: Sequence[str] = (), regularization: object = None, noun: str = "",
 ) -> None:  # fmt: skip
     """Checks what a user has given against the kind, the method and the other settings.
 
@@ -24,7 +24,6 @@ def check_effects(
         given: settings that the user has given.
         drawn: whether the pictures of a slider are drawn by the base.
         guard: concepts that stay.
-        preserved: prompts that stay.
         regularization: the folder of pictures of the class.
         noun: the subject's class.
 
@@ -54,9 +53,10 @@ def check_effects(
             "row_rate",
             stacklevel=3,
         )
-    if given.get("preserve") == 0 and (guard or preserved):
-        what = "guarded concepts" if guard else "preserved prompts"
-        raise UserError(f"{what} are held to the base with the weight preserve, which is 0; leave one of them out")
+    if given.get("preserve") == 0 and guard:
+        raise UserError(
+            "guarded concepts are held to the base with the weight preserve, which is 0; leave one of them out"
+        )
     if noun and kind in ("edit", "slider"):
         raise UserError(f"noun is {shown(noun)}, which is the class of a subject or style, and the kind is {kind!r}; "
                         "leave it out")  # fmt: skip

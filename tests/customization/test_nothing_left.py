@@ -75,7 +75,6 @@ def test_a_tuner_that_fails_midway(pipe: Any, photos: Path, monkeypatch: pytest.
         ({"regularize": 2.0}, "regularize is 2.0, and there are no regularization pictures"),
         ({"slider_pictures": 4}, "slider_pictures is 4, and no pictures are drawn"),
         ({"preserve": 0, "guard": ("wolf",)}, "guarded concepts are held"),
-        ({"preserve": 0, "preserved": ("a wolf",)}, "preserved prompts are held"),
         ({"preserve": 0, "strangers": 1}, "strangers is 1, and other names are held"),
         ({"method": "oft", "rank": 4}, "oft has no setting 'rank'"),
         ({"method": "oft", "block": 1}, "block is 1"),
