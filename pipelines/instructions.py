@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from mm.core.errors import UserError
-from mm.pipelines.prompt_encoding import added_names, check_prompts
+from mm.pipelines.prompt_encoding import added_names, check_prompts, refused
 from mm.world.asking.edit_words import Seen
 from mm.world.asking.instructions import read_instruction
 
@@ -52,7 +51,7 @@ def check_instructions(
             read = read_instruction(text, names, seen(at))
         why = "; ".join(read.problems)
         if strict and why:
-            raise UserError(f"{text.strip()[:200]!r} is refused (strict): {why}")
+            raise refused(text, read.problems)
         if read.partial:
             warned[f"{text.strip()[:200]!r} {NOT_WHOLE}: {why}. `strict` refuses such an instruction"] = None
         warned |= dict.fromkeys(read.corrections if read.partial else (*read.corrections, *read.problems))

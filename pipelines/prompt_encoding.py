@@ -59,7 +59,7 @@ def check_prompts(
         fitting = cut(prompt, tokenizer)
         found = lexicon.read(fitting, task, names)
         if strict and found.problems:
-            raise UserError(f"{prompt.strip()[:200]!r} is refused (strict): {'; '.join(found.problems)}")
+            raise refused(prompt, found.problems)
         lines = found.notices
         if strict is None and found.nothing:  # one line, which has the problems
             said = f"{nothing_of(prompt, found)}. A picture is drawn all the same; `strict` refuses such a prompt"
@@ -78,16 +78,22 @@ def check_prompts(
 
 def nothing_of(prompt: str, found: lexicon.Reading) -> str:
     """What is said of a prompt that names nothing the model can draw."""
-    return f"{prompt.strip()[:200]!r} names nothing that the model can draw: {_reasons(found)}"
+    return f"{prompt.strip()[:200]!r} names nothing that the model can draw: {_reasons(found.problems)}"
+
+
+def refused(text: str, problems: Sequence[str]) -> UserError:
+    """The error of a prompt or an instruction that `strict` refuses: its words are not passed on."""
+    return UserError(f"{text.strip()[:200]!r} is refused (strict): {_reasons(problems)}")
 
 
 def refusal_of(found: lexicon.Reading) -> str:
     """What is said in a conversation of a prompt that is refused."""
-    return f"I cannot draw this: {_reasons(found)}."
+    return f"I cannot draw this: {_reasons(found.problems)}."
 
 
-def _reasons(found: lexicon.Reading) -> str:
-    return "; ".join(line for line in found.problems if line != lexicon.NOTHING_LEFT)
+def _reasons(problems: Sequence[str]) -> str:
+    named = [line for line in problems if line != lexicon.NOTHING_LEFT]
+    return "; ".join(named) or "no word that the model knows is left"
 
 
 def in_own_words(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -14,6 +14,7 @@ from mm.core.pictures import read_picture
 from mm.core.png_settings import read_settings
 from mm.engine import output
 from mm.engine.events import Picture
+from mm.engine.prompts import has_wildcards
 from mm.engine.requests import Draw
 from mm.engine.settings import Again, drawn_again
 from mm.engine.variants import variants, wildcard_files
@@ -51,6 +52,7 @@ def run(job: Job) -> None:
     """
     if job.like is None and "prompt" not in job.changes:
         raise UserError("there is no prompt; say in words what to draw, or give --like PICTURE")
+    _check_alternatives(job)
     single = output.is_picture_file(job.out)
     if single and job.changes.get("count", 1) > 1:
         raise UserError(f"{job.out} is one file and {job.changes['count']} pictures are wanted; give a folder")
@@ -64,13 +66,26 @@ def run(job: Job) -> None:
         Draw(**{**job.changes, **pictures})  # wrong values fail before a model is loaded
     engine = _engine(job, before)
     again = _request(job, engine, before, pictures)
-    if "prompt" not in job.changes or again.keep is not None:  # words that were expanded already
+    if "prompt" not in job.changes:  # words that were expanded already
         several = [again.request]
     else:
         several = variants(again.request, matrix=job.matrix, lines_of=lines_of)
     if single and again.keep is None and sum(one.count for one in several) > 1:
         raise UserError(f"{job.out} is one file, and the prompt stands for several pictures; give a folder")
     _draw(job, engine, several, single, again.keep)
+
+
+def _check_alternatives(job: Job) -> None:
+    """Raises UserError for options of prompts with alternatives beside a prompt without any."""
+    prompt = job.changes.get("prompt")
+    given = [name for name, value in (("--matrix", job.matrix), ("--wildcards", job.wildcards)) if value]
+    if given and prompt is None:
+        raise UserError(f"{given[0]} acts on a prompt that is given, and --like takes the picture's; give a prompt too")
+    if job.wildcards is not None and prompt is not None and not has_wildcards(prompt):
+        raise UserError(
+            f"the prompt {prompt[:60]!r} has no __NAME__, so --wildcards would change nothing; write the name of a "
+            f"file in {job.wildcards} as in 'a __animals__', or leave out --wildcards"
+        )
 
 
 def _engine(job: Job, before: dict[str, Any]) -> Engine:

@@ -40,6 +40,7 @@ def erase(
     from mm.adapters.formats.writer import LAYOUTS
 
     _check_files(out, lora, layout, LAYOUTS, force)
+    _check_scope(scope, lora)
     from mm.cli.running import quietly_loaded
     from mm.erasure.checks import check_call
     from mm.erasure.concepts import contexts_for
@@ -56,9 +57,9 @@ def erase(
     engine = quietly_loaded(model)
     with ProgressLine() as line:
         patch = make(engine.pipeline, targets, **given, sites=site or (), progress=line.show, **settings)
-    patch.save(out)
-    if lora is not None:
+    if lora is not None:  # first, since it may be refused: either both files are written or none
         export(patch, lora, layout or LAYOUTS[0], target=engine.pipeline)  # type: ignore[arg-type]
+    patch.save(out)
     report = patch.report
     for target, placed in report["anchors"].items():
         print(f"{target}: draws {placed or 'nothing in its place'}")
@@ -80,3 +81,11 @@ def _check_files(out: Path, lora: Path | None, layout: str | None, layouts: Sequ
         raise UserError(f"the layout is {layout!r}; there are {', '.join(layouts)}")
     if lora is None and layout is not None:
         raise UserError(f"--layout {layout} is that of --lora, which is not given; give both, or neither")
+
+
+def _check_scope(scope: str, lora: Path | None) -> None:
+    """Raises UserError for a LoRA file of an erasure that changes words, which no LoRA file holds."""
+    from mm.core.errors import UserError
+
+    if scope == "read" and lora is not None:
+        raise UserError(f"--scope read changes a word, which no LoRA file holds; leave out --lora {lora}, or --scope")

@@ -61,6 +61,7 @@ def merge(
 
         target = quietly_loaded(model).pipeline
     patches = [read_adapter(file, target) for file in files]
+    check_layout(layout, word=any(patch.settings.get("tokens") for patch in patches))
     with ProgressLine() as line:
         drawing: dict[str, Any] = {}
         if method in DRAWING:

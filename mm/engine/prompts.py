@@ -53,6 +53,11 @@ def expand(prompt: str, seed: int, lines_of: Callable[[str], list[str]] | None =
     raise UserError(f"the wildcards in {prompt[:60]!r} never end, or make more than {MAX_LENGTH} characters")
 
 
+def has_wildcards(prompt: str) -> bool:
+    """Whether a prompt names a wildcard file, as `__name__`."""
+    return _WILDCARD.search(prompt) is not None
+
+
 def _check_braces(prompt: str) -> None:
     """Raises UserError for a brace without its partner; those behind a backslash are text."""
     opened: list[int] = []

@@ -148,7 +148,8 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
         given["size"] = (settings["width"], settings["height"])
     _fit(given, can, notes)
     request = Draw(**(given | changes))
-    size, place = _batch(settings.get("batch"), request) if not {"seed", "count"} & changes.keys() else (1, 0)
+    others = {"seed", "count", "prompt"} & changes.keys()  # a picture of its own, which no batch needs to repeat
+    size, place = (1, 0) if others else _batch(settings.get("batch"), request)
     if size == 1:
         return Again(request=request, notes=tuple(notes))
     whole = replace(request, seed=(request.seed or 0) - place, count=size, batch_size=size)

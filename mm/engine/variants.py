@@ -26,9 +26,14 @@ def variants(request: Draw, *, matrix: bool = False, lines_of: Callable[[str], l
         lines_of: gives the lines of a wildcard file by name.
 
     Raises:
-        UserError: for a wildcard that is not known, or too many pictures.
+        UserError: for a wildcard that is not known, a matrix of one part, or too many pictures.
     """
     texts = prompts.matrix(request.prompt) if matrix else [request.prompt]
+    if matrix and len(texts) == 1:
+        raise UserError(
+            f"the prompt {request.prompt[:60]!r} has no part after a | outside of braces, so a matrix of it is one "
+            "picture; write it as in 'a cat | at night', or leave out --matrix"
+        )
     if len(texts) * request.count > MAX_COUNT:
         raise UserError(
             f"{counted(len(texts), 'prompt')} with {counted(request.count, 'picture')} each; at "

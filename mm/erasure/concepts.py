@@ -24,6 +24,7 @@ from mm.families import Family, family_of
 from mm.families.family import resolve
 
 Kind = Literal["object", "style", "attribute"]
+_NO_KINDS = {"background": "{}", "color": "attribute: {}", "colour": "attribute: {}"}  # what is given for each
 OBJECTS: tuple[str, ...] = (
     "{}", "a {}", "a photo of a {}", "a picture of a {}", "a painting of a {}", "a {} on a table", "a {} in the snow",
     "a {} at night", "a close-up of a {}", "two people looking at a {}", "a {} and a chair", "a red {}", "a small {}",
@@ -144,6 +145,10 @@ def _split(target: str) -> Concept:
         raise UserError(f"a target is {with_article(type(target).__name__)}; give a text such as 'wolf', or a Concept")
     text, kind = target.strip(), _kind_of(target)
     if kind is None:
+        head, _, named = text.partition(":")
+        if head.strip().casefold() in _NO_KINDS and named.strip():
+            right = _NO_KINDS[head.strip().casefold()].format(named.strip())
+            raise UserError(f"{head.strip()!r} in {text!r} is no kind of target; give {right!r}")
         return Concept(name=text)
     rest = text.partition(":")[2].strip()
     name, of, owner = f"{rest} ".partition(" of ") if kind == "attribute" else (rest, "", "")
@@ -160,11 +165,21 @@ def _known(made: Concept, stated: bool, contexts: ClosedContexts) -> Concept:
         found, made = contexts.concept(name), replace(made, name=name, kind="attribute", of=owner)
         stated = True
     if found is None:
+        _refuse_kind(made.name, contexts)
         raise UserError(f"the model does not know {made.name!r}, so it cannot be erased{hint(made.name, contexts)}")
     concept, what = found
     if stated and made.kind != concept.kind:
         raise UserError(f"{made.name!r} is {with_article(what)}, not {with_article(made.kind)}; give {concept.text!r}")
     return concept if made.of is None else replace(concept, of=_owner(made, contexts))
+
+
+def _refuse_kind(text: str, contexts: ClosedContexts) -> None:
+    """Raises UserError for a known concept behind a kind that there is not."""
+    head, colon, named = text.partition(":")
+    found = contexts.concept(named.strip()) if colon else None
+    if found is not None:
+        kinds = ", ".join(get_args(Kind))
+        raise UserError(f"{head.strip()!r} in {text!r} is no kind of target ({kinds}); give {found[0].text!r}")
 
 
 def _owner(made: Concept, contexts: ClosedContexts) -> str:

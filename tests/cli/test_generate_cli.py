@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,13 @@ from conftest import Run
 from PIL import Image
 from tiny import tiny_pipeline
 
+from mm.cli.drawing import Job, run
+from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
+from mm.engine.capabilities import Capabilities
 from mm.engine.output import save_numbered
+from mm.engine.settings import drawn_again
+from mm.engine.variants import variants
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,32 @@ def test_errors_are_one_line(cli: Run, folder: Path, tmp_path: Path) -> None:
     assert "nowhere" in missing.stderr
     assert not list(tmp_path.glob("*.png"))
     assert cli("generate", "a cat", "--mode", "magic").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "said"),
+    [
+        ({}, {"like": "like.png", "matrix": True}, "--matrix acts on a prompt"),
+        ({}, {"like": "like.png", "wildcards": "words"}, "--wildcards acts on a prompt"),
+        ({"prompt": "a {cat|dog}"}, {"wildcards": "words"}, "has no __NAME__"),
+    ],
+)
+def test_alternatives_without_effect_are_refused(
+    changes: dict[str, str], more: dict[str, Any], said: str, tmp_path: Path
+) -> None:  # fmt: skip
+    paths = {key: Path(value) if isinstance(value, str) else value for key, value in more.items()}
+    with pytest.raises(UserError, match=said):
+        run(Job(changes=changes, loading={}, out=tmp_path, **paths))
+
+
+def test_another_prompt_is_no_picture_of_the_old_batch() -> None:
+    settings = {"prompt": "a cat", "seed": 8, "batch": [2, 1]}
+    can = Capabilities(model="m", tasks=("draw",), size=(8, 8))
+    assert drawn_again(settings, can).keep == 1
+    other = drawn_again(settings, can, prompt="a {dog|dog}")
+    assert other.keep is None and other.request.seed == 8
+    (one,) = variants(other.request)
+    assert one.prompt == "a dog"
 
 
 def test_numbers_go_on_and_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from mm.training.stage_flags import CONFIGS, check_flags, fields_of
         (("erase", "wolf", "-o", "x.safetensors", "--lora", "x.safetensors"), "is the patch and the LoRA file"),
         (("erase", "wolf", "-o", "x.safetensors", "--layout", "peft"), "is that of --lora, which is not given"),
         (("erase", "wolf", "-o", "x.safetensors", "--lora", "y", "--layout", "z"), "the layout is 'z'; there are"),
+        (("erase", "wolf", "-o", "x", "--scope", "read", "--lora", "y"), "no LoRA file holds; leave out --lora y"),
         (("erase", "wolf", "-o", "file/x.safetensors"), "file is no folder, so file/x.safetensors cannot be written"),
         (("quantize", "mm-tiny", "-o", "file"), "file is a file; give a new folder"),
         (("quantize", "mm-tiny", "-o", "new", "--data-free", "--prompts", "file"), "so --prompts has no effect"),

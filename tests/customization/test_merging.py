@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
+from mm.cli import app
 from mm.core.errors import UserError
 from mm.customization.customize import customize
 from mm.customization.learned import Learned
@@ -135,8 +136,6 @@ def test_what_cannot_be_merged() -> None:
 
 def test_two_subjects_in_one_file(tmp_path: Path) -> None:
     """Words that had the same row get rows of their own; the file draws what both patches draw, one on the other."""
-    from mm.cli import app
-
     pipe = tiny_pipeline_of("stable-diffusion")
     fast: dict[str, Any] = {
         "steps": 3, "batch_size": 2, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 2e-2,
@@ -170,6 +169,16 @@ def _rows_patch(seed: int, row: int, token: str = "") -> Patch:
     settings = {"tokens": [item]} if token else {}
     entries = {"text_encoder.e": Entry(kind="rows", tensors=tensors)}
     return Patch(entries=entries, name=f"w{seed}", base="x", settings=settings)
+
+
+def test_a_layout_without_words_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    for k, file in enumerate(files):
+        _rows_patch(k, k, f"<w{k}>").save(file)
+    monkeypatch.setattr("mm.customization.merging.merge.merge", lambda *_, **__: pytest.fail("merged first"))
+    out = tmp_path / "both.safetensors"
+    done = CliRunner().invoke(app, ["merge", *map(str, files), "-o", str(out), "--layout", "diffusers"])
+    assert done.exit_code == 1 and "which holds no new word" in done.output and not out.exists()
 
 
 def test_rows_are_not_added_up() -> None:

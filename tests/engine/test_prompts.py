@@ -6,6 +6,8 @@ import pytest
 
 from mm.core.errors import UserError
 from mm.engine.prompts import expand, matrix, weighted
+from mm.engine.requests import Draw
+from mm.engine.variants import variants
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,9 @@ def test_a_matrix_has_every_subset():
     assert matrix("a cat | at night | {x|y}") == ["a cat", "a cat, at night", "a cat, {x|y}", "a cat, at night, {x|y}"]
     with pytest.raises(UserError, match="fewer parts"):
         matrix("|".join("abcdefghijklmnopqrstuvwxyz"))
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "a {cat|dog}"])
+def test_a_matrix_of_one_part_is_refused(prompt: str) -> None:
+    with pytest.raises(UserError, match=r"no part after a \|"):
+        variants(Draw(prompt=prompt), matrix=True)

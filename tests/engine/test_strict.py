@@ -50,8 +50,9 @@ def test_the_field_is_frozen_and_checked() -> None:
 def test_drawing(engine: Engine, prompt: str, strict: bool | None, refused: bool) -> None:
     request = Draw(prompt=prompt, seed=1, steps=1, strict=strict)
     if refused:
-        with pytest.raises(UserError, match=r"is refused \(strict\)"):
+        with pytest.raises(UserError, match=r"is refused \(strict\)") as refusal:
             events_of(engine, request)
+        assert "passed on" not in str(refusal.value)  # nothing is
         return
     events = events_of(engine, request)
     (picture,) = [one for one in events if isinstance(one, Picture)]

@@ -59,6 +59,9 @@ def test_every_synonym_of_the_lexicon_is_the_concept_that_prompts_take_it_for() 
         ("style: red", "'red' is a colour, not a style; give 'attribute: red'"),
         ("object: red", "'red' is a colour, not an object; give 'attribute: red'"),
         ("style: night", "'night' is a background, not a style; give 'night'"),
+        ("background: night", "'background' in 'background: night' is no kind of target; give 'night'"),
+        ("colour: red of apple", "is no kind of target; give 'attribute: red of apple'"),
+        ("artist: neon", "'artist' in 'artist: neon' is no kind of target .*; give 'style: neon'"),
         ("attribute: wolf of apple", "'wolf' is an object, not an attribute; give 'wolf'"),
         ("attribute: red of zzz", "'red of zzz': the model does not know 'zzz'"),
         ("red of zzz", "'red of zzz': the model does not know 'zzz'"),
@@ -112,3 +115,9 @@ def test_an_open_vocabulary_takes_any_word_in_any_kind() -> None:
     concepts = checked(["style: wolf", "Statue of Liberty", "attribute: red of zzz", "kitty"], OPEN).concepts
     assert [c.text for c in concepts] == ["style: wolf", "Statue of Liberty", "attribute: red of zzz", "kitty"]
     assert checked(["wolf"], OPEN, retain=["object: dog"]).retained == ["dog"]
+
+
+def test_a_colour_of_an_open_vocabulary_is_no_object_of_that_text() -> None:
+    with pytest.raises(UserError, match="'color' in 'color: red' is no kind of target; give 'attribute: red'"):
+        checked(["color: red"], OPEN)
+    assert checked(["Star Wars: A New Hope"], OPEN).concepts[0].kind == "object"
