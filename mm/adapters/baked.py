@@ -63,6 +63,11 @@ def refuse_baked(name: str, base: str, roots: Iterable[nn.Module], changes: Chan
             )
 
 
+def is_baked(roots: Iterable[nn.Module], changes: Changes) -> bool:
+    """Whether a patch with these changes was baked into one of the components."""
+    return any(there and _digest(root, changes) in there for root in roots for there in [baked_into(root)])
+
+
 def _digest(root: nn.Module, changes: Changes) -> str:
     """A digest of what changes in a component, by layer; empty where nothing does."""
     paths = {id(module): clean(path) for path, module in root.named_modules()}

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mm.core.errors import UserError
 from mm.layers.linear import Scope
 
 Kind = Literal["lowrank", "rows", "dense", "rotation", "bias"]
@@ -35,4 +36,4 @@ class Entry:
 
     def __post_init__(self) -> None:
         if self.kind not in PARTS or set(self.tensors) != set(PARTS[self.kind]):
-            raise ValueError(f"an entry of kind {self.kind!r} with {sorted(self.tensors)}; kinds and tensors: {PARTS}")
+            raise UserError(f"an entry of kind {self.kind!r} with {sorted(self.tensors)}; kinds and tensors: {PARTS}")

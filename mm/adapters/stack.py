@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mm.adapters.baked import record, refuse_baked
+from mm.adapters.baked import is_baked, record, refuse_baked
 from mm.adapters.entry import Entry
 from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
 from mm.adapters.matching import Place, layer_path, match
@@ -205,8 +205,12 @@ class Stack:
         spots = {spot.key: spot for spot in self._spots() if spot.placed.name == name}
         missing = [place.path for place in places if place.key not in spots]
         if missing:
+            baked = is_baked(roots_of(self.target).values(), [(place.module, place.entry) for place in places])
+            why = "it is baked into the weights, which nothing takes out again" if baked else "apply it first"
+            if len(missing) < len(places):
+                why = "other calls took it off there; undo it by its name, with mm.adapters.stack_of"
             raise UserError(
-                f"{len(missing)} of {counted(len(places), 'layer')} lack patch {name!r}: {missing[0]} first"
+                f"{len(missing)} of {counted(len(places), 'layer')} lack patch {name!r}: {missing[0]} first; {why}"
             )
         for place in places:
             if not same_entry(place.entry, spots[place.key].placed.entry):

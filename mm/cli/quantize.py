@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,19 +62,11 @@ def quantize(
         resolve_model(model)
     if base is not None and not is_file:
         raise UserError(f"--base belongs to a model in a single file, and {model} is none; leave it out")
-    try:
-        config = SVDQuantConfig(
-            rank=rank,
-            bits="auto" if bits == "auto" else int(bits),
-            size_budget=size_budget,
-            activation_bits=activation_bits,
-            data_free=data_free,
-            steps=steps,
-            size=size,
-            seed=seed,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    given: Any = int(bits) if bits.isdecimal() else bits  # the config refuses what is neither a number nor "auto"
+    config = SVDQuantConfig(
+        rank=rank, bits=given, size_budget=size_budget, activation_bits=activation_bits, data_free=data_free,
+        steps=steps, size=size, seed=seed,
+    )  # fmt: skip
     lines = None if prompts is None else _prompts(prompts)
     no_loading_bars()
     with _folder(Path(model).expanduser(), base, out) if is_file else nullcontext(model) as where:

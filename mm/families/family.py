@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mm.core.checks import texts
+from mm.core.errors import UserError
 from mm.layers.sites import Rule
 
 Rules = tuple[Rule, ...]
@@ -29,11 +30,11 @@ def resolve(name: str) -> Any:
     """The object that "module:name" stands for.
 
     Raises:
-        ValueError: where the name has no colon.
+        UserError: where the name has no colon.
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise ValueError(f"{name!r} names nothing to import; write module:name")
+        raise UserError(f"{name!r} names nothing to import; write module:name")
     return getattr(importlib.import_module(module), attribute)
 
 
@@ -47,12 +48,12 @@ class SizeRule:
 
     def __post_init__(self) -> None:
         if not 1 <= self.multiple <= self.default <= self.maximum:
-            raise ValueError(
+            raise UserError(
                 f"sizes: multiple {self.multiple}, default {self.default} and maximum {self.maximum} must be positive "
                 "and rise in this order"
             )
         if self.default % self.multiple:
-            raise ValueError(f"the default size {self.default} is no multiple of {self.multiple}")
+            raise UserError(f"the default size {self.default} is no multiple of {self.multiple}")
 
     @property
     def fixed(self) -> bool:
@@ -97,9 +98,9 @@ class LatentPreview:
 
     def __post_init__(self) -> None:
         if not self.factors or any(len(row) != 3 for row in self.factors) or len(self.bias) != 3:
-            raise ValueError("a latent preview has three factors a channel and three numbers as bias")
+            raise UserError("a latent preview has three factors a channel and three numbers as bias")
         if not self.source:
-            raise ValueError("a latent preview says where its factors come from")
+            raise UserError("a latent preview says where its factors come from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +167,13 @@ class Family:
         for name in ("more_pipelines", "model_types", "modes", "text_sites", "edit_sites"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
         if not self.name or self.name != self.name.lower() or " " in self.name:
-            raise ValueError(f"the family's name {self.name!r} must be in lower case and without blanks")
+            raise UserError(f"the family's name {self.name!r} must be in lower case and without blanks")
         if not self.pipelines and not self.denoisers:
-            raise ValueError(f"the family {self.name} names neither a pipeline nor a denoiser")
+            raise UserError(f"the family {self.name} names neither a pipeline nor a denoiser")
         if isinstance(self.steps, Mapping) and set(self.steps) != set(self.modes):
-            raise ValueError(f"the family {self.name} has steps for {list(self.steps)}, and modes {list(self.modes)}")
+            raise UserError(f"the family {self.name} has steps for {list(self.steps)}, and modes {list(self.modes)}")
         if (self.preview is None) == (not self.no_preview):
-            raise ValueError(f"the family {self.name} needs either a latent preview or `no_preview`, a reason")
+            raise UserError(f"the family {self.name} needs either a latent preview or `no_preview`, a reason")
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mm.core.errors import UserError
 from mm.families.family import Family, Rules
 
 GROUP = "mm.families"
@@ -33,7 +34,7 @@ def register(family: Family, *, replace: bool = False) -> Family:
 
     Raises:
         TypeError: where it is no `Family`.
-        ValueError: where the name is taken.
+        UserError: where the name is taken.
     """
     if not isinstance(family, Family):
         raise TypeError(f"{family!r} is no mm.families.Family")
@@ -155,7 +156,7 @@ def _alone(name: str, one: Family) -> bool:
 
 def _add(new: Family, replace: bool = False) -> Family:
     if new.name in _families and not replace:
-        raise ValueError(f"a family {new.name!r} is registered already; choose another name, or replace=True")
+        raise UserError(f"a family {new.name!r} is registered already; choose another name, or replace=True")
     _families.pop(new.name, None)  # a replaced family counts as the latest
     _families[new.name] = new
     return new

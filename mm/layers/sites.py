@@ -23,6 +23,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from mm.core.errors import UserError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -67,11 +69,11 @@ class Rule:
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
-            raise ValueError(f"the pattern {self.pattern!r} of a rule is no regular expression ({error})") from error
+            raise UserError(f"the pattern {self.pattern!r} of a rule is no regular expression ({error})") from error
         for template in (self.role, self.group, self.parent):
             numbers = [int(number) for number in re.findall(r"\{(\d)\}", template)]
             if any(number > groups for number in numbers):
-                raise ValueError(f"{template!r} names a group that the pattern {self.pattern!r} does not have")
+                raise UserError(f"{template!r} names a group that the pattern {self.pattern!r} does not have")
 
 
 def match_sites(root: nn.Module, rules: Iterable[Rule], fallback: Iterable[Rule] = ()) -> list[Site]:

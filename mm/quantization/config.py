@@ -73,24 +73,24 @@ class SVDQuantConfig:
         if self.size_budget is not None:
             number("size_budget", self.size_budget, -math.inf, math.inf)
         if self.rank < 0 or self.iterations < 1 or self.rows < 1 or self.calls < 1 or self.steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"rank {self.rank} must not be negative; iterations {self.iterations}, rows {self.rows}, calls "
                 f"{self.calls} and steps {self.steps} must be at least 1"
             )
         if self.size is not None and self.size < 8:
-            raise ValueError(f"size {self.size}: pictures need at least 8 pixels a side")
+            raise UserError(f"size {self.size}: pictures need at least 8 pixels a side")
         if self.bits not in (4, 8, "auto"):
-            raise ValueError(f"bits {self.bits!r}: weights take 4, 8 or 'auto'")
+            raise UserError(f"bits {self.bits!r}: weights take 4, 8 or 'auto'")
         if self.activation_bits not in (4, 8, 16):
-            raise ValueError(f"activation_bits {self.activation_bits}: inputs take 4, 8 or 16")
+            raise UserError(f"activation_bits {self.activation_bits}: inputs take 4, 8 or 16")
         if self.bits == "auto" and self.size_budget is None:
-            raise ValueError("bits='auto' needs a budget; give size_budget (--size-budget), for example 0.4")
+            raise UserError("bits='auto' needs a budget; give size_budget (--size-budget), for example 0.4")
         if self.bits != "auto" and self.size_budget is not None:
-            raise ValueError(f"size_budget {self.size_budget} acts with bits='auto' alone, and bits is {self.bits!r}")
+            raise UserError(f"size_budget {self.size_budget} acts with bits='auto' alone, and bits is {self.bits!r}")
         if self.size_budget is not None and not 0.28 <= self.size_budget <= 1:
-            raise ValueError(f"size_budget {self.size_budget} must lie between 0.28 (all at 4 bits) and 1 (all at 16)")
+            raise UserError(f"size_budget {self.size_budget} must lie between 0.28 (all at 4 bits) and 1 (all at 16)")
         if self.bits == "auto" and self.data_free:
-            raise ValueError("bits='auto' measures errors, which needs calibration; leave data_free out")
+            raise UserError("bits='auto' measures errors, which needs calibration; leave data_free out")
         for pattern in self.keep:
             try:
                 re.compile(pattern)
@@ -131,10 +131,10 @@ class SVDQuantConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The reverse of `to_dict`; raises ValueError for names that are no setting."""
+        """The reverse of `to_dict`; raises UserError for names that are no setting."""
         settings = {k: x for k, x in settings.items() if k != "quant_method"}
         names = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - names):
-            raise ValueError(f"SVDQuantConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+            raise UserError(f"SVDQuantConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}")
         made = cls(**settings)
         return (made, kwargs) if return_unused_kwargs else made

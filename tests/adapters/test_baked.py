@@ -58,6 +58,8 @@ def test_what_was_baked_is_not_applied_again(make: Any, known: bool, tmp_path: P
             one.apply(model)
         with pytest.raises(UserError, match="would act twice"):
             one.bake(model)
+        with pytest.raises(UserError, match=r"lack patch .*; it is baked into the weights"):
+            one.undo(model)
         with pytest.raises(UserError, match="would act twice"):
             one.apply(copy.deepcopy(model))
     assert all(torch.equal(value, baked[name]) for name, value in model.state_dict().items())

@@ -52,6 +52,16 @@ def test_a_written_file_is_the_same_patch(family, layout, tmp_path):
         torch.testing.assert_close(run(family, other.eval()), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_base_of_a_patch_is_written(layout, tmp_path):
+    model, file = fresh("SD 1.5"), tmp_path / "w.safetensors"
+    patch = patch_for("SD 1.5", model, "unet.")
+    patch.base = "the base's hash"
+    pipe = pipeline_of("SD 1.5", model)
+    mm.write_lora(patch, file, layout, target=pipe)
+    assert mm.read_lora(file, pipe).base == patch.base
+
+
 def test_names_of_the_original_code_are_written(tmp_path):
     model = fresh("FLUX")
     patch = mm.read_lora({"double_blocks.0.img_attn.qkv.lora_down.weight": noise(2, 32),

@@ -33,6 +33,8 @@ from mm.training.stage_flags import CONFIGS, check_flags, fields_of
         (("quantize", "mm-tiny", "-o", "file"), "file is a file; give a new folder"),
         (("quantize", "mm-tiny", "-o", "new", "--data-free", "--prompts", "file"), "so --prompts has no effect"),
         (("quantize", "mm-tiny", "-o", "new", "--data-free", "--steps", "8"), "so --steps has no effect"),
+        (("quantize", "mm-tiny", "-o", "new", "--bits", "four"), "bits 'four': weights take 4, 8 or 'auto'"),
+        (("quantize", "mm-tiny", "-o", "new", "--bits", "3"), "bits 3: weights take 4, 8 or 'auto'"),
         (("quantize", "mm-tiny", "-o", "new", "--variant", "fp16"), "holds no file of variant 'fp16'"),
         (("quantize", "mm-tiny", "-o", "new", "--component", "nosuch"), "has no module nosuch"),
         (("quantize", "mm-tiny", "-o", "new", "--size", "64"), "TextToImagePipeline draws 128 x 128 only"),

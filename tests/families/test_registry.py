@@ -128,7 +128,7 @@ def test_families_are_registered_replaced_and_taken_off(fresh):
     mine = replace(family_named("flux"), name="mine", denoisers={"Mine": ()}, pipelines={}, more_pipelines=())
     assert register(mine) is mine
     assert family_of("Mine") is mine
-    with pytest.raises(ValueError, match="'mine' is registered already"):
+    with pytest.raises(UserError, match="'mine' is registered already"):
         register(mine)
     other = replace(mine, steps=7)
     assert register(other, replace=True) is family_of("Mine")

@@ -199,10 +199,10 @@ def test_wrong_input_is_named():
         mm.quantize(block(), calibration=["a cat"])
     with pytest.raises(UserError, match="calibration is empty"):
         mm.quantize(block(), calibration=[])
-    with pytest.raises(ValueError, match="bits 3: weights take 4, 8 or 'auto'"):
+    with pytest.raises(UserError, match="bits 3: weights take 4, 8 or 'auto'"):
         SVDQuantConfig(bits=3)
-    with pytest.raises(ValueError, match="needs a budget"):
+    with pytest.raises(UserError, match="needs a budget"):
         SVDQuantConfig(bits="auto")
-    with pytest.raises(ValueError, match="no setting rnak"):
+    with pytest.raises(UserError, match="no setting rnak"):
         SVDQuantConfig.from_dict({"rnak": 3})
     assert SVDQuantConfig.from_dict(SMALL.to_dict()) == SMALL

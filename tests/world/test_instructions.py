@@ -80,3 +80,11 @@ def test_it_is_what_the_picture_shows() -> None:
     assert read_instruction("make them blue", seen=seen).words == "make the cats blue"
     assert read_instruction("make it blue", seen=Seen()).problems == (NOTHING_SEEN,)
     assert read_instruction("make <mug> blue", ["<mug>"]).words == "make the <mug> blue"
+
+
+@pytest.mark.parametrize("text", ["<redden>", "<flip> the cat", "<remove> the cat", "make it <flip>"])
+def test_an_instruction_that_an_adapter_learned_is_passed_on(text: str) -> None:
+    names = {"<redden>", "<flip>", "<remove>", "<mug>"}
+    assert read_instruction(text, names) == Instruction(words=text)
+    assert read_instruction("<other>", names).partial
+    assert read_instruction("turn the cat into a <mug>", names).words == "replace the cat with a <mug>"

@@ -57,7 +57,8 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
     check_kind("patch", patch, Patch, "a patch, such as mm.erase and mm.read_lora make")
     check_path("path", path)
     tensors, config = lora_tensors(patch, layout, target)
-    data = save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata={"format": "pt"})
+    said = {"format": "pt"} | ({"mm_base": patch.base} if patch.base else {})  # which `read_lora` compares
+    data = save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata=said)
     write_adapter(path, data, config)
 
 

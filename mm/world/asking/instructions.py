@@ -4,7 +4,8 @@ Design choices
 - What Talk makes of a change (`mm.world.asking.edit_words`) is used here as well, so that an instruction means the same
   in both. One whose colour, thing, place or style the model lacks is `partial`: the caller says so, or refuses
   it. Words that only describe ("a cute dog") are left out and named.
-- An instruction in a trained wording is passed on as it is.
+- An instruction in a trained wording is passed on as it is, and so is one with an added word ("<redden>") that an
+  adapter has learned as an instruction.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
     unknown = {word for word, _ in clause_of(plain_line(text), own).unknown}
     left_out = tuple(why for word, why in found.unknown.items() if word in unknown)
     excluded = tuple(why for word, why in found.unknown.items() if _is_excluded(word))
+    if _has_own_words(found.text, own, change):
+        return Instruction(words=found.text, corrections=said, problems=left_out)
     if isinstance(change, Change) and not excluded:
         return Instruction(words=change.words, corrections=said, problems=left_out, target=change.target)
     if seen is None and re.search(r"\b(?:it|them|they|this|these|those)\b", line) and not left_out:
@@ -85,6 +88,12 @@ def read_instruction(text: str, names: Iterable[str] = (), seen: Seen | None = N
     if isinstance(change, Refused) and change.reply == CANNOT:
         why = (f"sizes and directions cannot be changed, and nothing is filtered; {CAN_CHANGE}",)
     return Instruction(words=found.text, corrections=said, problems=why, partial=True)
+
+
+def _has_own_words(text: str, names: frozenset[str], change: object) -> bool:
+    """Whether an instruction holds an added word for what an adapter does, which is no thing of a known change."""
+    made = change.words if isinstance(change, Change) else ""
+    return any(name in text.lower() and name not in made for name in names)
 
 
 def _is_lacking(word: str) -> bool:
