@@ -38,6 +38,7 @@ class TrainingConfig:
         slider_pictures: that the base draws for a slider without a folder.
         companions: pictures of the subject beside something known, made of the user's and of what the base draws
             (`mm.customization.companions`); 0 for none.
+        recoloured: pictures of other things in a style's colours (`mm.customization.recoloured`); 0 for none.
         size: side of the training pictures in pixels; None takes the family's.
     """
 
@@ -62,6 +63,7 @@ class TrainingConfig:
     save_every: int = 25
     slider_pictures: int = 16
     companions: int = 0
+    recoloured: int = 0
     size: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class TrainingConfig:
             "slider_pictures", "guard_batch",
         ):  # fmt: skip
             whole(name, getattr(self, name), 1, MAX_SETTING)
-        for name in ("warmup", "companions", "strangers"):
+        for name in ("warmup", "companions", "recoloured", "strangers"):
             whole(name, getattr(self, name), 0, MAX_SETTING)
         whole("seed", self.seed, 0, MAX_SEED)
         for name in ("learning_rate", "row_rate", "clip"):

@@ -182,7 +182,7 @@ def _training(
     job, goal = learner.job, goal_of(learner, prompts)
     batches = Batches(
         job.objective, job.examples, batch_size=config.batch_size, seed=config.seed, prompts=len(kept),
-        own=len(given.own), held=given.plain, **({"visible": _STYLE_VISIBLE} if job.kind == "style" else {}),
+        own=len(given.own), held=given.plain, **({"visible": _STYLE_VISIBLE} if given.plain else {}),
         preserve_batch=config.preserve_batch, dropout=config.caption_dropout if goal.drops_captions else 0.0,
         guarded=len(guarded), guard_batch=config.guard_batch,
         strangers=0 if strangers is None else len(strangers.prompts), stranger_batch=config.strangers,

@@ -31,8 +31,11 @@ def check_effects(
         UserError: with the first setting that changes nothing, its value, and what to do.
     """
     lost: dict[str, str] = {}
+    if kind != "subject":
+        lost["companions"] = f"subjects are shown beside other things, and the kind is {kind!r}"
+    if kind != "style":
+        lost["recoloured"] = f"pictures get the colours of styles, and the kind is {kind!r}"
     if kind in ("edit", "slider"):
-        lost["companions"] = f"further pictures are made of subjects and styles, and the kind is {kind!r}"
         lost["strangers"] = f"other names are held for subjects and styles, and the kind is {kind!r}"
         lost["caption_dropout"] = f"captions are never left out where the kind is {kind!r}"
     if given.get("preserve") == 0:

@@ -83,10 +83,12 @@ def _companions(
     steps: int | None, progress: OnProgress,
 ) -> tuple[list[Example], list[Example]]:  # fmt: skip
     """Further training pictures, made of the user's and of what the base draws, and pictures to hold prompts on."""
-    given: dict[str, Any] = {"count": config.companions, "seed": config.seed, "steps": steps, "progress": progress}
+    given: dict[str, Any] = {"name": name, "seed": config.seed, "steps": steps, "progress": progress}
     if kind == "subject":
-        return companions(objective, examples, name=name, noun=noun, **given), []
-    return recoloured(objective, examples, name=name, **given) if kind == "style" else ([], [])
+        return companions(objective, examples, noun=noun, count=config.companions, **given), []
+    if kind == "style":
+        return recoloured(objective, examples, count=config.recoloured, **given)
+    return [], []
 
 
 def preserved_prompts(

@@ -72,7 +72,7 @@ def recoloured(
     if explained(terms_NPF, colours_NP3) < _EXPLAINED:
         warnings.warn(
             "the colours of the style do not follow from those that the base draws, so the style is learned from the "
-            "pictures alone; companions=0 skips this",
+            "pictures alone; recoloured=0 skips this",
             stacklevel=3,
         )
         return [], []

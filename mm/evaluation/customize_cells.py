@@ -153,7 +153,7 @@ def merged(bench: Bench, method: str, subjects: Sequence[str], how: str) -> dict
     found = {subject: _verdicts(bench, subject, f"<{subject}>", total) for subject in subjects}
     measured = ("largest_loss", "mean_error", "error_before", "error")
     errors = {key: total.report[key] for key in measured if key in total.report}
-    return {"subjects": found, "seen": [x for one in found.values() for x in one["seen"]]} | errors
+    return {"subjects": found, "seen": [x for one in found.values() for x in one["seen"]], "errors": errors}
 
 
 def _total(bench: Bench, method: str, subjects: Sequence[str], how: str) -> Patch:

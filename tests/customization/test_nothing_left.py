@@ -92,7 +92,7 @@ def test_settings_without_effect_on_a_slider(pipe: Any) -> None:
     prompts = SliderPrompts(positive="a red cat", negative="a blue cat")
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"caption_dropout": 0.5}, "captions are never left out"), ({"strangers": 2}, "other names are held"),
-        ({"companions": 3}, "companions is 3, and further pictures are made of subjects and styles"),
+        ({"companions": 3}, "companions is 3, and subjects are shown beside other things"),
         ({"noun": "cat"}, "noun is 'cat'"),
     )  # fmt: skip
     for given, message in cases:

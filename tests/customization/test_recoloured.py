@@ -96,7 +96,7 @@ def test_a_style_without_a_map_of_colours_is_learned_from_its_pictures(pipe: Any
     folder = styled_folder(tmp_path / "style")
     fast = {"steps": 1, "batch_size": 1, "size": SIDE, "samples": (), "sample_steps": 1, "preserved": ()}
     with pytest.warns(UserWarning, match="do not follow from those that the base draws"):
-        patch = customize(pipe, folder, name="<ink>", kind="style", companions=3, **fast)
+        patch = customize(pipe, folder, name="<ink>", kind="style", recoloured=3, **fast)
     assert patch.report["companions"] == 0
 
 
@@ -114,7 +114,7 @@ def test_pictures_of_other_things_join_the_run(pipe: Any, tmp_path: Path, monkey
     pixels = [np.asarray(e.picture, dtype=float).ravel() for e in (plain[0], made[0])]
     assert np.corrcoef(*pixels)[0, 1] < -0.5  # the negative
     fast = {"steps": 1, "batch_size": 1, "size": SIDE, "samples": (), "sample_steps": 1, "preserved": ()}
-    patch = customize(pipe, folder, name="<ink>", kind="style", companions=3, **fast)
+    patch = customize(pipe, folder, name="<ink>", kind="style", recoloured=3, **fast)
     assert patch.report["companions"] == 3
 
 
