@@ -108,7 +108,7 @@ def load(
         where: a checked folder, or a hub name, whose files are fetched first.
         variant: of the files.
         of: loads a pipeline by folder and options.
-        typed: whether `of` takes `torch_dtype` and `variant`; a pipeline of ours computes in float32.
+        typed: whether `of` takes `dtype` and `variant`; a pipeline of ours computes in float32.
 
     Returns:
         The pipeline, and how its parts were stored.
@@ -123,7 +123,7 @@ def load(
     parts = stored_parts(where, variant)
     if not typed:
         return of(where), parts
-    options = {"torch_dtype": compute_types(parts), "use_safetensors": True}
+    options = {"dtype": compute_types(parts), "use_safetensors": True}
     return of(where, **options, **({"variant": variant} if variant else {})), parts
 
 

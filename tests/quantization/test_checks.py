@@ -165,6 +165,7 @@ def test_fusing_projections_of_a_quantized_model_is_refused(tmp_path):
         mm.quantize(fused, CONFIG, progress=False)
 
 
+@pytest.mark.filterwarnings("error:.*torch_dtype")  # a name that diffusers gives up
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_copy_keeps_the_type_of_its_source(tmp_path, dtype):
     from mm.quantization.folders import quantize_folder
