@@ -144,13 +144,14 @@ class Learned(Patch):
         ranks = {len(e.tensors["down"]) for e in self.entries.values() if e.kind == "lowrank"}
         rank = max(ranks, default=0)
         s = self.settings
-        meta = {
+        names = [str(s["name"])] if s.get("name") else [str(name) for name in s.get("names", ())]
+        written = {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{ARCHITECTURES.get(self.family, self.family)}/lora",
             "modelspec.implementation": "https://github.com/huggingface/diffusers",
             "modelspec.title": self.name,
-            "modelspec.trigger_phrase": str(s.get("name", "")),
-            "modelspec.resolution": f"{s.get('size', '')}x{s.get('size', '')}",
+            "modelspec.trigger_phrase": ", ".join(names),
+            "modelspec.resolution": f"{s['size']}x{s['size']}" if s.get("size") else "",
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(rank),
             "ss_network_alpha": str(rank),
@@ -158,10 +159,11 @@ class Learned(Patch):
             "ss_seed": str(s.get("seed", "")),
             "ss_learning_rate": str(s.get("learning_rate", "")),
             "ss_num_train_images": str(self.report.get("pictures", "")),
-            "ss_tag_frequency": json.dumps({str(s.get("name", "")): {}}),
+            "ss_tag_frequency": json.dumps({name: {} for name in names}) if names else "",
             "mm_base": self.base,
             "format": "pt",
         }
+        meta = {key: value for key, value in written.items() if value}  # of a merged adapter, some say nothing
         if rank and len(ranks) == 1 and not self.native and layout == "diffusers":
             parts: dict[str, list[str]] = {}
             for path in self.entries:

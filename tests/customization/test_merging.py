@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_sum_is_exact() -> None:
     mixed = merge([one, _patch(3, kind="dense")])
     assert mixed.entries["unet.a"].kind == "dense"
     assert torch.allclose(_delta(mixed), _delta(one) + _delta(_patch(3, kind="dense")), atol=1e-5)
+
+
+def test_the_file_of_a_merge_says_all_names_and_nothing_empty() -> None:
+    one, other, third = (_patch(k, settings={"name": name}) for k, name in enumerate(("<mug>", "<owl>", "")))
+    made = merge([merge([one, other]), third])
+    assert isinstance(made, Learned)
+    meta = made.metadata()
+    assert meta["modelspec.trigger_phrase"] == "<mug>, <owl>"
+    assert json.loads(meta["ss_tag_frequency"]) == {"<mug>": {}, "<owl>": {}}
+    assert "modelspec.resolution" not in meta and all(meta.values())
 
 
 def test_ties_by_hand() -> None:

@@ -32,7 +32,7 @@ from mm.customization.merging.combining import COMBINING, cut
 from mm.customization.merging.config import CUTTING, DRAWING, MergeConfig
 from mm.customization.merging.distill import Distillation, distill
 from mm.customization.merging.regmean import Moments, OnProgress
-from mm.customization.merging.words import Words, words_of
+from mm.customization.merging.words import Words, names_of, words_of
 
 _APART = 0.05  # the largest cosine between subspaces that count as orthogonal
 
@@ -106,6 +106,8 @@ def merge(
     settings: dict[str, Any] = {"weights": list(config.each), "density": config.share, "seed": seed}
     if carried.tokens:
         settings["tokens"] = carried.tokens
+    if names := names_of(patches):
+        settings["names"] = names
     if method == "distill" and moments is not None:
         trained = {path: entries[path] for path in moments.paths}
         untrained = {path: entry for path, entry in entries.items() if path not in trained}

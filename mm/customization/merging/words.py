@@ -13,6 +13,12 @@ from mm.adapters.patch import Patch
 from mm.core.errors import UserError, shown
 
 
+def names_of(patches: Sequence[Patch]) -> list[str]:
+    """What the adapters' subjects are called, as far as the adapters say it; of merged ones, all names."""
+    each = [patch.settings.get("names") or [patch.settings.get("name")] for patch in patches]
+    return [str(name) for names in each for name in names if name]
+
+
 def words_of(patches: Sequence[Patch]) -> list[str]:
     """What each adapter's subject is called in prompts. Raises UserError for an adapter that does not say it."""
     found = [str(patch.settings.get("name") or "") for patch in patches]
