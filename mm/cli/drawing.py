@@ -52,12 +52,12 @@ def run(job: Job) -> None:
     """
     if job.like is None and "prompt" not in job.changes:
         raise UserError("there is no prompt; say in words what to draw, or give --like PICTURE")
+    lines_of = wildcard_files(job.wildcards) if job.wildcards is not None else None
     _check_alternatives(job)
     single = output.is_picture_file(job.out)
     if single and job.changes.get("count", 1) > 1:
         raise UserError(f"{job.out} is one file and {job.changes['count']} pictures are wanted; give a folder")
     output.check_file(job.out, force=job.force) if single else check_folder(job.out)
-    lines_of = wildcard_files(job.wildcards) if job.wildcards is not None else None
     pictures = {
         name: read_picture(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
     }

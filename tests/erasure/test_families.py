@@ -131,7 +131,7 @@ def test_a_patch_of_another_model_changes_nothing():
     assert all(torch.equal(before[k], t) for k, t in state(other).items())
 
 
-def test_a_model_without_text_sites():
+def test_a_part_of_a_pipeline_is_refused():
     pipe = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(UserError, match="no layer that is known to read text"):
+    with pytest.raises(UserError, match=r"a Sequential is one part of a pipeline, .* give the pipeline"):
         mm.erase(pipe, [TARGET], anchors=ANCHOR)
