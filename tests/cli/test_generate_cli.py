@@ -70,7 +70,9 @@ def test_errors_are_one_line(cli: Run, folder: Path, tmp_path: Path) -> None:
 def test_alternatives_without_effect_are_refused(
     changes: dict[str, str], more: dict[str, Any], said: str, tmp_path: Path
 ) -> None:  # fmt: skip
-    paths = {key: Path(value) if isinstance(value, str) else value for key, value in more.items()}
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "animals.txt").write_text("cat\ndog\n")
+    paths = {key: tmp_path / value if isinstance(value, str) else value for key, value in more.items()}
     with pytest.raises(UserError, match=said):
         run(Job(changes=changes, loading={}, out=tmp_path, **paths))
 
