@@ -45,9 +45,11 @@ def test_a_picture_is_the_start_of_another(app, tab, tmp_path: Path) -> None:
     given = tmp_path / "given.png"
     given.write_bytes(png(SIDE, SIDE, "green"))
     tab.get_by_role("tab", name="From a picture").click()
-    with tab.expect_response(lambda response: "/upload" in response.url):
-        tab.locator("#picture-given input[type=file]").first.set_input_files(given)
-    tab.wait_for_selector("#picture-given img, #picture-given canvas")
+    tab.wait_for_load_state("networkidle")  # the editor of pictures is loaded with its tab
+    empty = "#picture-given >> text=Upload an image"
+    tab.wait_for_selector(empty)
+    tab.locator("#picture-given input[type=file]").first.set_input_files(given)
+    tab.wait_for_selector(empty, state="hidden")
     tab.locator("#instruction textarea").fill("a red fox")
     fill(tab, "Seed", "5")
     fill(tab, "Steps", "4")
