@@ -23,8 +23,9 @@ from mm.customization.companions import Box
 from mm.customization.customize import customize
 from mm.customization.merging.distill import Distillation
 from mm.customization.merging.merge import merge
-from mm.customization.merging.teachers import Teachers, Together, applied
+from mm.customization.merging.teachers import Teachers, Together
 from mm.customization.objectives.protocol import objective_of
+from mm.customization.pieces import applied
 
 FAST: dict[str, Any] = {
     "steps": 3, "batch_size": 1, "size": SIDE, "preview_every": 3, "learning_rate": 5e-2, "preserved": (), "rank": 4,
@@ -167,9 +168,13 @@ def test_what_does_not_fit_is_refused(adapters: list[Patch], given: dict[str, An
         merge(adapters, **given)
 
 
-def test_settings_have_values_that_train() -> None:
-    config = Distillation()
-    assert config.updates > 0 and config.adapters > 0 and config.learning_rate > 0
+@pytest.mark.parametrize(
+    "wrong", [{"updates": 0}, {"adapters": 0}, {"pairs": -1}, {"learning_rate": 0.0}, {"clip": -1}]
+)
+def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UserError, match=name):
+        Distillation(**wrong)
 
 
 def test_the_command_refuses_updates_where_nothing_is_trained(adapters: list[Patch], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ Legend: B batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,13 @@ from torch import Tensor
 
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
+from mm.core.checks import number, whole
 from mm.customization.batches import hash_of
-from mm.customization.merging.teachers import Targets, Teachers, applied
+from mm.customization.config import MAX_SETTING
+from mm.customization.merging.regmean import OnProgress
+from mm.customization.merging.teachers import Targets, Teachers
 from mm.customization.objectives.protocol import Objective, objective_of, weighted_mse
-from mm.customization.pieces import Branches, frozen
-
-OnProgress = Callable[[float, str], None]
+from mm.customization.pieces import Branches, applied, frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,12 @@ class Distillation:
     pairs: int = 6
     learning_rate: float = 5e-4
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("updates", 1), ("adapters", 1), ("pairs", 0)):
+            whole(name, getattr(self, name), least, MAX_SETTING)
+        for name in ("learning_rate", "clip"):
+            number(name, getattr(self, name), 1e-12, MAX_SETTING)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,11 +134,11 @@ def _train(
     parameters = list(branches.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     total = config.updates * count
-    for number in range(total):
+    for at in range(total):
         for group in optimizer.param_groups:
-            warm = min(1.0, (number + 1) / 10)
-            group["lr"] = config.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * number / total)))
-        generator = torch.Generator().manual_seed(hash_of(seed + 3, number))
+            warm = min(1.0, (at + 1) / 10)
+            group["lr"] = config.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * at / total)))
+        generator = torch.Generator().manual_seed(hash_of(seed + 3, at))
         noisy, level_B, prompts, wanted = _batch(objective, teachers, of_pairs, config.adapters, generator)
         given = objective.predict(noisy, level_B, objective.encode_prompts(prompts))
         loss = weighted_mse(given, wanted, None).mean()
@@ -139,7 +146,7 @@ def _train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        progress(number / total, f"update {number + 1} of {total}, loss {float(loss.detach()):.4f}")
+        progress(at / total, f"update {at + 1} of {total}, loss {float(loss.detach()):.4f}")
 
 
 def _batch(

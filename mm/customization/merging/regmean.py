@@ -30,6 +30,7 @@ from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.pieces import applied
 from mm.customization.previews import draw
 from mm.families import family_of
 from mm.layers.surgery import roots_of, submodule
@@ -79,17 +80,11 @@ class Moments:
         self.each: list[dict[str, Tensor]] = []
         total = sum(len(prompts) for _, prompts in sets)
         for patch, prompts in sets:
-            if patch is not None:
-                patch.apply(pipe)
-            try:
-                with reading(pipe, self.paths) as seen:
-                    for k, prompt in enumerate(prompts):
-                        done = sum(len(p) for _, p in sets[: len(self.each)]) + k
-                        progress(done / total, f"drawing {prompt!r}")
-                        draw(pipe, prompt, side=objective.side, seed=seed + k, steps=steps)
-            finally:
-                if patch is not None:
-                    patch.undo(pipe)
+            with applied(pipe, patch), reading(pipe, self.paths) as seen:
+                for k, prompt in enumerate(prompts):
+                    done = sum(len(p) for _, p in sets[: len(self.each)]) + k
+                    progress(done / total, f"drawing {prompt!r}")
+                    draw(pipe, prompt, side=objective.side, seed=seed + k, steps=steps)
             self.each.append({path: moments / max(1, count) for path, (moments, count) in seen.items()})
 
     def merged(self, path: str, deltas: Sequence[Tensor | None], rank: int | None) -> Merged:

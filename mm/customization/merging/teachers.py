@@ -17,12 +17,10 @@ Legend: M targets, B batch, C channels, H x W latents.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -32,8 +30,9 @@ from mm.adapters.patch import Patch
 from mm.customization.batches import hash_of
 from mm.customization.companions import Box, drawn_box, fitted, pasted, subject_box
 from mm.customization.data import Example, to_tensor
-from mm.customization.merging.regmean import other_prompts, own_prompts
+from mm.customization.merging.regmean import OnProgress, other_prompts, own_prompts
 from mm.customization.objectives.protocol import Objective
+from mm.customization.pieces import applied
 from mm.customization.previews import draw
 
 TOGETHER = (
@@ -47,7 +46,6 @@ _ALONE = 4  # the first of an adapter's own prompts name its subject alone
 _TRIES = 3
 _LARGEST = 0.45  # area of a subject beside another one
 _SHARED = 0.2  # of the smaller box, that two subjects may share
-OnProgress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,18 +95,6 @@ class Together:
     names: tuple[int, int]
     prompts: tuple[str, str]
     places: tuple[Box, Box]
-
-
-@contextmanager
-def applied(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
-    """Within the context the patch is on; None for the base."""
-    if patch is not None:
-        patch.apply(pipe, scale)
-    try:
-        yield
-    finally:
-        if patch is not None:
-            patch.undo(pipe)
 
 
 class Teachers:
