@@ -57,7 +57,8 @@ def reading_losses(
         the plain pictures.
     """
     reader, side = fingerprint.reader, fingerprint.config.side
-    parts = random_attacks(marked, side, generator, strength) if strength else [(rounded(marked), (0, 0))]
+    with torch.autocast(marked.device.type, enabled=False):  # JPEG's rounding needs its transform in float32
+        parts = random_attacks(marked, side, generator, strength) if strength else [(rounded(marked), (0, 0))]
     found = [reader.places(part, shift) for part, shift in parts]
     scores_BP = torch.cat([each[..., -1] for each in found])
     count = max(1, len(plain) // 4)

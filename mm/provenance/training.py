@@ -7,6 +7,8 @@ Design choices
 - Where the original pictures are known, the loss of quality is that of PSNR against them, a mean over pictures;
   otherwise it is counted from a PSNR against the plain decoder's pictures.
 - Once bits can be read at all, three quarters of the pictures are attacked, more and more strongly.
+- The decoder's plain pictures do not change, so that they are decoded once. Decoder and reader run in bfloat16 where the
+  device has it; plain pictures too, so that the reader cannot tell marked pictures by their rounding.
 - The state lies in one file, written by rename. Step k depends on (seed, k) and the state alone. Nothing waits for the
   device between two logged steps.
 
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mm.core.devices import lacks_bfloat16
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.safe_tensors import read_tensors
@@ -59,6 +62,7 @@ class FingerprintTraining:
         seed: of everything drawn.
         save_every: steps between two saves of the state.
         log_every: steps between two that are measured.
+        autocast: to bfloat16, where the device has arithmetic for it.
     """
 
     steps: int = 3000
@@ -73,6 +77,7 @@ class FingerprintTraining:
     seed: int = 0
     save_every: int = 500
     log_every: int = 20
+    autocast: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every"):
@@ -163,6 +168,9 @@ class _Run:
             betas=(0.9, 0.99), weight_decay=1e-4,
         )  # fmt: skip
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        kind = latents.device.type
+        self.autocast = config.autocast and (kind != "cpu" or lacks_bfloat16() is None)
+        self.plain = self._plain_pictures()
         self.file = None if work is None else work / STATE
         if self.file is not None and self.file.is_file():
             self._resume(self.file)
@@ -191,30 +199,41 @@ class _Run:
         self.fingerprint.start(self.config.spread, torch.Generator().manual_seed(self.config.seed))
         for number in range(8):
             generator = torch.Generator().manual_seed(self.config.seed + 7919 * (number + 1))
-            latents, originals, bits = self._batch(generator)
-            plain, marked = self._decoded(latents, bits)
+            latents, plain, originals, bits = self._batch(generator)
+            marked = self._marked(latents, bits)
             # The squared change grows with the square of the values, and so does what is lost, while it is small.
             lost = max(float(self._quality_lost(plain, marked, originals)), 1e-4)
             gain = ((10 ** (self.config.decibels_first / 10) - 1) / (10 ** (lost / 10) - 1)) ** 0.5
             for value in self.changes:
                 value.mul_(min(max(gain, 0.1), 10.0))
 
-    def _batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Latents, originals and bits of a step."""
+    @torch.no_grad()
+    def _plain_pictures(self) -> Tensor:
+        """What the decoder makes of the latents without a fingerprint, as bytes (N, 3, H, W)."""
+        parts = []
+        for latents in self.latents.split(self.config.batch_size):
+            with self._precision():
+                pictures = self.decode(latents.float()).float() / 2 + 0.5
+            parts.append((pictures.clamp(0, 1) * 255).round().to(torch.uint8))
+        return torch.cat(parts)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.latents.device.type, torch.bfloat16, enabled=self.autocast)
+
+    def _batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Latents, the decoder's plain pictures, originals and bits of a step."""
         size, device = self.config.batch_size, self.latents.device
         chosen = torch.randint(len(self.latents), (size,), generator=generator)
         bits_BK = torch.randint(2, (size, self.fingerprint.config.bits), generator=generator).float()
         originals = None
         if self.originals is not None:
             originals = self.originals[chosen.to(self.originals.device)].to(device).float() / 255
-        return self.latents[chosen.to(device)].float(), originals, bits_BK.to(device)
+        chosen = chosen.to(device)
+        return self.latents[chosen].float(), self.plain[chosen].float() / 255, originals, bits_BK.to(device)
 
-    def _decoded(self, latents: Tensor, bits_BK: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            plain = self.decode(latents) / 2 + 0.5
-        with self.fingerprint.modulating(self.module, bits_BK):
-            marked = self.decode(latents) / 2 + 0.5
-        return plain, marked
+    def _marked(self, latents: Tensor, bits_BK: Tensor) -> Tensor:
+        with self._precision(), self.fingerprint.modulating(self.module, bits_BK):
+            return self.decode(latents).float() / 2 + 0.5
 
     def _quality_lost(self, plain: Tensor, marked: Tensor, originals: Tensor | None) -> Tensor:
         return quality_lost(plain, marked, originals, psnr=self.config.psnr, decibels=self.config.decibels)
@@ -222,13 +241,14 @@ class _Run:
     def step(self) -> None:
         """One update."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.number)
-        latents, originals, bits_BK = self._batch(generator)
+        latents, plain, originals, bits_BK = self._batch(generator)
         left = 1 - self.progress
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * min(1.0, (self.number + 1) / 20, 0.02 + 2 * left)
-        plain, marked = self._decoded(latents, bits_BK)
+        marked = self._marked(latents, bits_BK)
         lost = self._quality_lost(plain, marked, originals)
-        logits_BK, place, none = reading_losses(self.fingerprint, marked, plain, generator, self.strength)
+        with self._precision():
+            logits_BK, place, none = reading_losses(self.fingerprint, marked, plain, generator, self.strength)
         weight = self.now[3].exp()
         loss = F.binary_cross_entropy_with_logits(logits_BK, bits_BK) + _PRESENCE * (place + none) + weight * lost
         self.optimizer.zero_grad(set_to_none=True)
