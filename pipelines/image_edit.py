@@ -18,17 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers expects the name in our modules
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 from transformers import PreTrainedTokenizerFast
 
 from mm.core.errors import UserError
-from mm.core.nouns import counted
 from mm.core.paths import resolve_model
 from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.models.cache import PromptCache
@@ -39,19 +37,21 @@ from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
+from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best
 from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_arguments import check_scale
 from mm.pipelines.drawing_parts import DrawingParts
+from mm.pipelines.edit_sources import coarse_mask, keep_outside, mask_of, one_for_each, sources_of
 from mm.pipelines.guidance import GuidanceBranches
 from mm.pipelines.instructions import check_instructions
-from mm.pipelines.pictures import as_pictures, open_picture, squared, to_tensor
+from mm.pipelines.pictures import open_picture, to_tensor
 from mm.pipelines.prompt_encoding import left_padded, negatives_of, texts_of
-from mm.pipelines.run_state import Run, StepCallback
 from mm.pipelines.sampling import Generators, picture_generators
 from mm.pipelines.text_to_image import Callback, TextToImagePipeline
-from mm.pipelines.understanding import generate
+from mm.pipelines.understanding import answers_about
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import vocabulary as v
+from mm.world.asked import asked_of_change
 from mm.world.asking.counting import facts_of
 from mm.world.asking.edit_words import Seen
 from mm.world.asking.plans import is_absent, run
@@ -111,6 +111,7 @@ class ImageEditPipeline(TextToImagePipeline):
         image_guidance_scale: float | None = None,
         mode: str = "flow",
         num_images_per_prompt: int = 1,
+        best_of: int = 1,
         strict: bool | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
@@ -135,6 +136,8 @@ class ImageEditPipeline(TextToImagePipeline):
             image_guidance_scale: Guidance towards the source.
             mode: "flow" or "codes".
             num_images_per_prompt: Results for each picture.
+            best_of: The most times that a picture is changed, until the model itself reads in the result what the
+                instruction asks for (`mm.pipelines.best_of`); the output then has `tries`, `right` and `missing`, too.
             strict: True refuses an instruction with words that are not understood, None one that cannot be carried
                 out as a whole; False tries all.
             generator: As in `TextToImagePipeline`, as are the arguments below.
@@ -146,7 +149,7 @@ class ImageEditPipeline(TextToImagePipeline):
             callback_on_step_end_tensor_inputs: The tensors it wants.
 
         Returns:
-            ImagePipelineOutput, or a tuple.
+            ImagePipelineOutput (with `best_of` above 1 a `CheckedOutput`), or a tuple.
 
         Raises:
             UserError: For anything that cannot be drawn. Unknown words give a warning.
@@ -156,12 +159,12 @@ class ImageEditPipeline(TextToImagePipeline):
         prompts = texts_of(prompt)
         negatives = negatives_of(negative_prompt, self.text_tokenizer)
         num_inference_steps = steps_for(mode, num_inference_steps)
-        pictures = _sources(image, len(prompts))
+        pictures = sources_of(image, len(prompts))
         prompts = check_instructions(
             prompts, self.text_tokenizer, lambda at: self._seen(pictures[at]),
             lambda at, name: self._is_absent(pictures[at], name), strict=strict,
         )  # fmt: skip
-        negatives = _one_for_each(negatives, len(prompts))
+        negatives = one_for_each(negatives, len(prompts))
         side = self.side
         self.check_inputs(
             height=side if height is None else height, width=side if width is None else width,
@@ -170,22 +173,26 @@ class ImageEditPipeline(TextToImagePipeline):
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         check_scale("image_guidance_scale", image_guidance_scale)
+        check_best_of(best_of, latents)
         generators = picture_generators(generator, len(prompts) * num_images_per_prompt)
+        options: dict[str, Any] = {
+            "mask_image": mask_image, "num_inference_steps": num_inference_steps, "mode": mode,
+            "guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale,
+            "output_type": output_type, "return_dict": False, "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "attention_kwargs": attention_kwargs,
+        }  # fmt: skip
+        if best_of > 1:
+            found = self._edit_best(pictures, prompts, negatives, generators, best_of, options)
+            return found if return_dict else (found.images,)
         if len(parts_of(self, len(generators))) > 1:  # one by one: see mm.pipelines.batch_parts
-            options: dict[str, Any] = {
-                "mask_image": mask_image, "num_inference_steps": num_inference_steps, "mode": mode,
-                "guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale,
-                "output_type": output_type, "return_dict": False, "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-                "attention_kwargs": attention_kwargs,
-            }  # fmt: skip
             made = self._one_by_one(pictures, prompts, negatives, generators, latents, **options)
             return ImagePipelineOutput(images=made) if return_dict else (made,)
         opened = [open_picture(picture) for picture in pictures]
         source = to_tensor(opened, side).to(self._execution_device)
         tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
         warn_of(self.understanding_connector, tokens, opened, side, stacklevel=3)
-        mask = None if mask_image is None else _mask(mask_image, pictures[0], side).to(source.device)
+        mask = None if mask_image is None else mask_of(mask_image, pictures[0], side).to(source.device)
         with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run_:
             assert self.autoencoder is not None
             clean = self.autoencoder.encode(source.to(self.autoencoder.dtype)).float()
@@ -196,14 +203,14 @@ class ImageEditPipeline(TextToImagePipeline):
             clean = clean.repeat_interleave(num_images_per_prompt, 0)
             noise = self.prepare_latents(generators, latents) if mode == "flow" else None
             if noise is not None and mask is not None:
-                on_step = _keep_outside(run_, clean, noise, mask, on_step)
+                on_step = keep_outside(run_, clean, noise, mask, on_step)
             parts = DrawingParts(
                 trunk=self.trunk, generators=generators, branches=branches, steps=num_inference_steps, run=run_,
                 on_step=on_step,
             )  # fmt: skip
             drawn = self._draw_latents(noise, parts)
         if mode == "codes" and mask is not None:
-            drawn = torch.where(_coarse(mask, drawn.shape[-1]) > 0, drawn, clean)
+            drawn = torch.where(coarse_mask(mask, drawn.shape[-1]) > 0, drawn, clean)
         source = source.repeat_interleave(num_images_per_prompt, 0)
         out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type)
         self.maybe_free_model_hooks()
@@ -224,10 +231,38 @@ class ImageEditPipeline(TextToImagePipeline):
         ]  # fmt: skip
         return joined(made)
 
-    def edit(self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def _edit_best(
+        self, pictures: Sequence[Any], prompts: Sequence[str], negatives: Sequence[str],
+        generators: Sequence[torch.Generator], best_of: int, options: dict[str, Any],
+    ) -> CheckedOutput:  # fmt: skip
+        """The best of several tries of each picture; `options` are those of `__call__`."""
+        each = len(generators) // len(prompts)
+        own = [k // each for k in range(len(generators))]
+        output_type, mask = options["output_type"], None
+        if options["mask_image"] is not None:  # at the model's size, it fits every source
+            mask = mask_of(options["mask_image"], pictures[0], self.side)
+            options = options | {"mask_image": to_pil_image(mask[0])}
+
+        def draw(rows: Sequence[int], some: Sequence[torch.Generator]) -> torch.Tensor:
+            at = [own[row] for row in rows]
+            given = options | {"output_type": "latent", "negative_prompt": [negatives[i] for i in at]}
+            sources, words = [pictures[i] for i in at], [prompts[i] for i in at]
+            return torch.as_tensor(self(sources, words, generator=list(some), strict=False, **given)[0])
+
+        best = draw_best(draw, self._checker([asked_of_change(prompts[i]) for i in own]), generators, best_of)
+        latents: Any = best.latents
+        if output_type == "latent":
+            return best.output(latents)
+        source = to_tensor([open_picture(pictures[i]) for i in own], self.side).to(latents.device)
+        mask = None if mask is None else mask.to(source.device)
+        return best.output(self._finish(latents, source, mask, output_type))
+
+    def edit(
+        self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int], *, best_of: int = 1
+    ) -> list[Image.Image]:
         """One edited picture each, from its own seed."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self(list(pictures), list(instructions), generator=generators).images
+        return self(list(pictures), list(instructions), generator=generators, best_of=best_of).images
 
     def _seen(self, picture: Any) -> Seen:
         """What a source shows by the model's own description, for instructions that speak of "it"."""
@@ -251,10 +286,7 @@ class ImageEditPipeline(TextToImagePipeline):
 
     def _ask_about(self, tokens: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's own answers to questions about one picture, by its understanding tokens (1, S, D)."""
-        tokens = tokens.expand(len(questions), -1, -1)
-        rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
-        ids, mask = left_padded(rows, self._execution_device)
-        return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)
+        return answers_about(self.trunk, self.text_tokenizer, tokens, questions, max_words)
 
     def _edit_branches(
         self,
@@ -297,57 +329,3 @@ class ImageEditPipeline(TextToImagePipeline):
         if mask is not None:
             pictures = torch.where(mask > 0, pictures, source)
         return self.image_processor.postprocess(pictures, output_type=output_type)
-
-
-def _sources(image: Any, count: int) -> list[Any]:
-    """The source of each of `count` instructions; one picture that is no list serves all."""
-    pictures = as_pictures(image)
-    if len(pictures) == 1 and not isinstance(image, (list, tuple)):
-        return pictures * count
-    if len(pictures) != count:
-        raise UserError(f"{counted(len(pictures), 'picture')} and {counted(count, 'instruction')}; give as many")
-    return pictures
-
-
-def _one_for_each(negatives: list[str], count: int) -> list[str]:
-    """The negative prompt of each of `count` instructions."""
-    if len(negatives) not in (1, count):
-        raise UserError(
-            f"{counted(len(negatives), 'negative prompt')} for {counted(count, 'instruction')}; give one, or one for "
-            "each"
-        )
-    return negatives * (count // len(negatives))
-
-
-def _keep_outside(
-    run: Run, clean: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor, on_step: StepCallback
-) -> StepCallback:
-    """After each step, latents outside the mask are the source's, noised to the next step's level."""
-    coarse = _coarse(mask, clean.shape[-1])
-
-    def keep(step: int, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
-        left = run.scheduler.timesteps[step + 1 :]
-        sigma = float(left[0]) / run.scheduler.config.num_train_timesteps if len(left) else 0.0
-        latents = torch.where(coarse > 0, latents, (1 - sigma) * clean + sigma * noise)
-        return on_step(step, timestep, latents)
-
-    return keep
-
-
-def _mask(mask_image: Any, picture: Any, side: int) -> torch.Tensor:
-    """The mask (1, 1, side, side): 1 where pixels may change."""
-    [mask], source = as_pictures(mask_image, mask=True), open_picture(picture)
-    if mask.size not in (source.size, (side, side)):
-        raise UserError(
-            f"the mask is {mask.size[0]} x {mask.size[1]} and the picture {source.size[0]} x {source.size[1]}; "
-            f"give a mask of the picture's size, or of {side} x {side}"
-        )
-    values = np.asarray(squared(mask, side).convert("L"))
-    if not (values > 127).any():
-        raise UserError("the mask is black everywhere, so nothing may change; paint white where it may")
-    return torch.from_numpy((values > 127).astype(np.float32))[None, None]
-
-
-def _coarse(mask: torch.Tensor, side: int) -> torch.Tensor:
-    """The mask on latents: a latent may change where any of its pixels may."""
-    return F.adaptive_max_pool2d(mask, side)

@@ -40,6 +40,7 @@ from mm.models.dialogue import detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
+from mm.pipelines.best_of import check_best_of, seed_of_try
 from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown
 from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_loops import flow_steps
@@ -52,6 +53,7 @@ from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import lexicon
+from mm.world.asked import Asked, asked_of, asked_of_change
 from mm.world.asking import small_talk
 from mm.world.asking.counting import facts_of
 from mm.world.asking.edit_words import Refused, change_of, steps_of
@@ -77,6 +79,7 @@ class _Drawing:
     scale: float
     max_words: int
     strict: bool | None
+    best_of: int
 
 
 class InterleavedPipeline(ImageEditPipeline):
@@ -127,6 +130,7 @@ class InterleavedPipeline(ImageEditPipeline):
         guidance_scale: float | None = None,
         max_words: int = 48,
         strict: bool | None = None,
+        best_of: int = 1,
     ) -> Generator[Event, None, None]:
         """Adds a turn of the user and generates the reply.
 
@@ -142,6 +146,8 @@ class InterleavedPipeline(ImageEditPipeline):
             max_words: The longest answer of the model in words.
             strict: Of a new picture: True refuses words that are not understood, None a prompt of which no thing is
                 known, in a reply; False draws all. A change that is not understood as a whole is never made.
+            best_of: The most times that a picture is drawn, until the model itself reads in it what was asked for
+                (`mm.pipelines.best_of`).
 
         Yields:
             Events in the order in which they happen.
@@ -159,7 +165,8 @@ class InterleavedPipeline(ImageEditPipeline):
             raise UserError("the turn is empty (the prompt is empty); say what to draw, change or describe")
         now = conversation.copy()
         scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
-        how = _Drawing(seed=seed, steps=steps, scale=scale, max_words=max_words, strict=strict)
+        check_best_of(best_of, None)
+        how = _Drawing(seed=seed, steps=steps, scale=scale, max_words=max_words, strict=strict, best_of=best_of)
         if picture is not None:
             _warn_if_full(now.add(self._given(picture)))
         intent = intent_of(words, now.last is not None, added_names(self.text_tokenizer))
@@ -168,13 +175,15 @@ class InterleavedPipeline(ImageEditPipeline):
         conversation.become(now)
         yield Event(kind="end")
 
-    def chat(self, turns: Sequence[str], *, seed: int = 0, steps: int = 12) -> list[tuple[str, Image.Image | None]]:
+    def chat(
+        self, turns: Sequence[str], *, seed: int = 0, steps: int = 12, best_of: int = 1
+    ) -> list[tuple[str, Image.Image | None]]:
         """Runs a whole conversation; returns text and picture of each reply."""
         conversation, out = self.start(), []
         for words in turns:
             text: list[str] = []
             drawn: Image.Image | None = None
-            for event in self.turn(conversation, words, seed=seed, steps=steps):
+            for event in self.turn(conversation, words, seed=seed, steps=steps, best_of=best_of):
                 if event.kind == "word":
                     text.append(event.word)
                 drawn = event.picture or drawn
@@ -205,7 +214,7 @@ class InterleavedPipeline(ImageEditPipeline):
             return
         (prompt,) = check_prompts([first], self.text_tokenizer, strict=False)
         branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
-        yield from self._drawn(now, branches, how)
+        yield from self._drawn(now, branches, how, asked_of(prompt))
         named = clause_of(first.lower(), added_names(self.text_tokenizer)).things
         now.drawn, now.topic = first, named[0].name if named else None
         for change in changes:
@@ -239,7 +248,8 @@ class InterleavedPipeline(ImageEditPipeline):
                     yield from _said(f"T{no_thing(target)[1:]}, so nothing was changed.")
                     return
             (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
-            yield from self._drawn(now, self._change_branches(instruction, source, how.scale), how)
+            branches = self._change_branches(instruction, source, how.scale)
+            yield from self._drawn(now, branches, how, asked_of_change(instruction))
             now.topic = change.topic
 
     def _undo(self, now: Conversation) -> Iterator[Event]:
@@ -251,10 +261,31 @@ class InterleavedPipeline(ImageEditPipeline):
         before = now.shown[-1]
         yield Event(kind="picture", picture=self._decode(before.latents, "pil")[0], seed=before.seed)
 
-    def _drawn(self, now: Conversation, branches: GuidanceBranches, how: _Drawing) -> Iterator[Event]:
-        """Draws a picture and adds it to the conversation."""
+    def _drawn(
+        self, now: Conversation, branches: GuidanceBranches, how: _Drawing, asked: Asked | None
+    ) -> Iterator[Event]:  # fmt: skip
+        """Draws a picture, again while it lacks what was asked for, and adds it to the conversation."""
         seed = how.seed + now.pictures
         seed -= (MAX_SEED + 1) * (how.seed <= MAX_SEED < seed)  # a PNG's settings hold no larger one
+        latents = yield from self._try(branches, seed, how)
+        if how.best_of > 1:
+            check = self._checker([asked])
+            [least] = check([0], latents)
+            for k in range(1, how.best_of):
+                if least is None or not least.wrong:
+                    break
+                drawn = yield from self._try(branches, seed_of_try(seed, k), how)
+                [found] = check([0], drawn)
+                if found is not None and found.wrong < least.wrong:
+                    latents, least = drawn, found
+        now.pictures += 1
+        _warn_if_full(now.add(Shown(latents=latents, tokens=self._latent_tokens(latents), seed=seed)))
+        yield Event(kind="picture", picture=self._decode(latents, "pil")[0], seed=seed)
+
+    def _try(
+        self, branches: GuidanceBranches, seed: int, how: _Drawing
+    ) -> Generator[Event, None, torch.Tensor]:  # fmt: skip
+        """Draws latents (1, C, H, W) from a seed."""
         generators = picture_generators(torch.Generator().manual_seed(seed), 1)
         noise = self.prepare_latents(generators, None)
         with self._new_run(guidance_scale=how.scale) as run_:
@@ -262,10 +293,7 @@ class InterleavedPipeline(ImageEditPipeline):
                 trunk=self.trunk, generators=generators, branches=branches, steps=how.steps, run=run_,
                 on_step=run_.step_callback(self, None, ()),
             )  # fmt: skip
-            latents = yield from _as_events(flow_steps(parts, self.velocity_decoder, noise), how.steps)
-        now.pictures += 1
-        _warn_if_full(now.add(Shown(latents=latents, tokens=self._latent_tokens(latents), seed=seed)))
-        yield Event(kind="picture", picture=self._decode(latents, "pil")[0], seed=seed)
+            return (yield from _as_events(flow_steps(parts, self.velocity_decoder, noise), how.steps))
 
     def _given(self, picture: Any) -> Shown:
         """A picture of the user."""

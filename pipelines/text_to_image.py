@@ -13,6 +13,7 @@ Legend: B pictures (prompts times pictures per prompt), C = 16 channels, H = W =
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import CheckedOutput, CountReader, check_best_of, draw_best, reader_of
+from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best
 from mm.pipelines.code_filling import code_filling
 from mm.pipelines.drawing_arguments import (
     check_callback_tensors,
@@ -52,8 +53,11 @@ from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompt_encoding import Conditions, conditions, tokenize
 from mm.pipelines.run_state import RunStateMixin
 from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
+from mm.pipelines.self_reader import SelfReader, Shortfall, reader_of
+from mm.pipelines.understanding import answers_about
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
+from mm.world.asked import Asked, asked_of
 
 SCALE = 16  # pixels of a latent, each way
 CODES_TEMPERATURE = 0.9
@@ -92,7 +96,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=SCALE)
         self._init_runs()
-        self.count_reader: CountReader | None = None  # loaded when `best_of` first needs it
+        self.self_reader: SelfReader | None = None  # loaded when `best_of` first needs it
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TextToImagePipeline:
@@ -235,8 +239,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
             negative_prompt_embeds: The same for the negative prompt.
             strict: True refuses a prompt with words that are not understood, None one of which no thing is known,
                 before anything is drawn; False draws all.
-            best_of: The most times that a picture is drawn, until the model's own counter reads the numbers of things
-                that the prompt asks for (`mm.pipelines.best_of`); the output then has `tries` and `right` as well.
+            best_of: The most times that a picture is drawn, until the model itself reads in it what the prompt asks for
+                (`mm.pipelines.best_of`); the output then has `tries`, `right` and `missing` as well.
             fast: Less work a picture (docs/fast.md): True is the measured mix, a mapping names single settings of
                 `mm.pipelines.fast`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
@@ -312,19 +316,31 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
     ) -> CheckedOutput:  # fmt: skip
         """The best of several tries of each picture; `options` are those of `__call__`."""
         if isinstance(given.prompts, PromptCache):
-            raise UserError("best_of reads the numbers in the prompt; give prompt, not prompt_embeds")
+            raise UserError("best_of compares pictures with their prompts; give prompt, not prompt_embeds")
         prompts = [text for text in given.prompts for _ in range(given.each)]
 
-        def draw(some: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
-            return self(list(some), generator=list(generators), output_type="latent", strict=False, **options).images
+        def draw(rows: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
+            some = [prompts[i] for i in rows]
+            with warnings.catch_warnings():  # of unknown words, which were warned of before
+                warnings.simplefilter("ignore")
+                return self(some, generator=list(generators), output_type="latent", strict=False, **options).images
 
-        self.count_reader = self.count_reader or reader_of(self.name_or_path)
-        reader = self.count_reader.to(self._execution_device)
         generators = picture_generators(generator, len(prompts))
-        latents: Any
-        latents, tries, right = draw_best(draw, reader, prompts, generators, best_of)
-        pictures = latents if output_type == "latent" else self._decode(latents, output_type)
-        return CheckedOutput(pictures, tries, right)
+        best = draw_best(draw, self._checker([asked_of(prompt) for prompt in prompts]), generators, best_of)
+        latents: Any = best.latents
+        return best.output(latents if output_type == "latent" else self._decode(latents, output_type))
+
+    def _checker(
+        self, asked: Sequence[Asked | None]
+    ) -> Callable[[Sequence[int], torch.Tensor], list[Shortfall | None]]:  # fmt: skip
+        """Compares latents of pictures, by their numbers, with what was asked for each."""
+        self.self_reader = self.self_reader or reader_of(self.name_or_path)
+        reader = self.self_reader.to(self._execution_device)
+
+        def ask(tokens_1SD: torch.Tensor, questions: Sequence[str]) -> list[str]:
+            return answers_about(self.trunk, self.text_tokenizer, tokens_1SD, questions)
+
+        return lambda rows, latents: reader.shortfalls(latents, [asked[i] for i in rows], ask)
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""

@@ -131,9 +131,32 @@ class UnderstandingPipeline(SharedFolderMixin, DiffusionPipeline):
 
     def _answer(self, tokens: torch.Tensor, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's answers; `tokens` (B, S, D) are the understanding tokens of each question's picture."""
-        rows = [Dialogue(self.text_tokenizer, tokens.shape[1]).user(q, None).ids for q in questions]
-        ids, mask = left_padded(rows, self._execution_device)
-        return generate(self.trunk, self.text_tokenizer, ids, mask, tokens, max_words)
+        return _answers(self.trunk, self.text_tokenizer, tokens, questions, max_words)
+
+
+def answers_about(
+    trunk: Trunk, tokenizer: PreTrainedTokenizerFast, tokens_1SD: torch.Tensor, questions: Sequence[str],
+    max_words: int = 48,
+) -> list[str]:  # fmt: skip
+    """The model's own answers to questions about one picture.
+
+    Args:
+        trunk: A trunk with a text head.
+        tokenizer: The text tokenizer.
+        tokens_1SD: Understanding tokens of the picture.
+        questions: In trained wordings.
+        max_words: The longest answer.
+    """
+    return _answers(trunk, tokenizer, tokens_1SD.expand(len(questions), -1, -1), questions, max_words)
+
+
+def _answers(
+    trunk: Trunk, tokenizer: PreTrainedTokenizerFast, tokens_BSD: torch.Tensor, questions: Sequence[str], max_words: int
+) -> list[str]:  # fmt: skip
+    """Answers to questions, each about the picture of its understanding tokens."""
+    rows = [Dialogue(tokenizer, tokens_BSD.shape[1]).user(question, None).ids for question in questions]
+    ids, mask = left_padded(rows, tokens_BSD.device)
+    return generate(trunk, tokenizer, ids, mask, tokens_BSD, max_words)
 
 
 def generate(

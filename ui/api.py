@@ -72,6 +72,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         height: int | None = None,
         scheduler: str | None = None,
         fast: bool = False,
+        best_of: int = 1,
         strict: bool = False,
     ) -> Iterator[Pictures]:
         """Draws pictures from a prompt; what is left out is the model's default.
@@ -81,7 +82,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
             "negative": negative, "width": width, "height": height, "scheduler": scheduler, "fast": fast,
-            "strict": strict,
+            "best_of": best_of, "strict": strict,
         }  # fmt: skip
         yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
 
@@ -109,6 +110,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         width: int | None = None,
         height: int | None = None,
         fast: bool = False,
+        best_of: int = 1,
         strict: bool = False,
     ) -> Iterator[Pictures]:
         """Draws from a picture. task: edit, image_to_image or inpaint; left out, the model's first of these.
@@ -118,7 +120,7 @@ def _edit(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
             "negative": negative, "image_guidance": image_guidance, "strength": strength, "scheduler": scheduler,
-            "width": width, "height": height, "fast": fast, "strict": strict,
+            "width": width, "height": height, "fast": fast, "best_of": best_of, "strict": strict,
         }  # fmt: skip
         yield from _pictures(parts, lambda: _edit_request(can, task, values, picture, mask), request)
 

@@ -16,7 +16,7 @@ from mm.engine.capabilities import Capabilities
 from mm.engine.requests import MAX_GUIDANCE, MAX_STEPS, Draw
 from mm.engine.settings import Again, drawn_again
 from mm.ui import forms, shown, style
-from mm.ui.limits import MAX_COUNT, MAX_PROMPT
+from mm.ui.limits import MAX_COUNT, MAX_PROMPT, MAX_TRIES
 from mm.ui.panel import GALLERY, Panel, choose
 from mm.ui.parts import AT_ONCE, QUEUED, Parts
 from mm.ui.public import last_part
@@ -54,6 +54,11 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
     served = sized or set(can.fast_tasks) >= {"edit", "image_to_image", "inpaint"} & set(can.tasks)
     if can.fast and served and not can.negative_needs:
         fields["fast"] = gr.Checkbox(False, label="Fast: leave out work that changes a picture little")
+    if can.best_of:
+        fields["best_of"] = gr.Number(
+            1, minimum=1, maximum=MAX_TRIES, precision=0,
+            label="Tries: draw again, so often at most, what the model does not see in its picture",
+        )  # fmt: skip
     if can.strict:
         fields["strict"] = gr.Checkbox(False, label="Strict: refuse words that the model does not know")
     if can.negative and not can.negative_needs:
@@ -202,7 +207,7 @@ class DrawTab:
             "prompt": asked.prompt, "negative": asked.negative or "", "width": size[0], "height": size[1],
             "seed": "" if asked.seed is None else str(asked.seed), "steps": self.can.steps_of(asked),
             "guidance": self.can.guidance_of(asked), "mode": self.can.mode(asked), "scheduler": asked.scheduler or "",
-            "fast": asked.fast is not False, "strict": bool(asked.strict),
+            "fast": asked.fast is not False, "best_of": asked.best_of, "strict": bool(asked.strict),
         }  # fmt: skip
         return [values.get(name, gr.skip()) for name in self.fields]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from mm.core.errors import UserError, shown
 from mm.engine.capabilities import Capabilities
 from mm.engine.requests import Draw, Edit
-from mm.ui.limits import MAX_AREA, MAX_COUNT, MAX_PROMPT
+from mm.ui.limits import MAX_AREA, MAX_COUNT, MAX_PROMPT, MAX_TRIES
 
 
 def words(name: str, value: object, *, empty: bool = False) -> str:
@@ -100,6 +100,14 @@ def count(value: object) -> int:
     return many
 
 
+def tries(value: object) -> int:
+    """The most times that a picture is drawn; empty means once."""
+    many = whole("best_of", value)
+    if many is not None and not 1 <= many <= MAX_TRIES:
+        raise UserError(f"best_of is {shown(value)}; this page draws a picture 1 to {MAX_TRIES} times")
+    return 1 if many is None else many
+
+
 def size(width: object, height: object, can: Capabilities) -> tuple[int, int] | None:
     """Width and height; a missing one is that of the model's default."""
     wide, high = whole("width", width), whole("height", height)
@@ -121,6 +129,7 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
         "mode": choice("mode", values.get("mode")),
         "scheduler": choice("scheduler", values.get("scheduler")),
         "fast": flag("fast", values.get("fast")),
+        "best_of": tries(values.get("best_of")),
         "strict": flag("strict", values.get("strict")) or None,
     }
 

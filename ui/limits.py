@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MAX_PROMPT = 2000  # characters of a prompt, an instruction, a question or a message
 MAX_COUNT = 16  # pictures of one order
+MAX_TRIES = 8  # times that a picture is drawn (best_of)
 MAX_ORDERS = 32  # orders that run or wait at the same time
 MAX_AREA = 2048 * 2048  # pixels of a drawn picture
 MAX_VISITS = 64  # visits whose pictures and conversations are kept

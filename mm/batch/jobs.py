@@ -22,7 +22,7 @@ from mm.core.checks import MAX_SEED, whole
 from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
 from mm.core.safe_json import parse_json
-from mm.engine.requests import MAX_PROMPT, size_in_pixels
+from mm.engine.requests import MAX_PROMPT, MAX_TRIES, size_in_pixels
 
 _whole = partial(whole, said=shown)  # rows come from a file
 TASKS = ("generate",)
@@ -51,6 +51,7 @@ class Generate:
         lora: "FILE" or "FILE:SCALE", or a list of them, in this order.
         model: an embedded model, or a folder.
         fast: less work a picture: true, or an object of single settings (docs/fast.md).
+        best_of: the most times that a picture is drawn, until the model reads in it what was asked for (mm-tiny).
         strict: true refuses words that the model does not know, false refuses nothing.
         options: further arguments of the pipeline's call, by name.
     """
@@ -70,6 +71,7 @@ class Generate:
     lora: tuple[str, ...] = ()
     model: str | None = None
     fast: bool | dict[str, Any] = False
+    best_of: int = 1
     strict: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ class Generate:
             _whole("seed", self.seed, 0, MAX_SEED - self.n + 1)
         if self.steps is not None:
             _whole("steps", self.steps, 1, 1000)
+        _whole("best_of", self.best_of, 1, MAX_TRIES)
         for name in ("mode", "negative", "scheduler", "image", "mask", "model"):
             _text(name, getattr(self, name))
         _number("guidance", self.guidance, 100)

@@ -26,6 +26,7 @@ def chat(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Picture k of the conversation has seed + k.")] = 0,
     steps: shared.StepsOption = None,
+    best_of: shared.BestOfOption = None,
     strict: shared.StrictOption = None,
     base: shared.BaseOption = None,
     bits: shared.BitsOption = None,
@@ -39,7 +40,7 @@ def chat(
 
     check_folder(out)
     loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
-    talk = Talk(loading.engine(), out, seed=seed, steps=steps, strict=strict)
+    talk = Talk(loading.engine(), out, seed=seed, steps=steps, strict=strict, best_of=best_of or 1)
     interactive = sys.stdin.isatty()
     if interactive:
         print("say what to draw, change or describe; /image FILE, /new, /quit\n> ", end="", flush=True)
@@ -54,10 +55,12 @@ class Talk:
     leaves the conversation as it was before; at the prompt it ends the command.
     """
 
-    def __init__(self, engine: Engine, out: Path, *, seed: int, steps: int | None, strict: bool | None) -> None:
+    def __init__(
+        self, engine: Engine, out: Path, *, seed: int, steps: int | None, strict: bool | None, best_of: int = 1
+    ) -> None:
         """Begins a conversation. Raises UserError where the model cannot converse."""
         self.engine, self.out = engine, out
-        self.settings: dict[str, Any] = {"seed": seed, "steps": steps, "strict": strict}
+        self.settings: dict[str, Any] = {"seed": seed, "steps": steps, "strict": strict, "best_of": best_of}
         self.conversation: Any = engine.converse()
         self.picture: Any = None
 

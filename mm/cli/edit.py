@@ -30,6 +30,7 @@ def edit(
         float | None, typer.Option(min=0, max=100, help="How closely the source is followed (default: the model's).")
     ] = None,
     mode: shared.ModeOption = None,
+    best_of: shared.BestOfOption = None,
     strict: shared.StrictOption = None,
     fast: shared.FastOption = False,
     fast_set: shared.FastSetOption = None,
@@ -59,7 +60,7 @@ def edit(
         "image": source, "instruction": instruction, "mask": None if mask is None else read_picture(mask),
         "seed": seed, "steps": steps, "guidance": guidance, "image_guidance": image_guidance, "negative": negative,
         "mode": mode.value if mode else None, "size": shared.size(size), "options": shared.settings(more),
-        "strict": strict, "fast": shared.fast(fast, fast_set) or False,
+        "best_of": best_of or 1, "strict": strict, "fast": shared.fast(fast, fast_set) or False,
     }  # fmt: skip
     Edit(**given)  # wrong values fail before a model is loaded
     loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)

@@ -19,6 +19,9 @@ from mm.families.mm_tiny import GUIDANCE
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Json = shared.ReportOption
+BestOf = Annotated[
+    int, typer.Option(min=1, help="Draw again, so often at most, what the model itself does not see in its picture.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only this many prompts a task, or pictures a style.")]
 
 
@@ -38,7 +41,7 @@ def compose(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
-    best_of: Annotated[int, typer.Option(min=1, help="Draw again, so often at most, where numbers are wrong.")] = 1,
+    best_of: BestOf = 1,
     wording: Annotated[bool, typer.Option(help="200 prompts in other words, beside the same in plain ones.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that are drawn at a time.")] = 16,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
@@ -146,6 +149,7 @@ def edit(
     limit: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 40,
     guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = GUIDANCE,
     image_guidance: Annotated[float, typer.Option(help="How closely the source is followed.")] = 1.5,
+    best_of: BestOf = 1,
     tuning: Annotated[bool, typer.Option(help="Seen compositions, for choosing settings.")] = False,
     json: Json = None,
     force: shared.ForceOption = False,
@@ -156,7 +160,7 @@ def edit(
 
     pipe, loaded = _pipeline("edit", model, bits, lora)
     pipe.default_guidance = (guidance, image_guidance)
-    config = EditConfig(seed=seed, limit=limit, tuning=tuning)
+    config = EditConfig(seed=seed, limit=limit, tuning=tuning, best_of=best_of)
     settings = loaded | {"guidance": guidance, "image_guidance": image_guidance}
     report = evaluate_edit(pipe, Judge.from_pretrained(), config, json_file=json, settings=settings)
     tables.edit(report)
@@ -215,6 +219,7 @@ def chat(
     lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many conversations.")] = None,
+    best_of: BestOf = 1,
     scripts: Annotated[Path | None, typer.Option(help="Other scripts, in the shape of our own files.")] = None,
     json: Json = None,
     force: shared.ForceOption = False,
@@ -226,7 +231,9 @@ def chat(
     pipe, loaded = _pipeline("converse", model, bits, lora)
     judge, settings = Judge.from_pretrained(), loaded
     where = [SCRIPTS, LONG_SCRIPTS] if scripts is None else [scripts]
-    report = evaluate_chat(pipe, judge, scripts=where, limit=limit, seed=seed, json_file=json, settings=settings)
+    report = evaluate_chat(
+        pipe, judge, scripts=where, limit=limit, seed=seed, best_of=best_of, json_file=json, settings=settings
+    )
     shares = report["tasks"] | {"faultless": report["faultless"]}
     tables.shares(
         report | {"tasks": {name: task for name, task in shares.items() if task["n"]}}, f"{report['n']} turns"

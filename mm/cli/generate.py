@@ -31,9 +31,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-image).")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew (inpainting).")] = None,
     strength: Annotated[float | None, typer.Option(min=0, max=1, help="How much of --image is redrawn.")] = None,
-    best_of: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Draw again, so often at most, until numbers are right (mm-tiny).")
-    ] = None,
+    best_of: shared.BestOfOption = None,
     strict: shared.StrictOption = None,
     fast: shared.FastOption = False,
     fast_set: shared.FastSetOption = None,

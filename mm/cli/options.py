@@ -125,6 +125,13 @@ StrictOption = Annotated[
         help="Refuse a prompt with words that are not understood (mm-tiny); by default they are named and left out.",
     ),
 ]
+BestOfOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=64,
+        help="Draw again, so often at most, until the model itself sees in the picture what was asked for (mm-tiny).",
+    ),
+]  # fmt: skip
 FastOption = Annotated[bool, typer.Option("--fast", help="Leave out work that changes a picture little: docs/fast.md.")]
 FastSetOption = Annotated[
     list[str] | None,

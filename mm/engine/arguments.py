@@ -74,9 +74,9 @@ def arguments_of(
         given[can.guidance_name] = can.guidance_of(first)
     given |= _prompts(requests, can, one_negative)
     given |= {"strict": first.strict} if can.strict else {}
+    given |= {"best_of": first.best_of if first.best_of > 1 else None}
     if isinstance(first, Draw):
-        given |= _drawn_from(first, can, takes)
-        given |= {"strength": first.strength, "best_of": first.best_of if first.best_of > 1 else None}
+        given |= _drawn_from(first, can, takes) | {"strength": first.strength}
     else:
         given |= _edited(first, takes)
     return given | first.options

@@ -71,7 +71,7 @@ def draw(
         given["num_images_per_prompt"] = len(seeds)
     _watch(view, takes, given, cancel, on_step)
     output = _called(view, given)
-    _warn_of_numbers(output, given, seeds)
+    _warn_of_missing(output, given, seeds)
     return list(images_of(output))
 
 
@@ -112,18 +112,16 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
         raise UserError(f"{type(view).__name__} refuses this: {' '.join(str(error).split())[:600]}") from error
 
 
-def _warn_of_numbers(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
-    """Says which pictures of a model with a counter do not show the numbers asked for, or that nothing was checked."""
-    right = getattr(output, "right", None) or []
-    if wrong := [seed for seed, fine in zip(seeds, right, strict=False) if fine is False]:
-        text = ", ".join(map(str, wrong))
+def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Says what pictures drawn with `best_of` lack, by the model's own reading, or that nothing was checked."""
+    lacking = zip(seeds, getattr(output, "missing", None) or (), strict=False)
+    if wrong := [f"{', '.join(missing)} (seed {seed})" for seed, missing in lacking if missing]:
+        tries = counted(given["best_of"], "try", "tries")
+        warnings.warn(f"{given['prompt']!r}: the model does not see in any of {tries} {'; '.join(wrong)}", stacklevel=3)
+    if any(fine is None for fine in getattr(output, "right", None) or ()):
         warnings.warn(
-            f"{given.get('best_of')} tries drew other numbers than {given['prompt']!r} asks for (seed {text})",
+            f"best_of: {given['prompt']!r} is not read in full, so its pictures were not checked, and drawn once each",
             stacklevel=3,
-        )
-    if any(fine is None for fine in right):
-        warnings.warn(
-            f"best_of: {given['prompt']!r} does not say how many of what, so each was drawn once", stacklevel=3
         )
 
 

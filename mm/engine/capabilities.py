@@ -40,7 +40,7 @@ class Capabilities:
         negative: whether a negative prompt is taken.
         negative_needs: the argument without which a negative prompt has no effect; empty where guidance suffices.
         negative_default: the negative prompt where none is given.
-        best_of: whether pictures can be drawn again until their numbers are right.
+        best_of: whether pictures can be drawn again until the model reads in them what was asked for.
         strict: whether prompts are read by a list of words, so that others can be refused.
         schedulers: class names that can be chosen.
         image_guidance: whether editing takes a guidance of its own for the source.
@@ -105,8 +105,6 @@ class Capabilities:
             if request.negative:
                 self._check_negative(request)
             self._check_size(request)
-        if isinstance(request, Draw):
-            self._check_best_of(request)
         if isinstance(request, Edit) and request.image_guidance is not None and not self.image_guidance:
             raise UserError(f"{self.model} has no image guidance (given: {request.image_guidance:g}); leave it out")
 
@@ -135,6 +133,8 @@ class Capabilities:
         if request.guidance is not None and self.guidance_name is None:
             raise UserError(f"guidance is {request.guidance:g}; {self.model} has none; leave it out")
         self.fast_of(request)
+        if request.best_of > 1 and not self.best_of:
+            raise UserError(f"best_of is {request.best_of}; {self.model} does not read what it drew; leave it out")
         if request.strict is not None and not self.strict:
             raise UserError(
                 f"strict is {request.strict}; {self.model} has no list of words that it knows; leave it out"
@@ -177,10 +177,6 @@ class Capabilities:
                 f"a negative prompt {said} acts only with guidance above 1, and guidance is {request.guidance:g}; "
                 "raise it, or leave the negative prompt out"
             )
-
-    def _check_best_of(self, request: Draw) -> None:
-        if request.best_of > 1 and not self.best_of:
-            raise UserError(f"best_of is {request.best_of}; {self.model} has no counter of its own; leave it out")
 
     def _check_size(self, request: Draw | Edit) -> None:
         if request.size is not None:

@@ -291,6 +291,7 @@ class Engine:
         steps = self.capabilities.steps_of(request)
         options: dict[str, Any] = {} if steps is None else {"steps": steps}
         options |= {} if request.strict is None else {"strict": request.strict}
+        options |= {} if request.best_of == 1 else {"best_of": request.best_of}
         with self._computing(cancel, notices):
             events = pipe.turn(request.conversation, request.words, request.image, seed=seed, **options)
             for event in events:

@@ -21,6 +21,7 @@ from mm.core.nouns import with_article
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
+MAX_TRIES = 64
 MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
@@ -64,6 +65,7 @@ class Sampling:
         mode: one of the model's modes ("flow", "codes"); None is its first.
         scheduler: name of a diffusers scheduler class that the model can take; None keeps the model's own.
         batch_size: pictures drawn in one call; changes no picture.
+        best_of: the most times that a picture is drawn, for models that read back what they drew.
         fast: less work a picture (docs/fast.md): True is the model's measured mix, a mapping names single settings.
         strict: for models that read their prompts by a list of words: True refuses words that are not known, False
             refuses nothing, None what leaves nothing to do.
@@ -77,6 +79,7 @@ class Sampling:
     mode: str | None = None
     scheduler: str | None = None
     batch_size: int = 1
+    best_of: int = 1
     fast: bool | Mapping[str, Any] = False
     strict: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +87,7 @@ class Sampling:
     def __post_init__(self) -> None:
         whole("count", self.count, 1, MAX_COUNT)
         whole("batch_size", self.batch_size, 1, MAX_BATCH)
+        whole("best_of", self.best_of, 1, MAX_TRIES)
         if self.seed is not None:
             whole("seed", self.seed, 0, MAX_SEED - self.count + 1)
         if self.steps is not None:
@@ -107,7 +111,6 @@ class Draw(Sampling):
         image: a picture to start from (image-to-image), or with `mask` to fill in.
         mask: white where `image` is drawn anew (inpainting).
         strength: share of the steps that image-to-image redraws, 0 to 1; None is the pipeline's default.
-        best_of: the most times that a picture is drawn, for models that read back what they drew.
     """
 
     prompt: str
@@ -116,12 +119,10 @@ class Draw(Sampling):
     image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float | None = None
-    best_of: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         text("prompt", self.prompt, empty=True)  # an empty prompt is the unconditional picture
-        whole("best_of", self.best_of, 1, 64)
         if self.negative is not None:
             text("negative", self.negative, empty=True)
         size_in_pixels(self.size)

@@ -48,8 +48,10 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 class Converser(Protocol):
     """A model to evaluate."""
 
-    def chat(self, turns: Sequence[str], *, seed: int = 0, steps: int = 12) -> list[tuple[str, Image.Image | None]]:
-        """Text and picture of each reply."""
+    def chat(
+        self, turns: Sequence[str], *, seed: int = 0, steps: int = 12, best_of: int = 1
+    ) -> list[tuple[str, Image.Image | None]]:
+        """Text and picture of each reply; `best_of` as in `mm.pipelines.best_of`."""
         ...
 
 
@@ -184,6 +186,7 @@ def evaluate_chat(
     scripts: Sequence[Path] = (SCRIPTS, LONG_SCRIPTS),
     limit: int | None = None,
     seed: int = 0,
+    best_of: int = 1,
     json_file: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -192,13 +195,14 @@ def evaluate_chat(
     `limit`: only this many conversations of each file.
     """
     every = [script for path in scripts for script in load_scripts(path)[:limit]]
+    tries = {"best_of": best_of} if best_of > 1 else {}
     verdicts: list[list[bool]] = []
     cells: list[tuple[torch.Tensor, str, bool]] = []
     log: list[dict[str, Any]] = []
     for k, script in enumerate(every):
         with warnings.catch_warnings():  # of words that are not understood, on which some turns rest
             warnings.simplefilter("ignore", UserWarning)
-            replies = model.chat([turn.say for turn in script], seed=seed + 1000 * k)
+            replies = model.chat([turn.say for turn in script], seed=seed + 1000 * k, **tries)
         last, right = None, []
         shown: list[torch.Tensor] = []
         for turn, (said, picture) in zip(script, replies, strict=True):
@@ -223,7 +227,7 @@ def evaluate_chat(
         "tasks": _tasks(log),
         "faultless": share([all(right) for right in verdicts]),
         "turns": log,
-        "settings": {"seed": seed, "scripts": [path.name for path in scripts]} | (settings or {}),
+        "settings": {"seed": seed, "best_of": best_of, "scripts": [path.name for path in scripts]} | (settings or {}),
     }
     if json_file is not None:
         write_json(json_file, report)

@@ -38,19 +38,25 @@ from mm.world.scene import Sprite, relation_of
 class Editor(Protocol):
     """A model to evaluate."""
 
-    def edit(self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One edited picture each, from its own seed."""
+    def edit(
+        self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int], *, best_of: int = 1
+    ) -> list[Image.Image]:
+        """One edited picture each, from its own seed; `best_of` as in `mm.pipelines.best_of`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """`limit`: edits of each kind. `tuning`: seen compositions, for choosing guidance and the like."""
+    """`limit`: edits of each kind. `tuning`: seen compositions, for choosing guidance and the like.
+
+    `best_of`: the most times that a picture is changed, by the model's own reading (`mm.pipelines.best_of`).
+    """
 
     seed: int = 0
     limit: int = 40
     tuning: bool = False
     batch_size: int = 8
+    best_of: int = 1
 
 
 def held_out_edits(config: EditConfig) -> list[Edit]:
@@ -162,7 +168,9 @@ def evaluate_edit(
     for start in range(0, len(edits), config.batch_size):
         stop = min(start + config.batch_size, len(edits))
         seeds = [config.seed * 100_003 + i for i in range(start, stop)]
-        out = editor.edit(sources[start:stop], [e.instruction for e in edits[start:stop]], seeds)
+        instructions = [e.instruction for e in edits[start:stop]]
+        tries = {"best_of": config.best_of} if config.best_of > 1 else {}
+        out = editor.edit(sources[start:stop], instructions, seeds, **tries)
         made += [pil_to_tensor(picture) for picture in out]
     pictures = torch.stack(made)
     tasks, successes = _score(edits, judge.read(pictures))

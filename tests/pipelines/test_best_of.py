@@ -14,36 +14,37 @@ from mm import TextToImagePipeline
 from mm.core.errors import UserError
 from mm.models.connectors import Connector
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
-from mm.pipelines.best_of import CountReader, draw_best, seed_of_try, wrongness
-
-
-class Scripted(CountReader):
-    """Reads the numbers that a list gives to the seeds which made the latents."""
-
-    def __init__(self, of_seed: dict[int, list[int]]) -> None:
-        self.of_seed = of_seed
-
-    def numbers(self, latents_BCHW: torch.Tensor) -> list[list[int]]:
-        return [self.of_seed[int(x)] for x in latents_BCHW[:, 0, 0, 0]]
+from mm.pipelines.best_of import draw_best, seed_of_try
+from mm.pipelines.self_reader import SelfReader, Shortfall, wrongness
+from mm.world.asked import Asked, Fact
 
 
 def test_tries_go_on_until_right_and_the_least_wrong_stays() -> None:
-    numbers = {7: [3, 3, 3], 8: [2, 2], 9: [4, 4, 4, 4], 10: [1]}
-    drawn: list[tuple[str, int]] = []
-    known = {seed_of_try(seed, k): 100 * seed + k for seed in numbers for k in range(1, 3)}
+    wrong = {7: 0, 8: 1, 9: 11}
+    known = {seed_of_try(seed, k): 100 * seed + k for seed in (7, 8, 9, 10) for k in range(1, 3)}
     # Seed 8 is right at its second try; 9 never, and its third try is nearer than its first; 10 has nothing to check.
-    numbers |= {801: [3, 3, 3], 901: [1], 902: [2, 2]}
+    wrong |= {801: 0, 901: 20, 902: 1}
+    drawn: list[tuple[int, int]] = []
 
-    def draw(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def draw(rows: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
         marks = [known.get(g.initial_seed(), g.initial_seed()) for g in generators]
-        drawn.extend(zip(prompts, marks, strict=True))
+        drawn.extend(zip(rows, marks, strict=True))
         return torch.tensor(marks).float().view(-1, 1, 1, 1)
 
-    prompts = ["three stars", "three cats", "three dogs", "a cat in a house"]
-    best, tries, right = draw_best(draw, Scripted(numbers), prompts, seeded(7, 8, 9, 10), 3)
-    assert best.flatten().tolist() == [7, 801, 902, 10]
-    assert (tries, right) == ([1, 2, 3, 1], [True, True, False, None])
-    assert drawn[4:] == [("three cats", 801), ("three dogs", 901), ("three dogs", 902)]
+    def check(rows: Sequence[int], latents: torch.Tensor) -> list[Shortfall | None]:
+        marks = [int(x) for x in latents.flatten()]
+        return [
+            None if row == 3 else Shortfall(wrong=wrong[mark], missing=("a cat",) * bool(wrong[mark]))
+            for row, mark in zip(rows, marks, strict=True)
+        ]
+
+    best = draw_best(draw, check, seeded(7, 8, 9, 10), 3)
+    assert best.latents.flatten().tolist() == [7, 801, 902, 10]
+    assert best.tries == [1, 2, 3, 1]
+    assert drawn[4:] == [(1, 801), (2, 901), (2, 902)]
+    output = best.output(["four", "pictures", "as", "they are"])
+    assert output.right == [True, True, False, None]
+    assert output.missing == [[], [], ["a cat"], []]
 
 
 def test_wrongness() -> None:
@@ -59,15 +60,15 @@ def test_a_seed_has_its_own_tries() -> None:
 
 
 @pytest.fixture(scope="module")
-def reader() -> CountReader:
+def reader() -> SelfReader:
     torch.manual_seed(0)
     encoder = UnderstandingEncoder(width=32, depth=1, heads=2, text_width=16, text_depth=1)
-    return CountReader(
+    return SelfReader(
         encoder, LatentStem(width=32, depth=1), Connector(in_channels=32, width=16, hidden=16, counter_keys=8)
     )
 
 
-def test_the_reader_sums_kin_of_each_centre(reader: CountReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reader_sums_kin_of_each_centre(reader: SelfReader, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the counter's matrix, read by hand."""
     counter = reader.connector.counter
     assert counter is not None
@@ -76,23 +77,46 @@ def test_the_reader_sums_kin_of_each_centre(reader: CountReader, monkeypatch: py
         same[0, a, b] = 0.9
     same[0, 2, 2] = 0.4  # no centre
     monkeypatch.setattr(counter, "forward", lambda merged: same.to(merged.dtype))
-    assert reader.numbers(torch.randn(1, 16, 8, 8)) == [[1, 2, 2]]
+    assert reader.numbers(reader.encoded(torch.randn(1, 16, 8, 8))) == [[1, 2, 2]]
+
+
+def test_what_a_picture_lacks(reader: SelfReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that differ, and answers that are not the right ones, in words; each picture is asked about alone."""
+    monkeypatch.setattr(reader, "numbers", lambda tokens: [[1, 1], [2, 2, 2], [1]])
+    red = Fact(question="what colour is the cat?", answer="red", said="a red cat")
+    night = Fact(question="what is the background?", answer="night", said="at night")
+    asked = [
+        Asked(numbers=(1, 1), facts=(red, night), said="1 cat and 1 dog"),
+        Asked(numbers=(2,), said="2 cats"),
+        None,
+    ]
+    heard: list[tuple[tuple[int, ...], list[str]]] = []
+
+    def ask(tokens: torch.Tensor, questions: Sequence[str]) -> list[str]:
+        heard.append((tuple(tokens.shape), list(questions)))
+        return ["blue", "night"]
+
+    first, second, third = reader.shortfalls(torch.randn(3, 16, 8, 8), asked, ask)
+    assert first is not None and first.missing == ("a red cat",) and first.wrong > 0
+    assert second is not None and second.missing == ("only 2 cats",) and second.wrong == wrongness([2, 2, 2], (2,))
+    assert third is None
+    assert [(shape[0], questions) for shape, questions in heard] == [(1, [red.question, night.question])]
 
 
 def test_the_pipeline_keeps_its_first_try_where_that_is_right(
-    reader: CountReader, monkeypatch: pytest.MonkeyPatch
+    reader: SelfReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config(disable=True)
     plain = pipe("a cat", generator=seeded(7)[0], num_inference_steps=STEPS, output_type="pt").images
     options: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt"}
-    pipe.count_reader = reader
+    pipe.self_reader = reader
     unsaid = pipe("a cat in a house", generator=seeded(7)[0], best_of=3, **options)
-    assert (unsaid.tries, unsaid.right) == ([1], [None])
+    assert (unsaid.tries, unsaid.right, unsaid.missing) == ([1], [None], [[]])
     # A reader that is never content: three tries, the first one kept since none is nearer.
-    monkeypatch.setattr(reader, "numbers", lambda latents: [[4, 4, 4, 4] for _ in latents])
+    monkeypatch.setattr(reader, "shortfalls", lambda latents, asked, ask: [Shortfall(wrong=3, missing=("1 cat",))])
     never = pipe("a cat", generator=seeded(7)[0], best_of=3, **options)
-    assert (never.tries, never.right) == ([3], [False])
+    assert (never.tries, never.right, never.missing) == ([3], [False], [["1 cat"]])
     torch.testing.assert_close(never.images, plain, atol=1e-5, rtol=0)
 
 
@@ -107,7 +131,7 @@ def test_wrong_tries(options: dict[str, Any], message: str) -> None:
 
 def test_a_model_that_cannot_count_says_so(tmp_path: Path) -> None:
     pipe: TextToImagePipeline = tiny_pipeline()
-    with pytest.raises(UserError, match="count_reader"):
+    with pytest.raises(UserError, match="self_reader"):
         pipe("a cat", best_of=2, num_inference_steps=1)
     pipe.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no understanding_encoder"):
