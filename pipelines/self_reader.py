@@ -22,10 +22,11 @@ from mm.core.errors import UserError
 from mm.core.paths import resolve_model
 from mm.models.connectors import Connector, merged
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
-from mm.world.asked import Asked
+from mm.world.asked import Asked, Fact
 
-Ask = Callable[[torch.Tensor, Sequence[str]], list[str]]
-_FACT = 10  # how much a wrong answer counts, in things too many or too few
+Believe = Callable[[torch.Tensor, Sequence[Fact]], list[float]]
+_SURE = 0.9  # a fact of which the model is less sure is missing
+_FACT = 10  # how much a fact that is surely missing counts, in things too many or too few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Shortfall:
         missing: What is missing, in words.
     """
 
-    wrong: int = 0
+    wrong: float = 0
     missing: tuple[str, ...] = ()
 
 
@@ -97,14 +98,15 @@ class SelfReader:
 
     @torch.no_grad()
     def shortfalls(
-        self, latents_BCHW: torch.Tensor, asked: Sequence[Asked | None], ask: Ask
+        self, latents_BCHW: torch.Tensor, asked: Sequence[Asked | None], believe: Believe
     ) -> list[Shortfall | None]:  # fmt: skip
         """What pictures lack of what was asked for.
 
         Args:
             latents_BCHW: Drawn.
             asked: One a picture; None is not checked.
-            ask: Answers questions about one picture, by its understanding tokens (1, S, D).
+            believe: How likely the model thinks that facts are true of one picture, by its understanding tokens
+                (1, S, D).
 
         Returns:
             One a picture; None where nothing was checked.
@@ -113,7 +115,7 @@ class SelfReader:
         numbers, tokens_BSD = self.numbers(encoded), self.connector(encoded)
         found: list[Shortfall | None] = []
         for i, wanted in enumerate(asked):
-            found.append(None if wanted is None else _compared(wanted, numbers[i], tokens_BSD[i : i + 1], ask))
+            found.append(None if wanted is None else _compared(wanted, numbers[i], tokens_BSD[i : i + 1], believe))
         return found
 
 
@@ -131,9 +133,9 @@ def wrongness(seen: Sequence[int], asked: Sequence[int]) -> int:
     return apart + 10 * abs(len(seen) - len(wanted))
 
 
-def _compared(wanted: Asked, seen: Sequence[int], tokens_1SD: torch.Tensor, ask: Ask) -> Shortfall:
+def _compared(wanted: Asked, seen: Sequence[int], tokens_1SD: torch.Tensor, believe: Believe) -> Shortfall:
     wrong = 0 if wanted.numbers is None else wrongness(seen, wanted.numbers)
     missing = [f"only {wanted.said}" if len(seen) > sum(wanted.numbers or ()) else wanted.said] if wrong else []
-    answers = ask(tokens_1SD, [fact.question for fact in wanted.facts]) if wanted.facts else []
-    false = [fact.said for fact, answer in zip(wanted.facts, answers, strict=True) if answer.strip() != fact.answer]
-    return Shortfall(wrong=wrong + _FACT * len(false), missing=(*missing, *false))
+    sure = believe(tokens_1SD, wanted.facts) if wanted.facts else []
+    doubts = {fact.said: 1 - p for fact, p in zip(wanted.facts, sure, strict=True) if p < _SURE}
+    return Shortfall(wrong=wrong + _FACT * sum(doubts.values()), missing=(*missing, *doubts))

@@ -54,10 +54,10 @@ from mm.pipelines.prompt_encoding import Conditions, conditions, tokenize
 from mm.pipelines.run_state import RunStateMixin
 from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
 from mm.pipelines.self_reader import SelfReader, Shortfall, reader_of
-from mm.pipelines.understanding import answers_about
+from mm.pipelines.understanding import likelihoods
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
-from mm.world.asked import Asked, asked_of
+from mm.world.asked import Asked, Fact, asked_of
 
 SCALE = 16  # pixels of a latent, each way
 CODES_TEMPERATURE = 0.9
@@ -337,10 +337,11 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         self.self_reader = self.self_reader or reader_of(self.name_or_path)
         reader = self.self_reader.to(self._execution_device)
 
-        def ask(tokens_1SD: torch.Tensor, questions: Sequence[str]) -> list[str]:
-            return answers_about(self.trunk, self.text_tokenizer, tokens_1SD, questions)
+        def believe(tokens_1SD: torch.Tensor, facts: Sequence[Fact]) -> list[float]:
+            questions, answers = [fact.question for fact in facts], [fact.answer for fact in facts]
+            return likelihoods(self.trunk, self.text_tokenizer, tokens_1SD, questions, answers)
 
-        return lambda rows, latents: reader.shortfalls(latents, [asked[i] for i in rows], ask)
+        return lambda rows, latents: reader.shortfalls(latents, [asked[i] for i in rows], believe)
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""

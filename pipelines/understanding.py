@@ -150,6 +150,28 @@ def answers_about(
     return _answers(trunk, tokenizer, tokens_1SD.expand(len(questions), -1, -1), questions, max_words)
 
 
+@torch.no_grad()
+def likelihoods(
+    trunk: Trunk, tokenizer: PreTrainedTokenizerFast, tokens_1SD: torch.Tensor, questions: Sequence[str],
+    answers: Sequence[str],
+) -> list[float]:  # fmt: skip
+    """How likely each answer is to a question about one picture: the probability of its first word.
+
+    Args:
+        trunk: A trunk with a text head.
+        tokenizer: The text tokenizer.
+        tokens_1SD: Understanding tokens of the picture.
+        questions: In trained wordings.
+        answers: One a question, in the model's words.
+    """
+    rows = [Dialogue(tokenizer, tokens_1SD.shape[1]).user(question, None).ids for question in questions]
+    ids, mask = left_padded(rows, tokens_1SD.device)
+    logits_BTV, _ = trunk.read(ids, mask, tokens_1SD.expand(len(questions), -1, -1))
+    first = torch.tensor([tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers])
+    chances_BV = logits_BTV[:, -1, : len(tokenizer)].float().softmax(-1).cpu()
+    return chances_BV[torch.arange(len(rows)), first].tolist()
+
+
 def _answers(
     trunk: Trunk, tokenizer: PreTrainedTokenizerFast, tokens_BSD: torch.Tensor, questions: Sequence[str], max_words: int
 ) -> list[str]:  # fmt: skip

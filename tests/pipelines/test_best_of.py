@@ -92,12 +92,12 @@ def test_what_a_picture_lacks(reader: SelfReader, monkeypatch: pytest.MonkeyPatc
     ]
     heard: list[tuple[tuple[int, ...], list[str]]] = []
 
-    def ask(tokens: torch.Tensor, questions: Sequence[str]) -> list[str]:
-        heard.append((tuple(tokens.shape), list(questions)))
-        return ["blue", "night"]
+    def believe(tokens: torch.Tensor, facts: Sequence[Fact]) -> list[float]:
+        heard.append((tuple(tokens.shape), [fact.question for fact in facts]))
+        return [0.25, 0.99]
 
-    first, second, third = reader.shortfalls(torch.randn(3, 16, 8, 8), asked, ask)
-    assert first is not None and first.missing == ("a red cat",) and first.wrong > 0
+    first, second, third = reader.shortfalls(torch.randn(3, 16, 8, 8), asked, believe)
+    assert first is not None and first.missing == ("a red cat",) and first.wrong == 7.5
     assert second is not None and second.missing == ("only 2 cats",) and second.wrong == wrongness([2, 2, 2], (2,))
     assert third is None
     assert [(shape[0], questions) for shape, questions in heard] == [(1, [red.question, night.question])]
@@ -114,7 +114,7 @@ def test_the_pipeline_keeps_its_first_try_where_that_is_right(
     unsaid = pipe("a cat in a house", generator=seeded(7)[0], best_of=3, **options)
     assert (unsaid.tries, unsaid.right, unsaid.missing) == ([1], [None], [[]])
     # A reader that is never content: three tries, the first one kept since none is nearer.
-    monkeypatch.setattr(reader, "shortfalls", lambda latents, asked, ask: [Shortfall(wrong=3, missing=("1 cat",))])
+    monkeypatch.setattr(reader, "shortfalls", lambda latents, asked, believe: [Shortfall(wrong=3, missing=("1 cat",))])
     never = pipe("a cat", generator=seeded(7)[0], best_of=3, **options)
     assert (never.tries, never.right, never.missing) == ([3], [False], [["1 cat"]])
     torch.testing.assert_close(never.images, plain, atol=1e-5, rtol=0)
