@@ -41,6 +41,15 @@ SEEN = Seen(groups=(Group(object="cat", colour="red"), Group(object="tree")), to
         ("another one", "again", ""),
         ("draw it again", "again", ""),
         ("undo that, please", "undo", ""),
+        ("no wait, remove the tree", "edit", "remove the tree"),
+        ("hold on, make it green", "edit", "make it green"),
+        ("no, make it red instead", "edit", "make it red instead"),
+        ("no tree", "edit", "remove the tree"),
+        ("sorry, I meant a dog", "draw", "a dog"),
+        ("not a cat, a dog", "draw", "a dog"),
+        ("Hmm, is it red?", "ask", "is it red"),
+        ("oops, undo", "undo", ""),
+        ("previous picture", "undo", ""),
     ],
 )
 def test_the_words_of_a_turn_decide(say: str, kind: str, words: str) -> None:
@@ -59,6 +68,7 @@ def test_the_words_of_a_turn_decide(say: str, kind: str, words: str) -> None:
         ("ok", "What can I draw"),
         ("this is not what I asked for", "I am sorry."),
         ("never mind", "Nothing was changed."),
+        ("no wait", "Nothing was changed."),
         ("draw something", "Say what to draw"),
         ("i had pasta for lunch", "I do not understand this."),
         ("dibuja un gato", "I do not understand this."),

@@ -20,7 +20,8 @@ from mm.world.asking.small_talk import NO_PICTURE, UNCLEAR, small_talk, without_
 
 _FIRST = (
     r"^(?:please|kindly|now|then|next|also|and|but|so|ok|okay|well|just|actually|instead|maybe|great|this time"
-    r"|for once|hey"
+    r"|for once|hey|(?:oh |no,? )?wait(?: a (?:moment|minute|second))?|hold on|hang on|oh|ah|hm+|um+|uh|oops|whoops"
+    r"|(?:no|nope|yes|yeah|sorry|my mistake)(?=,)|i meant?|rather|no,? i meant?|not (?:an? )?[^,]{1,40}(?=,)"
     r"|(?:can|could|would|will) you(?: please| kindly| now| also)*|i (?:would like|want|need) you to|let us"
     r"|let's|try to|go on and|you can"
     r"|would you mind|do|after that|finally|first)[\s,:]+"
@@ -53,7 +54,7 @@ _UNDO = (
     r"|that|me)|bring it|change it)"
     r" back(?: (?:to|one) .*)?|revert(?: (?:it|that))?|back|restore (?:it|the (?:last|previous|old).*)"
     r"|cancel (?:that|it|the last.*)"
-    r"|(?:show|give)(?: me)? the (?:previous|last|old) (?:one|picture|image)(?: again)?"
+    r"|(?:(?:show|give)(?: me)? )?(?:the )?(?:previous|last|old) (?:one|picture|image)(?: again)?"
 )
 _ASKS = (
     r"^(?:what|which|where|how|who|why|when|whose|is|are|was|were|do|does|did|has|have|can|could|will|would|am"
@@ -129,19 +130,32 @@ def _stripped(line: str) -> str:
 
 
 def _request(line: str, text: str, has_picture: bool, extra: frozenset[str]) -> Intent:
+    if has_picture:  # without a picture, "no cats" asks for one that the model cannot draw, which the lexicon says
+        line = re.sub(rf"^no (?:more )?(?:the )?(?=(?:{'|'.join(map(re.escape, NOUNS))})$)", "remove the ", line)
     wanted = _to_draw(line, has_picture)
     if wanted is not None:
         return Intent(kind="draw", words=wanted)
     question = bool(re.match(_ASKS, line)) or text.rstrip().endswith("?")
     if is_edit(line) and not re.match(_NO_EDIT, line):
-        return Intent(kind="edit", words=line) if has_picture else Intent(kind="say", reply=NO_PICTURE)
+        return Intent(kind="edit", words=line) if has_picture else _no_picture()
     if question or not isinstance(parse_question(line, extra), Unread):
         if not question and (re.match(_NEW, line) or _is_phrase(line, extra)):
             return Intent(kind="draw", words=line)
-        return Intent(kind="ask", words=text.strip()) if has_picture else Intent(kind="say", reply=NO_PICTURE)
+        return Intent(kind="ask", words=_asked(line, text, extra)) if has_picture else _no_picture()
     if re.match(_NEW, line) or _is_phrase(line, extra):
         return Intent(kind="draw", words=line)
     return Intent(kind="say", reply=UNCLEAR)
+
+
+def _no_picture() -> Intent:
+    return Intent(kind="say", reply=NO_PICTURE)
+
+
+def _asked(line: str, text: str, extra: frozenset[str]) -> str:
+    """The question as it was typed; without the words before it ("wait, ...") where it is only read without them."""
+    typed = text.strip()
+    with_them, without = parse_question(typed, extra), parse_question(line, extra)
+    return line if isinstance(with_them, Unread) and not isinstance(without, Unread) else typed
 
 
 def _to_draw(line: str, has_picture: bool) -> str | None:

@@ -30,7 +30,10 @@ _REPLIES: tuple[tuple[str, str], ...] = (
         "You are welcome!",
     ),
     (r"(?:good ?bye|bye|bye bye|see you(?: later| soon)?|farewell|that is all|i am done|quit|exit)", "Goodbye!"),
-    (r"(?:never ?mind|stop|cancel|forget)(?: (?:it|that|this))?", "Nothing was changed."),
+    (
+        r"(?:never ?mind|stop|cancel|forget)(?: (?:it|that|this))?|(?:oh |no )?wait|hold on|hang on|no not that",
+        "Nothing was changed.",
+    ),
     (
         r"start (?:over|again|anew)|reset|clear|new (?:picture|image|conversation|chat)|(?:i )?do not know|no idea",
         SAY_WHAT,
