@@ -3,9 +3,9 @@
     python benchmarks/results_page.py runs/ docs/results.md
 
 `runs/` holds compose-flow.json, compose-codes.json (`mm eval compose`), reconstruct.json, understand.json,
-understand-wide.json (`--wide`), edit.json, chat.json (the commands of those names), ett.json and encoders.json
-(`mm.training.studies`), generate.json, linear.json and quantized.json (`benchmarks/`). Where one is missing, the page
-keeps what it said: the section of an earlier report.
+understand-wide.json (`--wide`), edit.json, chat.json (the commands of those names), those of compose, edit and
+chat with `-best` (`--best-of`), ett.json and encoders.json (`mm.training.studies`), generate.json, linear.json and
+quantized.json (`benchmarks/`). Where one is missing, the page keeps what it said: the section of an earlier report.
 """
 
 from __future__ import annotations
@@ -31,11 +31,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def _title(settings: dict[str, Any]) -> str:
+    """What a title says of pictures that were drawn again."""
+    return f", best of {settings['best_of']}" if settings.get("best_of", 1) > 1 else ""
+
+
+def _option(settings: dict[str, Any]) -> str:
+    """The option of a command by which pictures were drawn again."""
+    return f" --best-of {settings['best_of']}" if settings.get("best_of", 1) > 1 else ""
+
+
 def compose_section(report: dict[str, Any]) -> str:
     """One compose run."""
     s = report["settings"]
     command = f"mm eval compose --mode {s['mode']} --seed {s['seed']} --guidance {s['guidance']} --steps {s['steps']}"
-    command += f" --pictures {s['pictures']}" + (f" --limit {s['limit']}" if s["limit"] else "")
+    command += f" --pictures {s['pictures']}" + (f" --limit {s['limit']}" if s["limit"] else "") + _option(s)
     rows = []
     for task, row in report["tasks"].items():
         top = report["ceiling_tasks"][task]
@@ -58,7 +68,7 @@ def compose_section(report: dict[str, Any]) -> str:
             continue
         rows.append([name, f"{row['score']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", str(row["n"]), "", ""])
     head = ["task", "score", "95 % interval", "n", "ceiling: renders", "reconstructed"]
-    return f"## Compose, {s['mode']} mode\n\n`{command}`\n\n{table(head, rows)}"
+    return f"## Compose, {s['mode']} mode{_title(s)}\n\n`{command}`\n\n{table(head, rows)}"
 
 
 def reconstruct_section(report: dict[str, Any]) -> str:
@@ -133,21 +143,20 @@ def edit_section(report: dict[str, Any]) -> str:
         ["**overall**", f"**{report['overall']:.3f}**", "", "", "", str(report["n"]), f"{report['ceiling']:.3f}"]
     )
     head = ["kind", "sqrt(success x preservation)", "success", "95 % interval", "preservation", "n", "ceiling"]
-    command = f"`mm eval edit --limit {s['limit']} --guidance {s['guidance']} --image-guidance {s['image_guidance']}`"
-    return f"## Editing\n\n{command}\n\n{table(head, rows)}"
+    command = f"mm eval edit --limit {s['limit']} --guidance {s['guidance']} --image-guidance {s['image_guidance']}"
+    return f"## Editing{_title(s)}\n\n`{command}{_option(s)}`\n\n{table(head, rows)}"
 
 
 def chat_section(report: dict[str, Any]) -> str:
     """Conversations."""
+    s = report["settings"]
     rows = [
         [k, f"{t['score']:.3f}", f"{t['low']:.3f} - {t['high']:.3f}", str(t["n"])]
         for k, t in (report["tasks"] | {"conversations without a fault": report["faultless"]}).items()
     ]
-    text = (
-        f"`mm eval chat --seed {report['settings']['seed']}`: {report['faultless']['n']} scripts, {report['n']} turns; "
-    )
+    text = f"`mm eval chat --seed {s['seed']}{_option(s)}`: {report['faultless']['n']} scripts, {report['n']} turns; "
     text += f"one who draws the renderer's truth gets {report['ceiling']:.3f} of all turns right by the judge."
-    return f"## Conversations\n\n{text}\n\n{table(['turns', 'right', '95 % interval', 'n'], rows)}"
+    return f"## Conversations{_title(s)}\n\n{text}\n\n{table(['turns', 'right', '95 % interval', 'n'], rows)}"
 
 
 def _share_cell(row: dict[str, Any] | None) -> str:
@@ -262,11 +271,15 @@ def _sections(page: Path) -> list[str]:
 MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "compose-flow": ("## Compose, flow mode", compose_section),
     "compose-codes": ("## Compose, codes mode", compose_section),
+    "compose-flow-best": ("## Compose, flow mode, best of 8", compose_section),
+    "compose-codes-best": ("## Compose, codes mode, best of 8", compose_section),
     "reconstruct": ("## Tokenizers", reconstruct_section),
     "understand": ("## Reading", understand_section),
     "understand-wide": ("## Reading, in other wordings", wide_section),
     "edit": ("## Editing", edit_section),
+    "edit-best": ("## Editing, best of 4", edit_section),
     "chat": ("## Conversations", chat_section),
+    "chat-best": ("## Conversations, best of 4", chat_section),
     "ett": ("## Tuning the tokenizer end to end (ETT)", ett_section),
     "encoders": ("## One encoder or two", encoders_section),
     "generate": ("## Speed on two CPU cores", generate_section),

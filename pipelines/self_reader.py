@@ -25,7 +25,7 @@ from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.world.asked import Asked, Fact
 
 Believe = Callable[[torch.Tensor, Sequence[Fact]], list[float]]
-_SURE = 0.9  # a fact of which the model is less sure is missing
+_SURE = 0.8  # a fact of which the model is less sure is missing
 _FACT = 10  # how much a fact that is surely missing counts, in things too many or too few
 
 
