@@ -112,5 +112,5 @@ def draw_best(
     return Best(latents=best, tries=tries, shortfalls=kept)
 
 
-def _wrong(found: Shortfall | None) -> int:
+def _wrong(found: Shortfall | None) -> float:
     return 0 if found is None else found.wrong

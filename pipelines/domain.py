@@ -28,8 +28,9 @@ def size_notes(size: tuple[int, int], side: int) -> list[str]:
 
 
 def warn_of(
-    connector: Connector, tokens_BLC: torch.Tensor, pictures: Sequence[Image.Image], side: int, *, stacklevel: int
-) -> None:
+    connector: Connector, tokens_BLC: torch.Tensor, pictures: Sequence[Image.Image], side: int, *, stacklevel: int,
+    result: int | None = None,
+) -> None:  # fmt: skip
     """Warns of source pictures from outside, and of those that are cropped or made smaller.
 
     Args:
@@ -38,7 +39,9 @@ def warn_of(
         pictures: As they were given.
         side: Pixels on each side that are read.
         stacklevel: Frames to the caller of the pipeline.
+        result: Pixels on each side of the result; None is `side`.
     """
+    size = "that size" if result in (None, side) else f"{result} x {result}"
     lines = []
     if any(are_outside(connector, tokens_BLC) or ()):
         lines.append(
@@ -46,5 +49,5 @@ def warn_of(
             "result will not resemble it"
         )
     notes = [note for picture in pictures for note in size_notes(picture.size, side)]
-    for line in dict.fromkeys(lines + [f"{note}, and the result has that size" for note in notes]):
+    for line in dict.fromkeys(lines + [f"{note}, and the result has {size}" for note in notes]):
         warnings.warn(line, stacklevel=stacklevel + 1)

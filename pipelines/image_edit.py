@@ -129,8 +129,8 @@ class ImageEditPipeline(TextToImagePipeline):
             prompt: One instruction, or one for each picture.
             mask_image: White where pixels may change; of the source's size or of the model's.
             negative_prompt: What the result moves away from, beside the plain source; one, or one for each picture.
-            height: The model's own height; any other is refused. Sources may have any size.
-            width: The same for the width.
+            height: One of `sides`; by default the model's own. Sources may have any size.
+            width: As the height.
             num_inference_steps: Sampling steps; by default 12 in flow mode and 32 in codes mode.
             guidance_scale: Guidance towards the instruction.
             image_guidance_scale: Guidance towards the source.
@@ -180,7 +180,7 @@ class ImageEditPipeline(TextToImagePipeline):
             "guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale,
             "output_type": output_type, "return_dict": False, "callback_on_step_end": callback_on_step_end,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "attention_kwargs": attention_kwargs,
+            "attention_kwargs": attention_kwargs, "height": height, "width": width,
         }  # fmt: skip
         if best_of > 1:
             found = self._edit_best(pictures, prompts, negatives, generators, best_of, options)
@@ -191,7 +191,7 @@ class ImageEditPipeline(TextToImagePipeline):
         opened = [open_picture(picture) for picture in pictures]
         source = to_tensor(opened, side).to(self._execution_device)
         tokens = self.understanding_encoder(source.to(self.understanding_encoder.dtype))[1]
-        warn_of(self.understanding_connector, tokens, opened, side, stacklevel=3)
+        warn_of(self.understanding_connector, tokens, opened, side, stacklevel=3, result=height)
         mask = None if mask_image is None else mask_of(mask_image, pictures[0], side).to(source.device)
         with self.scaled_lora(attention_kwargs), self._new_run(guidance_scale=guidance_scale) as run_:
             assert self.autoencoder is not None
@@ -211,8 +211,11 @@ class ImageEditPipeline(TextToImagePipeline):
             drawn = self._draw_latents(noise, parts)
         if mode == "codes" and mask is not None:
             drawn = torch.where(coarse_mask(mask, drawn.shape[-1]) > 0, drawn, clean)
+        if mask is not None:  # outside of it, the source's own pixels are kept, at the size of the result
+            source = to_tensor(opened, height or side).to(drawn.device)
+            mask = mask_of(mask_image, pictures[0], height or side).to(drawn.device)
         source = source.repeat_interleave(num_images_per_prompt, 0)
-        out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type)
+        out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type, height)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=out) if return_dict else (out,)
 
@@ -238,9 +241,9 @@ class ImageEditPipeline(TextToImagePipeline):
         """The best of several tries of each picture; `options` are those of `__call__`."""
         each = len(generators) // len(prompts)
         own = [k // each for k in range(len(generators))]
-        output_type, mask = options["output_type"], None
-        if options["mask_image"] is not None:  # at the model's size, it fits every source
-            mask = mask_of(options["mask_image"], pictures[0], self.side)
+        output_type, given_mask, mask = options["output_type"], options["mask_image"], None
+        if given_mask is not None:  # at the model's size, it fits every source
+            mask = mask_of(given_mask, pictures[0], self.side)
             options = options | {"mask_image": to_pil_image(mask[0])}
 
         def draw(rows: Sequence[int], some: Sequence[torch.Generator]) -> torch.Tensor:
@@ -253,9 +256,11 @@ class ImageEditPipeline(TextToImagePipeline):
         latents: Any = best.latents
         if output_type == "latent":
             return best.output(latents)
-        source = to_tensor([open_picture(pictures[i]) for i in own], self.side).to(latents.device)
-        mask = None if mask is None else mask.to(source.device)
-        return best.output(self._finish(latents, source, mask, output_type))
+        height = options["height"]
+        source = to_tensor([open_picture(pictures[i]) for i in own], height or self.side).to(latents.device)
+        if mask is not None:
+            mask = mask_of(given_mask, pictures[0], height or self.side).to(latents.device)
+        return best.output(self._finish(latents, source, mask, output_type, height))
 
     def edit(
         self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int], *, best_of: int = 1
@@ -323,9 +328,10 @@ class ImageEditPipeline(TextToImagePipeline):
         cache = self.trunk.encode_text(ids, mask, understanding)
         return cache if clean is None else self.trunk.encode_picture(clean.to(self.trunk.dtype), cache)
 
-    def _finish(self, drawn: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None, output_type: str) -> Any:
-        assert self.autoencoder is not None
-        pictures = self.autoencoder.decode(drawn.to(self.autoencoder.dtype)).float()
+    def _finish(
+        self, drawn: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None, output_type: str, height: int | None
+    ) -> Any:  # fmt: skip
+        pictures = self._pixels(drawn, height)
         if mask is not None:
             pictures = torch.where(mask > 0, pictures, source)
         return self.image_processor.postprocess(pictures, output_type=output_type)

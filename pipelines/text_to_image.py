@@ -123,6 +123,12 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         """Pixels on each side of a picture."""
         return SCALE * int(self.trunk.config.latent_size)
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All sides that a picture can be written with: that of the model, and twice that by an enlarger."""
+        config = getattr(self.autoencoder, "config", None)
+        return (self.side, 2 * self.side) if getattr(config, "enlarger_width", 0) else (self.side,)
+
     def check_inputs(
         self,
         *,
@@ -137,10 +143,11 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         tensor_inputs: Sequence[str],
     ) -> None:
         """Raises UserError for what cannot be drawn, with the value."""
-        side = self.side
-        if (height, width) != (side, side):
-            size = f"{shown(width)} x {shown(height)}"
-            raise UserError(f"this model draws {side} x {side} pictures, not {size}; leave the size out")
+        if height != width or height not in self.sides:
+            known = " and ".join(f"{side} x {side}" for side in self.sides)
+            raise UserError(
+                f"this model draws {known} pictures, not {shown(width)} x {shown(height)}; leave the size out"
+            )
         check_count("num_inference_steps", steps)
         check_count("num_images_per_prompt", pictures)
         check_mode(mode, self.modes, MODES, latents)
@@ -224,8 +231,8 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         Args:
             prompt: One prompt or several.
             negative_prompt: Replaces the empty prompt of classifier-free guidance; one for all, or one for each prompt.
-            height: The model's own height; any other is refused.
-            width: The same for the width.
+            height: One of `sides`; by default the model's own. 256 shows what 128 does, with more detail.
+            width: As the height.
             num_inference_steps: Sampling steps; by default 12 in flow mode and 32 in codes mode.
             guidance_scale: Of classifier-free guidance; 1 = off.
             mode: "flow" or "codes".
@@ -286,7 +293,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
                 num_inference_steps=num_inference_steps, sigmas=sigmas, fast=fast,
                 guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, height=height, width=width,
             )  # fmt: skip
             return found if return_dict else (found.images,)
         generators = picture_generators(generator, given.pictures)
@@ -305,7 +312,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
                     on_step=on_step,
                 )  # fmt: skip
                 drawn = self._draw_latents(start, parts)
-                done.append(drawn if output_type == "latent" else self._decode(drawn, output_type))
+                done.append(drawn if output_type == "latent" else self._decode(drawn, output_type, height))
 
         pictures: Any = joined(done)
         self.maybe_free_model_hooks()
@@ -328,7 +335,9 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         generators = picture_generators(generator, len(prompts))
         best = draw_best(draw, self._checker([asked_of(prompt) for prompt in prompts]), generators, best_of)
         latents: Any = best.latents
-        return best.output(latents if output_type == "latent" else self._decode(latents, output_type))
+        return best.output(
+            latents if output_type == "latent" else self._decode(latents, output_type, options["height"])
+        )
 
     def _checker(
         self, asked: Sequence[Asked | None]
@@ -353,8 +362,13 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         with self.progress_bar(total=parts.steps) as bar:
             return finish(drawing, parts.run, bar)
 
-    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        """Pictures in the wanted type."""
-        assert self.autoencoder is not None
-        pictures = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float()
+    def _decode(self, latents: torch.Tensor, output_type: str, height: int | None = None) -> Any:
+        """Pictures in the wanted type and height; None is the model's own."""
+        pictures = self._pixels(latents, height)
         return self.image_processor.postprocess(pictures, output_type=output_type)
+
+    def _pixels(self, latents: torch.Tensor, height: int | None) -> torch.Tensor:
+        """Pictures (B, 3, H, H) in [-1, 1]."""
+        assert self.autoencoder is not None
+        scale = 1 if height is None else height // self.side
+        return self.autoencoder.decode(latents.to(self.autoencoder.dtype), scale=scale).float()

@@ -7,6 +7,8 @@ Design choices
 - A light encoder (pictures are encoded once and cached) and a heavier decoder (its output is what a user sees).
 - Deterministic, with no KL term: training keeps every channel at zero mean and unit deviation by normalizing over the
   batch (REPA-E's choice) and adds noise before decoding, so that a latent which is a little off still decodes.
+- An optional enlarger writes pictures of twice the side: it adds detail, from the decoder's last features, to the
+  enlarged picture. The decoder itself does not change, so that both sizes show the same picture.
 - `latents_mean` and `latents_std` live in the config. `encode` applies them, the decoder is trained on the normalized
   latents, so that latents have one scale everywhere else.
 
@@ -100,6 +102,14 @@ def decoder_layers(
     )
 
 
+def enlarger_layers(refine: int, width: int) -> nn.Sequential:
+    """The decoder's features at half of the side to detail at twice the side; none at the start."""
+    last = nn.Conv2d(width, 48, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.get_parameter("bias"))
+    return nn.Sequential(nn.Conv2d(refine, width, 3, padding=1), nn.SiLU(), last, nn.PixelShuffle(4))
+
+
 class Autoencoder(ForwardMixin, ModelMixin, ConfigMixin):
     """Pictures in [-1, 1] to latents with unit deviation per channel, and back."""
 
@@ -113,6 +123,7 @@ class Autoencoder(ForwardMixin, ModelMixin, ConfigMixin):
         decoder_depths: tuple[int, ...] = (2, 2, 1),
         refine_width: int = 32,
         refine_depth: int = 0,
+        enlarger_width: int = 0,
         sample_size: int = 128,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
@@ -123,10 +134,16 @@ class Autoencoder(ForwardMixin, ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} has {len(values)} values; give one for each of {latent_channels} channels")
         self.encoder = encoder_layers(latent_channels, encoder_widths, encoder_depths)
         self.decoder = decoder_layers(latent_channels, decoder_widths, decoder_depths, refine_width, refine_depth)
+        self.enlarger = enlarger_layers(refine_width, enlarger_width) if enlarger_width else None
 
     @property
     def scale_factor(self) -> int:
         return 16
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """By what the sides of decoded pictures can be larger than those of encoded ones."""
+        return (1,) if self.enlarger is None else (1, 2)
 
     @entry_point
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -145,12 +162,29 @@ class Autoencoder(ForwardMixin, ModelMixin, ConfigMixin):
         return F.batch_norm(raw_BCHW, None, None, training=True), raw_BCHW.new_zeros(())
 
     @entry_point
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents with unit deviation (B, 16, H, W) to pictures (B, 3, 16 H, 16 W) in [-1, 1]."""
+    def decode(self, latents_BCHW: Tensor, scale: int = 1) -> Tensor:
+        """Latents with unit deviation (B, 16, H, W) to pictures (B, 3, 16 H, 16 W) in [-1, 1].
+
+        `scale` 2 writes twice the sides, by the enlarger.
+        """
+        if scale not in self.scales:
+            raise ValueError(f"scale is {scale}; this autoencoder writes {' or '.join(map(str, self.scales))} times")
         if latents_BCHW.ndim != 4 or latents_BCHW.shape[1] != self.config.latent_channels:
             channels = self.config.latent_channels
             raise ValueError(f"latents of shape {tuple(latents_BCHW.shape)}; give (B, {channels}, H, W)")
-        return self.decoder(latents_BCHW.to(self.dtype)).clamp(-1, 1)
+        if self.enlarger is None or scale == 1:
+            return self.decoder(latents_BCHW.to(self.dtype)).clamp(-1, 1)
+        return self.enlarged(*self.features(latents_BCHW)).clamp(-1, 1)
+
+    def features(self, latents_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The picture (B, 3, H, W) of latents, not clamped, and the features (B, C, H / 2, W / 2) it is made of."""
+        features = self.decoder[:-2](latents_BCHW.to(self.dtype))
+        return self.decoder[-2:](features), features
+
+    def enlarged(self, picture_BCHW: Tensor, features_BCHW: Tensor) -> Tensor:
+        """A picture at twice the side, with the enlarger's detail."""
+        assert self.enlarger is not None
+        return F.interpolate(picture_BCHW, scale_factor=2, mode="nearest") + self.enlarger(features_BCHW)
 
     def bits_per_picture(self) -> float:
         """The latents at their stored precision, 16 bits a number: continuous latents have no smaller honest figure."""

@@ -49,6 +49,9 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
                 fields[name] = gr.Number(
                     side, minimum=8, precision=0, step=can.multiple, label=name.capitalize(), min_width=100
                 )
+    if can.sizes:
+        shown_sizes = [(f"{width} x {height}", width) for width, height in can.sizes]
+        fields["width"] = gr.Radio(shown_sizes, value=can.size[0], label="Size")
     if can.modes:
         fields["mode"] = gr.Radio(list(can.modes), value=can.modes[0], label="Mode")
     served = sized or set(can.fast_tasks) >= {"edit", "image_to_image", "inpaint"} & set(can.tasks)

@@ -113,6 +113,8 @@ def size(width: object, height: object, can: Capabilities) -> tuple[int, int] | 
     wide, high = whole("width", width), whole("height", height)
     if wide is None and high is None:
         return None
+    if high is None and can.fixed_size:  # its sizes are known by one side
+        high = next((height for width, height in can.sizes if width == wide), None)
     chosen = (can.size[0] if wide is None else wide, can.size[1] if high is None else high)
     if chosen[0] * chosen[1] > MAX_AREA:
         raise UserError(f"size is {chosen[0]} x {chosen[1]}; this page draws at most {MAX_AREA} pixels")

@@ -26,6 +26,7 @@ class Stage(StrEnum):
     counter = "counter"
     joint = "joint"
     crisp = "crisp"
+    enlarger = "enlarger"
     fingerprint = "fingerprint"
 
 

@@ -34,7 +34,8 @@ class Capabilities:
         guidance_name: the argument of the pipeline's call that classifier-free guidance goes to; None without any.
         size: default (width, height).
         multiple: width and height are multiples of this many pixels.
-        fixed_size: whether only the default size can be drawn.
+        fixed_size: whether only the default size, or one of `sizes`, can be drawn.
+        sizes: all sizes of a model of fixed size that has several.
         size_known: whether `size` is the family's; else the pipeline's own default counts.
         largest: pixels of the largest side; 0 where that is not known.
         negative: whether a negative prompt is taken.
@@ -57,6 +58,7 @@ class Capabilities:
     size: tuple[int, int] = (1024, 1024)
     multiple: int = 16
     fixed_size: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()
     size_known: bool = True
     largest: int = 0
     negative: bool = True
@@ -180,7 +182,14 @@ class Capabilities:
 
     def _check_size(self, request: Draw | Edit) -> None:
         if request.size is not None:
-            check_size(request.size, model=self.model, own=self.size, multiple=self.multiple, fixed=self.fixed_size)
+            check_size(
+                request.size,
+                model=self.model,
+                own=self.size,
+                multiple=self.multiple,
+                fixed=self.fixed_size,
+                sizes=self.sizes,
+            )
 
 
 # Fields of a request by the names under which diffusers' pipelines take them.

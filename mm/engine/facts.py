@@ -180,7 +180,9 @@ def _size(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> dict[st
         return {"size": (side, side), "multiple": 8, "fixed_size": not free, "size_known": False}
     native = native_side(pipe) or rule.default
     chosen = min(native, rule.default)
+    sides = getattr(pipe, "sides", ())
     return {
+        "sizes": tuple((side, side) for side in sides) if len(sides) > 1 else (),
         "size": (chosen, chosen),
         "multiple": rule.multiple,
         "fixed_size": not free or rule.fixed,

@@ -166,10 +166,11 @@ def _batch(found: Any, request: Draw) -> tuple[int, int]:
 
 def _fit(given: dict[str, Any], can: Capabilities, notes: list[str]) -> None:
     """Takes out what a model does not have."""
-    if can.fixed_size and given.get("size") not in (None, can.size):
+    if can.fixed_size and given.get("size") not in (None, can.size, *can.sizes):
         notes.append(f"{can.model} draws {can.size[0]} x {can.size[1]} only, not {' x '.join(map(str, given['size']))}")
-    if can.fixed_size:
-        given.pop("size", None)
+        del given["size"]
+    if can.fixed_size and given.get("size") == can.size:
+        del given["size"]
     if can.guidance_name is None and given.pop("guidance", None) is not None:
         notes.append(f"{can.model} has no guidance; the picture's is left out")
     negative = given.get("negative")

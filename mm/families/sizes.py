@@ -8,7 +8,10 @@ from mm.core.errors import UserError
 from mm.families.registry import family_of
 
 
-def check_size(size: tuple[int, int], *, model: str, own: tuple[int, int], multiple: int, fixed: bool) -> None:
+def check_size(
+    size: tuple[int, int], *, model: str, own: tuple[int, int], multiple: int, fixed: bool,
+    sizes: tuple[tuple[int, int], ...] = (),
+) -> None:  # fmt: skip
     """Checks a size against what a model takes.
 
     Args:
@@ -16,15 +19,19 @@ def check_size(size: tuple[int, int], *, model: str, own: tuple[int, int], multi
         model: its name, for the message.
         own: the model's usual size, which is always taken.
         multiple: each side is a multiple of so many pixels.
-        fixed: whether only `own` is taken.
+        fixed: whether only `own`, or one of `sizes`, is taken.
+        sizes: of a model of fixed size that has several.
 
     Raises:
         UserError: with the sizes that the model takes.
     """
-    if size == own:
+    if size == own or size in sizes:
         return
     said = f"size is {size[0]} x {size[1]}"
     if fixed:
+        if sizes:
+            known = " and ".join(f"{width} x {height}" for width, height in sizes)
+            raise UserError(f"{said}; {model} draws {known} only; give one of these, or leave it out")
         raise UserError(f"{said}; {model} draws {own[0]} x {own[1]} only; leave it out")
     if any(side % multiple or side < 1 for side in size):
         near = " x ".join(str(max(1, round(side / multiple)) * multiple) for side in size)

@@ -8,7 +8,7 @@ Design choices
   otherwise it is counted from a PSNR against the plain decoder's pictures.
 - Once bits can be read at all, three quarters of the pictures are attacked, more and more strongly.
 - The decoder's plain pictures do not change, so that they are decoded once. Decoder and reader run in bfloat16 where
-  the device has it; plain pictures too, so that the reader cannot tell marked pictures by their rounding.
+  the device has it; plain pictures too, so that rounding does not distinguish marked pictures.
 - The state lies in one file, written by rename. Step k depends on (seed, k) and the state alone. Nothing waits for the
   device between two logged steps.
 

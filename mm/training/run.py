@@ -40,10 +40,11 @@ STAGES: dict[str, tuple[str, int]] = {
     "counter": ("counter_stage", 1),
     "joint": ("joint_stage", 1),
     "crisp": ("crisp_stage", 0),
+    "enlarger": ("enlarger_stage", 0),
 }
 ORDER = (
     "autoencoder", "bridge", "judge", "latents", "drawing", "understanding", "stem", "counter", "joint", "crisp",
-    "fingerprint",
+    "enlarger", "fingerprint",
 )  # fmt: skip
 
 

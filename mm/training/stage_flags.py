@@ -20,8 +20,9 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "counter": ("counter_stage", "CounterConfig"),
     "joint": ("joint_stage", "JointConfig"),
     "crisp": ("crisp_stage", "CrispConfig"),
+    "enlarger": ("enlarger_stage", "EnlargerConfig"),
 }
-PUBLISHING = ("drawing", "joint", "crisp", "fingerprint")  # the others write into the state folder
+PUBLISHING = ("drawing", "joint", "crisp", "enlarger", "fingerprint")  # the others write into the state folder
 
 
 def fields_of(stage: str) -> frozenset[str]:

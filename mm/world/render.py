@@ -6,7 +6,10 @@ Design choices
 - A tint keeps a sprite's shading: its brightness, centred per object, runs from black through the tint to white.
 - `cell_labels` gives, for each 16-pixel cell, which object covers most of it: supervision for latents and features.
 
-Legend: B scenes, S sprite slots, P = 60 patch side, N flattened pixels.
+- Pictures of twice the side (`scale` 2) show the same scene with more detail. The sheet's cells have 64 pixels, so that
+  sprites of more than that are enlarged.
+
+Legend: B scenes, S sprite slots, P = 60 patch side times the scale, N flattened pixels.
 """
 
 from __future__ import annotations
@@ -29,13 +32,12 @@ _COLUMNS = 8
 _CELL = 64
 _PATCH = max(SIZES)
 _PAD = _PATCH // 2  # the canvas is padded so that patches near the border never wrap
-_WIDE = v.SIZE + 2 * _PAD
 _OBJECT = {name: i for i, name in enumerate(v.ALL_OBJECTS)}
 _COLOUR = {name: i + 1 for i, name in enumerate(v.COLOURS)}  # 0 = natural
 
 
 @lru_cache(maxsize=4)
-def _atlas(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _atlas(device: str, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sprites (O, sizes, 4, P, P) with premultiplied alpha, and each object's mean brightness (O,)."""
     sheet = np.asarray(Image.open(_SHEET, formats=["PNG"]).convert("RGBA"), dtype=np.float32) / 255
     n = len(v.ALL_OBJECTS)
@@ -43,10 +45,10 @@ def _atlas(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     cells_O4HW = cells.permute(0, 2, 4, 1, 3).reshape(-1, 4, _CELL, _CELL)[:n].clone()
     cells_O4HW[:, :3] *= cells_O4HW[:, 3:]
     layers = []
-    for size in SIZES:
+    for size in (scale * size for size in SIZES):
         small = F.interpolate(cells_O4HW, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        before = (_PATCH - size) // 2
-        after = _PATCH - size - before
+        before = (scale * _PATCH - size) // 2
+        after = scale * _PATCH - size - before
         layers.append(F.pad(small, (before, after, before, after)))
     rgb, alpha = cells_O4HW[:, :3], cells_O4HW[:, 3:]
     bright = (rgb * rgb.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, keepdim=True)
@@ -86,37 +88,42 @@ def _slots(scenes: Sequence[Scene]) -> torch.Tensor:
     return table
 
 
-def compose(scenes: Sequence[Scene], device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Sprites over backgrounds before styling: rgb (B, 3, 128, 128) and coverage (B, 1, 128, 128), in [0, 1]."""
+def compose(scenes: Sequence[Scene], device: str = "cpu", scale: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sprites over backgrounds before styling: rgb (B, 3, H, W) and coverage (B, 1, H, W), in [0, 1].
+
+    H = W = 128 times `scale`.
+    """
+    pad = scale * _PAD
+    wide = scale * v.SIZE + 2 * pad
     ground = torch.tensor([v.BACKGROUNDS.index(s.background) for s in scenes], device=device)
-    canvas = F.pad(backgrounds(device)[ground], (_PAD,) * 4)
+    canvas = F.pad(backgrounds(device, scale)[ground], (pad,) * 4)
     canvas = torch.cat([canvas, torch.zeros_like(canvas[:, :1])], 1).flatten(2)
-    atlas, mean_O = _atlas(device)
+    atlas, mean_O = _atlas(device, scale)
     tints = _tints(device)
-    steps = torch.arange(_PATCH, device=device)
-    window = (steps[:, None] * _WIDE + steps).flatten()
+    steps = torch.arange(scale * _PATCH, device=device)
+    window = (steps[:, None] * wide + steps).flatten()
     for slot in _slots(scenes).to(device):
         rows = torch.nonzero(slot[:, 0] >= 0).flatten()
         obj, size, colour, left, top = slot[rows].unbind(1)
         patch = atlas[obj, size]
         rgb = _tint(patch, mean_O[obj], colour, tints).flatten(2)
         alpha = patch[:, 3:].flatten(2)
-        where = ((top * _WIDE + left)[:, None] + window).unsqueeze(1).expand(-1, 4, -1)
+        where = ((scale * (top * wide + left))[:, None] + window).unsqueeze(1).expand(-1, 4, -1)
         under = canvas[rows]
         over = torch.gather(under, 2, where) * (1 - alpha) + torch.cat([rgb, alpha], 1)
         canvas[rows] = under.scatter(2, where, over)
-    canvas = canvas.view(-1, 4, _WIDE, _WIDE)[:, :, _PAD:-_PAD, _PAD:-_PAD]
+    canvas = canvas.view(-1, 4, wide, wide)[:, :, pad:-pad, pad:-pad]
     return canvas[:, :3], canvas[:, 3:]
 
 
 @torch.no_grad()
-def render(scenes: Sequence[Scene], device: str = "cpu") -> torch.Tensor:
-    """Pictures of `scenes`: uint8 (B, 3, 128, 128)."""
-    rgb, alpha = compose(scenes, device)
+def render(scenes: Sequence[Scene], device: str = "cpu", *, scale: int = 1) -> torch.Tensor:
+    """Pictures of `scenes`: uint8 (B, 3, H, W), H = W = 128 times `scale`."""
+    rgb, alpha = compose(scenes, device, scale)
     out = torch.empty_like(rgb)
     for style in {s.style for s in scenes}:
         rows = torch.tensor([i for i, s in enumerate(scenes) if s.style == style], device=device)
-        out[rows] = apply_style(style, rgb[rows], alpha[rows])
+        out[rows] = apply_style(style, rgb[rows], alpha[rows], scale)
     return (out * 255).round().to(torch.uint8)
 
 

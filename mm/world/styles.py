@@ -3,10 +3,11 @@
 Design choices
 - Every style is a fixed function of the picture: no noise per pixel, so that equal scenes give equal pictures.
 - Tiles and grids are 4 or 16 pixels wide and start at the corner, aligned with the f16 latents.
+- Pictures of twice the side (`scale` 2) show the same with more detail: tiles, lines and blurs are as much larger.
 - Styles that lose the ground (sketch, neon, blueprint) draw lines from the sprites alone.
 - No background holds anything similar to an object (night has no stars, no moon; grass has no trees).
 
-Legend: B batch, C channels, H = W = 128. Pictures are float in [0, 1].
+Legend: B batch, C channels, H = W = 128 times `scale`. Pictures are float in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ def luma(rgb_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def backgrounds(device: str = "cpu") -> torch.Tensor:
+def backgrounds(device: str = "cpu", scale: int = 1) -> torch.Tensor:
     """All backgrounds (6, 3, H, W), in the order of `BACKGROUNDS`."""
-    y = torch.linspace(0, 1, v.SIZE).view(1, -1, 1)
-    x = torch.linspace(0, 1, v.SIZE).view(1, 1, -1)
+    side = scale * v.SIZE
+    y = torch.linspace(0, 1, side).view(1, -1, 1)
+    x = torch.linspace(0, 1, side).view(1, 1, -1)
     makers = {"sky": _sky, "night": _night, "grass": _grass, "beach": _beach, "snow": _snow, "plain": _plain}
-    return torch.stack([makers[name](x, y).clamp(0, 1) for name in v.BACKGROUNDS]).to(device)
+    return torch.stack([makers[name](x, y).clamp(0, 1).expand(3, side, side) for name in v.BACKGROUNDS]).to(device)
 
 
 def _colour(*rgb: float) -> torch.Tensor:
@@ -41,7 +43,7 @@ def _colour(*rgb: float) -> torch.Tensor:
 
 
 def _ramp(y: torch.Tensor, top: torch.Tensor, bottom: torch.Tensor) -> torch.Tensor:
-    return (top + (bottom - top) * y).expand(3, v.SIZE, v.SIZE)
+    return top + (bottom - top) * y
 
 
 def _over(base: torch.Tensor, mask: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
@@ -73,7 +75,7 @@ def _grass(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _beach(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     base = _ramp(y, _colour(0.70, 0.90, 1.0), _colour(0.90, 0.97, 1.0))
-    sea = torch.sigmoid(80 * (y - 0.28)).expand(1, v.SIZE, v.SIZE)
+    sea = torch.sigmoid(80 * (y - 0.28))
     base = _over(base, sea, _colour(0.16, 0.62, 0.76))
     sand = torch.sigmoid(60 * (y - 0.48 - 0.025 * torch.sin(8 * x)))
     return _over(base, sand, _colour(0.95, 0.85, 0.60))
@@ -87,7 +89,7 @@ def _snow(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return _colour(0.93, 0.91, 0.85).expand(3, v.SIZE, v.SIZE)
+    return _colour(0.93, 0.91, 0.85)
 
 
 @lru_cache(maxsize=32)
@@ -107,70 +109,77 @@ def blur(picture_BCHW: torch.Tensor, sigma: float) -> torch.Tensor:
     return F.conv2d(F.pad(out, (0, 0, r, r), mode="reflect"), k.unsqueeze(3), groups=channels)
 
 
-def edges(picture_BCHW: torch.Tensor) -> torch.Tensor:
-    """Sobel magnitude of brightness (B, 1, H, W), about 0..4."""
-    y = F.pad(luma(picture_BCHW), (1, 1, 1, 1), mode="replicate")
-    gx = y[..., 2:] - y[..., :-2]
-    gx = gx[..., :-2, :] + 2 * gx[..., 1:-1, :] + gx[..., 2:, :]
-    gy = y[..., 2:, :] - y[..., :-2, :]
-    gy = gy[..., :-2] + 2 * gy[..., 1:-1] + gy[..., 2:]
+def edges(picture_BCHW: torch.Tensor, scale: int = 1) -> torch.Tensor:
+    """Sobel magnitude of brightness (B, 1, H, W), about 0..4, between pixels that are `scale` apart."""
+    s = scale
+    y = F.pad(luma(picture_BCHW), (s, s, s, s), mode="replicate")
+    gx = y[..., 2 * s :] - y[..., : -2 * s]
+    gx = gx[..., : -2 * s, :] + 2 * gx[..., s:-s, :] + gx[..., 2 * s :, :]
+    gy = y[..., 2 * s :, :] - y[..., : -2 * s, :]
+    gy = gy[..., : -2 * s] + 2 * gy[..., s:-s] + gy[..., 2 * s :]
     return torch.sqrt(gx**2 + gy**2 + 1e-6)
 
 
-def _tiles(picture_BCHW: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(F.avg_pool2d(picture_BCHW, 4), scale_factor=4, mode="nearest")
+def _tiles(picture_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
+    side = 4 * scale
+    return F.interpolate(F.avg_pool2d(picture_BCHW, side), scale_factor=side, mode="nearest")
 
 
-def _pixel_art(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    return torch.round(_tiles(rgb) * 6) / 6
+def _pixel_art(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
+    return torch.round(_tiles(rgb, scale) * 6) / 6
 
 
 @lru_cache(maxsize=4)
-def _grout(device: str) -> torch.Tensor:
-    line = (torch.arange(v.SIZE, device=device) % 4 == 3).float()
+def _grout(device: str, scale: int) -> torch.Tensor:
+    line = (torch.arange(scale * v.SIZE, device=device) % (4 * scale) >= 3 * scale).float()
     return torch.maximum(line.view(1, 1, 1, -1), line.view(1, 1, -1, 1))
 
 
-def _mosaic(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    grout = _grout(str(rgb.device))
-    return _tiles(rgb) * (1 - 0.55 * grout) + 0.55 * 0.9 * grout
+def _mosaic(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
+    grout = _grout(str(rgb.device), scale)
+    return _tiles(rgb, scale) * (1 - 0.55 * grout) + 0.55 * 0.9 * grout
 
 
-def _watercolor(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    soft = blur(rgb, 1.3)
-    pigment = (blur(soft, 2.5) - soft).abs().mean(1, keepdim=True)  # paint gathers where the washes meet
+def _watercolor(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
+    soft = blur(rgb, 1.3 * scale)
+    pigment = (blur(soft, 2.5 * scale) - soft).abs().mean(1, keepdim=True)  # paint gathers where the washes meet
     washed = 1 - 0.78 * (1 - soft)
     return washed - 0.9 * pigment
 
 
-def _sketch(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def _sketch(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
     white = rgb * alpha + (1 - alpha)
-    lines = (0.55 * edges(white)).clamp(0, 0.85)
+    lines = (0.55 * edges(white, scale)).clamp(0, 0.85)
     shade = 0.30 * (1 - luma(white))
     return (0.98 - lines - shade).expand(-1, 3, -1, -1)
 
 
-def _neon(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def _neon(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
     flat = rgb * alpha + 0.04 * (1 - alpha)
     hue = flat / flat.amax(1, keepdim=True).clamp_min(0.15)
     hue = (hue - 0.6 * hue.amin(1, keepdim=True)).clamp(0, 1)
-    glow = hue * (0.7 * edges(flat)).clamp(0, 1)
-    return flat.new_tensor((0.05, 0.03, 0.11)).view(1, 3, 1, 1) + 0.35 * flat * alpha + glow + 0.7 * blur(glow, 2.5)
+    glow = hue * (0.7 * edges(flat, scale)).clamp(0, 1)
+    return (
+        flat.new_tensor((0.05, 0.03, 0.11)).view(1, 3, 1, 1)
+        + 0.35 * flat * alpha
+        + glow
+        + 0.7 * blur(glow, 2.5 * scale)
+    )
 
 
 @lru_cache(maxsize=4)
-def _graph_paper(device: str) -> torch.Tensor:
-    line = (torch.arange(v.SIZE, device=device) % v.CELL == 0).float()
+def _graph_paper(device: str, scale: int) -> torch.Tensor:
+    line = (torch.arange(scale * v.SIZE, device=device) % (scale * v.CELL) < scale).float()
     return torch.maximum(line.view(1, 1, 1, -1), line.view(1, 1, -1, 1))
 
 
-def _blueprint(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    ground = rgb.new_tensor((0.09, 0.25, 0.58)).view(1, 3, 1, 1) + 0.10 * _graph_paper(str(rgb.device))
+def _blueprint(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
+    ground = rgb.new_tensor((0.09, 0.25, 0.58)).view(1, 3, 1, 1) + 0.10 * _graph_paper(str(rgb.device), scale)
     flat = rgb * alpha + (1 - alpha)
-    return ground + (0.5 * edges(flat)).clamp(0, 0.9) + 0.12 * alpha * luma(flat)
+    return ground + (0.5 * edges(flat, scale)).clamp(0, 0.9) + 0.12 * alpha * luma(flat)
 
 
-def _sepia(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def _sepia(rgb: torch.Tensor, alpha: torch.Tensor, scale: int) -> torch.Tensor:
     return luma(rgb) * rgb.new_tensor((0.90, 0.74, 0.52)).view(1, 3, 1, 1) + 0.07
 
 
@@ -185,7 +194,7 @@ _MAKERS = {
 }
 
 
-def apply_style(style: str, rgb_BCHW: torch.Tensor, alpha_BCHW: torch.Tensor) -> torch.Tensor:
+def apply_style(style: str, rgb_BCHW: torch.Tensor, alpha_BCHW: torch.Tensor, scale: int = 1) -> torch.Tensor:
     """Redraws composed pictures in `style`; `alpha` is where any sprite covers the ground."""
     maker = _MAKERS.get(style)
-    return (rgb_BCHW if maker is None else maker(rgb_BCHW, alpha_BCHW)).clamp(0, 1)
+    return (rgb_BCHW if maker is None else maker(rgb_BCHW, alpha_BCHW, scale)).clamp(0, 1)

@@ -40,7 +40,10 @@ from mm.training.stage_flags import CONFIGS, check_flags, fields_of
         (("quantize", "mm-tiny", "-o", "new", "--size", "64"), "TextToImagePipeline draws 128 x 128 only"),
         (("train", "mm-tiny", "--stage", "counter", "--codes-share", ".5"), "the stage counter does not use"),
         (("train", "mm-tiny", "--stage", "bridge", "--minutes", "3"), "the stage bridge does not use"),
-        (("train", "mm-tiny", "--stage", "judge", "--publish", "x"), "that use it: drawing, joint, crisp, fingerprint"),
+        (
+            ("train", "mm-tiny", "--stage", "judge", "--publish", "x"),
+            "that use it: drawing, joint, crisp, enlarger, fingerprint",
+        ),
         (("train", "mm-tiny", "--stage", "drawing", "--state", "file"), "file is a file"),
         (("train", "mm-tiny", "--stage", "drawing", "--init-from", "folder", "--state", "new"), "no autoencoder/"),
         (("erase", "xyzzy", "-o", "x"), "the model does not know 'xyzzy'"),

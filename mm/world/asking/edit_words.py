@@ -106,7 +106,10 @@ def steps_of(line: str, *, drawn: bool = False) -> list[str]:
 def is_edit(line: str) -> bool:
     """Whether a line is worded as a change: it begins with a verb of change, or says how something should be."""
     colours = "|".join(v.COLOURS)
-    if re.match(rf"{_VERBS}\b|without\b|no (?:more|background)\b|(?:(?:one|two|three|another|some|a few)? ?more|fewer|less)\b", line):
+    if re.match(
+        rf"{_VERBS}\b|without\b|no (?:more|background)\b|(?:(?:one|two|three|another|some|a few)? ?more|fewer|less)\b",
+        line,
+    ):
         return not re.match(r"(?:more|draw)$", line)
     if re.search(rf"\b(?:should|must|shall|ought to)\b.*\b(?:be|go|stand|have|not|disappear|{colours})\b", line):
         return True
