@@ -4,7 +4,8 @@ Design choices
 - The autoencoder stays as it is; what is trained lies beside it (`mm.provenance.training`), so that the trainer of the
   other stages is not used.
 - Scenes are rendered and encoded once, and stay on the device.
-- What is reported was measured on the written file, on renders that were not trained on.
+- What is reported was measured on the written file, on renders that were not trained on. It is the last line of
+  `log.jsonl`, after those of the training.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mm.training.stage import StageContext, device, override
 from mm.world.render import render
 from mm.world.scene import sample_scene
 
+LOG = "log.jsonl"
 _SHOWN = 10  # measured steps for each printed one
 _AT_ONCE = 128
 
@@ -70,14 +72,15 @@ def fit_fingerprint(context: StageContext) -> dict[str, Any]:
     made = fingerprint_of(autoencoder, lambda: autoencoder.decode(latents[:1]), settings).to(place)
     work = context.state / "fingerprint"
     train_fingerprint(
-        made, autoencoder, autoencoder.decoder, latents, config, originals=originals, work=work, on_step=_shown
-    )
+        made, autoencoder, autoencoder.decoder, latents, config, originals=originals, work=work,
+        on_step=lambda step: _shown(step, work / LOG),
+    )  # fmt: skip
     file = context.published / FINGERPRINT
     made.save(file)
     report = report_of(file, autoencoder, data.held_out, place)
     Fingerprint.load(file).save(file, report)
     write_json(work / "report.json", report)
-    print(json.dumps(report), flush=True)
+    _log(report, work / LOG)
     return report
 
 
@@ -101,9 +104,17 @@ def encoded(autoencoder: Autoencoder, count: int, salt: str, place: str) -> tupl
     return torch.cat(latents), torch.cat(originals)
 
 
-def _shown(step: Step) -> None:
+def _shown(step: Step, log: Path) -> None:
     if step.number // 20 % _SHOWN == 0:
-        print(json.dumps({k: round(x, 4) for k, x in vars(step).items()}), flush=True)
+        _log({k: round(x, 4) for k, x in vars(step).items()}, log)
+
+
+def _log(row: dict[str, Any], log: Path) -> None:
+    """Writes a JSON line to the log and to the terminal."""
+    print(json.dumps(row), flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _tuple(value: Any) -> Any:

@@ -118,7 +118,25 @@ STAGES: tuple[tuple[str, str, Callable[[list[dict[str, Any]]], str]], ...] = (
             *_PSNR,
         ),
     ),
-)
+    (
+        "Enlarger",
+        "enlarger",
+        _trained(
+            "The enlarger alone, on renders at twice the side. `_sharp`: gradient energy of its pictures as a share of "
+            "renders'. `psnr_plain`, `sharp_plain`: of the picture of plain size, enlarged.",
+            *_PSNR,
+        ),
+    ),
+    (
+        "Fingerprint",
+        "fingerprint",
+        _trained(
+            "`read`: share of bits read after attacks of `strength`; `decibels`: what picture quality loses, and "
+            "`budget`, what it may. Running means.",
+            "found_in_plain", "The written file on held-out renders",
+        ),
+    ),
+)  # fmt: skip
 
 
 def sections(record: str) -> dict[str, str]:
