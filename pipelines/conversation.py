@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -96,3 +97,19 @@ class Conversation:
         full = len(self.shown) > MAX_SHOWN
         del self.shown[: len(self.shown) - MAX_SHOWN if full else 0]
         return full
+
+
+def said(reply: str) -> Iterator[Event]:
+    """A reply word by word."""
+    for word in reply.split():
+        yield Event(kind="word", word=word)
+
+
+def as_events(drawing: Generator[int, None, torch.Tensor], steps: int) -> Generator[Event, None, torch.Tensor]:
+    """A drawing's steps as events; returns what it returns."""
+    while True:
+        try:
+            done = next(drawing)
+        except StopIteration as end:
+            return end.value
+        yield Event(kind="step", step=done, steps=steps)

@@ -41,7 +41,7 @@ from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.best_of import check_best_of, seed_of_try
-from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown
+from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown, as_events, said
 from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_loops import flow_steps
 from mm.pipelines.drawing_parts import DrawingParts
@@ -197,20 +197,20 @@ class InterleavedPipeline(ImageEditPipeline):
         elif intent.kind == "edit":
             yield from self._edit_last(now, intent.words, how)
         elif intent.kind == "ask":
-            yield from _said(self._answer_about(now, intent.words, how.max_words))
+            yield from said(self._answer_about(now, intent.words, how.max_words))
         elif intent.kind == "again":
-            yield from self._draw_new(now, now.drawn, how) if now.drawn is not None else _said(NOTHING_DRAWN)
+            yield from self._draw_new(now, now.drawn, how) if now.drawn is not None else said(NOTHING_DRAWN)
         elif intent.kind == "undo":
             yield from self._undo(now)
         else:
-            yield from _said(intent.reply)
+            yield from said(intent.reply)
 
     def _draw_new(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
         """Draws a new picture, as `TextToImagePipeline` does; "..., then add a dog" changes it after that."""
         first, *changes = steps_of(words, drawn=True)
         read = lexicon.read(first, names=added_names(self.text_tokenizer))
         if (how.strict and read.problems) or (how.strict is None and read.nothing):
-            yield from _said(refusal_of(read))
+            yield from said(refusal_of(read))
             return
         (prompt,) = check_prompts([first], self.text_tokenizer, strict=False)
         branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
@@ -233,19 +233,19 @@ class InterleavedPipeline(ImageEditPipeline):
         changes = [change_of(step, now.seen, names) for step in steps]
         refused = next((change for change in changes if isinstance(change, Refused)), None)
         if refused is not None:
-            yield from _said(refused.reply)
+            yield from said(refused.reply)
             return
         for step in steps:
             facts = self._described(now, how.max_words)
             change = change_of(step, now.seen, names)
             if isinstance(change, Refused):  # after an earlier step, which changed what "it" can be
-                yield from _said(change.reply)
+                yield from said(change.reply)
                 return
             target = None if change.target is None else Thing(name=change.target)
             source = now.shown[-1]
             if target is not None and not facts.named(target.name):
                 if self._run(source, is_absent(target), how.max_words):
-                    yield from _said(f"T{no_thing(target)[1:]}, so nothing was changed.")
+                    yield from said(f"T{no_thing(target)[1:]}, so nothing was changed.")
                     return
             (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
             branches = self._change_branches(instruction, source, how.scale)
@@ -255,7 +255,7 @@ class InterleavedPipeline(ImageEditPipeline):
     def _undo(self, now: Conversation) -> Iterator[Event]:
         """Goes back to the picture before the last one, and shows it."""
         if len(now.shown) < 2:
-            yield from _said(NOTHING_TO_UNDO)
+            yield from said(NOTHING_TO_UNDO)
             return
         now.shown.pop()
         before = now.shown[-1]
@@ -293,7 +293,7 @@ class InterleavedPipeline(ImageEditPipeline):
                 trunk=self.trunk, generators=generators, branches=branches, steps=how.steps, run=run_,
                 on_step=run_.step_callback(self, None, ()),
             )  # fmt: skip
-            return (yield from _as_events(flow_steps(parts, self.velocity_decoder, noise), how.steps))
+            return (yield from as_events(flow_steps(parts, self.velocity_decoder, noise), how.steps))
 
     def _given(self, picture: Any) -> Shown:
         """A picture of the user."""
@@ -325,10 +325,10 @@ class InterleavedPipeline(ImageEditPipeline):
     def _answer_about(self, now: Conversation, question: str, max_words: int) -> str:
         """The answer to a question about the last picture."""
         query = read_question(question, self.text_tokenizer)
-        said = self._run(now.shown[-1], plan(query, now.topic), max_words)
+        answer = self._run(now.shown[-1], plan(query, now.topic), max_words)
         if isinstance(query, Query) and query.things and query.things[0].name not in CATEGORIES:
             now.topic = query.things[0].name
-        return said
+        return answer
 
     def _described(self, now: Conversation, max_words: int) -> Facts:
         """What the last picture shows; asked once a picture."""
@@ -347,25 +347,9 @@ class InterleavedPipeline(ImageEditPipeline):
         return self._ask_about(shown.tokens, questions, max_words)
 
 
-def _said(reply: str) -> Iterator[Event]:
-    """A reply word by word."""
-    for word in reply.split():
-        yield Event(kind="word", word=word)
-
-
 def _warn_if_full(full: bool) -> None:
     if full:
         warnings.warn(
             f"the conversation keeps {MAX_SHOWN} pictures; the oldest is forgotten and undo cannot go back to it",
             stacklevel=4,
         )
-
-
-def _as_events(drawing: Generator[int, None, torch.Tensor], steps: int) -> Generator[Event, None, torch.Tensor]:
-    """A drawing's steps as events; returns what it returns."""
-    while True:
-        try:
-            done = next(drawing)
-        except StopIteration as end:
-            return end.value
-        yield Event(kind="step", step=done, steps=steps)

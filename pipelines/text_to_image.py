@@ -53,18 +53,17 @@ from mm.pipelines.lora import TrunkLoraMixin
 from mm.pipelines.prompt_encoding import Conditions, conditions, tokenize
 from mm.pipelines.run_state import RunStateMixin
 from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
-from mm.pipelines.self_reader import SelfReader, Shortfall, reader_of
-from mm.pipelines.understanding import likelihoods
+from mm.pipelines.self_check import SelfCheckMixin
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
-from mm.world.asked import Asked, Fact, asked_of
+from mm.world.asked import asked_of
 
 SCALE = 16  # pixels of a latent, each way
 CODES_TEMPERATURE = 0.9
 Callback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
 
 
-class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
+class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, DiffusionPipeline, TrunkLoraMixin):
     """Draws pictures from prompts. See `__call__`."""
 
     # Trunk and head alternate at every step: offloading the heads would move the trunk at every step, too.
@@ -96,7 +95,7 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=SCALE)
         self._init_runs()
-        self.self_reader: SelfReader | None = None  # loaded when `best_of` first needs it
+        self._init_self_check()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TextToImagePipeline:
@@ -338,19 +337,6 @@ class TextToImagePipeline(RunStateMixin, SharedFolderMixin, DiffusionPipeline, T
         return best.output(
             latents if output_type == "latent" else self._decode(latents, output_type, options["height"])
         )
-
-    def _checker(
-        self, asked: Sequence[Asked | None]
-    ) -> Callable[[Sequence[int], torch.Tensor], list[Shortfall | None]]:  # fmt: skip
-        """Compares latents of pictures, by their numbers, with what was asked for each."""
-        self.self_reader = self.self_reader or reader_of(self.name_or_path)
-        reader = self.self_reader.to(self._execution_device)
-
-        def believe(tokens_1SD: torch.Tensor, facts: Sequence[Fact]) -> list[float]:
-            questions, answers = [fact.question for fact in facts], [fact.answer for fact in facts]
-            return likelihoods(self.trunk, self.text_tokenizer, tokens_1SD, questions, answers)
-
-        return lambda rows, latents: reader.shortfalls(latents, [asked[i] for i in rows], believe)
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""
