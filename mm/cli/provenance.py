@@ -59,6 +59,7 @@ def provenance(
 def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
     """Writes the copy of `--stamp`."""
     from mm.core.errors import UserError
+    from mm.core.paths import resolve_model
     from mm.provenance.fingerprint import Fingerprint
     from mm.provenance.report import embedded_fingerprint
     from mm.provenance.stamping import number_of, stamped_copy
@@ -75,5 +76,7 @@ def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
         raise UserError(f"{out} exists; give a new folder")
     from mm.cli.running import quietly_loaded
 
-    stamped_copy(quietly_loaded(model).pipeline, known, number, out)
+    where = resolve_model(model)
+    source = where if isinstance(where, Path) else None
+    stamped_copy(quietly_loaded(model).pipeline, known, number, out, source=source)
     print(f"{out}: a copy of {model} whose pictures carry {number:#0{2 + known.config.bits // 4}x}")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from mm.core.errors import UserError
+from mm.core.model_parts import bring_the_rest
 from mm.provenance.fingerprint import Fingerprint
 
 DECODERS = ("autoencoder", "vae")  # components that decode latents, by their names in pipelines
@@ -25,7 +26,9 @@ def decoder_of(pipe: Any) -> nn.Module:
     raise UserError(f"{type(pipe).__name__} has no {' or '.join(DECODERS)}, whose convolutions a fingerprint changes")
 
 
-def stamped_copy(pipe: Any, fingerprint: Fingerprint, number: int, folder: str | Path) -> None:
+def stamped_copy(
+    pipe: Any, fingerprint: Fingerprint, number: int, folder: str | Path, *, source: Path | None = None
+) -> None:  # fmt: skip
     """Writes a copy of a model whose pictures carry a number; the pipeline keeps its own weights.
 
     Args:
@@ -33,6 +36,8 @@ def stamped_copy(pipe: Any, fingerprint: Fingerprint, number: int, folder: str |
         fingerprint: of its decoder.
         number: of as many bits as the fingerprint has.
         folder: a new one; it is written whole or not at all.
+        source: folder that the pipeline was loaded from, whose other components (those that read) are copied as well;
+            None copies none.
 
     Raises:
         UserError: for a folder that exists, a number that does not fit, and another decoder.
@@ -47,6 +52,8 @@ def stamped_copy(pipe: Any, fingerprint: Fingerprint, number: int, folder: str |
     try:
         fingerprint.stamp(module, number)
         pipe.save_pretrained(place)
+        if source is not None:
+            bring_the_rest(source, place)
         place.chmod(0o777 & ~_umask())
         os.replace(place, target)
     finally:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
+from mm.core.model_parts import bring_the_rest
 from mm.core.paths import model_type, resolve_model
 from mm.families import family_of, quantizable_parts
 from mm.families.family import resolve
@@ -156,11 +157,7 @@ def _bring_the_rest(model: str | Path, out: Path) -> None:
     where = resolve_model(model)
     if not isinstance(where, Path) or model_type(where) is not None:
         return
-    before, after = (json.loads((f / "model_index.json").read_text(encoding="utf-8")) for f in (where, out))
-    missing = {k: x for k, x in before.items() if k not in after and isinstance(x, list) and (where / k).is_dir()}
-    for name in missing:
-        shutil.copytree(where / name, out / name)
-    write_bytes(out / "model_index.json", (json.dumps(after | missing, indent=2) + "\n").encode())
+    bring_the_rest(where, out)
 
 
 def _mark_of(parts: Path, model: str | Path, config: SVDQuantConfig) -> bytes:

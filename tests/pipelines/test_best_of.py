@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import STEPS, seeded, tiny_pipeline
+from PIL import Image
+from tiny import STEPS, seeded, tiny_pipeline, tiny_reader
 
-from mm import TextToImagePipeline
+from mm import ImageEditPipeline, TextToImagePipeline
 from mm.core.errors import UserError
 from mm.models.connectors import Connector
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.pipelines.best_of import draw_best, seed_of_try
 from mm.pipelines.self_reader import SelfReader, Shortfall, wrongness
-from mm.world.asked import Asked, Fact
+from mm.world.asked import Asked, Fact, asked_of_change
 
 
 def test_tries_go_on_until_right_and_the_least_wrong_stays() -> None:
@@ -118,6 +119,24 @@ def test_the_pipeline_keeps_its_first_try_where_that_is_right(
     never = pipe("a cat", generator=seeded(7)[0], best_of=3, **options)
     assert (never.tries, never.right, never.missing) == ([3], [False], [["1 cat"]])
     torch.testing.assert_close(never.images, plain, atol=1e-5, rtol=0)
+
+
+def test_a_change_is_made_again_where_the_picture_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two changes the second is right at its second try, which is a call of its own from that seed."""
+    pipe = ImageEditPipeline(**{k: v for k, v in tiny_reader().items() if k != "latent_stem"})
+    pipe.set_progress_bar_config(disable=True)
+    sources = [Image.new("RGB", (128, 128), colour) for colour in ("red", "green")]
+    words = ["make the cat blue", "remove the dog"]
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt", "strict": False}
+    first = pipe(sources[0], words[0], generator=seeded(1)[0], **options).images
+    again = pipe(sources[1], words[1], generator=seeded(seed_of_try(2, 1))[0], **options).images
+    asked: list[Any] = []
+    found = iter([[Shortfall(), Shortfall(wrong=5, missing=("no dog",))], [Shortfall()]])
+    monkeypatch.setattr(pipe, "_checker", lambda wanted: asked.append(wanted) or (lambda rows, latents: next(found)))
+    made = pipe(sources, words, generator=seeded(1, 2), best_of=3, **options)
+    assert (made.tries, made.right, made.missing) == ([1, 2], [True, True], [[], []])
+    torch.testing.assert_close(made.images, torch.cat([first, again]), atol=1e-4, rtol=0)
+    assert asked == [[asked_of_change(each) for each in words]]
 
 
 @pytest.mark.parametrize(

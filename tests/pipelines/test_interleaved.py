@@ -10,7 +10,10 @@ from tiny import says, seeded, tiny_reader
 from mm import ImageEditPipeline, InterleavedPipeline, TextToImagePipeline
 from mm.core.errors import UserError
 from mm.pipelines import conversation as states
+from mm.pipelines.best_of import seed_of_try
 from mm.pipelines.pictures import to_tensor
+from mm.pipelines.self_reader import Shortfall
+from mm.world.asked import asked_of
 
 RED = Image.new("RGB", (60, 90), "red")
 
@@ -53,6 +56,20 @@ def test_a_new_picture_is_the_one_that_the_drawing_pipeline_draws(pipe):
         assert events[2].seed == 3 + k
     assert len(state.shown) == state.pictures == 3
     torch.testing.assert_close(state.last.tokens, pipe._latent_tokens(state.last.latents))
+
+
+def test_a_turn_draws_again_what_its_picture_lacks(pipe, monkeypatch):
+    """The third of at most four tries is right; it is the picture that the drawing pipeline makes of its seed."""
+    asked, found = [], iter([Shortfall(wrong=3, missing=("2 cats",)), Shortfall(wrong=9), Shortfall()])
+    monkeypatch.setattr(pipe, "_checker", lambda wanted: asked.append(wanted) or (lambda rows, latents: [next(found)]))
+    parts = {n: p for n, p in pipe.components.items() if not n.startswith("understanding") and n != "latent_stem"}
+    options = {"num_inference_steps": 2, "guidance_scale": pipe.default_guidance[0]}
+    wanted = TextToImagePipeline(**parts)("two cats", generator=seeded(seed_of_try(5, 2))[0], **options).images[0]
+    state = pipe.start()
+    events = list(pipe.turn(state, "draw two cats", seed=5, steps=2, best_of=4))
+    assert kinds(events) == ["step", "step"] * 3 + ["picture", "end"]
+    assert (drawn(events), events[6].seed, state.pictures) == (wanted.tobytes(), 5, 1)
+    assert asked == [[asked_of("two cats")]]
 
 
 def test_a_change_of_a_given_picture_is_the_one_that_the_editing_pipeline_makes(pipe):

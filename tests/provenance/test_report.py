@@ -111,6 +111,7 @@ def test_a_stamped_copy_draws_with_the_changed_decoder(tmp_path: Path) -> None:
     done = call("--stamp", "0b1010", "--fingerprint", str(file), "-o", str(folder))
     assert done.exit_code == 0, done.output
     plain, copy = (mm.TextToImagePipeline.from_pretrained(name).autoencoder for name in ("mm-tiny", folder))
+    assert mm.UnderstandingPipeline.from_pretrained(folder).understanding_encoder is not None  # the copy reads as well
     read = Fingerprint.load(file)
     wanted = read.changes("decoder.16", read.bits_of(0b1010)[None])[1][0]
     change = copy.decoder[16].bias.float() - plain.decoder[16].bias.float()
