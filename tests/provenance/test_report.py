@@ -40,6 +40,7 @@ def _picture(folder: Path, name: str = "a.png") -> Path:
 
 def test_settings_and_what_was_not_searched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "available", lambda: False)
+    monkeypatch.setattr(report, "embedded_fingerprint", lambda: None)
     done = CliRunner().invoke(
         mm.cli.app, ["provenance", str(_picture(tmp_path)), "--json", str(tmp_path / "found.json")]
     )
