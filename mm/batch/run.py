@@ -13,7 +13,6 @@ Design choices:
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mm.batch.checks import PromptCheck, warn_of_words
 from mm.batch.jobs import BadRow, Row, read_jobs
 from mm.batch.plan import Adapters, Plan, Planned
 from mm.batch.store import Picture, Store
@@ -124,6 +124,8 @@ def run_jobs(
         good = _asking((row for row in rows if isinstance(row, Row)), stop)
         plan = Plan(model=model, seed=seed, root=_root(root, jobs), bits=bits, adapters=tuple(adapters))
         missing = _survey(good, bad, store, report, plan, retry_failed)
+        if dry_run:
+            _refuse(missing, report, stop)
     except _StoppedError:  # nothing was written yet
         report.stopped = True
         return report
@@ -195,6 +197,18 @@ def _survey(
     report.missing = len(missing)
     report.total = report.missing + report.skipped + report.failed
     return missing
+
+
+def _refuse(missing: list[Planned], report: Report, stop: Callable[[], bool]) -> None:
+    """Counts the pictures as failed whose prompts their model would refuse when it is loaded."""
+    check = PromptCheck()
+    for one in _asking(missing, stop):
+        try:
+            check(one)
+        except UserError as error:
+            report.errors.append(f"{_named(one.picture)}: {error}")
+            report.failed += 1
+            report.missing -= 1
 
 
 def _batches(missing: Iterable[Planned], size: int) -> Iterator[list[Planned]]:
@@ -271,15 +285,10 @@ def _has_words(engine: Engine) -> bool:
 
 
 def _warnings(engine: Engine, one: Planned) -> list[str]:
-    """What a model with a vocabulary of its own says of one prompt, apart from its batch: unknown words, each once."""
+    """What a model with a vocabulary of its own says of one prompt; nothing where it has none."""
     if not _has_words(engine):
         return []
-    from mm.pipelines.prompt_encoding import check_prompts
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_prompts([one.draft.prompt], engine.pipeline.text_tokenizer, strict=one.draft.strict)
-    return [str(warning.message) for warning in caught]
+    return warn_of_words(one, engine.pipeline.text_tokenizer)
 
 
 def _draw(engine: Engine, batch: list[Planned], stop: Callable[[], bool]) -> tuple[list[Drawn], list[str]]:

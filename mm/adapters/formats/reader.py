@@ -16,9 +16,11 @@ from mm.adapters.formats.settings import Strengths
 from mm.adapters.formats.source import load
 from mm.adapters.formats.words import split_words, word_entries
 from mm.adapters.patch import Entry, Patch
+from mm.adapters.patch_file import META
 from mm.core.checks import check_path, check_text, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
+from mm.core.safe_tensors import read_header
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import locate, roots_of, submodule
 
@@ -76,6 +78,29 @@ def read_lora(
         report={"file": f"{total} of {counted(total, 'tensor')} of the file"},
     )
     return patch if truncate_to is None else _truncated(patch, target, truncate_to)
+
+
+def words_of_file(path: str | Path) -> list[str]:
+    """The words that an adapter file adds to a tokenizer, without a model.
+
+    Args:
+        path: a patch of mm, or a LoRA or textual inversion of another program.
+
+    Returns:
+        The token strings; a word of several rows stands for itself and `WORD_1`, `WORD_2` and so on.
+
+    Raises:
+        UserError: for any other file.
+    """
+    if META in read_header(path, "adapter").metadata:
+        return [str(item["token"]) for item in Patch.load(path).settings.get("tokens", ())]
+    given = load(path)
+    words, _ = split_words(given.tensors, given.word, not any(map(is_lora, given.tensors)))
+    found: list[str] = []
+    for word, parts in words.items():
+        rows = max(1 if tensor.ndim == 1 else len(tensor) for tensor in parts.values())
+        found += [word, *(f"{word}_{number}" for number in range(1, rows))]
+    return found
 
 
 def _check_call(source: object, target: Any, name: object, truncate_to: int | None) -> None:
