@@ -16,7 +16,11 @@ _FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
 
 
 def save_grid(
-    path: Path, pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool | None], columns: int = 8
+    path: str | Path,
+    pictures_BCHW: torch.Tensor,
+    labels: Sequence[str],
+    verdicts: Sequence[bool | None],
+    columns: int = 8,
 ) -> None:
     """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG."""
     side, line = pictures_BCHW.shape[-1], 26

@@ -23,7 +23,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.core.checks import texts
+from mm.core.checks import check_path, texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
 from mm.core.paths import model_type, resolve_model
@@ -55,7 +55,7 @@ def load_any(model: str | Path, **options: Any) -> Any:
 
 def quantize_folder(
     model: str | Path,
-    out: Path,
+    out: str | Path,
     config: SVDQuantConfig,
     *,
     prompts: str | Sequence[str] | None = None,
@@ -65,15 +65,31 @@ def quantize_folder(
     progress: bool = True,
     variant: str | None = None,
 ) -> Report:
-    """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else.
+    """Writes a quantized copy of a model with its report.
 
-    `pictures`: compared by PSNR; `compose`: prompts of each task that the family's score judges, where it has one; 0
-    for none. `variant`: of the files that are read, such as "fp16".
+    Args:
+        model: an embedded name, a folder or a hub name.
+        out: the folder of the copy: a new or an empty one, or that of a stopped run, which goes on.
+        config: how it is quantized.
+        prompts: for calibration and for the pictures that are compared; None takes the family's.
+        pictures: how many are compared by PSNR before and after.
+        compose: prompts of each task that the family's score judges, where it has one; 0 for none.
+        components: of the pipeline; None takes those of the family.
+        progress: whether a bar shows where it stands.
+        variant: of the files that are read, such as "fp16".
+
+    Returns:
+        The report, which is also in the folder.
+
+    Raises:
+        UserError: where `out` holds something else, or the model cannot be quantized so.
     """
     from mm.quantization import sources
     from mm.quantization.pipeline_calls import preview
     from mm.quantization.quantize import quantize
 
+    check_path("the folder of the copy", out)
+    out = Path(out)
     _check_out(out)
     parts, there = out / ".parts", out.exists()
     mark = _mark_of(parts, model, config)
@@ -207,8 +223,9 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
     return folder
 
 
-def make_copy(model: str | Path, folder: Path, config: SVDQuantConfig, *, progress: bool = True) -> None:
+def make_copy(model: str | Path, folder: str | Path, config: SVDQuantConfig, *, progress: bool = True) -> None:
     """Quantizes a model into a folder of the cache, or goes on where an earlier run ended; nothing where it is done."""
+    folder = Path(folder)
     if is_whole(folder):
         return
     if folder.exists() and not (folder / ".parts").is_dir():  # an earlier run ended between two files
@@ -222,17 +239,18 @@ def make_copy(model: str | Path, folder: Path, config: SVDQuantConfig, *, progre
         quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
 
 
-def copy_folder(name: str, files: Iterable[Path], config: SVDQuantConfig) -> Path:
+def copy_folder(name: str, files: Iterable[str | Path], config: SVDQuantConfig) -> Path:
     """Where the cache keeps the copy of weights with certain bytes, made with certain settings."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for path in files:
-        with path.open("rb") as file:  # models are larger than memory
+        with Path(path).open("rb") as file:  # models are larger than memory
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return cache_dir() / "quantized" / f"{name}-{digest.hexdigest()[:16]}"
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: str | Path) -> bool:
     """Whether a copy was finished and every component that its index names is there."""
+    folder = Path(folder)
     if not (folder / "report.json").is_file() or (folder / ".parts").exists():
         return False
     try:

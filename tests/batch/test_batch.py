@@ -264,6 +264,14 @@ def test_a_dry_run_knows_the_words_of_a_rows_adapter(tmp_path, folder):
     assert run_jobs(tmp_path / "j", tmp_path / "out", model=str(folder)).errors == report.errors
 
 
+def test_paths_may_be_texts(tmp_path, folder):
+    save_file({"emb_params": torch.ones(load(folder).pipeline.trunk.words.embedding_dim)}, tmp_path / "a.safetensors")
+    jobs, file = write(tmp_path / "j", row()), f"{tmp_path}/a.safetensors"
+    report = run_jobs(str(jobs), f"{tmp_path}/out", model=folder, root=str(tmp_path), adapters=[file])
+    assert report.drawn == 1, report.errors
+    assert run_jobs(jobs, tmp_path / "out", model=str(folder), adapters=(Path(file), 1.0)).skipped == 1
+
+
 def test_a_planted_link_does_not_lead_out(tmp_path, counting):
     (tmp_path / "out").mkdir()
     (tmp_path / "else").mkdir()

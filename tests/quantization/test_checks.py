@@ -173,7 +173,7 @@ def test_a_copy_keeps_the_type_of_its_source(tmp_path, dtype):
     source = tiny.sdxl().to(dtype)
     source.save_pretrained(tmp_path / "source")
     config = mm.SVDQuantConfig(rank=2, data_free=True)
-    report = quantize_folder(tmp_path / "source", tmp_path / "small", config, pictures=0, progress=False)
+    report = quantize_folder(f"{tmp_path}/source", f"{tmp_path}/small", config, pictures=0, progress=False)
     unet = load_file(tmp_path / "small" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in unet.values() if tensor.is_floating_point()} == {dtype}
     for part, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
