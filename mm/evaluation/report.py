@@ -22,7 +22,8 @@ def save_grid(
     verdicts: Sequence[bool | None],
     columns: int = 8,
 ) -> None:
-    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG."""
+    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG,
+    whole or not at all. A file that is there is replaced."""
     side, line = pictures_BCHW.shape[-1], 26
     rows = math.ceil(len(labels) / columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8 + line)), "white")
