@@ -46,9 +46,10 @@ from mm.customization.only_run import only_run
 from mm.customization.pictures import OnProgress, Pictures, gathered, preserved_prompts
 from mm.customization.pieces import frozen
 from mm.customization.previews import draw, save_previews, sheet_of
+from mm.customization.run_state import Progress
 from mm.customization.sliders import SliderPrompts
 from mm.customization.strangers import Strangers
-from mm.customization.training import Progress, Regularization, Training
+from mm.customization.training import Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import check_pipeline

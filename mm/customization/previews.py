@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from mm.core.files import write_bytes
-from mm.customization.training import Progress
+from mm.customization.run_state import Progress
 
 _SIZE = (640, 320)
 _EDGE = 40

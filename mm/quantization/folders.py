@@ -183,7 +183,7 @@ def _mark_of(parts: Path, model: str | Path, config: SVDQuantConfig) -> bytes:
     """The mark of a model and settings. Raises UserError where the parts of an earlier run have another one."""
     mark = json.dumps({"model": str(model), "settings": config.to_dict()}, sort_keys=True)
     file = parts / _MARK
-    if file.is_file() and file.read_text() != mark:
+    if file.is_file() and file.read_bytes() != mark.encode():
         raise UserError(f"{parts} belongs to another model or other settings; remove it, or choose another folder")
     return mark.encode()
 

@@ -147,6 +147,23 @@ def test_running_again_draws_only_what_is_missing_or_changed(tmp_path, counting)
     assert run_jobs(jobs, out, load=counting.load).drawn == 0
 
 
+def test_damaged_records_are_drawn_again(tmp_path, counting):
+    jobs, out = write(tmp_path / "j", row("a")), tmp_path / "out"
+    run_jobs(jobs, out, load=counting.load)
+    (record,) = out.rglob("*.json")
+    whole, manifest = json.loads(record.read_text()), next(out.rglob("manifest.jsonl"))
+    texts = ["", "[]", "null", "{", json.dumps(whole)[:99], "[" * 9000]
+    texts += [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
+    keys = ("custom_id", "index", "line", "status", "sha256")
+    texts += [json.dumps(whole | {key: value}) for key in keys for value in ({"x": 1}, ["x"], None, -3)]
+    for text in texts:
+        record.write_text(text)
+        manifest.write_bytes(b"\xff[")
+        assert run_jobs(jobs, out, load=counting.load).drawn == 1, text
+        assert json.loads(record.read_text()) == whole
+        assert json.loads(manifest.read_text()) == whole
+
+
 def test_a_picture_is_the_same_in_any_batch(tmp_path, counting):
     rows = [row("a", n=3), row("b", seed=5), row("c", mode="codes", steps=2)]
     for size, order in ((1, rows), (8, rows[::-1])):

@@ -10,6 +10,7 @@ import pytest
 import tiny_calibration as tiny
 import torch
 import transformers
+from damaged import damaged_states
 from safetensors.torch import load_file, save_file
 from tiny_block import INPUTS, SMALL, block
 from tiny_public import flux, flux_inputs
@@ -148,6 +149,26 @@ def test_a_resume_folder_belongs_to_one_model_settings_and_calibration(tmp_path)
     save_file({"x": torch.zeros(1)}, foreign / "weights.safetensors")
     with pytest.raises(UserError, match="no folder of a stopped run"):
         mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=foreign)
+
+
+def test_damaged_parts_of_a_stopped_run_are_one_error_that_says_what_to_do(tmp_path):
+    mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+    part, mark = next(tmp_path.glob("*.safetensors")), tmp_path / "base.json"
+    whole, kept = part.read_bytes(), mark.read_bytes()
+    for done, data in damaged_states(part):
+        if done in ("without tensors", "rule = {}") or done.endswith("of another shape"):
+            continue
+        part.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+        assert f"; delete {part}, and its layers are quantized again" in str(caught.value), (done, str(caught.value))
+    part.write_bytes(whole)
+    for data in (b"", b"[]", b"{", b"\xff"):
+        mark.write_bytes(data)
+        with pytest.raises(UserError, match=f"{mark}.*; remove {tmp_path}, or choose another folder"):
+            mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+    mark.write_bytes(kept)
+    mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
 
 
 def test_fusing_projections_of_a_quantized_model_is_refused(tmp_path):
