@@ -2,7 +2,7 @@
 
 Design choices
 - Whatever a damaged file causes while it is taken in becomes one error: which file, what is wrong, and what to do.
-- A state says how many tensors it holds. A part that is missing could not be told from one that is new, and would
+- A state says how many tensors it holds. A part that is missing cannot be distinguished from a new one, and would
   begin again without a word.
 """
 
