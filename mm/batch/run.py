@@ -141,17 +141,12 @@ def run_jobs(
     announce()
     if dry_run:
         return report
+    bases = {} if base is None else {model: str(base)}
+    models = _Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
     try:
-        if missing:
-            bases = {} if base is None else {model: str(base)}
-            models = _Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
-            batches = list(_batches(missing, batch_size))
-            with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
-                models.get(batches[0][0])
-            on_drawing()
-            for batch in batches:
-                _draw_batch(models, batch, store, report, stop)
-                announce()
+        for batch in _loaded(models, missing, batch_size, on_drawing):
+            _draw_batch(models, batch, store, report, stop)
+            announce()
     except _StoppedError:
         report.stopped = True
     finally:
@@ -226,6 +221,18 @@ def _refuse(missing: list[Planned], report: Report, stop: Callable[[], bool]) ->
             report.errors.append(f"{_named(one.picture)}: {error}")
             report.failed += 1
             report.missing -= 1
+
+
+def _loaded(
+    models: _Models, missing: Sequence[Planned], size: int, on_drawing: Callable[[], None]
+) -> Iterator[list[Planned]]:  # fmt: skip
+    """The pictures of each call, once the first model is loaded."""
+    batches = list(_batches(missing, size))
+    if batches:
+        with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
+            models.get(batches[0][0])
+        on_drawing()
+    yield from batches
 
 
 def _batches(missing: Iterable[Planned], size: int) -> Iterator[list[Planned]]:

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mm.families import Family
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.report import Report
+    from mm.quantization.sources import Stored
 
 _MARK = "of.json"
 
@@ -85,7 +86,6 @@ def quantize_folder(
         UserError: where `out` holds something else, or the model cannot be quantized so.
     """
     from mm.quantization import sources
-    from mm.quantization.pipeline_calls import preview
     from mm.quantization.quantize import quantize
 
     check_path("the folder of the copy", out)
@@ -93,19 +93,12 @@ def quantize_folder(
     _check_out(out)
     parts, there = out / ".parts", out.exists()
     mark = _mark_of(parts, model, config)
-    where = resolve_model(model)
-    family = family_at(where) if isinstance(where, Path) else None
-    wide = family is not None and family.dtype == "float32"
-    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
-    family = family or family_of(pipe)
+    pipe, stored, family = _opened(model, variant)
     quantizable_parts(pipe, components)  # raises before anything is drawn
     if config.size is not None:
         check_side(pipe, config.size)
     chosen = list(texts("prompts", prompts)) if prompts else _prompts(family, config.seed)
-    shown = chosen[:pictures]
-    before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
-    score = resolve(family.score) if family and family.score and compose and not config.data_free else None
-    judged = score(pipe, compose) if score else None
+    compared = _compared(pipe, family, chosen[:pictures], compose, config, progress)
     write_bytes(parts / _MARK, mark)  # from here on the run can be gone on with
     try:
         report = quantize(
@@ -120,11 +113,7 @@ def quantize_folder(
     except UserError:
         _clear(parts, there)
         raise
-    if before is not None:
-        after = preview(pipe, shown, config, "pictures after", progress)
-        report.whole |= _compare(before, after) | {"prompts": shown}
-    if score and judged is not None:
-        report.whole["compose"] = judged_change(judged, score(pipe, compose))
+    report.whole |= compared()
     sources.as_stored(pipe, stored)
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
@@ -133,6 +122,41 @@ def quantize_folder(
     _save_report(report, out)
     shutil.rmtree(parts)
     return report
+
+
+def _opened(model: str | Path, variant: str | None) -> tuple[Any, dict[str, Stored], Family | None]:
+    """A pipeline to be quantized, how its parts are stored, and its family."""
+    from mm.quantization import sources
+
+    where = resolve_model(model)
+    family = family_at(where) if isinstance(where, Path) else None
+    wide = family is not None and family.dtype == "float32"
+    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
+    return pipe, stored, family or family_of(pipe)
+
+
+def _compared(
+    pipe: Any, family: Family | None, prompts: list[str], compose: int, config: SVDQuantConfig, progress: bool
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    """Draws and judges pictures before quantizing. What is returned does so afterwards, and gives what changed."""
+    from mm.quantization.pipeline_calls import preview
+
+    if config.data_free:
+        return dict
+    before = preview(pipe, prompts, config, "pictures before", progress) if prompts else None
+    score = resolve(family.score) if family and family.score and compose else None
+    judged = score(pipe, compose) if score else None
+
+    def after() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if before is not None:
+            found |= _compare(before, preview(pipe, prompts, config, "pictures after", progress))
+            found["prompts"] = prompts
+        if score and judged is not None:
+            found["compose"] = judged_change(judged, score(pipe, compose))
+        return found
+
+    return after
 
 
 def _check_out(out: Path) -> None:
