@@ -12,6 +12,7 @@ Legend: B pictures, R rows (B, or 2 B with guidance), T tokens so far, N new one
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,11 +103,16 @@ def last_features(
     language_model: Any, new_RND: torch.Tensor, mask_RT: torch.Tensor, positions_RN: torch.Tensor, past: Any
 ) -> tuple[torch.Tensor, Any]:
     """Features (R, D) of the last token that a transformers decoder reads, and its cache."""
+    from transformers import DynamicCache
+
+    past = DynamicCache(config=language_model.config) if past is None else past
+    # transformers 5.24 calls it `cache`, and 5.40 gives up the old name
+    name = "cache" if "cache" in inspect.signature(language_model.forward).parameters else "past_key_values"
     out = language_model(
         inputs_embeds=new_RND,
         attention_mask=mask_RT,
         position_ids=positions_RN,
-        past_key_values=past,
         use_cache=True,
+        **{name: past},
     )
-    return out.last_hidden_state[:, -1], out.past_key_values
+    return out.last_hidden_state[:, -1], past

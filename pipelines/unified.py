@@ -73,7 +73,7 @@ def load_parts(where: str | Path, kind: str, **kwargs: Any) -> dict[str, Any]:
         check_transformers_folder(
             getattr(transformers, f"{name}ForConditionalGeneration"), Path(where), kwargs.get("variant")
         )
-    if "torch_dtype" in kwargs:  # diffusers' name for it
+    if "torch_dtype" in kwargs:  # its name in older versions of both libraries
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     try:
         processor = getattr(transformers, f"{name}Processor").from_pretrained(where, **_for_hub(kwargs))
@@ -119,7 +119,7 @@ class UnifiedPipeline(DiffusionPipeline):
         return cls(**load_parts(pretrained_model_name_or_path, kind, **kwargs))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes the folder as transformers does, so that both transformers and mm load it."""
+        """Writes the folder as transformers does, so that both libraries load it; files in it are replaced."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+WORDS = ("sks", "zwx")  # what two subjects are called in prompts
+
 
 def subject_folder(folder: Path, count: int = 3, *, side: int = 32, captions: bool = True) -> Path:
     """Pictures of one coloured disc on different grounds, each with a caption."""

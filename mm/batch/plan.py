@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mm.batch.checks import check_options
 from mm.batch.jobs import Row
 from mm.batch.store import Picture
 from mm.core.checks import MAX_SEED
@@ -33,6 +34,16 @@ from mm.engine.settings import scheduler_named, settings_of
 
 _KEPT = 16  # pictures that are held open
 Adapters = tuple[tuple[Path, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A model by its files: its folder, the hash of its weights, and what it can do. A single file has no folder, and
+    nothing is known of a hub name, whose files may not be here."""
+
+    folder: Path | None
+    weights: str | None
+    can: Capabilities | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +89,7 @@ class Plan:
     root: Path
     bits: int | None = None
     adapters: Adapters = ()
-    _known: dict[str, tuple[str | None, Capabilities | None]] = field(default_factory=dict)
+    _known: dict[str, Known] = field(default_factory=dict)
     _hashes: dict[Path, str] = field(default_factory=dict)
     _pictures: dict[Path, Any] = field(default_factory=dict)
 
@@ -90,11 +101,14 @@ class Plan:
         """
         body = row.body
         model = self._model(body.model)
-        weights, can = self._about(model)
+        known = self.about(model)
+        can = known.can
         adapters = self.adapters + tuple(self._adapter(text) for text in body.lora)
-        request, more = self._request(row, can), self._extras(body, adapters, weights)
+        request, more = self._request(row, can), self._extras(body, adapters, known.weights)
         if can is not None:
             can.check(request)
+        if known.folder is not None:
+            check_options(request, known.folder)
         shown = can or Capabilities(model=model, tasks=("draw",))
         for index in range(body.n):
             seed = picture_seed(row, index, self.seed)
@@ -149,12 +163,13 @@ class Plan:
             return self.model
         return given if given in embedded_models() else str(self.inside(given, "model"))
 
-    def _about(self, model: str) -> tuple[str | None, Capabilities | None]:
-        """The hash of a model's files, and what it can do; None where its files are not here."""
+    def about(self, model: str) -> Known:
+        """What is known of a model by its files."""
         if model not in self._known:
             found = None if Path(model).expanduser().is_file() else resolve_model(model)
-            can = capabilities_at(found, model) if isinstance(found, Path) else None
-            self._known[model] = (model_hash(model), can)
+            folder = found if isinstance(found, Path) else None
+            can = None if folder is None else capabilities_at(folder, model)
+            self._known[model] = Known(folder=folder, weights=model_hash(model), can=can)
         return self._known[model]
 
     def _adapter(self, text: str) -> tuple[Path, float]:

@@ -13,7 +13,6 @@ Design choices:
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,11 +22,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mm.batch.checks import PromptCheck, warn_of_words
 from mm.batch.jobs import BadRow, Row, read_jobs
 from mm.batch.plan import Adapters, Plan, Planned
 from mm.batch.store import Picture, Store
+from mm.core.checks import check_path
 from mm.core.errors import UserError
 from mm.core.png_settings import png_bytes
+from mm.engine.attaching import Adapter, listed
 from mm.engine.events import CancelToken, Event, Notice, Step
 from mm.engine.events import Picture as Drawn
 
@@ -70,7 +72,7 @@ def run_jobs(
     jobs: str | Path,
     out: str | Path,
     *,
-    model: str = "mm-tiny",
+    model: str | Path = "mm-tiny",
     batch_size: int = 4,
     seed: int = 0,
     retry_failed: bool = False,
@@ -79,9 +81,9 @@ def run_jobs(
     stop: Callable[[], bool] = lambda: False,
     load: Callable[[str], Engine] | None = None,
     root: str | Path | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     bits: int | None = None,
-    adapters: Sequence[tuple[Path, float]] = (),
+    adapters: str | Path | Adapter | Sequence[str | Path | Adapter] = (),
     offload: str = "auto",
     dtype: str = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -103,7 +105,7 @@ def run_jobs(
         root: the folder under which files lie that rows name; the job file's own where it is None.
         base: as in `mm.load`, for `model`; models that rows name are loaded without.
         bits: 4 or 8 for low-bit weights.
-        adapters: LoRA and patch files with their scales, before those of a row.
+        adapters: patch or LoRA files, each alone or with its scale, before those of a row; or one alone.
         offload: as in `mm.load`.
         dtype: as in `mm.load`.
         on_progress: called whenever the counts change.
@@ -114,6 +116,9 @@ def run_jobs(
     """
     if not 1 <= batch_size <= 256:
         raise UserError(f"batch size is {batch_size}; give a whole number from 1 to 256")
+    for what, place in (("the job file", jobs), ("the folder of results", out), ("the model", model)):
+        check_path(what, place)
+    model, files = str(model), _files(adapters)
     report = Report()
     try:
         rows = list(_asking(islice(read_jobs(jobs), limit), stop))
@@ -122,8 +127,10 @@ def run_jobs(
         store, report.rows = Store(out), len(rows)
         bad = [row for row in rows if isinstance(row, BadRow)]
         good = _asking((row for row in rows if isinstance(row, Row)), stop)
-        plan = Plan(model=model, seed=seed, root=_root(root, jobs), bits=bits, adapters=tuple(adapters))
+        plan = Plan(model=model, seed=seed, root=_root(root, jobs), bits=bits, adapters=files)
         missing = _survey(good, bad, store, report, plan, retry_failed)
+        if dry_run:
+            _refuse(missing, report, stop)
     except _StoppedError:  # nothing was written yet
         report.stopped = True
         return report
@@ -134,17 +141,12 @@ def run_jobs(
     announce()
     if dry_run:
         return report
+    bases = {} if base is None else {model: str(base)}
+    models = _Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
     try:
-        if missing:
-            bases = {} if base is None else {model: base}
-            models = _Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
-            batches = list(_batches(missing, batch_size))
-            with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
-                models.get(batches[0][0])
-            on_drawing()
-            for batch in batches:
-                _draw_batch(models, batch, store, report, stop)
-                announce()
+        for batch in _loaded(models, missing, batch_size, on_drawing):
+            _draw_batch(models, batch, store, report, stop)
+            announce()
     except _StoppedError:
         report.stopped = True
     finally:
@@ -158,6 +160,18 @@ def _root(root: str | Path | None, jobs: str | Path) -> Path:
     if not found.is_dir():
         raise UserError(f"root is {root}, which is no folder")
     return found
+
+
+def _files(adapters: str | Path | Adapter | Sequence[str | Path | Adapter]) -> Adapters:
+    """Adapter files with their scales. Raises UserError for one that is not there."""
+    found = []
+    for one in listed(adapters):
+        path, scale = (one, 1.0) if isinstance(one, str | Path) else one
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise UserError(f"there is no adapter file {path}")
+        found.append((file, scale))
+    return tuple(found)
 
 
 def _asking(rows: Iterable[_Kind], stop: Callable[[], bool]) -> Iterator[_Kind]:
@@ -195,6 +209,30 @@ def _survey(
     report.missing = len(missing)
     report.total = report.missing + report.skipped + report.failed
     return missing
+
+
+def _refuse(missing: list[Planned], report: Report, stop: Callable[[], bool]) -> None:
+    """Counts the pictures as failed whose prompts their model would refuse when it is loaded."""
+    check = PromptCheck()
+    for one in _asking(missing, stop):
+        try:
+            check(one)
+        except UserError as error:
+            report.errors.append(f"{_named(one.picture)}: {error}")
+            report.failed += 1
+            report.missing -= 1
+
+
+def _loaded(
+    models: _Models, missing: Sequence[Planned], size: int, on_drawing: Callable[[], None]
+) -> Iterator[list[Planned]]:  # fmt: skip
+    """The pictures of each call, once the first model is loaded."""
+    batches = list(_batches(missing, size))
+    if batches:
+        with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
+            models.get(batches[0][0])
+        on_drawing()
+    yield from batches
 
 
 def _batches(missing: Iterable[Planned], size: int) -> Iterator[list[Planned]]:
@@ -271,15 +309,10 @@ def _has_words(engine: Engine) -> bool:
 
 
 def _warnings(engine: Engine, one: Planned) -> list[str]:
-    """What a model with a vocabulary of its own says of one prompt, apart from its batch: unknown words, each once."""
+    """What a model with a vocabulary of its own says of one prompt; nothing where it has none."""
     if not _has_words(engine):
         return []
-    from mm.pipelines.prompt_encoding import check_prompts
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_prompts([one.draft.prompt], engine.pipeline.text_tokenizer, strict=one.draft.strict)
-    return [str(warning.message) for warning in caught]
+    return warn_of_words(one, engine.pipeline.text_tokenizer)
 
 
 def _draw(engine: Engine, batch: list[Planned], stop: Callable[[], bool]) -> tuple[list[Drawn], list[str]]:

@@ -71,8 +71,8 @@ def customize(
     from mm.customization.learned import check_layout
     from mm.customization.methods.registry import method_of
     from mm.customization.objectives.protocol import objective_of
+    from mm.customization.run_state import STATE
     from mm.customization.sliders import prompts_of
-    from mm.customization.training import STATE
 
     asked = bool(positive or negative or neutral or subject or strength is not None)
     prompts = prompts_of(positive, negative, neutral, subject or (), strength) if asked else None

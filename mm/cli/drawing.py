@@ -11,13 +11,13 @@ from mm.cli.running import follow, say
 from mm.core.errors import UserError
 from mm.core.files import check_folder
 from mm.core.pictures import read_picture
-from mm.core.png_settings import read_settings
 from mm.engine import output
 from mm.engine.events import Picture
 from mm.engine.prompts import has_wildcards
 from mm.engine.requests import Draw
 from mm.engine.settings import Again, drawn_again
 from mm.engine.variants import variants, wildcard_files
+from mm.provenance.file_settings import read_file_settings
 
 if TYPE_CHECKING:
     from mm.engine.engine import Engine
@@ -61,7 +61,7 @@ def run(job: Job) -> None:
     pictures = {
         name: read_picture(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
     }
-    before = read_settings(job.like) if job.like is not None else {}
+    before = read_file_settings(job.like) if job.like is not None else {}
     if "prompt" in job.changes and not before:
         Draw(**{**job.changes, **pictures})  # wrong values fail before a model is loaded
     engine = _engine(job, before)

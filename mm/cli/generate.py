@@ -36,7 +36,8 @@ def generate(
     fast: shared.FastOption = False,
     fast_set: shared.FastSetOption = None,
     like: Annotated[
-        Path | None, typer.Option(help="Draw with the settings in this PNG, of mm or other programs.")
+        Path | None,
+        typer.Option(help="Draw with the settings in this PNG, JPEG or WebP, of mm or other programs."),
     ] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Draw every combination of the parts after |.")] = False,
     wildcards: Annotated[

@@ -25,7 +25,7 @@ from mm.core.nouns import with_article
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file, making its folder where that is missing.
+    """Writes a file, whole or not at all. One that is there is replaced; its folder is made where it is missing.
 
     Raises:
         UserError: where the path is a folder, or lies in something that is none.
@@ -110,11 +110,15 @@ def write_new_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text as `write_bytes` does: a file that is there is replaced."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Writes indented JSON. A NaN raises: it is no JSON, and a result with one is none."""
+    """Writes indented JSON as `write_bytes` does: a file that is there is replaced.
+
+    A NaN raises: it is no JSON, and a result with one is none.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -70,7 +70,16 @@ def png_bytes(picture: Image.Image, settings: dict[str, Any] | None) -> bytes:
 
 
 def save_png(path: str | Path, picture: Image.Image, settings: dict[str, Any] | None) -> None:
-    """Writes the PNG under a temporary name, then renames."""
+    """Writes a PNG, whole or not at all. One that is there is replaced.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        picture: its pixels.
+        settings: what it was drawn with; None writes none.
+
+    Raises:
+        UserError: where the path is a folder, or lies in a file.
+    """
     write_bytes(path, png_bytes(picture, settings))
 
 

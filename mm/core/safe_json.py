@@ -194,6 +194,14 @@ class Fields:
             self.wrong(key, f"a list of at most {most} texts")
         return value
 
+    def numbers(self, key: str, *, most: int = MAX_VALUES) -> list[float]:
+        """A list of numbers, at most `most` of them."""
+        value = self.raw.get(key)
+        right = isinstance(value, list) and len(value) <= most
+        if not right or any(isinstance(x, bool) or not isinstance(x, int | float) for x in value):  # type: ignore[union-attr]
+            self.wrong(key, f"a list of at most {most} numbers")
+        return value  # type: ignore[return-value]
+
     def _get(self, key: str, default: Any) -> Any:
         return self.raw[key] if key in self.raw else default
 

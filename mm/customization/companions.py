@@ -101,20 +101,10 @@ def companions(
         if at not in boxes:
             boxes[at] = subject_box(objective, example, name, noun or known[0])
         for _ in range(_TRIES):
-            stand_in, other, third = rng.sample(known, 3)
-            text = beside(example.caption, name, noun, other, first=number % 2 == 0)
-            prompt = renamed(text, name, noun, stand_in)
-            drawn = draw(objective.pipe, prompt, side=objective.side, seed=rng.randrange(2**31), steps=steps)
-            place = drawn_box(objective, drawn, prompt, renamed(text, name, noun, third))
-            beside_it = drawn_box(
-                objective, drawn, prompt,
-                renamed(beside(example.caption, name, noun, third, first=number % 2 == 0), name, noun, stand_in),
-            )  # fmt: skip
-            place = fitted(boxes[at], place)
-            if place.area < _LARGEST and place.overlap(beside_it) < _SHARED:
-                path = Path(f"{example.path.stem}-{other}-{number}.png")
-                picture = pasted(drawn.convert("RGB"), example.picture, boxes[at], place)
-                made.append(Example(path=path, caption=text, picture=picture))
+            words = rng.sample(known, 3)
+            found = _beside(objective, example, boxes[at], name, noun, words, number, rng.randrange(2**31), steps)
+            if found is not None:
+                made.append(found)
                 break
     if not made:
         warnings.warn(
@@ -122,6 +112,30 @@ def companions(
             stacklevel=3,
         )
     return made
+
+
+def _beside(
+    objective: Objective, example: Example, box: Box, name: str, noun: str, words: Sequence[str], number: int,
+    seed: int, steps: int | None,
+) -> Example | None:  # fmt: skip
+    """A picture of the subject beside something known; None where the two would overlap.
+
+    `words`: what is drawn in the subject's place, what is beside it, and a third thing, which finds where both are.
+    """
+    stand_in, other, third = words
+    text = beside(example.caption, name, noun, other, first=number % 2 == 0)
+    prompt = renamed(text, name, noun, stand_in)
+    drawn = draw(objective.pipe, prompt, side=objective.side, seed=seed, steps=steps)
+    place = drawn_box(objective, drawn, prompt, renamed(text, name, noun, third))
+    beside_it = drawn_box(
+        objective, drawn, prompt,
+        renamed(beside(example.caption, name, noun, third, first=number % 2 == 0), name, noun, stand_in),
+    )  # fmt: skip
+    place = fitted(box, place)
+    if place.area >= _LARGEST or place.overlap(beside_it) >= _SHARED:
+        return None
+    path = Path(f"{example.path.stem}-{other}-{number}.png")
+    return Example(path=path, caption=text, picture=pasted(drawn.convert("RGB"), example.picture, box, place))
 
 
 def balanced(examples: Sequence[Example], made: Sequence[Example]) -> list[Example]:

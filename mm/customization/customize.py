@@ -46,9 +46,10 @@ from mm.customization.only_run import only_run
 from mm.customization.pictures import OnProgress, Pictures, gathered, preserved_prompts
 from mm.customization.pieces import frozen
 from mm.customization.previews import draw, save_previews, sheet_of
+from mm.customization.run_state import Progress
 from mm.customization.sliders import SliderPrompts
 from mm.customization.strangers import Strangers
-from mm.customization.training import Progress, Regularization, Training
+from mm.customization.training import Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import check_pipeline
@@ -144,15 +145,7 @@ def customize(
         found = estimate(training)
         check_resources(found, place)
         estimated(found)
-
-        def on_step(now: Progress) -> None:
-            progress(now.step / config.steps, f"step {now.step} of {config.steps}, loss {now.losses[-1]:.4f}")
-
-        def on_preview(now: Progress) -> None:
-            if place is not None:
-                save_previews(place, now, sheet_of(_samples(learner, samples, sample_steps)))
-
-        training.run(on_step, on_preview)
+        _run(training, place, samples, sample_steps, progress)
         return _learned(pipe, learner, training, base, maker.name, chosen | ({} if of_slider is None else of_slider))
 
 
@@ -191,6 +184,23 @@ def _training(
         learner, batches, kept, config, goal=goal, guarded=guarded, work=place, identity=identity,
         regularization=_regularization(job.objective, given.of_class, config), strangers=strangers,
     )  # fmt: skip
+
+
+def _run(
+    training: Training, place: Path | None, samples: Sequence[str] | None, sample_steps: int | None,
+    progress: OnProgress,
+) -> None:  # fmt: skip
+    """Trains; each step is reported, and each preview is written where there is a folder."""
+    steps = training.config.steps
+
+    def on_step(now: Progress) -> None:
+        progress(now.step / steps, f"step {now.step} of {steps}, loss {now.losses[-1]:.4f}")
+
+    def on_preview(now: Progress) -> None:
+        if place is not None:
+            save_previews(place, now, sheet_of(_samples(training.learner, samples, sample_steps)))
+
+    training.run(on_step, on_preview)
 
 
 def _regularization(

@@ -48,6 +48,23 @@ def estimate(training: Training) -> Estimate:
     Raises:
         UserError: where the step does not fit into memory.
     """
+    passed, activations = _one_step(training)
+    values = sum(p.numel() for p in training.parameters.values())
+    config = training.config
+    more = config.strangers if training.strangers is not None and training.strangers.prompts else 0
+    at_once = (config.preserve_batch + more) if training.prompts else more
+    held = 1.5 * at_once / config.batch_size / config.preserve_every
+    each = passed * (1.05 + (held if config.preserve else 0.0))
+    previews = config.steps // config.preview_every + 1
+    left = config.steps - training.progress.step
+    return Estimate(
+        seconds=each * left + previews * passed, memory=activations + 16 * values, trained=values,
+        free=_free(training.objective.device),
+    )  # fmt: skip
+
+
+def _one_step(training: Training) -> tuple[float, int]:
+    """Seconds of a step's loss and gradient, and the bytes that it keeps beside the model."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -76,19 +93,7 @@ def estimate(training: Training) -> Estimate:
     passed = time.perf_counter() - started
     for value in training.parameters.values():
         value.grad = None
-    values = sum(p.numel() for p in training.parameters.values())
-    activations = sum(size for place, size in seen.items() if place not in model)
-    config = training.config
-    more = config.strangers if training.strangers is not None and training.strangers.prompts else 0
-    at_once = (config.preserve_batch + more) if training.prompts else more
-    held = 1.5 * at_once / config.batch_size / config.preserve_every
-    each = passed * (1.05 + (held if config.preserve else 0.0))
-    previews = config.steps // config.preview_every + 1
-    left = config.steps - training.progress.step
-    return Estimate(
-        seconds=each * left + previews * passed, memory=activations + 16 * values, trained=values,
-        free=_free(training.objective.device),
-    )  # fmt: skip
+    return passed, sum(size for place, size in seen.items() if place not in model)
 
 
 def _free(device: torch.device) -> int | None:

@@ -3,6 +3,8 @@
 Design choices
 - Files are matched by their stems. `NAME.txt` (or `NAME.caption`, kohya's usual suffix) is the caption of `NAME.png`,
   `NAME-masklabel.png` its mask (OneTrainer).
+- Repeats are in the names of folders inside the one that is given, as in kohya's scripts. The name of the given folder
+  itself says nothing, so that `2026_mug` is not 2026 repeats.
 - A file or folder that nothing is learned from is named in a warning; hidden ones and those of file managers are not.
 """
 
@@ -88,7 +90,7 @@ def pairs_in(root: Path) -> list[Found]:
 
 def _places(root: Path) -> list[tuple[Path, int]]:
     """The folders that hold pictures, each with its repeats."""
-    places = [(root, _repeats(root))] if _pictures(root) else []
+    places = [(root, 1)] if _pictures(root) else []
     subjects: dict[str, Path] = {}
     for inner in (path for path in _listed(root) if path.is_dir()):
         match = _REPEATS.fullmatch(inner.name)
@@ -102,7 +104,7 @@ def _places(root: Path) -> list[tuple[Path, int]]:
 
 
 def _repeats(folder: Path) -> int:
-    match = _REPEATS.fullmatch(folder.resolve().name)
+    match = _REPEATS.fullmatch(folder.name)
     repeats = int(match[1][:20]) if match else 1
     if not 1 <= repeats <= MAX_REPEATS:
         raise UserError(f"{folder} says {repeats} repeats; give 1 to {MAX_REPEATS}, or another name to the folder")

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
+from mm.core.checks import check_path
 from mm.core.errors import UserError
-from mm.core.files import write_bytes
+from mm.core.files import check_place, write_bytes
 from mm.core.safe_tensors import ordered
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
@@ -190,6 +191,7 @@ def write_textual_inversion(
     Args:
         patch: with words.
         path: the file. In diffusers' layout each text encoder has its own, with the tokenizer's number in its name.
+            Files that are there are replaced, each as a whole.
         layout: "diffusers", which `load_textual_inversion` reads: the word is the key. "a1111", which A1111's web UI
             and ComfyUI read: one file, whose name is the word in prompts there.
 
@@ -197,8 +199,10 @@ def write_textual_inversion(
         The files.
 
     Raises:
-        UserError: for a patch without words, and for what the layout does not hold.
+        UserError: for a patch without words, for what the layout does not hold, and for a place where a file cannot
+            be; nothing is written then.
     """
+    check_path("the file of the textual inversion", path)
     tokens = patch.settings.get("tokens", ())
     if layout not in ("diffusers", "a1111"):
         raise UserError(f"the layout is {layout!r}; there are diffusers, a1111")
@@ -206,7 +210,7 @@ def write_textual_inversion(
         raise UserError(f"patch {patch.name!r} brings no new word, so there is no textual inversion to write")
     if layout == "a1111":
         return [_write_a1111(patch, tokens, Path(path))]
-    files, target = [], Path(path)
+    files, target = {}, Path(path)
     for tokenizer in dict.fromkeys(item["tokenizer"] for item in tokens):
         mine = [item for item in tokens if item["tokenizer"] == tokenizer]
         tensors: dict[str, Tensor] = {}
@@ -214,9 +218,11 @@ def write_textual_inversion(
             tensors[item["token"]] = _row_1D(patch, item)
         suffix = tokenizer.removeprefix("tokenizer")
         file = target if not suffix else target.with_name(f"{target.stem}{suffix}{target.suffix}")
-        write_bytes(file, save(tensors, metadata={"format": "pt"}))
-        files.append(file)
-    return files
+        check_place(file)
+        files[file] = save(tensors, metadata={"format": "pt"})
+    for file, data in files.items():
+        write_bytes(file, data)
+    return list(files)
 
 
 def _row_1D(patch: Patch, item: dict[str, Any]) -> Tensor:

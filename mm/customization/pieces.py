@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.patch import Patch
 from mm.adapters.tokens import TokenTable, add_token, release_words
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective
@@ -67,18 +66,6 @@ def frozen(pipe: Any) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def applied(pipe: Any, patch: Patch | None, scale: float = 1.0) -> Iterator[None]:
-    """Within the context the patch is on; None for the base."""
-    if patch is not None:
-        patch.apply(pipe, scale)
-    try:
-        yield
-    finally:
-        if patch is not None:
-            patch.undo(pipe)
 
 
 def layer_seed(path: str, seed: int) -> torch.Generator:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from mm.core.files import write_bytes
-from mm.customization.training import Progress
+from mm.customization.run_state import Progress
 
 _SIZE = (640, 320)
 _EDGE = 40
@@ -91,7 +91,7 @@ def sheet_of(pictures: Sequence[Image.Image]) -> Image.Image | None:
 
 
 def save_previews(folder: Path, progress: Progress, pictures: Image.Image | None) -> None:
-    """Writes `loss.png` and, with pictures, `samples/000100.png`."""
+    """Writes `loss.png` and, with pictures, `samples/000100.png`; files that are there are replaced."""
     write_bytes(folder / "loss.png", plot(progress))
     if pictures is not None:
         out = io.BytesIO()

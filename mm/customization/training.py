@@ -3,7 +3,7 @@
 Design choices
 - Preservation needs no pictures: on unrelated prompts (the family's own, the subject's class, and none) the prediction
   is held to the base's own, which is computed in the same step with the adapter off.
-- The whole state lies in one safetensors file, written by rename. Steps depend on (seed, number) alone, so a run that
+- The whole state lies in one file (`mm.customization.run_state`). Steps depend on (seed, number) alone, so a run that
   was killed at any moment continues to the same bits.
 - The preview score is that of held noise: what the error on the pictures has lost, less what unrelated prompts have
   moved, both as shares of what the base has. The best values are kept, and a run without progress stops.
@@ -13,28 +13,24 @@ Legend: B pictures.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mm.core.errors import UserError
-from mm.core.files import write_bytes
-from mm.core.safe_tensors import read_tensors
 from mm.customization.batches import Batches, Step
 from mm.customization.config import TrainingConfig
 from mm.customization.goals import Goal, Noised
 from mm.customization.methods.protocol import Learner
 from mm.customization.objectives.protocol import Objective, weighted_mse
+from mm.customization.run_state import STATE, Kept, Progress
 from mm.customization.strangers import Strangers
 
-STATE = "state.safetensors"
 _SCORED = 8  # noise levels of a preview
 _SCORED_PROMPTS = 8
 
@@ -59,27 +55,6 @@ class Regularization:
         condition = objective.encode_prompts([self.captions[i] for i in step.chosen])
         given = objective.predict(objective.noised(clean, noise, level_B), level_B, condition)
         return weighted_mse(given, objective.target(clean, noise, level_B), None).mean()
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where a run is: what is saved beside the tensors.
-
-    Attributes:
-        step: steps done.
-        losses: of the pictures, one a step.
-        preserved: losses of the preservation.
-        scores: (step, score, error as a share of the base's, drift) of each preview.
-        best: number of the best preview.
-        stopped: the run has ended early.
-    """
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    preserved: list[float] = field(default_factory=list)
-    scores: list[tuple[int, float, float, float]] = field(default_factory=list)
-    best: int = -1
-    stopped: bool = False
 
 
 class Training:
@@ -127,7 +102,7 @@ class Training:
         for part in () if work is None else work.glob(f".{STATE}.*.part"):
             part.unlink(missing_ok=True)  # of a save during which the run was killed
         if self.state_file is not None and self.state_file.is_file():
-            self._resume(self.state_file)
+            self.progress = self._kept().read(self.state_file, self.identity)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -289,42 +264,10 @@ class Training:
     def _copy(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def save(self) -> None:
-        """Writes the state, whole or not at all."""
-        if self.state_file is None:
-            return
-        tensors: dict[str, Tensor] = {}
-        for name, value in self.parameters.items():
-            tensors[f"now|{name}"] = value.detach()
-            tensors[f"best|{name}"] = self.best[name]
-            for key, tensor in self.optimizer.state.get(value, {}).items():
-                tensors[f"optimizer.{key}|{name}"] = tensor
-        tensors |= {f"kept|{name}": tensor for name, tensor in self.learner.kept().items()}
-        meta = {"progress": json.dumps(asdict(self.progress)), "identity": self.identity}
-        ready = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        write_bytes(self.state_file, save(ready, metadata=meta))
+    def _kept(self) -> Kept:
+        return Kept(parameters=self.parameters, best=self.best, optimizer=self.optimizer, learner=self.learner)
 
-    def _resume(self, file: Path) -> None:
-        read = read_tensors(file, "state of a run")
-        if read.metadata.get("identity") != self.identity:
-            raise UserError(
-                f"{file} is the state of a run with other pictures or settings; finish that one, or delete the file"
-            )
-        saved = json.loads(read.metadata["progress"])
-        saved["scores"] = [tuple(row) for row in saved["scores"]]
-        self.progress = Progress(**saved)
-        with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(read.tensors[f"now|{name}"])
-                self.best[name] = read.tensors[f"best|{name}"].to(value.device)
-                found = {
-                    key.removeprefix("optimizer.").partition("|")[0]: tensor
-                    for key, tensor in read.tensors.items()
-                    if key.startswith("optimizer.") and key.partition("|")[2] == name
-                }
-                if found:
-                    self.optimizer.state[value] = {
-                        key: tensor if key == "step" else tensor.to(value.device) for key, tensor in found.items()
-                    }
-        kept = {key.partition("|")[2]: tensor for key, tensor in read.tensors.items() if key.startswith("kept|")}
-        self.learner.restore(kept)
+    def save(self) -> None:
+        """Writes the state, whole or not at all. One that is there is replaced."""
+        if self.state_file is not None:
+            self._kept().write(self.state_file, self.progress, self.identity)

@@ -8,16 +8,16 @@ Design choices
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
+from mm.adapters.acting import acting
 from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
@@ -35,23 +35,6 @@ Composition = Callable[[Any], Sequence[bool]]
 Quantizer = Callable[[Any], object]
 GRID = 8  # pictures a row of the grid
 TRUNCATED = 32  # rank of a change that no quantized layer takes as it is
-
-
-@contextlib.contextmanager
-def with_patch(pipe: Any, patch: Patch, on: bool) -> Iterator[None]:
-    """The model with the patch in full, or without it; afterwards as it was."""
-    item = next((i for i in stack_of(pipe).list() if i.name == patch.name), None)
-    if item is not None:
-        patch.scale(pipe, 1.0 if on else 0.0)
-    elif on:
-        patch.apply(pipe)
-    try:
-        yield
-    finally:
-        if item is not None:
-            patch.scale(pipe, item.scale)
-        elif on:
-            patch.undo(pipe)
 
 
 def certify(
@@ -84,10 +67,10 @@ def certify(
     """
     started, pipe = time.monotonic(), measurer.pipe
     prompts = [p.prompt for p in probes]
-    with with_patch(pipe, patch, False):
+    with acting(pipe, patch, None):
         before = measurer.labels(prompts, base=True)
         first = list(composition(pipe)) if composition else []
-    with with_patch(pipe, patch, True):
+    with acting(pipe, patch):
         after = measurer.labels(prompts)
         second = list(composition(pipe)) if composition else []
         own = dataclasses.replace(measurer, kept=dict(zip(prompts, after, strict=True)))
@@ -253,7 +236,7 @@ def _applied(patch: Patch, pipe: Any) -> dict[str, Any]:
 def _rounded(measurer: Measurer, patch: Patch, probes: Sequence[Probe], bits: int) -> dict[str, Any]:
     """Rates with the patch's own tensors rounded."""
     small = dataclasses.replace(patch, entries=rounded_patch(patch.entries, bits), name=f"{patch.name} at {bits} bits")
-    with with_patch(measurer.pipe, patch, False), with_patch(measurer.pipe, small, True):
+    with acting(measurer.pipe, patch, None), acting(measurer.pipe, small):
         return {"rates": rates_of(probes, measurer.labels([p.prompt for p in probes]))}
 
 
@@ -263,9 +246,9 @@ def _shown(
     """Pictures of some targets and some retained concepts, before and after."""
     rows = [[p.prompt for p in probes if p.role == role][: GRID // 2] for role in ("target", "retained")]
     prompts = [prompt for row in rows for prompt in row]
-    with with_patch(measurer.pipe, patch, False):
+    with acting(measurer.pipe, patch, None):
         before = measurer.draw(prompts)
-    with with_patch(measurer.pipe, patch, True):
+    with acting(measurer.pipe, patch):
         after = measurer.draw(prompts)
     return tuple(zip(prompts, before, after, strict=True))
 

@@ -100,12 +100,7 @@ def erase(
     pairs = [pair for c in concepts for pair in contexts.pairs(c, placed[str(c)], each)]
     others = list(contexts.retained(kept, concepts))
     features, groups, template = _features(pipe, layers, pairs, others)
-    of_each = EDITS // len(concepts)  # a few of each of many targets cost the erasure more than they bring
-    instructions = edits_of(contexts, concepts, placed, of_each) if of_each >= FEW_EDITS else []
-    progress(0.2, f"reading {counted(len(instructions), 'instruction')} for editing")
-    both, read = dict(features), rows_of(pipe, layers, groups, instructions)
-    for path, found in read.items():
-        both[path] = features[path].joined(found.target_TD, found.anchor_TD, found.retained_RD)
+    both, edits = _with_edits(pipe, layers, features, groups, contexts, concepts, placed, progress)
     weights = {path: effective(layer) for path, layer in layers.items()}
     job = Job(
         pipe=pipe, layers=layers, groups=groups, features=both, weights=weights, strength=strength, pairs=pairs,
@@ -116,8 +111,7 @@ def erase(
     made = maker.make(job)
     report = {
         "targets": [str(c) for c in concepts], "concepts": [c.text for c in concepts],
-        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others),
-        "edits": len(instructions) if read else 0,
+        "anchors": placed, "retained": kept, "prompts": 2 * len(pairs) + len(others), "edits": edits,
         "layers": [*made.entries, *rows], "seconds": round(time.monotonic() - started, 2), **made.report,
         **margins(dataclasses.replace(job, features=features), made.entries),  # on the concept's own words
     }  # fmt: skip
@@ -126,6 +120,20 @@ def erase(
         entries=made.entries | rows, method=method, base=job.base, name=name, report=report,
         settings={"strength": strength, "scope": scope, **chosen},
     )  # fmt: skip
+
+
+def _with_edits(
+    pipe: Any, layers: dict[str, nn.Linear], features: dict[str, Features], groups: list[list[str]],
+    contexts: Contexts, concepts: Sequence[Concept], placed: dict[str, str], progress: Callable[[float, str], None],
+) -> tuple[dict[str, Features], int]:  # fmt: skip
+    """Features with those of instructions for editing, and the number of instructions that were read."""
+    of_each = EDITS // len(concepts)  # a few of each of many targets cost the erasure more than they bring
+    instructions = edits_of(contexts, concepts, placed, of_each) if of_each >= FEW_EDITS else []
+    progress(0.2, f"reading {counted(len(instructions), 'instruction')} for editing")
+    both, read = dict(features), rows_of(pipe, layers, groups, instructions)
+    for path, found in read.items():
+        both[path] = features[path].joined(found.target_TD, found.anchor_TD, found.retained_RD)
+    return both, len(instructions) if read else 0
 
 
 def effective(layer: nn.Linear) -> torch.Tensor:

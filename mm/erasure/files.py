@@ -45,7 +45,7 @@ def read_erasure(path: str | Path, target: Any, *, name: str | None = None) -> P
     Args:
         path: safetensors: a partial checkpoint of UCE or ESD, or a LoRA of LECO.
         target: the model or pipeline that it was made for, with 16-bit weights and without patches.
-        name: of the patch; by default the file's.
+        name: of the patch; by default the name of the file without its suffix.
 
     Returns:
         The patch, not applied.
@@ -55,9 +55,10 @@ def read_erasure(path: str | Path, target: Any, *, name: str | None = None) -> P
     """
     file = Path(path)
     tensors = read_tensors(file, "erasure file").tensors
+    name = file.stem if name is None else name
     if any(part in key for key in tensors for part in _LORA):
-        made = read_lora(file, target)
-        made.method, made.name = "leco", name or file.stem
+        made = read_lora(file, target, name=name)
+        made.method = "leco"
         return made
     modules = _modules(target)
     entries: dict[str, Entry] = {}
@@ -83,7 +84,7 @@ def read_erasure(path: str | Path, target: Any, *, name: str | None = None) -> P
     roots = roots_of(target)
     base = base_hash(roots.get(first, next(iter(roots.values()))))
     report = {"file": file.name, "layers": list(entries)}
-    return Patch(entries=entries, method="partial checkpoint", base=base, name=name or file.stem, report=report)
+    return Patch(entries=entries, method="partial checkpoint", base=base, name=name, report=report)
 
 
 def _modules(target: Any) -> dict[str, tuple[str, nn.Module, str]]:

@@ -174,7 +174,10 @@ def long_script(rng: random.Random, held_out: bool = True) -> list[dict[str, Any
 
 
 def write_scripts(path: Path, kind: str, count: int = 20, *, held_out: bool = True) -> None:
-    """Writes scripts of `kind` "short" or "long": ours for reporting, or with `held_out` False some for tuning."""
+    """Writes scripts of `kind` "short" or "long": ours for reporting, or with `held_out` False some for tuning.
+
+    A file that is there is replaced.
+    """
     name = "report 0" if held_out else "tune 0"
     rng = random.Random(f"chat {name}" if kind == "short" else f"chat long {name}")
     make = short_script if kind == "short" else long_script

@@ -29,6 +29,7 @@ from mm.adapters.patch import Patch
 from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.core.files import write_json
+from mm.core.run_files import read_result
 from mm.core.statistics import paired_change, share
 from mm.customization.customize import customize
 from mm.evaluation import compose
@@ -107,8 +108,7 @@ class Evaluation:
         key = json.dumps({**asdict(self.config), "subjects": None}, sort_keys=True)
         file = self.work / f"{name}-{hashlib.blake2s(key.encode(), digest_size=4).hexdigest()}.json"
         if file.is_file():
-            found: dict[str, Any] = json.loads(file.read_text())
-            return found
+            return read_result(file, "result of an earlier run", f"delete {file}, and it is measured again")
         made = make()
         write_json(file, made)
         return made

@@ -13,7 +13,6 @@ Design choices
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from mm.core.files import write_json, write_text
+from mm.core.run_files import taking
+from mm.core.safe_json import read_object
 from mm.customization.customize import customize
 from mm.evaluation import compose
 from mm.evaluation.prompts import COMPOSE_TUNE, load_prompts
@@ -264,8 +265,11 @@ def table(
 def _found(plan: Plan, cells: Sequence[tuple[str, str]]) -> dict[str, dict[str, Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for method, name in cells:
-        if plan.file(method, name).is_file():
-            found.setdefault(method, {})[name] = Cell(**json.loads(plan.file(method, name).read_text()))
+        file = plan.file(method, name)
+        if not file.is_file():
+            continue
+        with taking(file, "cell of the table", f"delete {file}, and it is measured again"):
+            found.setdefault(method, {})[name] = Cell(**read_object(file, "cell"))
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.core.files import write_json
-from mm.core.safe_json import read_object
+from mm.core.run_files import read_result
 from mm.engine.batching import shared_calls
 from mm.erasure.concepts import Concept
 from mm.erasure.erase import DEFAULT, erase
@@ -250,7 +250,8 @@ def claimed(file: Path) -> bool:
 
 def finished(folder: Path) -> dict[str, Any]:
     """The reports of a folder's finished cells by name."""
-    found = [read_object(file, "cell") for file in sorted(folder.glob("*.json"))]
+    files = sorted(folder.glob("*.json"))
+    found = [read_result(file, "cell of the table", f"delete {file}, and it is measured again") for file in files]
     return {report["cell"]: report for report in found if "cell" in report and "error" not in report}
 
 

@@ -170,7 +170,7 @@ def _line(candidate: Candidate, pictures: dict[str, Tensor], rows: dict[str, lis
 
 
 def save_grid(rows: dict[str, list[Tensor]], path: Path) -> None:
-    """Writes originals and reconstructions, one block of rows per style."""
+    """Writes originals and reconstructions, one block of rows per style; a file that is there is replaced."""
     import io
 
     from PIL import Image

@@ -16,9 +16,14 @@ _FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
 
 
 def save_grid(
-    path: Path, pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool | None], columns: int = 8
+    path: str | Path,
+    pictures_BCHW: torch.Tensor,
+    labels: Sequence[str],
+    verdicts: Sequence[bool | None],
+    columns: int = 8,
 ) -> None:
-    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG."""
+    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG,
+    whole or not at all. A file that is there is replaced."""
     side, line = pictures_BCHW.shape[-1], 26
     rows = math.ceil(len(labels) / columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8 + line)), "white")

@@ -117,7 +117,7 @@ class SVDQuantConfig:
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Writes all settings to a file."""
+        """Writes all settings to a file, whole or not at all. One that is there is replaced."""
         write_text(Path(json_file_path), self.to_json_string(use_diff=False))
 
     def update(self, **kwargs: Any) -> dict[str, Any]:

@@ -18,12 +18,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.core.checks import texts
+from mm.core.checks import check_path, texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
 from mm.core.model_parts import bring_the_rest
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mm.families import Family
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.report import Report
+    from mm.quantization.sources import Stored
 
 _MARK = "of.json"
 
@@ -56,7 +57,7 @@ def load_any(model: str | Path, **options: Any) -> Any:
 
 def quantize_folder(
     model: str | Path,
-    out: Path,
+    out: str | Path,
     config: SVDQuantConfig,
     *,
     prompts: str | Sequence[str] | None = None,
@@ -66,31 +67,39 @@ def quantize_folder(
     progress: bool = True,
     variant: str | None = None,
 ) -> Report:
-    """Writes a quantized copy of a model to `out` with its report. Raises UserError when `out` holds something else.
+    """Writes a quantized copy of a model with its report.
 
-    `pictures`: compared by PSNR; `compose`: prompts of each task that the family's score judges, where it has one; 0
-    for none. `variant`: of the files that are read, such as "fp16".
+    Args:
+        model: an embedded name, a folder or a hub name.
+        out: the folder of the copy: a new or an empty one, or that of a stopped run, which goes on.
+        config: how it is quantized.
+        prompts: for calibration and for the pictures that are compared; None takes the family's.
+        pictures: how many are compared by PSNR before and after.
+        compose: prompts of each task that the family's score judges, where it has one; 0 for none.
+        components: of the pipeline; None takes those of the family.
+        progress: whether a bar shows where it stands.
+        variant: of the files that are read, such as "fp16".
+
+    Returns:
+        The report, which is also in the folder.
+
+    Raises:
+        UserError: where `out` holds something else, or the model cannot be quantized so.
     """
     from mm.quantization import sources
-    from mm.quantization.pipeline_calls import preview
     from mm.quantization.quantize import quantize
 
+    check_path("the folder of the copy", out)
+    out = Path(out)
     _check_out(out)
     parts, there = out / ".parts", out.exists()
     mark = _mark_of(parts, model, config)
-    where = resolve_model(model)
-    family = family_at(where) if isinstance(where, Path) else None
-    wide = family is not None and family.dtype == "float32"
-    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
-    family = family or family_of(pipe)
+    pipe, stored, family = _opened(model, variant)
     quantizable_parts(pipe, components)  # raises before anything is drawn
     if config.size is not None:
         check_side(pipe, config.size)
     chosen = list(texts("prompts", prompts)) if prompts else _prompts(family, config.seed)
-    shown = chosen[:pictures]
-    before = preview(pipe, shown, config, "pictures before", progress) if shown and not config.data_free else None
-    score = resolve(family.score) if family and family.score and compose and not config.data_free else None
-    judged = score(pipe, compose) if score else None
+    compared = _compared(pipe, family, chosen[:pictures], compose, config, progress)
     write_bytes(parts / _MARK, mark)  # from here on the run can be gone on with
     try:
         report = quantize(
@@ -105,11 +114,7 @@ def quantize_folder(
     except UserError:
         _clear(parts, there)
         raise
-    if before is not None:
-        after = preview(pipe, shown, config, "pictures after", progress)
-        report.whole |= _compare(before, after) | {"prompts": shown}
-    if score and judged is not None:
-        report.whole["compose"] = judged_change(judged, score(pipe, compose))
+    report.whole |= compared()
     sources.as_stored(pipe, stored)
     pipe.save_pretrained(out)
     _bring_the_rest(model, out)
@@ -118,6 +123,41 @@ def quantize_folder(
     _save_report(report, out)
     shutil.rmtree(parts)
     return report
+
+
+def _opened(model: str | Path, variant: str | None) -> tuple[Any, dict[str, Stored], Family | None]:
+    """A pipeline to be quantized, how its parts are stored, and its family."""
+    from mm.quantization import sources
+
+    where = resolve_model(model)
+    family = family_at(where) if isinstance(where, Path) else None
+    wide = family is not None and family.dtype == "float32"
+    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
+    return pipe, stored, family or family_of(pipe)
+
+
+def _compared(
+    pipe: Any, family: Family | None, prompts: list[str], compose: int, config: SVDQuantConfig, progress: bool
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    """Draws and judges pictures before quantizing. What is returned does so afterwards, and gives what changed."""
+    from mm.quantization.pipeline_calls import preview
+
+    if config.data_free:
+        return dict
+    before = preview(pipe, prompts, config, "pictures before", progress) if prompts else None
+    score = resolve(family.score) if family and family.score and compose else None
+    judged = score(pipe, compose) if score else None
+
+    def after() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if before is not None:
+            found |= _compare(before, preview(pipe, prompts, config, "pictures after", progress))
+            found["prompts"] = prompts
+        if score and judged is not None:
+            found["compose"] = judged_change(judged, score(pipe, compose))
+        return found
+
+    return after
 
 
 def _check_out(out: Path) -> None:
@@ -164,7 +204,7 @@ def _mark_of(parts: Path, model: str | Path, config: SVDQuantConfig) -> bytes:
     """The mark of a model and settings. Raises UserError where the parts of an earlier run have another one."""
     mark = json.dumps({"model": str(model), "settings": config.to_dict()}, sort_keys=True)
     file = parts / _MARK
-    if file.is_file() and file.read_text() != mark:
+    if file.is_file() and file.read_bytes() != mark.encode():
         raise UserError(f"{parts} belongs to another model or other settings; remove it, or choose another folder")
     return mark.encode()
 
@@ -204,8 +244,9 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
     return folder
 
 
-def make_copy(model: str | Path, folder: Path, config: SVDQuantConfig, *, progress: bool = True) -> None:
+def make_copy(model: str | Path, folder: str | Path, config: SVDQuantConfig, *, progress: bool = True) -> None:
     """Quantizes a model into a folder of the cache, or goes on where an earlier run ended; nothing where it is done."""
+    folder = Path(folder)
     if is_whole(folder):
         return
     if folder.exists() and not (folder / ".parts").is_dir():  # an earlier run ended between two files
@@ -219,17 +260,18 @@ def make_copy(model: str | Path, folder: Path, config: SVDQuantConfig, *, progre
         quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
 
 
-def copy_folder(name: str, files: Iterable[Path], config: SVDQuantConfig) -> Path:
+def copy_folder(name: str, files: Iterable[str | Path], config: SVDQuantConfig) -> Path:
     """Where the cache keeps the copy of weights with certain bytes, made with certain settings."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for path in files:
-        with path.open("rb") as file:  # models are larger than memory
+        with Path(path).open("rb") as file:  # models are larger than memory
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return cache_dir() / "quantized" / f"{name}-{digest.hexdigest()[:16]}"
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: str | Path) -> bool:
     """Whether a copy was finished and every component that its index names is there."""
+    folder = Path(folder)
     if not (folder / "report.json").is_file() or (folder / ".parts").exists():
         return False
     try:

@@ -16,13 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
-from mm.core.safe_json import read_object
-from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
+from mm.core.run_files import read_result, read_state, write_state
 from mm.layers.linear import ActivationRule
 from mm.layers.surgery import branched
 from mm.quantization import search
@@ -54,7 +52,8 @@ def claim(folder: Path, bases: Mapping[str, str], config: SVDQuantConfig, calibr
     mark = {"bases": dict(bases), "settings": settings, "calibration": _digest(calibration)}
     file = folder / MARK
     if file.is_file():
-        _compare(folder, read_object(file, "mark of an earlier run"), mark)
+        advice = f"remove {folder}, or choose another folder to resume from"
+        _compare(folder, read_result(file, "mark of an earlier run", advice), mark)
     elif any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds safetensors files without {MARK}, so it is no folder of a stopped run")
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,25 +78,29 @@ def _digest(calibration: Any) -> str:
 
 def write(part: Path, tensors: Mapping[str, Tensor], reports: list[LayerReport], rule: ActivationRule) -> None:
     """Writes a group's layers."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    meta = {"reports": Report.dump_layers(reports), "rule": search.rule_to_json(rule)}
-    write_bytes(part, save(dict(tensors), metadata=meta))
+    write_state(part, tensors, {"reports": Report.dump_layers(reports), "rule": search.rule_to_json(rule)})
 
 
 def restore(whole: nn.Module, group: Group, part: Path) -> list[LayerReport]:
     """Puts a group's layers in place from its file."""
-    read = read_tensors(part, "part of an earlier run", types=(*FLOATS, *INTEGERS))
-    tensors, meta = read.tensors, read.metadata
-    try:
-        rule: ActivationRule = search.rule_from_json(meta["rule"])
-        reports = Report.load_layers(meta["reports"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{part} is damaged ({error!r:.200}); remove it, and its layers are quantized again") from error
-    for site in group.sites:
-        layer = branched(whole, site.path)
-        own = {key.split("|")[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{site.path}|")}
-        layer.quantize_(
-            own["qweight"], own["weight_scales"], smooth=own.get("smooth"), down=own.get("down"), up=own.get("up"),
-            bias=own.get("bias"), activation=rule,
-        )  # fmt: skip
+    read = read_state(part, "part of an earlier run", f"delete {part}, and its layers are quantized again")
+    with read.taking():
+        rule: ActivationRule = search.rule_from_json(read.metadata["rule"])
+        reports = Report.load_layers(read.metadata["reports"])
+        if {report.path for report in reports} != {site.path for site in group.sites}:
+            raise UserError(f"{part} lacks the report of a layer")
+        found = {site.path: _of_layer(site.path, read.tensors, part) for site in group.sites}
+        for path, own in found.items():
+            branched(whole, path).quantize_(
+                own["qweight"], own["weight_scales"], smooth=own.get("smooth"), down=own.get("down"),
+                up=own.get("up"), bias=own.get("bias"), activation=rule,
+            )  # fmt: skip
     return reports
+
+
+def _of_layer(path: str, tensors: Mapping[str, Tensor], part: Path) -> dict[str, Tensor]:
+    """The tensors of a layer. Raises UserError where its weights are missing."""
+    own = {key.split("|")[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{path}|")}
+    if lost := [name for name in ("qweight", "weight_scales") if name not in own]:
+        raise UserError(f"{part} lacks the tensor '{path}|{lost[0]}'")
+    return own

@@ -124,7 +124,7 @@ class Report:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON."""
+        """Writes JSON, whole or not at all. A file that is there is replaced."""
         write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @staticmethod

@@ -93,7 +93,7 @@ def _read(files: list[Path]) -> Stored:
 
 
 def compute_types(parts: Mapping[str, Stored]) -> dict[str, torch.dtype]:
-    """The type in which each part computes here, as diffusers' `torch_dtype` takes it."""
+    """The type in which each part computes here, as diffusers' `dtype` takes it."""
     choice = choose()
     by_part = {name: compute_type(part.main, choice) for name, part in parts.items() if name}
     return {"default": torch.float32} | by_part

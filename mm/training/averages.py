@@ -53,7 +53,13 @@ class WeightAverage:
             mine.copy_(kept)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes saved averages; parts that are not among them keep their fresh weights."""
+        """Takes saved averages; parts that are not among them keep their fresh weights.
+
+        Raises:
+            ValueError: where one has another shape.
+        """
         for name, tensor in self.tensors.items():
             if name in tensors:
+                if tensors[name].shape != tensor.shape:  # copying would repeat values
+                    raise ValueError(f"the average of {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
                 tensor.copy_(tensors[name])

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from mm.tokenizers import Autoencoder
-from mm.training.latents import read_scenes
+from mm.training.latents import read_shard, scene_from_json
 from mm.world.render import render
 from mm.world.scene import Scene, sample_scene
 
@@ -92,8 +91,9 @@ class RedrawnPool:
     def refresh(self) -> None:
         """Takes in shards that have appeared, in order."""
         while (path := self.folder / f"{len(self.latents):05d}.safetensors").is_file():
-            self.latents.append(load_file(path)["redrawn"])
-            self.scenes += read_scenes(path.with_suffix(".jsonl"))
+            (latents,), scenes = read_shard(path, ("redrawn",), scene_from_json)
+            self.latents.append(latents)
+            self.scenes += scenes
 
     def draw(self, n: int, rng: random.Random) -> tuple[torch.Tensor, list[Scene]]:
         """`n` random latents (n, C, H, W) in fp32, and their scenes."""

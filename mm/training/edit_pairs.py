@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from mm.core.files import write_bytes, write_text
 from mm.tokenizers import Autoencoder
-from mm.training.latents import encode_scenes, scene_from_json, scene_to_json
+from mm.training.latents import encode_scenes, read_shard, scene_from_json, scene_to_json
 from mm.world.edits import KINDS, TRAINING_WEIGHTS, Edit, sample_edit
 
 EDIT_SHARD = 2048
@@ -56,10 +56,10 @@ class EditCache:
     def refresh(self) -> None:
         """Loads shards that were added since, in order."""
         while (path := self.folder / f"{len(self.edits):05d}.safetensors").is_file():
-            latents = load_file(path)
-            self.source.append(latents["source"])
-            self.target.append(latents["target"])
-            self.edits.append([_from_json(line) for line in path.with_suffix(".jsonl").read_text().splitlines()])
+            (source, target), edits = read_shard(path, ("source", "target"), _from_json)
+            self.source.append(source)
+            self.target.append(target)
+            self.edits.append(edits)
 
     def draw(self, n: int, rng: random.Random) -> tuple[list[Edit], torch.Tensor, torch.Tensor]:
         """`n` random edits and the latents (n, 16, 8, 8) of their sources and targets."""

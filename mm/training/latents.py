@@ -11,19 +11,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from mm.core.files import write_bytes, write_text
+from mm.core.errors import UserError
+from mm.core.files import read_text_lines, write_bytes, write_text
+from mm.core.run_files import taking
+from mm.core.safe_tensors import load_tensors, read_header
 from mm.tokenizers import Autoencoder
 from mm.world.render import render
 from mm.world.scene import Scene, Sprite, sample_scene
 
 SHARD = 4096
+Row = TypeVar("Row")
 
 
 def scene_to_json(scene: Scene) -> str:
@@ -81,9 +85,27 @@ def write_shard(
     write_bytes(path, save({"latents": latents}))
 
 
-def read_scenes(path: Path) -> list[Scene]:
-    """The scenes of a shard."""
-    return [scene_from_json(line) for line in path.read_text().splitlines()]
+def read_shard(path: Path, names: Sequence[str], of_line: Callable[[str], Row]) -> tuple[list[torch.Tensor], list[Row]]:
+    """A shard, checked.
+
+    Args:
+        path: Of its tensors; its lines lie beside it.
+        names: Of the tensors, each of which has a row for each line.
+        of_line: What a line stands for.
+
+    Returns:
+        The tensors in the order of their names, and what the lines stand for.
+
+    Raises:
+        UserError: For a damaged shard; it says what to do.
+    """
+    with taking(path, "shard", f"delete {path}, and the shard is made again"):
+        found = load_tensors(read_header(path, "shard"))
+        rows = [of_line(line) for line in read_text_lines(path.with_suffix(".jsonl"), "list of a shard", most=1 << 30)]
+        tensors = [found[name] for name in names]
+        if wrong := [name for name, tensor in zip(names, tensors, strict=True) if len(tensor) != len(rows)]:
+            raise UserError(f"{path}: {wrong[0]} has {len(found[wrong[0]])} rows, and its list has {len(rows)}")
+    return tensors, rows
 
 
 class LatentCache:
@@ -98,8 +120,9 @@ class LatentCache:
     def refresh(self) -> None:
         """Loads shards that were added since, in order."""
         while (path := self.folder / f"{len(self.latents):05d}.safetensors").is_file():
-            self.latents.append(load_file(path)["latents"])
-            self.scenes.append(read_scenes(path.with_suffix(".jsonl")))
+            (latents,), scenes = read_shard(path, ("latents",), scene_from_json)
+            self.latents.append(latents)
+            self.scenes.append(scenes)
 
     def __len__(self) -> int:
         return sum(map(len, self.latents))

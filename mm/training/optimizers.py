@@ -81,7 +81,11 @@ def flatten_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Te
 
 
 def restore_state(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `flatten_state`, for an optimizer over the same parameters in the same order."""
+    """The reverse of `flatten_state`, for an optimizer over the same parameters in the same order.
+
+    Raises:
+        ValueError: where a tensor has another shape than its parameter.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")
@@ -94,6 +98,9 @@ def restore_state(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[s
             if tensor.shape == parameters[index].shape:
                 # fused kernels pair elements by memory position: the state must have its parameter's strides
                 entry[key] = torch.empty_like(parameters[index]).detach().copy_(tensor)
+            elif tensor.ndim:
+                shape = list(parameters[index].shape)
+                raise ValueError(f"{prefix}.{index}.{key} has shape {list(tensor.shape)}, not {shape}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

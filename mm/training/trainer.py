@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -27,11 +27,9 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
-from mm.core.files import write_bytes
+from mm.core.run_files import read_state, write_state
 from mm.training.averages import WeightAverage
 from mm.training.optimizers import flatten_state, muon_and_adamw, restore_state
 from mm.training.workers import batches_from
@@ -258,17 +256,20 @@ class Trainer:
         return [getattr(o, "optimizer", o) for o in self.optimizers]
 
     def save(self) -> None:
-        """Writes everything that a resume needs, by rename."""
+        """Writes everything that a resume needs, whole or not at all. A state that is there is replaced."""
         if self.accelerator.is_main_process:
             named = ("step", "seconds", "samples", "warm_from")
             counters = {name: str(getattr(self, name)) for name in named}
-            tensors = {name: tensor.contiguous() for name, tensor in self.tensors()}
-            write_bytes(self.state_file, save(tensors, metadata=counters))
+            write_state(self.state_file, dict(self.tensors()), counters)
 
     def _resume(self, state_file: Path) -> None:
-        with safe_open(state_file, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            counters = file.metadata()
+        again = f"delete {state_file}, and the stage begins again, or put a copy of it there"
+        state = read_state(state_file, "state of a stage", again, finite=False)
+        with state.taking():
+            self._take(state.tensors, state.metadata)
+
+    def _take(self, tensors: dict[str, torch.Tensor], counters: Mapping[str, str]) -> None:
+        """Takes in a state's tensors and counters; parts of the module that are new to the stage stay fresh."""
         module = {n.removeprefix("module."): t for n, t in tensors.items() if n.startswith("module.")}
         self.bare.load_state_dict(module, strict=False)
         self.average.load({n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")})

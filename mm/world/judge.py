@@ -180,7 +180,7 @@ class Judge(nn.Module):
         return out
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors; each appears whole or not at all."""
+        """Writes config.json and model.safetensors; each appears whole or not at all, in the place of one before."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {

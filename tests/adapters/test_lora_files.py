@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import mm
+from mm.adapters import stack_of
 from mm.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -297,3 +298,28 @@ def test_what_is_cut_off_is_printed(model, capsys):
     assert "truncated 1 dense entries to rank 8" in capsys.readouterr().out
     with pytest.raises(UserError, match="truncate_to is 0"):
         mm.read_lora(tensors, model, truncate_to=0)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_is_called_as_its_file_or_folder(model, tmp_path, monkeypatch):
+    folder = tmp_path / "of-peft.v2"
+    folder.mkdir()
+    for file in (tmp_path / "night style.v1.safetensors", folder / "adapter_model.safetensors"):
+        save_file(pair(TO_Q), file)
+    assert mm.read_lora(tmp_path / "night style.v1.safetensors", model).name == "night style.v1"
+    assert mm.read_lora(folder, model).name == "of-peft.v2"
+    monkeypatch.chdir(folder)
+    assert mm.read_lora(".", model).name == "of-peft.v2"
+    assert mm.read_lora(pair(TO_Q), model).name == "lora"
+    assert mm.read_lora(folder, model, name="mine").name == "mine"
+    with pytest.raises(UserError, match="name is 3; give a text"):
+        mm.read_lora(folder, model, name=3)
+
+
+def test_two_files_without_names_go_onto_one_model(model, tmp_path):
+    for name in ("a", "b"):
+        save_file(pair(TO_Q), tmp_path / f"{name}.safetensors")
+        mm.read_lora(tmp_path / f"{name}.safetensors", model).apply(model)
+    assert stack_of(model).names() == ("a", "b")

@@ -92,6 +92,10 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert all(torch.equal(e.tensors["rows"], read.entries[p].tensors["rows"]) for p, e in entries.items())
     with pytest.raises(UserError, match="there are diffusers, a1111"):
         write_textual_inversion(patch, tmp_path / "x.safetensors", "other")  # type: ignore[arg-type]
+    (tmp_path / "both_2.safetensors").mkdir()  # the second encoder's file
+    with pytest.raises(UserError, match=r"both_2\.safetensors is a folder"):
+        write_textual_inversion(patch, tmp_path / "both.safetensors")
+    assert not (tmp_path / "both.safetensors").exists()
     (t5,) = [dict(tokens[0], embedding="text_encoder_2.shared", tokenizer="tokenizer_2")]
     wrong = Patch(entries={"text_encoder_2.shared": next(iter(entries.values()))}, settings={"tokens": [t5]})
     with pytest.raises(UserError, match="rows of CLIP's text encoders"):

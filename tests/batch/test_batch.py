@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
 import mm.cli
+from mm.adapters.patch import Entry, Patch
+from mm.adapters.tokens import token_tables
 from mm.batch import read_jobs, run_jobs
 from mm.batch.jobs import BadRow, Generate, Row
 from mm.batch.plan import Plan, picture_seed
@@ -143,6 +147,23 @@ def test_running_again_draws_only_what_is_missing_or_changed(tmp_path, counting)
     assert run_jobs(jobs, out, load=counting.load).drawn == 0
 
 
+def test_damaged_records_are_drawn_again(tmp_path, counting):
+    jobs, out = write(tmp_path / "j", row("a")), tmp_path / "out"
+    run_jobs(jobs, out, load=counting.load)
+    (record,) = out.rglob("*.json")
+    whole, manifest = json.loads(record.read_text()), next(out.rglob("manifest.jsonl"))
+    texts = ["", "[]", "null", "{", json.dumps(whole)[:99], "[" * 9000]
+    texts += [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
+    keys = ("custom_id", "index", "line", "status", "sha256")
+    texts += [json.dumps(whole | {key: value}) for key in keys for value in ({"x": 1}, ["x"], None, -3)]
+    for text in texts:
+        record.write_text(text)
+        manifest.write_bytes(b"\xff[")
+        assert run_jobs(jobs, out, load=counting.load).drawn == 1, text
+        assert json.loads(record.read_text()) == whole
+        assert json.loads(manifest.read_text()) == whole
+
+
 def test_a_picture_is_the_same_in_any_batch(tmp_path, counting):
     rows = [row("a", n=3), row("b", seed=5), row("c", mode="codes", steps=2)]
     for size, order in ((1, rows), (8, rows[::-1])):
@@ -218,6 +239,54 @@ def test_a_dry_run_touches_nothing(tmp_path, counting):
     report = run_jobs(write(tmp_path / "j", row("a", n=5), "{"), tmp_path / "out", dry_run=True, load=counting.load)
     assert (report.missing, report.failed, counting.loads) == (5, 1, 0)
     assert not (tmp_path / "out").exists()
+
+
+REFUSED = {
+    "options": (row(options={"zzz": 1}), "takes no zzz; it takes "),
+    "options of numbers": (
+        row(options={"temperature": "warm"}),
+        "temperature is 'warm'; TextToImagePipeline takes a number",
+    ),
+    "words": (row(prompt="two red zzyzx", strict=True), "is refused \\(strict\\)"),
+    "no words": (row(prompt="{ | }"), "the prompt is empty"),
+    "weights": (row(prompt="(red:99) cats"), "the weight 99 in the prompt is too large"),
+}
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_a_dry_run_finds_what_a_real_run_refuses(tmp_path, folder, which):
+    refused, says = REFUSED[which]
+    good = row("good", options={"temperature": 0.5}, strict=True)
+    jobs = write(tmp_path / "j", refused, good)
+    reports = [run_jobs(jobs, tmp_path / "out", model=str(folder), dry_run=dry) for dry in (True, False)]
+    for report in reports:
+        assert (report.rows, report.total, report.failed, len(report.errors)) == (2, 2, 1, 1)
+        assert re.search(says, report.errors[0]) and "line 1" in report.errors[0]
+    assert (reports[0].missing, reports[0].drawn, reports[1].drawn) == (1, 0, 1)
+    assert reports[0].errors == reports[1].errors
+
+
+def test_a_dry_run_knows_the_words_of_a_rows_adapter(tmp_path, folder):
+    pipe = load(folder).pipeline
+    table = token_tables(pipe)[0]
+    width = pipe.trunk.words.embedding_dim
+    entry = Entry(kind="rows", tensors={"ids": torch.arange(1), "rows": torch.ones(1, width)})
+    tokens = [{"token": "<mug>", "tokenizer": table.tokenizer, "embedding": table.embedding, "id": 0}]
+    Patch(entries={table.embedding: entry}, settings={"tokens": tokens}).save(tmp_path / "mug.safetensors")
+    save_file({"emb_params": torch.ones(width)}, tmp_path / "<cup>.safetensors")
+    rows = [row(f"{k}", prompt=f"two {word}", strict=True, lora=lora) for k, (word, lora) in enumerate((
+        ("<mug>", "mug.safetensors"), ("<cup>", "<cup>.safetensors"), ("<mug>", ())))]  # fmt: skip
+    report = run_jobs(write(tmp_path / "j", *rows), tmp_path / "out", model=str(folder), dry_run=True)
+    assert (report.missing, report.failed) == (2, 1) and "line 3" in report.errors[0], report.errors
+    assert run_jobs(tmp_path / "j", tmp_path / "out", model=str(folder)).errors == report.errors
+
+
+def test_paths_may_be_texts(tmp_path, folder):
+    save_file({"emb_params": torch.ones(load(folder).pipeline.trunk.words.embedding_dim)}, tmp_path / "a.safetensors")
+    jobs, file = write(tmp_path / "j", row()), f"{tmp_path}/a.safetensors"
+    report = run_jobs(str(jobs), f"{tmp_path}/out", model=folder, root=str(tmp_path), adapters=[file])
+    assert report.drawn == 1, report.errors
+    assert run_jobs(jobs, tmp_path / "out", model=str(folder), adapters=(Path(file), 1.0)).skipped == 1
 
 
 def test_a_planted_link_does_not_lead_out(tmp_path, counting):

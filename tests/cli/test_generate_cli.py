@@ -48,6 +48,23 @@ def test_command_and_python_draw_the_same_pictures(cli: Run, folder: Path, tmp_p
     assert again.stdout.startswith(str(tmp_path / "00003.png"))  # nothing is overwritten
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_like_reads_every_format_that_is_written(cli: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
+    first, again, plain = (tmp_path / name for name in (f"a.{suffix}", "again.png", "plain.png"))
+    command = ["generate", "two red cats on grass", "--seed", "7", "--steps", "2", "--guidance", "3"]
+    for arguments in (
+        [*command, "--model", str(folder), "-o", str(first)], [*command, "--model", str(folder), "-o", str(plain)],
+        ["generate", "--like", str(first), "-o", str(again)],
+    ):  # fmt: skip
+        done = cli(*arguments)
+        assert done.returncode == 0, done.stderr
+    assert Image.open(again).tobytes() == Image.open(plain).tobytes()
+    said, wanted = read_settings(again), read_settings(plain)
+    assert {key: said[key] for key in ("prompt", "seed", "steps", "guidance", "mode", "model")} == {
+        key: wanted[key] for key in ("prompt", "seed", "steps", "guidance", "mode", "model")
+    }
+
+
 def test_errors_are_one_line(cli: Run, folder: Path, tmp_path: Path) -> None:
     bad = cli("generate", " ", "--model", str(folder), "-o", str(tmp_path))
     assert bad.returncode == 1

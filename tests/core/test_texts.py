@@ -12,6 +12,7 @@ from tiny_public import unet
 
 import mm
 from mm.adapters.patch import Patch
+from mm.batch import run_jobs
 from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.engine.attaching import listed
@@ -21,6 +22,7 @@ from mm.families.family import Family
 from mm.families.rules import at_bits, keep
 from mm.families.sites import quantizable_parts
 from mm.provenance.fingerprint import FingerprintConfig
+from mm.quantization.folders import quantize_folder
 from mm.training.tokenizer_stage import TokenizerConfig
 
 
@@ -109,6 +111,9 @@ CALLS: dict[str, tuple[Any, str]] = {
     "load nothing": (lambda: mm.load(None), "the model is None; give the path"),
     "from_pretrained": (lambda: mm.TextToImagePipeline.from_pretrained(None), "the model is None; give"),
     "load_nunchaku": (lambda: mm.load_nunchaku(None), "the Nunchaku file is None; give the path"),
+    "quantize_folder": (lambda: quantize_folder("x", None, None), "the folder of the copy is None; give the path"),
+    "run_jobs": (lambda: run_jobs("x", None), "the folder of results is None; give the path"),
+    "run_jobs with an adapter": (lambda: run_jobs("x", "y", adapters="none"), "there is no adapter file none"),
     "read_nunchaku": (lambda: mm.read_nunchaku("x", None), "model is None; give the model of diffusers"),
     "config rank": (lambda: mm.SVDQuantConfig(rank="32"), "rank is '32'; give a whole number"),
     "config keep": (lambda: mm.SVDQuantConfig(keep="a("), r"keep holds 'a\(', which is no regular expression"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damaged import damaged_states
 from forked import Forks
 from safetensors import safe_open
 from subject_pictures import subject_folder
@@ -16,10 +17,10 @@ from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 
 from mm.adapters.formats import read_lora
 from mm.adapters.patch import Patch
+from mm.core import run_files
 from mm.core.errors import UserError
-from mm.customization import training
 from mm.customization.customize import customize
-from mm.customization.training import STATE
+from mm.customization.run_state import STATE
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
@@ -132,11 +133,39 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         customize(pipe, folder, name="sks thing", **(short | {"ranks": 2}))
 
 
+@pytest.mark.parametrize("method", ["dreambooth", "adalora"])
+def test_a_damaged_state_is_one_error_that_says_what_to_do(tmp_path: Path, method: str) -> None:
+    folder, work = subject_folder(tmp_path / "data"), tmp_path / "work"
+    pipe = tiny_pipeline_of("stable-diffusion")
+    settings = FAST | {"steps": 2, "preview_every": 2, "name": "sks thing", "samples": (), "method": method}
+    customize(pipe, folder, work=work, **settings)
+    state, before = work / STATE, _state(pipe)
+    whole = state.read_bytes()
+    for done, data in damaged_states(state):
+        if method == "adalora" and "kept" not in done:  # it differs in what it keeps alone
+            continue
+        if done in ("without tensors", "of nothing"):  # as an earlier version wrote it; no state of a run at all
+            continue
+        state.write_bytes(data)
+        if done.startswith("identity = "):
+            with pytest.raises(UserError, match="other pictures or settings"):
+                customize(pipe, folder, work=work, **settings)
+            continue
+        with pytest.raises(UserError) as caught:
+            customize(pipe, folder, work=work, **settings)
+        assert str(caught.value).startswith(str(state)), (done, str(caught.value))
+        assert f"delete {state}, and the run begins again" in str(caught.value), done
+        assert state.read_bytes() == data
+        assert all(torch.equal(value, before[name]) for name, value in _state(pipe).items()), done
+    state.write_bytes(whole)
+    assert customize(pipe, folder, work=work, **settings).report["steps"] == 2
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the last save that went through is whole, and the run goes on from it."""
     folder, work, pipe = subject_folder(tmp_path / "data"), tmp_path / "work", tiny_pipeline_of("stable-diffusion")
     settings = FAST | {"steps": 4, "preview_every": 4, "save_every": 1, "samples": ()}
-    real, saves = training.write_bytes, []
+    real, saves = run_files.write_bytes, []
 
     def full(path: Path, data: bytes) -> None:
         saves.append(path)
@@ -144,7 +173,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(28, "No space left on device", str(path))
         real(path, data)
 
-    monkeypatch.setattr(training, "write_bytes", full)
+    monkeypatch.setattr(run_files, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         customize(pipe, folder, name="sks thing", work=work, **settings)
     with safe_open(work / STATE, "pt") as read:

@@ -35,7 +35,7 @@ def test_repeats_of_kohyas_folders(tmp_path: Path) -> None:
     subject_folder(tmp_path / "10_mug", 2)
     subject_folder(tmp_path / "3_mug cup", 1)
     assert [e.repeats for e in read_folder(tmp_path, name="<mug>")] == [10, 10, 3]
-    assert [e.repeats for e in read_folder(tmp_path / "10_mug", name="<mug>")] == [10, 10]
+    assert [e.repeats for e in read_folder(tmp_path / "10_mug", name="<mug>")] == [1, 1]
 
 
 def test_masks(tmp_path: Path) -> None:

@@ -9,29 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from subject_pictures import subject_folder
-from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+from subject_pictures import WORDS
+from tiny_pipelines import SIDE, draw_with
 from torch import Tensor
 from typer.testing import CliRunner
 
 import mm.customization.merging.merge as merge_module
 import mm.customization.merging.teachers as teachers_module
+from mm.adapters.acting import acting
 from mm.adapters.patch import Patch
 from mm.cli.merge import app
 from mm.core.errors import UserError
 from mm.customization.companions import Box
-from mm.customization.customize import customize
 from mm.customization.merging.distill import Distillation
 from mm.customization.merging.merge import merge
 from mm.customization.merging.teachers import Teachers, Together
 from mm.customization.objectives.protocol import objective_of
-from mm.customization.pieces import applied
 
-FAST: dict[str, Any] = {
-    "steps": 3, "batch_size": 1, "size": SIDE, "preview_every": 3, "learning_rate": 5e-2, "preserved": (), "rank": 4,
-    "samples": (),
-}  # fmt: skip
-WORDS = ("sks", "zwx")
 NOISES = 4
 UPDATES = 40
 
@@ -43,19 +37,6 @@ def few_targets() -> Iterator[None]:
         patch.setattr(teachers_module, "_TRIES", 1)
         patch.setattr(merge_module, "Distillation", partial(Distillation, pairs=1))
         yield
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return tiny_pipeline_of("stable-diffusion")
-
-
-@pytest.fixture(scope="module")
-def adapters(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Patch]:
-    folder = subject_folder(tmp_path_factory.mktemp("subject"))
-    return [
-        customize(pipe, folder, name=name, method="dreambooth", seed=k, **FAST) for k, name in enumerate(WORDS)
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +131,7 @@ def test_targets_of_two_subjects_are_what_each_adapter_predicts_at_its_place(pip
         (slice(0, half), slice(half, None)), (slice(0, half), slice(0, half)), (slice(half, None), slice(half, None)),
     )  # fmt: skip
     for (patch, prompt), (rows, columns) in zip(cases, places, strict=True):
-        with torch.no_grad(), applied(pipe, patch):
+        with torch.no_grad(), acting(pipe, patch):
             given = objective.predict(made.noisy, made.level_M, objective.encode_prompts([prompt] * NOISES))
         assert torch.allclose(given[..., rows, columns], made.wanted[..., rows, columns], atol=1e-5)
 

@@ -51,9 +51,20 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["0_mug", "20261127_mug", "99999999999999999999999_mug"])
 def test_repeats_out_of_range(folder: str, tmp_path: Path) -> None:
     subject_folder(tmp_path / "data" / folder, 1)
-    for root in (tmp_path / "data", tmp_path / "data" / folder):
-        with pytest.raises(UserError, match=r"repeats; give 1 to 10000"):
-            read_folder(root, name="<mug>")
+    with pytest.raises(UserError, match=r"repeats; give 1 to 10000"):
+        read_folder(tmp_path / "data", name="<mug>")
+
+
+def test_repeats_are_those_of_folders_inside_the_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in kohya's scripts; the name of the given folder, a year perhaps, says nothing."""
+    root = subject_folder(tmp_path / "2026_mug", 1)
+    subject_folder(root / "10_mug", 1)
+    assert [one.repeats for one in read_folder(root, name="<mug>")] == [1, 10]
+    assert [one.repeats for one in read_folder(root / "10_mug", name="<mug>")] == [1]
+    monkeypatch.chdir(root / "10_mug")
+    assert [one.repeats for one in read_folder(".", name="<mug>")] == [1]
+    plain = subject_folder(tmp_path / "2026_class", 1, captions=False)
+    assert [one.repeats for one in read_regularization(plain, noun="mug")] == [1]
 
 
 def test_captions_of_other_suffixes_and_cases(tmp_path: Path) -> None:

@@ -7,41 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from subject_pictures import subject_folder
-from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+from tiny_pipelines import draw_with
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from mm.adapters.patch import Patch
 from mm.cli.merge import app
 from mm.core.errors import UserError
-from mm.customization.customize import customize
 from mm.customization.merging.merge import merge
 from mm.customization.merging.regmean import Moments, cut_in, mergeable, reading
-
-FAST: dict[str, Any] = {
-    "steps": 3, "batch_size": 1, "size": SIDE, "preview_every": 3, "learning_rate": 5e-2, "preserved": (), "rank": 4,
-    "samples": (),
-}  # fmt: skip
 
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return tiny_pipeline_of("stable-diffusion")
-
-
-@pytest.fixture(scope="module")
-def adapters(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Patch]:
-    folder = subject_folder(tmp_path_factory.mktemp("subject"))
-    found: list[Patch] = [
-        customize(pipe, folder, name=name, method="dreambooth", seed=k, **FAST) for k, name in enumerate(("sks", "zwx"))
-    ]
-    assert all(patch.report["best_step"] == 3 for patch in found)  # else the adapters change nothing
-    return found
 
 
 def moments_of(inputs: list[Tensor], path: str = "root.layer") -> Moments:
@@ -121,6 +99,17 @@ def test_a_merge_does_on_each_word_what_its_adapter_does(pipe: Any, adapters: li
     assert total.report["mean_error"] < 1 and total.method == "merged-regmean"
     assert all(len(e.tensors["down"]) <= 8 for e in total.entries.values() if mergeable(e))
     assert torch.equal(before, draw_with("stable-diffusion", pipe, prompt="a sks"))
+
+
+def test_an_adapter_that_is_on_the_model_is_refused_before_anything_is_drawn(pipe: Any, adapters: list[Patch]) -> None:
+    """What the model does without it is measured, too."""
+    adapters[1].apply(pipe)
+    try:
+        for method in ("regmean", "distill"):
+            with pytest.raises(UserError, match=r"the patch 'zwx' is on the model; take it off first"):
+                merge(adapters, method=method, pipe=pipe, progress=lambda share, text: pytest.fail("it draws"))
+    finally:
+        adapters[1].undo(pipe)
 
 
 def test_what_regmean_needs_is_said_before_anything_is_drawn(pipe: Any, adapters: list[Patch], tmp_path: Path) -> None:

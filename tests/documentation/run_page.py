@@ -14,6 +14,7 @@ import runpy
 import socket
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,9 @@ def _run_python(step: dict[str, Any], names: dict[str, Any]) -> None:
 
         if not isinstance(folders.quantize_folder, partial):
             folders.quantize_folder = partial(_without_data, folders.quantize_folder)  # type: ignore[assignment]
-    exec(compile("\n" * (step["line"] - 1) + step["text"], step["page"], "exec"), names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of a name that a library gives up
+        exec(compile("\n" * (step["line"] - 1) + step["text"], step["page"], "exec"), names)
 
 
 def _without_data(quantize: Any, model: Any, out: Any, config: Any, **options: Any) -> Any:

@@ -180,6 +180,7 @@ def test_commands_are_split_as_a_shell_does() -> None:
     ("step", "message"),
     [
         ({"kind": "python", "text": "x = missing\n"}, 'page.md", line 7'),
+        ({"kind": "python", "text": "import warnings\nwarnings.warn('an old name', FutureWarning)\n"}, "an old name"),
         ({"kind": "mm", "arguments": ["generate", "x", "--model", "no-such"]}, "no model 'no-such'"),
         ({"kind": "parse", "arguments": ["train", "mm-tiny", "--no-such"]}, "--no-such"),
         ({"kind": "script", "arguments": ["-m", "mm.training.tokenizer_stage", "--no-such"]}, "--out"),

@@ -35,7 +35,7 @@ def test_save_and_load_give_the_same_picture(pipe: TextToImagePipeline, tmp_path
 @pytest.mark.parametrize("mode", ["flow", "codes"])
 def test_bfloat16_loads_and_draws_nearly_the_same(pipe: TextToImagePipeline, tmp_path: Path, mode: str) -> None:
     pipe.save_pretrained(tmp_path)
-    half = TextToImagePipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = TextToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.trunk.dtype == half.code_head.dtype == torch.bfloat16
     picture = draw(half, mode=mode)

@@ -10,6 +10,7 @@ import pytest
 import tiny_calibration as tiny
 import torch
 import transformers
+from damaged import damaged_states
 from safetensors.torch import load_file, save_file
 from tiny_block import INPUTS, SMALL, block
 from tiny_public import flux, flux_inputs
@@ -150,6 +151,26 @@ def test_a_resume_folder_belongs_to_one_model_settings_and_calibration(tmp_path)
         mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=foreign)
 
 
+def test_damaged_parts_of_a_stopped_run_are_one_error_that_says_what_to_do(tmp_path):
+    mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+    part, mark = next(tmp_path.glob("*.safetensors")), tmp_path / "base.json"
+    whole, kept = part.read_bytes(), mark.read_bytes()
+    for done, data in damaged_states(part):
+        if done in ("without tensors", "rule = {}") or done.endswith("of another shape"):
+            continue
+        part.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+        assert f"; delete {part}, and its layers are quantized again" in str(caught.value), (done, str(caught.value))
+    part.write_bytes(whole)
+    for data in (b"", b"[]", b"{", b"\xff"):
+        mark.write_bytes(data)
+        with pytest.raises(UserError, match=f"{mark}.*; remove {tmp_path}, or choose another folder"):
+            mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+    mark.write_bytes(kept)
+    mm.quantize(block(), SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+
+
 def test_fusing_projections_of_a_quantized_model_is_refused(tmp_path):
     pipe = tiny.sdxl()
     mm.quantize(pipe.unet, CONFIG, progress=False)
@@ -173,7 +194,7 @@ def test_a_copy_keeps_the_type_of_its_source(tmp_path, dtype):
     source = tiny.sdxl().to(dtype)
     source.save_pretrained(tmp_path / "source")
     config = mm.SVDQuantConfig(rank=2, data_free=True)
-    report = quantize_folder(tmp_path / "source", tmp_path / "small", config, pictures=0, progress=False)
+    report = quantize_folder(f"{tmp_path}/source", f"{tmp_path}/small", config, pictures=0, progress=False)
     unet = load_file(tmp_path / "small" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in unet.values() if tensor.is_floating_point()} == {dtype}
     for part, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):

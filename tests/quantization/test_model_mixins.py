@@ -93,7 +93,7 @@ def test_other_types(case: Any, tmp_path: Path) -> None:
     model, run = case
     want = run(model)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert loaded.dtype == torch.bfloat16
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16

@@ -169,7 +169,7 @@ def test_a_nunchaku_lite_folder(tmp_path, fp4):
     near = mm.load_nunchaku(tmp_path, dtype=torch.float32, activation_bits=16)
     assert relative(run(near), run(meant)) < (0.02 if fp4 else 1e-4)
     as_it_is = mm.load_nunchaku(tmp_path, dtype=torch.float32)
-    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(run(loaded), run(as_it_is))
     loaded.save_pretrained(tmp_path / "ours")
     assert (

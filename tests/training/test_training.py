@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from damaged import damaged_states
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load, save
 from tiny import tiny_reader
 from torch import nn
 
 from mm.core.errors import UserError
 from mm.training import publishing, run
-from mm.training.latents import write_shard
+from mm.training.edit_pairs import EditCache, write_edit_shard
+from mm.training.latents import LatentCache, write_shard
 from mm.training.trainer import Trainer, TrainerConfig, rate_factor
 
 STEADY = TrainerConfig(minutes=1, batch_size=4, decay_share=0.0, warmup=2)
@@ -59,6 +62,46 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     once, twice = dict(whole.tensors()), dict(second.tensors())
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_damaged_state_is_one_error_that_says_what_to_do(tmp_path):
+    trainer = Trainer(Line(), tmp_path, STEADY)
+    advance(trainer, 2)
+    trainer.save()
+    state = tmp_path / "state.safetensors"
+    whole = state.read_bytes()
+    for done, data in damaged_states(state):
+        if done in ("without tensors", "without warm_from"):  # as earlier versions wrote it
+            continue
+        state.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            Trainer(Line(), tmp_path, STEADY)
+        assert str(caught.value).startswith(str(state)), (done, str(caught.value))
+        assert f"delete {state}, and the stage begins again" in str(caught.value), done
+        assert state.read_bytes() == data
+    state.write_bytes(whole)
+    assert Trainer(Line(), tmp_path, STEADY).step == 2
+
+
+@pytest.mark.parametrize("cache", [LatentCache, EditCache])
+def test_a_damaged_shard_is_one_error_that_says_what_to_do(tmp_path, cache):
+    write = write_shard if cache is LatentCache else write_edit_shard
+    write(tmp_path, 0, tiny_reader()["autoencoder"], size=3)
+    tensors, lines = tmp_path / "00000.safetensors", tmp_path / "00000.jsonl"
+    kept = {file: file.read_bytes() for file in (tensors, lines)}
+    found = load(kept[tensors])
+    first = kept[lines].splitlines()[0] + b"\n"
+    wrong = [(tensors, data) for data in (b"", kept[tensors][:99], b"{}", save({"x": torch.zeros(3)}))]
+    wrong += [(tensors, save({name: tensor[:2].clone() for name, tensor in found.items()}))]
+    wrong += [(lines, data) for data in (b"", first, b"[]\n" * 3, b"{}\n" * 3, b"\xff\n", b"null\n" * 3)]
+    for file, data in wrong:
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=f"00000.*; delete {tensors}, and the shard is made again"):
+            cache(tmp_path)
+        file.write_bytes(kept[file])
+    lines.unlink()
+    with pytest.raises(UserError, match=r"no list of a shard at .*; delete .*, and the shard is made again"):
+        cache(tmp_path)
 
 
 def test_the_average_follows_the_weights_and_is_swapped_in_and_out(tmp_path):

@@ -16,9 +16,11 @@ from mm.adapters.formats.settings import Strengths
 from mm.adapters.formats.source import load
 from mm.adapters.formats.words import split_words, word_entries
 from mm.adapters.patch import Entry, Patch
-from mm.core.checks import check_path, whole
+from mm.adapters.patch_file import META
+from mm.core.checks import check_path, check_text, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
+from mm.core.safe_tensors import read_header
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import locate, roots_of, submodule
 
@@ -26,7 +28,11 @@ MOST = 10**6  # of a rank
 
 
 def read_lora(
-    source: str | Path | Mapping[str, Tensor], target: Any, *, name: str = "lora", truncate_to: int | None = None
+    source: str | Path | Mapping[str, Tensor],
+    target: Any,
+    *,
+    name: str | None = None,
+    truncate_to: int | None = None,
 ) -> Patch:
     """A LoRA, DoRA, LoHa, LoKr, OFT or textual inversion of another program as a patch for a model.
 
@@ -34,7 +40,7 @@ def read_lora(
         source: a safetensors file, a folder that peft or diffusers saved, or tensors by key, in the layout of peft,
             diffusers, kohya, LyCORIS, ComfyUI or XLabs; new words in the forms of `mm.adapters.formats.words`.
         target: the module or pipeline it is for; its layers say what the file's names stand for.
-        name: of the patch.
+        name: of the patch; by default the name of the file without its suffix, or of the folder; "lora" for tensors.
         truncate_to: a rank to which changes of whole weights of linear layers (DoRA, LoHa, LoKr, OFT) are cut down;
             what is lost is printed. Layers of 4-bit weights need it. Without it such changes are exact.
 
@@ -44,8 +50,9 @@ def read_lora(
     Raises:
         UserError: where a key of the file is not understood, is for no layer of this model, or does not fit it.
     """
-    _check_call(source, target, truncate_to)
+    _check_call(source, target, name, truncate_to)
     given = load(source)
+    name = given.name if name is None else name
     odd = not any(map(is_lora, given.tensors))
     words, tensors = split_words(given.tensors, given.word or name, odd)
     modules = grouped(tensors)
@@ -73,10 +80,35 @@ def read_lora(
     return patch if truncate_to is None else _truncated(patch, target, truncate_to)
 
 
-def _check_call(source: object, target: Any, truncate_to: int | None) -> None:
+def words_of_file(path: str | Path) -> list[str]:
+    """The words that an adapter file adds to a tokenizer, without a model.
+
+    Args:
+        path: a patch of mm, or a LoRA or textual inversion of another program.
+
+    Returns:
+        The token strings; a word of several rows stands for itself and `WORD_1`, `WORD_2` and so on.
+
+    Raises:
+        UserError: for any other file.
+    """
+    if META in read_header(path, "adapter").metadata:
+        return [str(item["token"]) for item in Patch.load(path).settings.get("tokens", ())]
+    given = load(path)
+    words, _ = split_words(given.tensors, given.word, not any(map(is_lora, given.tensors)))
+    found: list[str] = []
+    for word, parts in words.items():
+        rows = max(1 if tensor.ndim == 1 else len(tensor) for tensor in parts.values())
+        found += [word, *(f"{word}_{number}" for number in range(1, rows))]
+    return found
+
+
+def _check_call(source: object, target: Any, name: object, truncate_to: int | None) -> None:
     """Raises UserError for arguments of wrong types, or a rank below 1."""
     if truncate_to is not None:
         whole("truncate_to", truncate_to, 1, MOST)
+    if name is not None:
+        check_text("name", name)
     if not isinstance(source, Mapping):
         check_path("the LoRA", source)
     roots_of(target)  # raises for what is no model

@@ -33,13 +33,15 @@ _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how to call it.
-    `word`: what a textual inversion in it is called where it does not say so; empty where it has no name. `base`: the
-    hash of the model that mm made it for, and `trigger` what its subject is called; empty where it does not say so."""
+    """A file's tensors by key, its settings (peft's names, perhaps with a component's prefix), and how messages call it
+    (`label`). `name`: what a patch of it is called where the caller does not say so. `word`: what a textual inversion
+    in it is called where it does not say so; empty where it has no name. `base`: the hash of the model that mm made it
+    for, and `trigger` what its subject is called; empty where it does not say so."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     label: str
+    name: str = "lora"
     word: str = ""
     base: str = ""
     trigger: str = ""
@@ -56,21 +58,21 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
     """
     settings: dict[str, Any] = {}
     said: Mapping[str, str] = {}
-    word = ""
+    word, name = "", "lora"
     if isinstance(source, Mapping):
         named = source.get("name")
         word = named if isinstance(named, str) else ""
         tensors, label = unpacked(source), "the LoRA"
     else:
         path = _file(Path(source))
-        word = word_of(path)
+        word, name = word_of(path), _name_of(Path(source))
         tensors, settings, said = _read(path)
         label = str(path)
     if not tensors:
         raise UserError(f"{label} has no tensors")
     return Source(
-        tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label, word=word,
-        base=said.get("mm_base", ""), trigger=said.get("modelspec.trigger_phrase", "")[:_LONGEST_NAME],
+        tensors={k: _checked(k, t, label) for k, t in tensors.items()}, settings=settings, label=label, name=name,
+        word=word, base=said.get("mm_base", ""), trigger=said.get("modelspec.trigger_phrase", "")[:_LONGEST_NAME],
     )  # fmt: skip
 
 
@@ -83,6 +85,11 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no LoRA at {path}; give a .safetensors file (pickled adapters are not read)")
     return path
+
+
+def _name_of(path: Path) -> str:
+    """What a file or folder is called, without a file's suffix; "." is the folder that it stands for."""
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:

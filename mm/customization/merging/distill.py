@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.adapters.acting import acting
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.core.checks import number, whole
@@ -32,7 +33,7 @@ from mm.customization.config import MAX_SETTING
 from mm.customization.merging.regmean import OnProgress
 from mm.customization.merging.teachers import Targets, Teachers
 from mm.customization.objectives.protocol import Objective, objective_of, weighted_mse
-from mm.customization.pieces import Branches, applied, frozen
+from mm.customization.pieces import Branches, frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,13 @@ class Distilled:
     pairs_first: float
     pairs_last: float
 
+    def report(self) -> dict[str, Any]:
+        """What a merged patch's report says of it."""
+        return {
+            "error_before": self.first, "error": self.last, "pairs": self.pairs,
+            "pairs_error_before": self.pairs_first, "pairs_error": self.pairs_last,
+        }  # fmt: skip
+
 
 def distill(
     pipe: Any, patches: Sequence[Patch], words: Sequence[str], weights: Sequence[float], start: Mapping[str, Entry],
@@ -105,7 +113,7 @@ def distill(
     teachers = Teachers(objective, patches, words, weights, seed=seed, steps=steps, progress=progress)
     pairs = teachers.pairs(config.pairs, progress) if len(patches) > 1 and config.pairs else []
     of_pairs = teachers.of_pairs(pairs)
-    with frozen(pipe), applied(pipe, others):
+    with frozen(pipe), acting(pipe, others):
         branches = Branches(
             objective, list(start), rank=1, seed=seed, origin="distill",
             downs={path: entry.tensors["down"].float() for path, entry in start.items()},

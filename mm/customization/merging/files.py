@@ -50,7 +50,7 @@ def read_adapter(path: str | Path, target: Any = None) -> Patch:
         return own
     if target is None:
         raise UserError(f"{file} is a LoRA of another program; give the model that it is for (--model)")
-    found = read_lora(file, target, name=file.stem)
+    found = read_lora(file, target)
     family = family_of(target)
     return Learned(
         entries=found.entries, method=found.method, base=header.metadata.get("mm_base", ""), settings=found.settings,

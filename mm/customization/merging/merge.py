@@ -25,12 +25,13 @@ from torch import Tensor
 
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
+from mm.adapters.stack import stack_of
 from mm.core.checks import check_kind, given
 from mm.core.errors import UserError
 from mm.customization.learned import Learned
 from mm.customization.merging.combining import COMBINING, cut
 from mm.customization.merging.config import CUTTING, DRAWING, MergeConfig
-from mm.customization.merging.distill import Distillation, distill
+from mm.customization.merging.distill import Distillation, Distilled, distill
 from mm.customization.merging.regmean import Moments, OnProgress
 from mm.customization.merging.words import Words, names_of, words_of
 
@@ -80,12 +81,35 @@ def merge(
     called: Sequence[str] = ()
     carried, moments = Words(patches), None
     if method in DRAWING:
+        _check_off(patches, pipe)
         called = config.words or words_of(patches)
         moments = Moments(pipe, patches, called, seed=seed, steps=steps, progress=progress)
+    entries, report = _merged(patches, config, carried, moments)
+    settings: dict[str, Any] = {"weights": list(config.each), "density": config.share, "seed": seed}
+    if carried.tokens:
+        settings["tokens"] = carried.tokens
+    if names := names_of(patches):
+        settings["names"] = names
+    if method == "distill" and moments is not None:
+        training = Distillation() if updates is None else Distillation(updates=updates)
+        made = _distilled(pipe, patches, called, config, entries, moments.paths, settings, training, steps, progress)
+        entries, report = entries | made.entries, report | made.report()
+        settings["updates"] = training.updates
+    family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
+    return Learned(
+        entries=entries, method=f"merged-{method}", base=next((p.base for p in patches if p.base), ""), name=name,
+        settings=settings, report=report, family=family,
+    )  # fmt: skip
+
+
+def _merged(
+    patches: Sequence[Patch], config: MergeConfig, carried: Words, moments: Moments | None
+) -> tuple[dict[str, Entry], dict[str, Any]]:  # fmt: skip
+    """The entries of all patches, each combined by the method, and what the report says of them."""
+    entries: dict[str, Entry] = {}
+    lost: dict[str, float] = {}
     errors: dict[str, float] = {}
-    paths = list(dict.fromkeys(path for patch in patches for path in patch.entries))
-    entries, lost = {}, {}
-    for path in paths:
+    for path in dict.fromkeys(path for patch in patches for path in patch.entries):
         if moments is not None and path in moments.paths:
             entries[path], lost[path], errors[path] = _regressed(moments, path, patches, config)
             continue
@@ -103,29 +127,7 @@ def merge(
     }  # fmt: skip
     if errors:
         report |= {"errors": errors, "mean_error": round(sum(errors.values()) / len(errors), 4)}
-    settings: dict[str, Any] = {"weights": list(config.each), "density": config.share, "seed": seed}
-    if carried.tokens:
-        settings["tokens"] = carried.tokens
-    if names := names_of(patches):
-        settings["names"] = names
-    if method == "distill" and moments is not None:
-        trained = {path: entries[path] for path in moments.paths}
-        untrained = {path: entry for path, entry in entries.items() if path not in trained}
-        rest = Patch(entries=untrained, base=patches[0].base, settings=settings, name="rest") if untrained else None
-        training = Distillation() if updates is None else Distillation(updates=updates)
-        made = distill(
-            pipe, patches, called, config.each, trained, rest, seed=seed, steps=steps, config=training,
-            progress=progress,
-        )  # fmt: skip
-        entries |= made.entries
-        report |= {"error_before": made.first, "error": made.last, "pairs": made.pairs}
-        report |= {"pairs_error_before": made.pairs_first, "pairs_error": made.pairs_last}
-        settings["updates"] = training.updates
-    family = next((p.family for p in patches if isinstance(p, Learned) and p.family), "")
-    return Learned(
-        entries=entries, method=f"merged-{method}", base=next((p.base for p in patches if p.base), ""), name=name,
-        settings=settings, report=report, family=family,
-    )  # fmt: skip
+    return entries, report
 
 
 def overlaps(patches: Sequence[Patch]) -> dict[str, int]:
@@ -175,6 +177,28 @@ def _check_patches(patches: Sequence[Patch], config: MergeConfig) -> None:
     if any(not patch.base for patch in patches):
         unnamed = next(patch.name for patch in patches if not patch.base)
         warnings.warn(f"adapter {unnamed!r} does not say which model it was made for", stacklevel=3)
+
+
+def _distilled(
+    pipe: Any, patches: Sequence[Patch], words: Sequence[str], config: MergeConfig, entries: Mapping[str, Entry],
+    paths: Sequence[str], settings: dict[str, Any], training: Distillation, steps: int | None, progress: OnProgress,
+) -> Distilled:  # fmt: skip
+    """Trains the entries of some paths, with all others, such as the words' rows, on the model."""
+    trained = {path: entries[path] for path in paths}
+    others = {path: entry for path, entry in entries.items() if path not in trained}
+    rest = Patch(entries=others, base=patches[0].base, settings=settings, name="rest") if others else None
+    return distill(
+        pipe, patches, words, config.each, trained, rest, seed=config.seed, steps=steps, config=training,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _check_off(patches: Sequence[Patch], pipe: Any) -> None:
+    """Raises UserError where one of the patches is on the model, which is to be drawn with without them, too."""
+    taken = set(stack_of(pipe).names())
+    found = next((patch.name for patch in patches if patch.name in taken), None)
+    if found is not None:
+        raise UserError(f"the patch {found!r} is on the model; take it off first: patch.undo(pipe)")
 
 
 def _same(one: Mapping[str, Entry], other: Mapping[str, Entry]) -> bool:

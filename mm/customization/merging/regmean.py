@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.acting import acting
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective, objective_of
-from mm.customization.pieces import applied
 from mm.customization.previews import draw
 from mm.families import family_of
 from mm.layers.surgery import roots_of, submodule
@@ -80,7 +80,7 @@ class Moments:
         self.each: list[dict[str, Tensor]] = []
         total = sum(len(prompts) for _, prompts in sets)
         for patch, prompts in sets:
-            with applied(pipe, patch), reading(pipe, self.paths) as seen:
+            with acting(pipe, patch), reading(pipe, self.paths) as seen:
                 for k, prompt in enumerate(prompts):
                     done = sum(len(p) for _, p in sets[: len(self.each)]) + k
                     progress(done / total, f"drawing {prompt!r}")

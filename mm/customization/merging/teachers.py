@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mm.adapters.acting import acting
 from mm.adapters.patch import Patch
 from mm.customization.batches import hash_of
 from mm.customization.companions import Box, drawn_box, fitted, pasted, subject_box
 from mm.customization.data import Example, to_tensor
 from mm.customization.merging.regmean import OnProgress, other_prompts, own_prompts
 from mm.customization.objectives.protocol import Objective
-from mm.customization.pieces import applied
 from mm.customization.previews import draw
 
 TOGETHER = (
@@ -136,7 +136,7 @@ class Teachers:
         """The targets of a teacher, and what it drew."""
         objective, drawn, parts = self.objective, [], []
         generator = torch.Generator().manual_seed(hash_of(self.seed, number))
-        with applied(objective.pipe, patch, weight):
+        with acting(objective.pipe, patch, weight):
             for k, prompt in enumerate(prompts):
                 progress(number / (len(self.words) + 1), f"drawing {prompt!r}")
                 picture = draw(objective.pipe, prompt, side=objective.side, seed=self.seed + k, steps=self.steps)
@@ -219,7 +219,7 @@ class Teachers:
             captions = (pair.caption,) * _NOISES
             parts.append(Targets(noisy=noisy, level_M=level_B, prompts=captions, wanted=wanted))
         for number, (patch, weight) in enumerate(zip(self.patches, self.weights, strict=True)):
-            with applied(objective.pipe, patch, weight):
+            with acting(objective.pipe, patch, weight):
                 for pair, part in zip(pairs, parts, strict=True):
                     if number in pair.names:
                         self._own_part(pair, pair.names.index(number), part)

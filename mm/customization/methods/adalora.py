@@ -99,10 +99,12 @@ class _Learner(Learner):
         return {f"{kind}|{name}": t for kind in _MEANS for name, t in getattr(allocator, kind).items()}
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
-        devices = {name: value.device for name, value in self.adapters.model.named_parameters()}
+        parameters = dict(self.adapters.model.named_parameters())
         for key, tensor in kept.items():
             kind, _, name = key.partition("|")
-            getattr(self.adapters.allocator, kind)[name] = tensor.to(devices[name])
+            if tensor.shape != parameters[name].shape:
+                raise ValueError(f"{key} has shape {list(tensor.shape)}, not {list(parameters[name].shape)}")
+            getattr(self.adapters.allocator, kind)[name] = tensor.to(parameters[name].device)
 
 
 class AdaLora:
