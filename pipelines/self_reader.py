@@ -126,16 +126,16 @@ def reader_of(name: str | None) -> SelfReader:
     return SelfReader.from_pretrained(name)
 
 
-def wrongness(seen: Sequence[int], asked: Sequence[int]) -> int:
-    """How far the numbers that `SelfReader.numbers` reads are from those asked for (one for each group); 0 is right."""
-    wanted = sorted(count for count in asked for _ in range(count))
-    apart = sum(abs(a - b) for a, b in zip(sorted(seen), wanted, strict=False))
+def wrongness(seen: Sequence[int], wanted: Sequence[int]) -> int:
+    """How far numbers, as `SelfReader.numbers` reads them, are from those that are wanted; 0 is right."""
+    apart = sum(abs(a - b) for a, b in zip(sorted(seen), sorted(wanted), strict=False))
     return apart + 10 * abs(len(seen) - len(wanted))
 
 
 def _compared(wanted: Asked, seen: Sequence[int], tokens_1SD: torch.Tensor, believe: Believe) -> Shortfall:
     wrong = 0 if wanted.numbers is None else wrongness(seen, wanted.numbers)
-    missing = [f"only {wanted.said}" if len(seen) > sum(wanted.numbers or ()) else wanted.said] if wrong else []
+    only = "only " if not wanted.keeps and len(seen) > len(wanted.numbers or ()) else ""
+    missing = [f"{only}{wanted.said}"] if wrong else []
     sure = believe(tokens_1SD, wanted.facts) if wanted.facts else []
     doubts = {fact.said: 1 - p for fact, p in zip(wanted.facts, sure, strict=True) if p < _SURE}
     return Shortfall(wrong=wrong + _FACT * sum(doubts.values()), missing=(*missing, *doubts))
