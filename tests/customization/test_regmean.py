@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,20 @@ def test_an_adapter_that_is_on_the_model_is_refused_before_anything_is_drawn(pip
                 merge(adapters, method=method, pipe=pipe, progress=lambda share, text: pytest.fail("it draws"))
     finally:
         adapters[1].undo(pipe)
+
+
+def test_an_adapter_that_changes_nothing_is_named(pipe: Any, adapters: list[Patch]) -> None:
+    """Two of them hold the same zeros, and were called the same adapter."""
+    nothing = [
+        replace(patch, entries={
+            path: replace(entry, tensors=entry.tensors | {"up": torch.zeros_like(entry.tensors["up"])})
+            for path, entry in patch.entries.items()
+        })
+        for patch in adapters
+    ]  # fmt: skip
+    for given in (nothing, [adapters[0], nothing[0]]):
+        with pytest.raises(UserError, match=r"'sks' changes nothing, perhaps since its training learned nothing"):
+            merge(given)
 
 
 def test_what_regmean_needs_is_said_before_anything_is_drawn(pipe: Any, adapters: list[Patch], tmp_path: Path) -> None:

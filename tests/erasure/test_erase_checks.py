@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import mm
 from mm.core.errors import UserError
 from mm.erasure.features import record
+from mm.erasure.methods import dve, hirm, prune
 from mm.erasure.routes import _Ids
 
 
@@ -40,6 +42,13 @@ def pipe() -> Any:
 def test_what_does_not_fit_is_refused(pipe: Any, targets: list[str], given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         mm.erase(pipe, targets, **given)
+
+
+@pytest.mark.parametrize("sites", [dve.picture_sites, hirm.first_blocks, prune.second_layers])
+def test_a_model_without_the_layers_of_a_method_is_refused_with_what_to_do(sites: Any) -> None:
+    bare = SimpleNamespace(components={"unet": nn.Sequential(nn.Conv2d(3, 3, 1))})
+    with pytest.raises(UserError, match=r"has no .* that (dve|hirm|prune) could change; choose another method"):
+        sites(bare)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "x"])

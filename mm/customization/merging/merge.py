@@ -149,8 +149,11 @@ def _check_kinds(patches: object) -> None:
 
 
 def _check_patches(patches: Sequence[Patch], config: MergeConfig) -> None:
-    """Raises UserError for patches of different models, the same patch twice, a weight or a rank without effect."""
+    """Raises UserError for patches of different models, the same patch twice, and what would have no effect."""
     rank = config.rank
+    idle = next((patch.name for patch in patches if not any(map(_changes, patch.entries.values()))), None)
+    if idle is not None:
+        raise UserError(f"{idle!r} changes nothing, perhaps since its training learned nothing; leave it out")
     for patch, weight in zip(patches, config.each, strict=True):
         if weight != 1 and all(entry.kind == "rows" for entry in patch.entries.values()):
             raise UserError(
@@ -199,6 +202,16 @@ def _check_off(patches: Sequence[Patch], pipe: Any) -> None:
     found = next((patch.name for patch in patches if patch.name in taken), None)
     if found is not None:
         raise UserError(f"the patch {found!r} is on the model; take it off first: patch.undo(pipe)")
+
+
+def _changes(entry: Entry) -> bool:
+    """Whether an entry changes its layer at all."""
+    if entry.kind == "rows":
+        return True
+    if entry.kind == "rotation":
+        rotation = entry.tensors["rotation"]
+        return not torch.equal(rotation, torch.eye(len(rotation)).to(rotation))
+    return all(bool(tensor.any()) for tensor in entry.tensors.values())
 
 
 def _same(one: Mapping[str, Entry], other: Mapping[str, Entry]) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.erasure import solver
 from mm.erasure.gradients import predict
-from mm.erasure.methods.protocol import Job, Made
+from mm.erasure.methods.protocol import Job, Made, lacking
 from mm.erasure.methods.uce import entry_of
 from mm.families.registry import is_denoiser
 from mm.layers.linear import BranchedLinear
@@ -110,4 +110,4 @@ def picture_sites(pipe: Any) -> dict[str, nn.Linear]:
                 found |= {f"{name}.{p}".strip("."): m for p, m in linears(root) if re.fullmatch(pattern, p)}
         if found:
             return found
-    raise UserError(f"{type(pipe).__name__} has no last projection that is known to mm; dve cannot act on it")
+    raise lacking(pipe, "dve", "linear projection of picture features")

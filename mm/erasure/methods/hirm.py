@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm.core.errors import UserError
 from mm.erasure.alignment import matched, moved
 from mm.erasure.gradients import LowRank, descend, outputs
 from mm.erasure.methods.esd import sampled
-from mm.erasure.methods.protocol import Job, Made
+from mm.erasure.methods.protocol import Job, Made, lacking
 from mm.families.registry import is_text_encoder
 from mm.layers.surgery import linears, roots_of
 
@@ -87,5 +86,5 @@ def first_blocks(pipe: Any) -> dict[str, nn.Linear]:
             if own or (is_text_encoder(root) and "vis" not in match[1]):
                 found[f"{name}.{path}".strip(".")] = layer
     if not found:
-        raise UserError(f"{type(pipe).__name__} has no text encoder with blocks that are known to mm; hirm needs one")
+        raise lacking(pipe, "hirm", "text encoder with blocks")
     return found

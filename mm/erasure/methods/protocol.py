@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
+from mm.core.errors import UserError
 from mm.erasure.solver import Features
 
 
@@ -53,6 +54,13 @@ class Made:
 
     entries: dict[str, Entry]
     report: dict[str, Any]
+
+
+def lacking(pipe: Any, method: str, what: str) -> UserError:
+    """The error of a pipeline that lacks what a method changes."""
+    return UserError(
+        f"{type(pipe).__name__} has no {what} that {method} could change; choose another method, such as uce"
+    )
 
 
 class Method(Protocol):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.core.errors import UserError
 from mm.erasure.gradients import predict
-from mm.erasure.methods.protocol import Job, Made
+from mm.erasure.methods.protocol import Job, Made, lacking
 from mm.families import find_sites
 from mm.families.registry import is_denoiser
 from mm.layers.linear import BranchedLinear
@@ -94,5 +93,5 @@ def second_layers(pipe: Any) -> dict[str, nn.Linear]:
             if "ff_down" in site.role and site.reads == "picture" and isinstance(layer, nn.Linear):
                 found[f"{name}.{site.path}".strip(".")] = layer
     if not found:
-        raise UserError(f"{type(pipe).__name__} has no feed-forward layers that are known to mm; prune needs some")
+        raise lacking(pipe, "prune", "feed-forward layers")
     return found
