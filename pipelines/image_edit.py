@@ -253,10 +253,6 @@ class ImageEditPipeline(TextToImagePipeline):
             return torch.as_tensor(self(sources, words, generator=list(some), strict=False, **given)[0])
 
         asked = [asked_of_change(words) for words in prompts]
-        if any(wanted is not None and wanted.keeps for wanted in asked):
-            plain = to_tensor([open_picture(picture) for picture in pictures], self.side).to(self._execution_device)
-            assert self.autoencoder is not None
-            asked = self._after_changes(asked, self.autoencoder.encode(plain.to(self.autoencoder.dtype)).float())
         best = draw_best(draw, self._checker([asked[i] for i in own]), generators, best_of)
         latents: Any = best.latents
         if output_type == "latent":

@@ -249,10 +249,7 @@ class InterleavedPipeline(ImageEditPipeline):
                     return
             (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
             branches = self._change_branches(instruction, source, how.scale)
-            asked = asked_of_change(instruction)
-            if how.best_of > 1:
-                [asked] = self._after_changes([asked], source.latents)
-            yield from self._drawn(now, branches, how, asked)
+            yield from self._drawn(now, branches, how, asked_of_change(instruction))
             now.topic = change.topic
 
     def _undo(self, now: Conversation) -> Iterator[Event]:

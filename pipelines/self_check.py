@@ -9,7 +9,7 @@ import torch
 
 from mm.pipelines.self_reader import SelfReader, Shortfall, reader_of
 from mm.pipelines.understanding import likelihoods
-from mm.world.asked import Asked, Fact, after_change
+from mm.world.asked import Asked, Fact
 
 Check = Callable[[Sequence[int], torch.Tensor], list[Shortfall | None]]
 
@@ -34,12 +34,6 @@ class SelfCheckMixin:
         pipe: Any = self
         self.self_reader = self.self_reader or reader_of(pipe.name_or_path)
         return self.self_reader.to(pipe._execution_device)
-
-    def _after_changes(self, asked: Sequence[Asked | None], sources_BCHW: torch.Tensor) -> list[Asked | None]:
-        """What changed pictures must show, by what the model counts in the latents of their sources."""
-        reader = self._reader()
-        before = reader.numbers(reader.encoded(sources_BCHW))
-        return [after_change(wanted, numbers) for wanted, numbers in zip(asked, before, strict=True)]
 
     def _checker(self, asked: Sequence[Asked | None]) -> Check:
         """Compares latents of pictures of a call, by their numbers, with what was asked for each."""

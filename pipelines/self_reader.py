@@ -134,7 +134,7 @@ def wrongness(seen: Sequence[int], wanted: Sequence[int]) -> int:
 
 def _compared(wanted: Asked, seen: Sequence[int], tokens_1SD: torch.Tensor, believe: Believe) -> Shortfall:
     wrong = 0 if wanted.numbers is None else wrongness(seen, wanted.numbers)
-    only = "only " if not wanted.keeps and len(seen) > len(wanted.numbers or ()) else ""
+    only = "only " if len(seen) > len(wanted.numbers or ()) else ""
     missing = [f"{only}{wanted.said}"] if wrong else []
     sure = believe(tokens_1SD, wanted.facts) if wanted.facts else []
     doubts = {fact.said: 1 - p for fact, p in zip(wanted.facts, sure, strict=True) if p < _SURE}

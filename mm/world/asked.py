@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mm.world import lexicon
 from mm.world import vocabulary as v
@@ -44,15 +44,13 @@ class Asked:
 
     Attributes:
         numbers: For every thing, how many are like it, in ascending order (two cats and a dog are (1, 2, 2)); None
-            where numbers are not asked for.
-        keeps: Whether all numbers are those of the picture before (of a change that adds and removes nothing).
+            where numbers are not asked for (changes of a picture).
         facts: Questions with their right answers.
         said: The numbers in words ("three stars").
     """
 
     numbers: tuple[int, ...] | None
     facts: tuple[Fact, ...] = ()
-    keeps: bool = False
     said: str = ""
 
 
@@ -124,20 +122,13 @@ def _of_picture(style: str | None, background: str | None) -> list[Fact]:
 
 
 def asked_of_change(instruction: str) -> Asked | None:
-    """What a picture must show after `instruction`; None for one in another wording than those of training."""
+    """What a picture must show after `instruction`, in a trained wording; None for one that no question checks."""
     line = " ".join(instruction.lower().split())
     for pattern, facts in _CHANGES:
         found = re.fullmatch(pattern, line)
         if found is not None:
-            return Asked(numbers=None, facts=tuple(facts(*found.groups())), keeps=facts not in (_removed, _added))
+            return Asked(numbers=None, facts=tuple(facts(*found.groups())))
     return None
-
-
-def after_change(asked: Asked | None, before: Sequence[int]) -> Asked | None:
-    """What a picture must show after a change of one whose numbers are `before`, as in `Asked.numbers`."""
-    if asked is None or not asked.keeps:
-        return asked
-    return replace(asked, numbers=tuple(before), said="as many of each thing as before")
 
 
 def _recoloured(noun: str, colour: str) -> list[Fact]:
@@ -183,5 +174,4 @@ _CHANGES: tuple[tuple[str, Callable[..., list[Fact]]], ...] = (
     (rf"change the style to {_STYLE}", lambda style: _of_picture(style, None)),
     (rf"(?:change|set|make) the background (?:to )?{_GROUND}", lambda ground: _of_picture(None, ground)),
     (rf"put it {_PLACED}", lambda phrase: _of_picture(None, _GROUND_OF[phrase])),
-    (rf"(?:(?:move|shift) the {_NOUN} to|put the {_NOUN} on) the (?:left|right|top|bottom)", lambda *nouns: []),
 )

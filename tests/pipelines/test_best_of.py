@@ -132,7 +132,6 @@ def test_a_change_is_made_again_where_the_picture_lacks_it(monkeypatch: pytest.M
     again = pipe(sources[1], words[1], generator=seeded(seed_of_try(2, 1))[0], **options).images
     asked: list[Any] = []
     found = iter([[Shortfall(), Shortfall(wrong=5, missing=("no dog",))], [Shortfall()]])
-    monkeypatch.setattr(pipe, "_after_changes", lambda wanted, latents: wanted)
     monkeypatch.setattr(pipe, "_checker", lambda wanted: asked.append(wanted) or (lambda rows, latents: next(found)))
     made = pipe(sources, words, generator=seeded(1, 2), best_of=3, **options)
     assert (made.tries, made.right, made.missing) == ([1, 2], [True, True], [[], []])
