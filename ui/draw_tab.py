@@ -13,6 +13,7 @@ from PIL import Image
 from mm.core.errors import UserError
 from mm.core.safe_json import parse_json
 from mm.engine.capabilities import Capabilities
+from mm.engine.output import FORMATS
 from mm.engine.requests import MAX_GUIDANCE, MAX_STEPS, Draw
 from mm.engine.settings import Again, drawn_again
 from mm.ui import forms, shown, style
@@ -134,8 +135,8 @@ class DrawTab:
         self.dice = gr.Button("New random seed", size="sm")
         with gr.Accordion("More", open=False):
             self.fields |= sampling_fields(self.can, sized=True)
-            gr.HTML('<p class="mm-title">Draw again like a PNG: drop it here, and its settings are filled in.</p>')
-            self.like = gr.File(show_label=False, file_types=[".png"], height=130, elem_id="like")
+            gr.HTML('<p class="mm-title">Draw again: drop a picture here, and its settings are filled in.</p>')
+            self.like = gr.File(show_label=False, file_types=list(FORMATS), height=130, elem_id="like")
         gr.Examples(examples, self.fields["prompt"], api_visibility="private")
 
     def _words(self, words: Sequence[tuple[Image.Image, str]]) -> None:

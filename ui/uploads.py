@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.core.pictures import FORMATS, read_picture
-from mm.core.png_settings import read_settings
+from mm.provenance.file_settings import read_file_settings
 from mm.ui.limits import MAX_DECODERS, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
 
 _decoding = threading.BoundedSemaphore(MAX_DECODERS)
@@ -134,18 +134,18 @@ def read_painted(given: object, side: int) -> tuple[Image.Image | None, Image.Im
 
 
 def settings_of_upload(given: object) -> dict[str, Any] | None:
-    """The settings in an uploaded PNG; None where nothing was given.
+    """The settings in an uploaded picture; None where nothing was given.
 
     Raises:
-        UserError: see `mm.core.png_settings.read_settings`.
+        UserError: see `mm.provenance.file_settings.read_file_settings`.
     """
-    file = uploaded(given, "PNG")
+    file = uploaded(given, "picture")
     if file is None:
         return None
     try:
-        return read_settings(file)
+        return read_file_settings(file)
     except UserError as error:
-        raise UserError(_without_path(str(error), file, "the PNG")) from None
+        raise UserError(_without_path(str(error), file, "the picture")) from None
 
 
 def _without_path(message: str, file: Path, name: str) -> str:

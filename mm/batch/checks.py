@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.safe_json import read_object
-from mm.engine.calls import _takes_numbers_only
+from mm.engine.calls import takes_numbers_only
 from mm.engine.capabilities import task_of
 from mm.engine.facts import FAMILY_TASKS, call_parameters_of, class_of
 from mm.engine.prompts import weighted
@@ -45,7 +45,7 @@ def check_options(request: Draw, folder: Path) -> None:
     if unknown:
         raise UserError(f"{kind.__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
     for name, value in request.options.items():
-        if isinstance(value, str) and _takes_numbers_only(takes[name]):
+        if isinstance(value, str) and takes_numbers_only(takes[name]):
             raise UserError(f"{name} is {shown(value)}; {kind.__name__} takes a number")
 
 

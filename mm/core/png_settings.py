@@ -99,7 +99,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     texts = read_texts(path)
     if "mm" in texts:
-        return _own(texts["mm"], path)
+        return own_settings(texts["mm"], path)
     if "parameters" in texts and not texts["parameters"].lstrip().startswith("{"):
         return from_a1111(texts["parameters"])
     settings = read_foreign(texts, str(path))
@@ -108,8 +108,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _own(text: str, path: str | Path) -> dict[str, Any]:
-    """What `png_bytes` wrote, with the types that it has."""
+def own_settings(text: str, path: str | Path) -> dict[str, Any]:
+    """What mm wrote as JSON, with the types that it has. Raises UserError for anything else."""
     source = f"{path}: its settings cannot be read:"
     fields = Fields(parse_json(text, source), source)
     for key, check in _CHECKS.items():

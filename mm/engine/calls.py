@@ -57,7 +57,7 @@ def draw(
     if unknown := [key for key in given if key not in takes]:
         raise UserError(f"{type(view).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
     for name, value in given.items():
-        if isinstance(value, str) and _takes_numbers_only(takes[name]):
+        if isinstance(value, str) and takes_numbers_only(takes[name]):
             raise UserError(f"{name} is {shown(value)}; {type(view).__name__} takes a number")
     if len(seeds) > 1 and "num_images_per_prompt" not in takes and not isinstance(given.get("prompt"), list):
         alone = (draw(view, arguments, [seed], steps=steps, cancel=cancel, on_step=on_step) for seed in seeds)
@@ -75,7 +75,7 @@ def draw(
     return list(images_of(output))
 
 
-def _takes_numbers_only(parameter: inspect.Parameter) -> bool:
+def takes_numbers_only(parameter: inspect.Parameter) -> bool:
     """Whether a parameter's annotation, a type or its text, names numbers and None alone."""
     annotation = parameter.annotation
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)

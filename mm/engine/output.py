@@ -2,17 +2,18 @@
 
 Design choices
 - A file's contents match its suffix: .png, .jpg, .jpeg or .webp; any other suffix is refused.
-- PNG files hold the settings as text (`mm.core.png_settings`). JPEG and WebP files hold A1111's text in EXIF's
-  UserComment, where other programs read it.
+- PNG files hold the settings as text (`mm.core.png_settings`). JPEG and WebP files hold A1111's text in Exif's
+  UserComment, where other programs read it, and all of mm's settings as JSON in its ImageDescription ("mm:{...}").
 """
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mm.core.errors import UserError
 from mm.core.files import check_new, write_bytes, write_new_bytes
@@ -35,7 +36,9 @@ def picture_bytes(picture: Image.Image, settings: dict[str, Any] | None, suffix:
         return png_bytes(picture, settings)
     exif = Image.Exif()
     if settings is not None:
-        text = to_a1111(settings | {"width": picture.width, "height": picture.height})
+        settings = settings | {"width": picture.width, "height": picture.height}
+        text = to_a1111(settings)
+        exif[ExifTags.Base.ImageDescription] = f"mm:{json.dumps(settings, ensure_ascii=True)}"
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
     out = io.BytesIO()
     picture.convert("RGB").save(out, kind, quality=_QUALITY, exif=exif)

@@ -1,7 +1,8 @@
 """The settings that a picture's file carries: text chunks of PNG, Exif fields of JPEG and WebP.
 
 A1111's web UI and Forge write their text into the Exif field UserComment, SwarmUI its JSON. ComfyUI writes its graphs
-into the fields Make and Model, each behind its name: "prompt:{...}", "workflow:{...}".
+into the fields Make and Model, each behind its name: "prompt:{...}", "workflow:{...}". mm writes its JSON into the
+field ImageDescription in the same way: "mm:{...}".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mm.core.files import open_regular
 from mm.core.foreign_settings import read_foreign
 from mm.core.pictures import FORMATS, MAX_BYTES
 from mm.core.png_chunks import MAX_TEXT, SIGNATURE
-from mm.core.png_settings import from_a1111, read_settings
+from mm.core.png_settings import from_a1111, own_settings, read_settings
 
 _CODES = {b"ASCII\0\0\0": "utf-8", b"\0\0\0\0\0\0\0\0": "utf-8", b"UNICODE\0": "utf-16"}  # Exif 3.0, table 10
 _GRAPHS = (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.ImageDescription)
@@ -32,6 +33,8 @@ def read_file_settings(path: str | Path) -> dict[str, Any]:
         if file.read(len(SIGNATURE)) == SIGNATURE:
             return read_settings(path)
     texts = _texts(Path(path))
+    if "mm" in texts:
+        return own_settings(texts["mm"], path)
     if "parameters" in texts and not texts["parameters"].lstrip().startswith("{"):
         return from_a1111(texts["parameters"])
     found = read_foreign(texts, str(path)) if texts else None
@@ -54,7 +57,7 @@ def _texts(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     for value in fields.values():
         keyword, _, text = value.partition(":") if isinstance(value, str) else ("", "", "")
-        if keyword in ("prompt", "workflow", "parameters"):
+        if keyword in ("mm", "prompt", "workflow", "parameters"):
             texts[keyword] = text.rstrip("\0")
     if isinstance(comment, bytes | str) and (said := _comment(comment)):
         texts["parameters"] = said

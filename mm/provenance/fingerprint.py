@@ -191,7 +191,10 @@ class Fingerprint(nn.Module):
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, report: dict[str, Any] | None = None) -> None:
-        """Writes one safetensors file, whole or not at all: matrices in 8 bits with a scale a row, the rest in 16."""
+        """Writes one safetensors file, whole or not at all; one that is there is replaced.
+
+        Matrices are stored in 8 bits with a scale a row, the rest in 16.
+        """
         meta = {
             "format": FORMAT, "config": json.dumps(asdict(self.config)), "shapes": json.dumps(self.shapes),
             "report": json.dumps(report or {}),

@@ -115,7 +115,7 @@ class Step:
 
 def train_fingerprint(
     fingerprint: Fingerprint, module: nn.Module, decode: Decode, latents: Tensor, config: FingerprintTraining, *,
-    originals: Tensor | None = None, work: Path | None = None, seconds: float | None = None,
+    originals: Tensor | None = None, work: str | Path | None = None, seconds: float | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:  # fmt: skip
     """Trains in place, on the device of the latents.
@@ -152,7 +152,7 @@ def train_fingerprint(
 class _Run:
     def __init__(
         self, fingerprint: Fingerprint, module: nn.Module, decode: Decode, latents: Tensor,
-        config: FingerprintTraining, originals: Tensor | None, work: Path | None,
+        config: FingerprintTraining, originals: Tensor | None, work: str | Path | None,
     ) -> None:  # fmt: skip
         self.fingerprint, self.module, self.decode = fingerprint, module, decode
         self.latents, self.config, self.originals = latents, config, originals
@@ -171,7 +171,7 @@ class _Run:
         kind = latents.device.type
         self.autocast = config.autocast and (kind != "cpu" or lacks_bfloat16() is None)
         self.plain = self._plain_pictures()
-        self.file = None if work is None else work / STATE
+        self.file = None if work is None else Path(work) / STATE
         if self.file is not None and self.file.is_file():
             self._resume(self.file)
         else:

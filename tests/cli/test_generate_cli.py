@@ -51,7 +51,7 @@ def test_command_and_python_draw_the_same_pictures(cli: Run, folder: Path, tmp_p
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
 def test_like_reads_every_format_that_is_written(cli: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
     first, again, plain = (tmp_path / name for name in (f"a.{suffix}", "again.png", "plain.png"))
-    command = ["generate", "two red cats on grass", "--seed", "7", "--steps", "2", "--guidance", "3"]
+    command = ["generate", "two red cats on grass", "--seed", "7", "--steps", "2", "--guidance", "3", "--no-strict"]
     for arguments in (
         [*command, "--model", str(folder), "-o", str(first)], [*command, "--model", str(folder), "-o", str(plain)],
         ["generate", "--like", str(first), "-o", str(again)],
@@ -60,9 +60,7 @@ def test_like_reads_every_format_that_is_written(cli: Run, folder: Path, tmp_pat
         assert done.returncode == 0, done.stderr
     assert Image.open(again).tobytes() == Image.open(plain).tobytes()
     said, wanted = read_settings(again), read_settings(plain)
-    assert {key: said[key] for key in ("prompt", "seed", "steps", "guidance", "mode", "model")} == {
-        key: wanted[key] for key in ("prompt", "seed", "steps", "guidance", "mode", "model")
-    }
+    assert said == wanted and said["strict"] is False  # A1111's text has no name for it
 
 
 def test_errors_are_one_line(cli: Run, folder: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_dropped_png_fills_the_fields(tab_of, tmp_path: Path) -> None:
     assert read_settings(download.value.path())["seed"] == 99
     (tmp_path / "plain.png").write_bytes(png())
     tab.locator("#draw-more input[type=file]").first.set_input_files(tmp_path / "plain.png")
-    tab.wait_for_selector("#draw-status >> text=the PNG carries no settings")
+    tab.wait_for_selector("#draw-status >> text=the picture carries no settings")
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
