@@ -111,8 +111,10 @@ def with_enlarger(autoencoder: Autoencoder, width: int) -> Autoencoder:
     """The same autoencoder with an enlarger; one that has any is returned as it is."""
     if autoencoder.enlarger is not None:
         return autoencoder
-    known = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
-    made = Autoencoder(**known | {"enlarger_width": width}).to(autoencoder.dtype).eval()
+    known: dict[str, Any] = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+    known["enlarger_width"] = width
+    made: Any = Autoencoder(**known)
+    made = made.to(autoencoder.dtype).eval()
     lost = made.load_state_dict(autoencoder.state_dict(), strict=False)
     if lost.unexpected_keys or any(not key.startswith("enlarger.") for key in lost.missing_keys):
         raise UserError(f"the autoencoder lacks {(lost.missing_keys + lost.unexpected_keys)[0]}")
