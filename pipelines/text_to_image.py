@@ -337,9 +337,10 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
             options["callback_on_step_end"] = passing_on(options["callback_on_step_end"], run)
             best = draw_best(draw, check, generators, best_of, run)
         latents: Any = best.latents
-        return best.output(
-            latents if output_type == "latent" else self._decode(latents, output_type, options["height"])
-        )
+        if output_type == "latent":
+            return best.output(latents)
+        parts = parts_of(self, len(generators))
+        return best.output(joined([self._decode(latents[part], output_type, options["height"]) for part in parts]))
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""

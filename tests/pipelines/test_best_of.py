@@ -140,6 +140,23 @@ def test_a_change_is_made_again_where_the_picture_lacks_it(monkeypatch: pytest.M
     assert asked == [[asked_of_change(each) for each in words]]
 
 
+def test_pictures_of_rounded_activations_are_decoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a call without `best_of`, so that the last bits are those of any batch size."""
+    pipe: Any = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("mm.pipelines.batch_parts.rounds_activations", lambda _: True)
+    monkeypatch.setattr(pipe, "_checker", lambda asked: lambda rows, drawn: [Shortfall() for _ in rows])
+    decode, seen = pipe._decode, []
+
+    def watched(latents: torch.Tensor, *options: Any) -> Any:
+        seen.append(len(latents))
+        return decode(latents, *options)
+
+    monkeypatch.setattr(pipe, "_decode", watched)
+    made = pipe(["a cat", "a dog"], best_of=2, generator=seeded(1, 2), num_inference_steps=1, output_type="pt")
+    assert seen == [1, 1] and len(made.images) == 2
+
+
 @pytest.mark.parametrize("edits", [False, True])
 @pytest.mark.parametrize("last", [1, 2 * STEPS])
 def test_an_interrupted_try_is_the_last(edits: bool, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
