@@ -25,8 +25,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from mm.core.checks import whole
 from mm.core.errors import UserError
+from mm.pipelines.run_state import Run
 from mm.pipelines.self_reader import Shortfall
 
+Callback = Callable[[Any, int, Any, dict[str, Any]], Any]
 MOST_TRIES = 64
 
 
@@ -83,6 +85,7 @@ def draw_best(
     check: Callable[[Sequence[int], torch.Tensor], list[Shortfall | None]],
     generators: Sequence[torch.Generator],
     best_of: int,
+    run: Run,
 ) -> Best:
     """The best of up to `best_of` tries of each picture.
 
@@ -91,6 +94,7 @@ def draw_best(
         check: What the latents of these pictures lack; None where nothing is checked.
         generators: One a picture; their seeds count.
         best_of: The most tries of a picture.
+        run: Of all tries; once it is interrupted, what is kept stays, and nothing more is drawn.
     """
     seeds = [generator.initial_seed() for generator in generators]
     everything = list(range(len(seeds)))
@@ -99,17 +103,32 @@ def draw_best(
     tries = [1] * len(seeds)
     for k in range(1, best_of):
         rows = [i for i, found in enumerate(kept) if found is not None and found.wrong]
-        if not rows:
+        if not rows or run.interrupt:
             break
         again = [torch.Generator().manual_seed(seed_of_try(seeds[i], k)) for i in rows]
         with warnings.catch_warnings():  # of unknown words, which the first try has warned of
             warnings.simplefilter("ignore")
             drawn = draw(rows, again)
+        if run.interrupt:  # what was drawn is not finished
+            break
         for i, latents, found in zip(rows, drawn, check(rows, drawn), strict=True):
             tries[i] = k + 1
             if found is not None and found.wrong < _wrong(kept[i]):
                 best[i], kept[i] = latents, found
     return Best(latents=best, tries=tries, shortfalls=kept)
+
+
+def passing_on(callback: Callback | None, run: Run) -> Callback | None:
+    """The callback of a try: one that interrupts its try interrupts the run of all tries."""
+    if callback is None:
+        return None
+
+    def on_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        changed = callback(pipe, step, timestep, tensors)
+        run.interrupt = run.interrupt or pipe.interrupt
+        return changed
+
+    return on_step
 
 
 def _wrong(found: Shortfall | None) -> float:

@@ -37,7 +37,7 @@ from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best
+from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best, passing_on
 from mm.pipelines.domain import warn_of
 from mm.pipelines.drawing_arguments import check_scale
 from mm.pipelines.drawing_parts import DrawingParts
@@ -252,8 +252,10 @@ class ImageEditPipeline(TextToImagePipeline):
             sources, words = [pictures[i] for i in at], [prompts[i] for i in at]
             return torch.as_tensor(self(sources, words, generator=list(some), strict=False, **given)[0])
 
-        asked = [asked_of_change(words) for words in prompts]
-        best = draw_best(draw, self._checker([asked[i] for i in own]), generators, best_of)
+        check = self._checker([asked_of_change(prompts[i]) for i in own])
+        with self._new_run(guidance_scale=options["guidance_scale"]) as run_:
+            options = options | {"callback_on_step_end": passing_on(options["callback_on_step_end"], run_)}
+            best = draw_best(draw, check, generators, best_of, run_)
         latents: Any = best.latents
         if output_type == "latent":
             return best.output(latents)
@@ -261,7 +263,11 @@ class ImageEditPipeline(TextToImagePipeline):
         source = to_tensor([open_picture(pictures[i]) for i in own], height or self.side).to(latents.device)
         if mask is not None:
             mask = mask_of(given_mask, pictures[0], height or self.side).to(latents.device)
-        return best.output(self._finish(latents, source, mask, output_type, height))
+        finished = [
+            self._finish(latents[part], source[part], mask, output_type, height)
+            for part in parts_of(self, len(generators))
+        ]
+        return best.output(joined(finished))
 
     def edit(
         self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int], *, best_of: int = 1

@@ -51,6 +51,7 @@ from mm.pipelines.pictures import open_picture, to_tensor
 from mm.pipelines.prompt_encoding import added_names, check_prompts, refusal_of
 from mm.pipelines.questions import read_question
 from mm.pipelines.sampling import picture_generators
+from mm.pipelines.self_reader import Shortfall
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import lexicon
 from mm.world.asked import Asked, asked_of, asked_of_change
@@ -278,6 +279,7 @@ class InterleavedPipeline(ImageEditPipeline):
                 [found] = check([0], drawn)
                 if found is not None and found.wrong < least.wrong:
                     latents, least = drawn, found
+            _warn_of_missing(least)
         now.pictures += 1
         _warn_if_full(now.add(Shown(latents=latents, tokens=self._latent_tokens(latents), seed=seed)))
         yield Event(kind="picture", picture=self._decode(latents, "pil")[0], seed=seed)
@@ -345,6 +347,14 @@ class InterleavedPipeline(ImageEditPipeline):
     def _ask(self, shown: Shown, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's own answers to questions about one picture."""
         return self._ask_about(shown.tokens, questions, max_words)
+
+
+def _warn_of_missing(found: Shortfall | None) -> None:
+    """Says what a picture that was drawn with `best_of` lacks, by the model's own reading, or that none was checked."""
+    if found is None:
+        warnings.warn("best_of: the words are not read in full, so the picture was drawn once, unchecked", stacklevel=4)
+    elif found.missing:
+        warnings.warn(f"the model does not see in its picture: {', '.join(found.missing)}", stacklevel=4)
 
 
 def _warn_if_full(full: bool) -> None:

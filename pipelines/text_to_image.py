@@ -34,7 +34,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best
+from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best, passing_on
 from mm.pipelines.code_filling import code_filling
 from mm.pipelines.drawing_arguments import (
     check_callback_tensors,
@@ -332,11 +332,15 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
                 return self(some, generator=list(generators), output_type="latent", strict=False, **options).images
 
         generators = picture_generators(generator, len(prompts))
-        best = draw_best(draw, self._checker([asked_of(prompt) for prompt in prompts]), generators, best_of)
+        check = self._checker([asked_of(prompt) for prompt in prompts])
+        with self._new_run(guidance_scale=options["guidance_scale"]) as run:
+            options["callback_on_step_end"] = passing_on(options["callback_on_step_end"], run)
+            best = draw_best(draw, check, generators, best_of, run)
         latents: Any = best.latents
-        return best.output(
-            latents if output_type == "latent" else self._decode(latents, output_type, options["height"])
-        )
+        if output_type == "latent":
+            return best.output(latents)
+        parts = parts_of(self, len(generators))
+        return best.output(joined([self._decode(latents[part], output_type, options["height"]) for part in parts]))
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""

@@ -236,15 +236,19 @@ def _loaded(
 
 
 def _batches(missing: Iterable[Planned], size: int) -> Iterator[list[Planned]]:
-    """Pictures that can share a call together, whichever rows they come from; those of a model stand together."""
+    """Pictures that can share a call together, whichever rows they come from; those of a model stand together.
+
+    A picture that is drawn until it is right has a call of its own, so that its record says what it lacks.
+    """
     models: dict[tuple[str, Adapters], dict[tuple[Any, ...], list[Planned]]] = {}
     for one in missing:
         groups = models.setdefault((one.model, one.adapters), defaultdict(list))
         groups[one.key].append(one)
     for _, groups in sorted(models.items(), key=lambda entry: entry[0][0]):  # stable: one model after the other
         for group in groups.values():
-            for start in range(0, len(group), size):
-                yield group[start : start + size]
+            most = size if group[0].draft.best_of == 1 else 1
+            for start in range(0, len(group), most):
+                yield group[start : start + most]
 
 
 class _Models:
@@ -295,11 +299,13 @@ def _draw_batch(models: _Models, batch: list[Planned], store: Store, report: Rep
         else:
             _fail(ready[0][0].picture, error, store, report)
         return
+    if len(ready) == 1 or not _has_words(engine):  # of one picture, or of words that no check names one by one
+        ready = [(one, list(dict.fromkeys([*notes, *notices]))) for one, notes in ready]
     for (one, notes), event in zip(ready, drawn, strict=True):
         if stop():
             raise _StoppedError
         settings = event.settings | {key: value for key, value in one.picture.settings.items() if key != "task"}
-        store.save(one.picture, png_bytes(event.picture, settings), notes if _has_words(engine) else notices)
+        store.save(one.picture, png_bytes(event.picture, settings), notes)
         report.drawn += 1
 
 

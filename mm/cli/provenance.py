@@ -65,10 +65,11 @@ def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
     from mm.provenance.stamping import number_of, stamped_copy
 
     number = number_of(text)
-    known = Fingerprint.load(file) if file is not None else embedded_fingerprint(model)
+    where = resolve_model(model)
+    known = Fingerprint.load(file) if file is not None else embedded_fingerprint()
     if known is None:
         raise UserError(
-            f"{model} comes without a fingerprint; make one (mm train mm-tiny --stage fingerprint --init-from "
+            "no fingerprint comes with this installation; make one (mm train mm-tiny --stage fingerprint --init-from "
             "weights/mm-tiny) and give its file with --fingerprint"
         )
     known.bits_of(number)
@@ -76,7 +77,6 @@ def _stamp(text: str, file: Path | None, model: str, out: Path) -> None:
         raise UserError(f"{out} exists; give a new folder")
     from mm.cli.running import quietly_loaded
 
-    where = resolve_model(model)
     source = where if isinstance(where, Path) else None
     stamped_copy(quietly_loaded(model).pipeline, known, number, out, source=source)
     print(f"{out}: a copy of {model} whose pictures carry {number:#0{2 + known.config.bits // 4}x}")

@@ -114,13 +114,19 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
 
 def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
     """Says what pictures drawn with `best_of` lack, by the model's own reading, or that nothing was checked."""
-    lacking = zip(seeds, getattr(output, "missing", None) or (), strict=False)
-    if wrong := [f"{', '.join(missing)} (seed {seed})" for seed, missing in lacking if missing]:
+    prompts = given.get("prompt")
+    each = prompts if isinstance(prompts, list) else [prompts] * len(seeds)
+    wrong: dict[str, list[str]] = {}
+    for prompt, seed, missing in zip(each, seeds, getattr(output, "missing", None) or (), strict=False):
+        if missing:
+            wrong.setdefault(prompt, []).append(f"{', '.join(missing)} (seed {seed})")
+    for prompt, lacking in wrong.items():
         tries = counted(given["best_of"], "try", "tries")
-        warnings.warn(f"{given['prompt']!r}: the model does not see in any of {tries} {'; '.join(wrong)}", stacklevel=3)
-    if any(fine is None for fine in getattr(output, "right", None) or ()):
+        warnings.warn(f"{prompt!r}: the model does not see in any of {tries} {'; '.join(lacking)}", stacklevel=3)
+    right = zip(each, getattr(output, "right", None) or (), strict=False)
+    for prompt in dict.fromkeys(prompt for prompt, fine in right if fine is None):
         warnings.warn(
-            f"best_of: {given['prompt']!r} is not read in full, so its pictures were not checked, and drawn once each",
+            f"best_of: {prompt!r} is not read in full, so its pictures were not checked, and drawn once each",
             stacklevel=3,
         )
 

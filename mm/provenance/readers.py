@@ -32,6 +32,7 @@ _FEATURE_GAIN = 20.0  # of features in [-1, 1], whose means over tiles are small
 _START = 2.0  # norm of a row of the tile reader's map
 _DILATIONS = (1, 2, 1)
 _FEATURES = 12  # of a cell
+_LARGEST = 4  # trained sides of which a picture is read as it is; photographs of megapixels would take minutes
 
 
 def details(pictures_B3HW: Tensor, reach: int = 4, bound: float = _BOUND) -> Tensor:
@@ -123,10 +124,13 @@ class TileReader(nn.Module):
         """Logits (B, N, K + 1), and what is known of the places before (N,) as log odds.
 
         Places are every shift, at the given size and at the trained one; half of all pictures are taken to be whole.
+        Of large pictures the middle is read at the given size.
         """
         period, stride = self.period, self.stride
         found, before = [], []
-        sizes = [pictures_B3HW] if min(pictures_B3HW.shape[-2:]) >= period + stride else []
+        sizes = (
+            [_middle(pictures_B3HW, _LARGEST * self.side)] if min(pictures_B3HW.shape[-2:]) >= period + stride else []
+        )
         if pictures_B3HW.shape[-2:] != (self.side, self.side):
             sizes.append(at_side(pictures_B3HW, self.side))
         for pictures in sizes:
@@ -141,6 +145,14 @@ class TileReader(nn.Module):
                     known[0] = math.log(period**2)
                 before.append(known)
         return torch.cat(found, 1), torch.cat(before)
+
+
+def _middle(pictures_B3HW: Tensor, side: int) -> Tensor:
+    """The middle of pictures, at most `side` pixels each way."""
+    rows, columns = (
+        slice(max(0, (size - side) // 2), max(0, (size - side) // 2) + side) for size in pictures_B3HW.shape[-2:]
+    )
+    return pictures_B3HW[..., rows, columns]
 
 
 def carriers(count: int, period: int) -> Tensor:

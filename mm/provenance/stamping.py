@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mm.core.errors import UserError
 from mm.core.model_parts import bring_the_rest
-from mm.provenance.fingerprint import Fingerprint
+from mm.provenance.fingerprint import PRESENT, Fingerprint
 
+_DECODED = 8  # pictures by which a decoder is known that marks them already
 DECODERS = ("autoencoder", "vae")  # components that decode latents, by their names in pipelines
 
 
@@ -40,12 +42,18 @@ def stamped_copy(
             None copies none.
 
     Raises:
-        UserError: for a folder that exists, a number that does not fit, and another decoder.
+        UserError: for a folder that exists, a number that does not fit, another decoder, and one that marks its
+            pictures already: of two numbers neither could be read.
     """
     target = Path(folder)
     if target.exists():
         raise UserError(f"{target} exists; give a new folder")
     module = decoder_of(pipe)
+    if marks(module, fingerprint):
+        raise UserError(
+            "this model marks its pictures already, and of two numbers neither could be read; stamp the model that it "
+            "is a copy of"
+        )
     before = {name: value.detach().clone() for name, value in module.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -59,6 +67,28 @@ def stamped_copy(
     finally:
         module.load_state_dict(before)
         shutil.rmtree(place, ignore_errors=True)
+
+
+@torch.no_grad()
+def marks(module: nn.Module, fingerprint: Fingerprint) -> bool:
+    """Whether most of some pictures that a decoder draws from noise carry a number."""
+    pictures = _drawn(module, fingerprint.config.side)
+    return pictures is not None and float((fingerprint.read(pictures).present_B > PRESENT).float().mean()) > 0.5
+
+
+def _drawn(module: Any, side: int) -> Tensor | None:
+    """Pictures in [0, 1] of latents of noise; None for a decoder whose latents are not known."""
+    config = getattr(module, "config", None)
+    channels, widths = getattr(config, "latent_channels", None), getattr(config, "block_out_channels", ())
+    smaller = getattr(module, "scale_factor", 2 ** (len(widths) - 1) if widths else None)
+    if channels is None or smaller is None or not hasattr(module, "decode"):
+        return None
+    shape = (_DECODED, channels, side // smaller, side // smaller)
+    weight = next(module.parameters())
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    made = module.decode(latents)
+    pictures: Tensor = getattr(made, "sample", made)
+    return (pictures.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
 def number_of(text: str) -> int:

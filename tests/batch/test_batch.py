@@ -18,6 +18,7 @@ from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
 import mm.cli
+from mm import TextToImagePipeline
 from mm.adapters.patch import Entry, Patch
 from mm.adapters.tokens import token_tables
 from mm.batch import read_jobs, run_jobs
@@ -26,6 +27,7 @@ from mm.batch.plan import Plan, picture_seed
 from mm.core.errors import UserError
 from mm.core.png_settings import read_settings
 from mm.engine.loading import load
+from mm.pipelines.self_reader import Shortfall
 
 
 def row(custom_id="a", **body):
@@ -204,6 +206,25 @@ def test_rows_of_equal_settings_share_calls_and_a_limit_takes_the_first(tmp_path
     jobs = write(tmp_path / "j", row("a"), row("b", steps=2), row("c"), row("d", steps=2), "{")
     report = run_jobs(jobs, tmp_path / "out", load=counting.load, limit=4)
     assert (report.rows, report.drawn, report.failed, counting.calls) == (4, 4, 0, 2)
+
+
+def test_records_say_what_pictures_lack(tmp_path, counting, monkeypatch):
+    """Of two rows of equal settings, drawn until they are right: one lacks something, one cannot be checked."""
+
+    def checker(self, asked):
+        return lambda rows, _: [asked[i] and Shortfall(wrong=3, missing=(asked[i].said,)) for i in rows]
+
+    monkeypatch.setattr(TextToImagePipeline, "_checker", checker)
+    rows = [row("a", best_of=2), row("b", best_of=2, prompt="a cat in a house"), row("c")]
+    run_jobs(write(tmp_path / "j", *rows), tmp_path / "out", load=counting.load)
+    kept = {found["custom_id"]: found["warnings"] for found in map(read_record, (tmp_path / "out").glob("*/*.json"))}
+    assert "'two red cats': the model does not see in any of 2 tries 2 cats" in kept["a"][-1] and len(kept["a"]) == 1
+    assert "'a cat in a house' is not read in full" in kept["b"][-1]
+    assert not kept["c"]
+
+
+def read_record(path):
+    return json.loads(path.read_text())
 
 
 def test_other_weights_under_the_same_name_draw_anew(tmp_path, counting):

@@ -16,6 +16,7 @@ from mm.core.errors import UserError
 from mm.models.connectors import Connector
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.pipelines.best_of import draw_best, seed_of_try
+from mm.pipelines.run_state import Run
 from mm.pipelines.self_reader import SelfReader, Shortfall, wrongness
 from mm.world.asked import Asked, Fact, asked_of_change
 
@@ -39,7 +40,7 @@ def test_tries_go_on_until_right_and_the_least_wrong_stays() -> None:
             for row, mark in zip(rows, marks, strict=True)
         ]
 
-    best = draw_best(draw, check, seeded(7, 8, 9, 10), 3)
+    best = draw_best(draw, check, seeded(7, 8, 9, 10), 3, Run(guidance_scale=1))
     assert best.latents.flatten().tolist() == [7, 801, 902, 10]
     assert best.tries == [1, 2, 3, 1]
     assert drawn[4:] == [(1, 801), (2, 901), (2, 902)]
@@ -137,6 +138,46 @@ def test_a_change_is_made_again_where_the_picture_lacks_it(monkeypatch: pytest.M
     assert (made.tries, made.right, made.missing) == ([1, 2], [True, True], [[], []])
     torch.testing.assert_close(made.images, torch.cat([first, again]), atol=1e-4, rtol=0)
     assert asked == [[asked_of_change(each) for each in words]]
+
+
+def test_pictures_of_rounded_activations_are_decoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a call without `best_of`, so that the last bits are those of any batch size."""
+    pipe: Any = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("mm.pipelines.batch_parts.rounds_activations", lambda _: True)
+    monkeypatch.setattr(pipe, "_checker", lambda asked: lambda rows, drawn: [Shortfall() for _ in rows])
+    decode, seen = pipe._decode, []
+
+    def watched(latents: torch.Tensor, *options: Any) -> Any:
+        seen.append(len(latents))
+        return decode(latents, *options)
+
+    monkeypatch.setattr(pipe, "_decode", watched)
+    made = pipe(["a cat", "a dog"], best_of=2, generator=seeded(1, 2), num_inference_steps=1, output_type="pt")
+    assert seen == [1, 1] and len(made.images) == 2
+
+
+@pytest.mark.parametrize("edits", [False, True])
+@pytest.mark.parametrize("last", [1, 2 * STEPS])
+def test_an_interrupted_try_is_the_last(edits: bool, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first try what was drawn so far is given; later the try before stays."""
+    pipe: Any = tiny_pipeline()
+    if edits:
+        pipe = ImageEditPipeline(**{k: v for k, v in tiny_reader().items() if k != "latent_stem"})
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipe, "_checker", lambda asked: lambda rows, drawn: [Shortfall(wrong=1, missing=("a cat",))])
+    steps: list[int] = []
+
+    def stop(which: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        which._interrupt = len(steps) == last
+        return {}
+
+    given = (Image.new("RGB", (128, 128), "red"), "make the cat blue") if edits else ("a cat",)
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "strict": False, "output_type": "latent"}
+    made = pipe(*given, best_of=5, generator=seeded(7)[0], callback_on_step_end=stop, **options)
+    assert len(steps) == last
+    assert (made.tries, made.right) == ([1], [False])
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ def test_a_turn_draws_again_what_its_picture_lacks(pipe, monkeypatch):
     assert asked == [[asked_of("two cats")]]
 
 
+def test_a_turn_says_what_no_try_shows(pipe, monkeypatch):
+    lacks = Shortfall(wrong=3, missing=("2 cats",))
+    monkeypatch.setattr(pipe, "_checker", lambda wanted: lambda rows, latents: [lacks if wanted[0] else None])
+    with pytest.warns(UserWarning, match="does not see in its picture: 2 cats"):
+        list(pipe.turn(pipe.start(), "draw two cats", seed=5, steps=1, best_of=2))
+    with pytest.warns(UserWarning, match="not read in full"):
+        list(pipe.turn(pipe.start(), "draw a cat in a house", seed=5, steps=1, best_of=2))
+
+
 def test_a_change_of_a_given_picture_is_the_one_that_the_editing_pipeline_makes(pipe):
     alone = ImageEditPipeline(**{n: p for n, p in pipe.components.items() if n != "latent_stem"})
     state = pipe.start()
