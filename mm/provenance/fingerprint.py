@@ -39,6 +39,7 @@ FORMAT = "mm-fingerprint-2"
 _ADVICE = "(format mm-fingerprint-2); make one with `mm train mm-tiny --stage fingerprint --init-from weights/mm-tiny`"
 _STEP = "|step"  # of 8-bit levels
 PRESENT = 0.5  # probability from which a picture counts as marked
+_SURE = 0.95  # probability of a bit, or of its opposite, below which it is uncertain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,11 @@ class Found:
             int("".join("1" if bit > 0.5 else "0" for bit in bits), 2) if present > PRESENT else None
             for bits, present in zip(self.bits_BK.tolist(), self.present_B.tolist(), strict=True)
         ]
+
+    def uncertain(self) -> list[int]:
+        """How many bits of each picture are less than .95 sure."""
+        sure_BK = torch.maximum(self.bits_BK, 1 - self.bits_BK)
+        return (sure_BK < _SURE).sum(1).tolist()
 
 
 class Fingerprint(nn.Module):

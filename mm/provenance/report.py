@@ -37,6 +37,7 @@ class Provenance:
         why_no_settings: why not.
         fingerprint: the bits as a number; None where there is none.
         fingerprint_bits: their count; 0 where no fingerprint was searched for.
+        fingerprint_uncertain: how many of the bits are uncertain; 0 where there is no fingerprint.
         presence: probability that there is a fingerprint; None where none was searched for.
         credentials: of the file; None where it has none.
         why_no_credentials: why they were not read; empty where they were searched for.
@@ -46,6 +47,7 @@ class Provenance:
     why_no_settings: str
     fingerprint: int | None
     fingerprint_bits: int
+    fingerprint_uncertain: int
     presence: float | None
     credentials: Credentials | None
     why_no_credentials: str
@@ -62,6 +64,8 @@ class Provenance:
             second = "fingerprint: none"
         else:
             second = f"fingerprint: {self.fingerprint:#0{2 + self.fingerprint_bits // 4}x}"
+            if self.fingerprint_uncertain:
+                second += f" ({self.fingerprint_uncertain} of {self.fingerprint_bits} bits are uncertain)"
         third = self.why_no_credentials or ("none" if self.credentials is None else str(self.credentials))
         return [first, second, f"content credentials: {third}"]
 
@@ -103,13 +107,15 @@ def provenance(path: str | Path, fingerprint: Fingerprint | None = None) -> Prov
     """
     picture = read_picture(path)
     settings, why = _settings(path)
-    number, presence = None, None
+    number, presence, uncertain = None, None, 0
     if fingerprint is not None:
         found = fingerprint.read(pixels(picture))
         number, presence = found.numbers()[0], float(found.present_B[0])
+        uncertain = 0 if number is None else found.uncertain()[0]
     return Provenance(
         settings=settings, why_no_settings=why, fingerprint=number, presence=presence,
         fingerprint_bits=fingerprint.config.bits if fingerprint is not None else 0,
+        fingerprint_uncertain=uncertain,
         credentials=read_credentials(path) if available() else None,
         why_no_credentials="" if available() else MISSING,
     )  # fmt: skip

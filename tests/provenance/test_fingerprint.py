@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mm.cli.train import Stage
 from mm.core.errors import UserError
 from mm.provenance.attacks import MEASURED, cropped, jpeg, jpeg_like, scaled
-from mm.provenance.fingerprint import Fingerprint, FingerprintConfig, fingerprint_of
+from mm.provenance.fingerprint import Fingerprint, FingerprintConfig, Found, fingerprint_of
 from mm.provenance.measuring import measure
 from mm.provenance.readers import TileReader, carriers
 from mm.provenance.solving import solve_fingerprint
@@ -44,6 +44,11 @@ def solved() -> tuple[Autoencoder, Fingerprint, torch.Tensor]:
     made = fingerprint_of(decoder, lambda: decoder.decode(latents[:1]), config)
     solve_fingerprint(made, decoder, decoder.decoder, latents[:48], psnr=34.0, rounds=2)
     return decoder, made, latents[48:]
+
+
+def test_uncertain_bits_are_counted() -> None:
+    found = Found(bits_BK=torch.tensor([[0.99, 0.02, 0.6], [0.94, 0.06, 0.5]]), present_B=torch.ones(2))
+    assert found.uncertain() == [1, 3]
 
 
 def test_bits_are_read_after_attacks(solved: tuple[Autoencoder, Fingerprint, torch.Tensor]) -> None:
