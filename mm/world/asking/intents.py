@@ -21,7 +21,8 @@ from mm.world.asking.small_talk import NO_PICTURE, UNCLEAR, small_talk, without_
 _FIRST = (
     r"^(?:please|kindly|now|then|next|also|and|but|so|ok|okay|well|just|actually|instead|maybe|great|this time"
     r"|for once|hey|(?:oh |no,? )?wait(?: a (?:moment|minute|second))?|hold on|hang on|oh|ah|hm+|um+|uh|oops|whoops"
-    r"|(?:no|nope|yes|yeah|sorry|my mistake|wrong|scratch (?:it|that)|never ?mind|forget (?:it|that))(?=,)"
+    r"|(?:no|nope|yes|yeah|sorry|my mistake|wrong|scratch (?:it|that)|never ?mind|forget (?:it|that)"
+    r"|(?:much |a lot )?(?:better|closer)|nice|good|cool|perfect|lovely)(?=,)"
     r"|(?:no,? )?i (?:meant?|said|asked for|wanted)|rather|not (?:an? )?[^,]{1,40}(?=,)"
     r"|(?:can|could|would|will) you(?: please| kindly| now| also)*|i (?:would like|want|need) you to|let us"
     r"|let's|try to|go on and|you can"

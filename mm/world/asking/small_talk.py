@@ -75,7 +75,7 @@ _REPLIES: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:i am )?(?:so )?(?:sorry|excuse me|pardon)(?: me)?", "No problem. What can I draw for you?"),
     (
-        r"(?:ok|okay|yes|yeah|yep|no|nope|sure|fine|alright|all right|right|i see|hm+|um+|maybe|good|got it"
+        r"(?:ok|okay|yes|yeah|yep|(?:no )*no|nope|sure|fine|alright|all right|right|i see|hm+|um+|maybe|good|got it"
         r"|understood|test|testing)",
         "What can I draw or change for you?",
     ),
