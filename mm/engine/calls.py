@@ -114,8 +114,8 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
 
 def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
     """Says what pictures drawn with `best_of` lack, by the model's own reading, or that nothing was checked."""
-    prompts = given.get("prompt")
-    each = prompts if isinstance(prompts, list) else [prompts] * len(seeds)
+    prompts: Any = given.get("prompt")
+    each: list[str] = prompts if isinstance(prompts, list) else [str(prompts)] * len(seeds)
     wrong: dict[str, list[str]] = {}
     for prompt, seed, missing in zip(each, seeds, getattr(output, "missing", None) or (), strict=False):
         if missing:

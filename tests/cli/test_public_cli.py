@@ -156,7 +156,7 @@ def test_wildcards_and_matrix(xl, tmp_path):
         (("x", "--size", "3y"), "size is '3y'"),
         (("x", "--scheduler", "magic"), "scheduler is 'magic'; "),
         (("x", "--mode", "codes"), "has no modes; leave it out"),
-        (("x", "--best-of", "3"), "has no counter of its own"),
+        (("x", "--best-of", "3"), "does not read what it drew"),
         (("x", "--lora", "none.safetensors:0.5"), "there is no LoRA or patch file none.safetensors"),
         (("x", "--set", "clip_skip"), "give NAME=VALUE"),
         (("x", "--set", "nothing=1"), "takes no nothing; it takes"),
