@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -142,6 +142,15 @@ class Conditions:
     def pictures(self) -> int:
         """B."""
         return len(self.prompts) * self.each
+
+    def negatives_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The negative prompts of some pictures, as arguments of a call for these; empty where one serves all."""
+        if len(self.negatives) == 1:
+            return {}
+        at = [row // self.each for row in rows]
+        if isinstance(self.negatives, PromptCache):
+            return {"negative_prompt_embeds": self.negatives.select(torch.tensor(at))}
+        return {"negative_prompt": [self.negatives[i] for i in at]}
 
     def caches(self, part: slice, encode: Callable[[Sequence[str]], PromptCache]) -> tuple[PromptCache, PromptCache]:
         """The caches of some pictures' prompts and negative prompts: of all, or of one alone."""

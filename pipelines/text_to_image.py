@@ -327,9 +327,10 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
 
         def draw(rows: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
             some = [prompts[i] for i in rows]
+            own = options | given.negatives_of(rows)
             with warnings.catch_warnings():  # of unknown words, which were warned of before
                 warnings.simplefilter("ignore")
-                return self(some, generator=list(generators), output_type="latent", strict=False, **options).images
+                return self(some, generator=list(generators), output_type="latent", strict=False, **own).images
 
         generators = picture_generators(generator, len(prompts))
         check = self._checker([asked_of(prompt) for prompt in prompts])

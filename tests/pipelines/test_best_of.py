@@ -122,6 +122,26 @@ def test_the_pipeline_keeps_its_first_try_where_that_is_right(
     torch.testing.assert_close(never.images, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_try_keeps_the_negative_prompt_of_its_picture(
+    reader: SelfReader, monkeypatch: pytest.MonkeyPatch, encoded: bool
+) -> None:
+    """Of two prompts, each with a negative prompt of its own and two pictures, the last picture is drawn again."""
+    pipe = tiny_pipeline()
+    pipe.self_reader = reader
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 3.0}
+    negatives = ["a tree", "a car"]
+    given = {"negative_prompt_embeds": pipe.encode_prompt(negatives)[0]} if encoded else {"negative_prompt": negatives}
+    wanted = pipe("a dog", negative_prompt="a car", generator=seeded(seed_of_try(4, 1))[0], **options).images
+    found = iter([[Shortfall(), Shortfall(), Shortfall(), Shortfall(wrong=5, missing=("a dog",))], [Shortfall()]])
+    monkeypatch.setattr(reader, "shortfalls", lambda latents, asked, believe: next(found))
+    made = pipe(
+        ["a cat", "a dog"], num_images_per_prompt=2, generator=seeded(1, 2, 3, 4), best_of=3, **given, **options
+    )
+    assert made.tries == [1, 1, 1, 2]
+    torch.testing.assert_close(made.images[3:], wanted, atol=1e-4, rtol=0)
+
+
 def test_a_change_is_made_again_where_the_picture_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two changes the second is right at its second try, which is a call of its own from that seed."""
     pipe = ImageEditPipeline(**{k: v for k, v in tiny_reader().items() if k != "latent_stem"})
