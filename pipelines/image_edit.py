@@ -211,9 +211,10 @@ class ImageEditPipeline(TextToImagePipeline):
             drawn = self._draw_latents(noise, parts)
         if mode == "codes" and mask is not None:
             drawn = torch.where(coarse_mask(mask, drawn.shape[-1]) > 0, drawn, clean)
-        if mask is not None:  # outside of it, the source's own pixels are kept, at the size of the result
-            source = to_tensor(opened, height or side).to(drawn.device)
-            mask = mask_of(mask_image, pictures[0], height or side).to(drawn.device)
+        if mask is not None and height not in (None, side):
+            # outside of the mask, the source's own pixels are kept, at the size of the result
+            source = to_tensor(opened, height).to(drawn.device)
+            mask = mask_of(mask_image, pictures[0], height).to(drawn.device)
         source = source.repeat_interleave(num_images_per_prompt, 0)
         out: Any = drawn if output_type == "latent" else self._finish(drawn, source, mask, output_type, height)
         self.maybe_free_model_hooks()

@@ -164,21 +164,27 @@ def likelihoods(
         questions: In trained wordings.
         answers: One a question, in the model's words.
     """
-    rows = [Dialogue(tokenizer, tokens_1SD.shape[1]).user(question, None).ids for question in questions]
-    ids, mask = left_padded(rows, tokens_1SD.device)
+    ids, mask = _asked(tokenizer, tokens_1SD, questions)
     logits_BTV, _ = trunk.read(ids, mask, tokens_1SD.expand(len(questions), -1, -1))
     first = torch.tensor([tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers])
     chances_BV = logits_BTV[:, -1, : len(tokenizer)].float().softmax(-1).cpu()
-    return chances_BV[torch.arange(len(rows)), first].tolist()
+    return chances_BV[torch.arange(len(first)), first].tolist()
 
 
 def _answers(
     trunk: Trunk, tokenizer: PreTrainedTokenizerFast, tokens_BSD: torch.Tensor, questions: Sequence[str], max_words: int
 ) -> list[str]:  # fmt: skip
     """Answers to questions, each about the picture of its understanding tokens."""
-    rows = [Dialogue(tokenizer, tokens_BSD.shape[1]).user(question, None).ids for question in questions]
-    ids, mask = left_padded(rows, tokens_BSD.device)
+    ids, mask = _asked(tokenizer, tokens_BSD, questions)
     return generate(trunk, tokenizer, ids, mask, tokens_BSD, max_words)
+
+
+def _asked(
+    tokenizer: PreTrainedTokenizerFast, tokens_BSD: torch.Tensor, questions: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Token ids (B, T) of questions about pictures, up to where the replies begin, and which of them are real."""
+    rows = [Dialogue(tokenizer, tokens_BSD.shape[1]).user(question, None).ids for question in questions]
+    return left_padded(rows, tokens_BSD.device)
 
 
 def generate(

@@ -14,10 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.core.checks import shown
-from mm.core.errors import UserError
 from mm.core.safe_json import read_object
-from mm.engine.calls import takes_numbers_only
+from mm.engine.calls import check_arguments
 from mm.engine.capabilities import task_of
 from mm.engine.facts import FAMILY_TASKS, call_parameters_of, class_of
 from mm.engine.prompts import weighted
@@ -41,12 +39,7 @@ def check_options(request: Draw, folder: Path) -> None:
     if kind is None:
         return
     takes = {name: value for name, value in call_parameters_of(kind).items() if name != "self"}
-    unknown = [name for name in request.options if name not in takes]
-    if unknown:
-        raise UserError(f"{kind.__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
-    for name, value in request.options.items():
-        if isinstance(value, str) and takes_numbers_only(takes[name]):
-            raise UserError(f"{name} is {shown(value)}; {kind.__name__} takes a number")
+    check_arguments(kind, takes, request.options)
 
 
 @cache

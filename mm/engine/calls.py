@@ -54,11 +54,7 @@ def draw(
     """
     takes = call_parameters(view)
     given = {key: value for key, value in arguments.items() if value is not None}
-    if unknown := [key for key in given if key not in takes]:
-        raise UserError(f"{type(view).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
-    for name, value in given.items():
-        if isinstance(value, str) and takes_numbers_only(takes[name]):
-            raise UserError(f"{name} is {shown(value)}; {type(view).__name__} takes a number")
+    check_arguments(type(view), takes, given)
     if len(seeds) > 1 and "num_images_per_prompt" not in takes and not isinstance(given.get("prompt"), list):
         alone = (draw(view, arguments, [seed], steps=steps, cancel=cancel, on_step=on_step) for seed in seeds)
         return [image for images in alone for image in images]
@@ -75,7 +71,22 @@ def draw(
     return list(images_of(output))
 
 
-def takes_numbers_only(parameter: inspect.Parameter) -> bool:
+def check_arguments(kind: type, takes: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> None:
+    """Raises UserError for arguments that a pipeline's call does not take, and for texts in the place of numbers.
+
+    Args:
+        kind: the pipeline's class.
+        takes: the parameters of its call, by name.
+        given: the arguments.
+    """
+    if unknown := [key for key in given if key not in takes]:
+        raise UserError(f"{kind.__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes))}")
+    for name, value in given.items():
+        if isinstance(value, str) and _takes_numbers_only(takes[name]):
+            raise UserError(f"{name} is {shown(value)}; {kind.__name__} takes a number")
+
+
+def _takes_numbers_only(parameter: inspect.Parameter) -> bool:
     """Whether a parameter's annotation, a type or its text, names numbers and None alone."""
     annotation = parameter.annotation
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
