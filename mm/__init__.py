@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm.adapters.formats.reader import read_lora
     from mm.adapters.formats.writer import write_lora
     from mm.adapters.patch import Patch
+    from mm.customization.apart import draw_apart
     from mm.customization.customize import customize
     from mm.customization.merging.merge import merge
     from mm.customization.sliders import SliderPrompts
@@ -76,6 +77,7 @@ __all__ = [
     "UnderstandingPipeline",
     "__version__",
     "customize",
+    "draw_apart",
     "erase",
     "load",
     "load_nunchaku",
@@ -96,6 +98,7 @@ __getattr__ = loader(
         "TextToImagePipeline": "pipelines.text_to_image",
         "UnderstandingPipeline": "pipelines.understanding",
         "customize": "customization.customize",
+        "draw_apart": "customization.apart",
         "erase": "erasure.erase",
         "load": "engine.loading",
         "load_nunchaku": "quantization.integrations.nunchaku",

@@ -74,6 +74,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         fast: bool = False,
         best_of: int = 1,
         strict: bool = False,
+        apart: bool = False,
     ) -> Iterator[Pictures]:
         """Draws pictures from a prompt; what is left out is the model's default.
 
@@ -82,7 +83,7 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
             "negative": negative, "width": width, "height": height, "scheduler": scheduler, "fast": fast,
-            "best_of": best_of, "strict": strict,
+            "best_of": best_of, "strict": strict, "apart": apart,
         }  # fmt: skip
         yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
 

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
 from mm.core.safe_json import parse_json
 from mm.engine.capabilities import Capabilities
@@ -33,8 +34,14 @@ def number_field(value: float | None, *, label: str, **limits: Any) -> gr.Number
     return gr.Number(value, label=label, min_width=100, **limits)
 
 
-def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
-    """Fields of what a drawing can set, as this model allows; built where it is called."""
+def sampling_fields(can: Capabilities, *, sized: bool, words: Sequence[str] = ()) -> Fields:
+    """Fields of what a drawing can set, as this model allows; built where it is called.
+
+    Args:
+        can: of the model.
+        sized: whether pictures are drawn from a prompt alone.
+        words: of the adapters' subjects.
+    """
     fields: Fields = {}
     with gr.Row():
         fields["steps"] = number_field(
@@ -63,6 +70,8 @@ def sampling_fields(can: Capabilities, *, sized: bool) -> Fields:
             1, minimum=1, maximum=MAX_TRIES, precision=0,
             label="Tries: draw again, so often at most, what the model does not see in its picture",
         )  # fmt: skip
+    if sized and words:
+        fields["apart"] = gr.Checkbox(False, label=f"Apart: {', '.join(words)} each in a place of its own")
     if can.strict:
         fields["strict"] = gr.Checkbox(False, label="Strict: refuse words that the model does not know")
     if can.negative and not can.negative_needs:
@@ -134,7 +143,8 @@ class DrawTab:
             )
         self.dice = gr.Button("New random seed", size="sm")
         with gr.Accordion("More", open=False):
-            self.fields |= sampling_fields(self.can, sized=True)
+            words = [item.word for item in stack_of(self.parts.engine.pipeline).list() if item.word and self.can.apart]
+            self.fields |= sampling_fields(self.can, sized=True, words=words)
             gr.HTML('<p class="mm-title">Draw again: drop a picture here, and its settings are filled in.</p>')
             self.like = gr.File(show_label=False, file_types=list(FORMATS), height=130, elem_id="like")
         gr.Examples(examples, self.fields["prompt"], api_visibility="private")
@@ -212,6 +222,7 @@ class DrawTab:
             "seed": "" if asked.seed is None else str(asked.seed), "steps": self.can.steps_of(asked),
             "guidance": self.can.guidance_of(asked), "mode": self.can.mode(asked), "scheduler": asked.scheduler or "",
             "fast": asked.fast is not False, "best_of": asked.best_of, "strict": bool(asked.strict),
+            "apart": asked.apart is not False,
         }  # fmt: skip
         return [values.get(name, gr.skip()) for name in self.fields]
 

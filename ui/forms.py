@@ -143,6 +143,7 @@ def draw_request(values: Mapping[str, Any], can: Capabilities) -> Draw:
         prompt=words("prompt", values.get("prompt")),
         negative=negative or None,
         size=size(values.get("width"), values.get("height"), can),
+        apart=flag("apart", values.get("apart")),
         **_sampling(values),
     )
 

@@ -11,7 +11,8 @@ from mm.adapters.entry import Entry
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Placed:
     """One entry on a layer. `scale` is the patch's; `fused`: a low-rank entry acts in the weight. `base_matches`: None
-    where the patch does not name its base."""
+    where the patch does not name its base. `word`: what the patch's subject is called in prompts; "" where it says
+    none."""
 
     name: str
     entry: Entry
@@ -19,6 +20,7 @@ class Placed:
     scale: float = 1.0
     order: int = 0
     method: str = "lora"
+    word: str = ""
     base_matches: bool | None = None
     fused: bool = False
 

@@ -116,6 +116,7 @@ class Stack:
         base = base_matches_of(patch, self.target)
         order = 1 + max((spot.placed.order for spot in self._spots()), default=0)
         common: dict[str, Any] = {"name": patch.name, "scale": float(scale), "order": order, "method": patch.method}
+        common["word"] = str(patch.settings.get("name") or "")
 
         def put(module: nn.Module, place: Place) -> None:
             made = Placed(entry=place.entry, path=place.path, base_matches=base, **common)

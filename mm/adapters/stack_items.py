@@ -40,6 +40,7 @@ class StackItem:
     Attributes:
         name: of the patch.
         method: that made it.
+        word: what its subject is called in prompts; "" where it does not say.
         scale: how strongly it acts.
         layers: how many it changes.
         tensors: how many it has.
@@ -50,6 +51,7 @@ class StackItem:
 
     name: str
     method: str
+    word: str
     scale: float
     layers: int
     tensors: int
@@ -84,6 +86,7 @@ def item_of(placed: Sequence[Placed]) -> StackItem:
     return StackItem(
         name=first.name,
         method=first.method,
+        word=first.word,
         scale=first.scale,
         layers=len({layer_path(p.path, p.entry) for p in placed}),
         tensors=sum(len(p.entry.tensors) for p in placed),

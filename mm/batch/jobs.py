@@ -52,6 +52,7 @@ class Generate:
         model: an embedded model, or a folder.
         fast: less work a picture: true, or an object of single settings (docs/fast.md).
         best_of: the most times that a picture is drawn, until the model reads in it what was asked for (mm-tiny).
+        apart: each adapter draws its subject in a place of its own: true, or an object of known things by word.
         strict: true refuses words that the model does not know, false refuses nothing.
         options: further arguments of the pipeline's call, by name.
     """
@@ -72,6 +73,7 @@ class Generate:
     model: str | None = None
     fast: bool | dict[str, Any] = False
     best_of: int = 1
+    apart: bool | dict[str, Any] = False
     strict: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -100,6 +102,8 @@ class Generate:
             raise UserError(f"fast is {shown(self.fast)}; give true, false, or an object of settings")
         if self.strict is not None and not isinstance(self.strict, bool):
             raise UserError(f"strict is {shown(self.strict)}; give true or false")
+        if not isinstance(self.apart, bool | dict):
+            raise UserError(f"apart is {shown(self.apart)}; give true, false, or an object of known things by word")
         if self.image is None and (self.mask is not None or self.strength is not None):
             given = "mask" if self.mask is not None else "strength"
             raise UserError(f"{given} is given without image; it acts on a picture to start from")

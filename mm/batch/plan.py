@@ -131,7 +131,7 @@ class Plan:
         return Draw(
             prompt=body.prompt, negative=body.negative, steps=body.steps, mode=body.mode, guidance=body.guidance,
             size=body.size, scheduler=scheduler, strength=body.strength, options=body.options,
-            fast=body.fast, best_of=body.best_of, strict=body.strict,
+            fast=body.fast, best_of=body.best_of, strict=body.strict, apart=body.apart,
             image=self.opened(self._file(body.image)), mask=self.opened(self._file(body.mask)),
         )  # fmt: skip
 

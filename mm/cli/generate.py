@@ -33,6 +33,8 @@ def generate(
     strength: Annotated[float | None, typer.Option(min=0, max=1, help="How much of --image is redrawn.")] = None,
     best_of: shared.BestOfOption = None,
     strict: shared.StrictOption = None,
+    apart: shared.ApartOption = False,
+    stand_in: shared.StandInOption = None,
     fast: shared.FastOption = False,
     fast_set: shared.FastSetOption = None,
     like: Annotated[
@@ -65,6 +67,7 @@ def generate(
         "count": count, "seed": seed, "steps": steps, "mode": mode.value if mode else None, "guidance": guidance,
         "negative": negative, "size": shared.size(size), "strength": strength, "best_of": best_of, "prompt": prompt,
         "options": shared.settings(more) or None, "strict": strict, "fast": shared.fast(fast, fast_set),
+        "apart": shared.apart(apart, stand_in),
     }  # fmt: skip
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     run(

@@ -132,6 +132,16 @@ BestOfOption = Annotated[
         help="Draw again, so often at most, until the model itself sees in the picture what was asked for (mm-tiny).",
     ),
 ]  # fmt: skip
+ApartOption = Annotated[
+    bool, typer.Option("--apart", help="Each adapter draws its subject in a place of its own: docs/customization.md.")
+]
+StandInOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stand-in", metavar="WORD=THING",
+        help="What the base draws in the place of an adapter's subject, for --apart; may be repeated.",
+    ),
+]  # fmt: skip
 FastOption = Annotated[bool, typer.Option("--fast", help="Leave out work that changes a picture little: docs/fast.md.")]
 FastSetOption = Annotated[
     list[str] | None,
@@ -217,6 +227,19 @@ def given(context: typer.Context, *names: str) -> list[str]:
     sources = {name: context.get_parameter_source(name) for name in names}
     found = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     return [f"--{name.replace('_', '-')}" for name in found]
+
+
+def apart(chosen: bool, given: list[str] | None) -> bool | dict[str, str] | None:
+    """`Draw.apart` of --apart and --stand-in, each of which suffices; None where neither is given."""
+    things: dict[str, str] = {}
+    for text in given or ():
+        word, _, thing = text.partition("=")
+        if not word or not thing:
+            raise UserError(f"--stand-in is {text!r}; give a word and a thing, for example '<mug>=cup'")
+        if word in things:
+            raise UserError(f"--stand-in is given twice for {word}; one thing stands in for it")
+        things[word] = thing
+    return things or chosen or None
 
 
 def fast(chosen: bool, given: list[str] | None) -> bool | dict[str, Any] | None:

@@ -7,12 +7,8 @@ pictures are halves of two; Kumari et al. 2022, arXiv 2212.04488, train two subj
 Design choices
 - The base draws two known things under the user's own caption, so that layout and background are what it makes of such
   a prompt. The subject, cut out of a picture of the user's, then covers one of the two.
-- Boxes need no segmentation. A known thing is where the base's predictions for two prompts differ (Couairon et al.
-  2022, DiffEdit, arXiv 2210.11427), and the unknown subject where the base's prediction is wrong. A mask of the user's
-  says it better, and is used where there is one.
+- Where things are is found without segmentation (`mm.customization.places`).
 - Everything is drawn from seeds, so that a run that was stopped makes the same pictures again.
-
-Legend: B noises, C channels, H x W latents, S side of the pictures.
 """
 
 from __future__ import annotations
@@ -22,49 +18,22 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
-from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.customization.captions import renamed as replaced
-from mm.customization.data import Example, to_tensor
+from mm.customization.data import Example
 from mm.customization.objectives.protocol import Objective
+from mm.customization.places import Box, are_apart, drawn_box, fitted, subject_box
 from mm.customization.previews import draw
 
-_LEVELS = 8  # noise levels, of which the middle ones are used
-_INSIDE = 0.4  # of the highest value, from which a cell belongs to a box
 _TRIES = 4  # drawings for each picture, until the two things are apart
 _WORDS = 3
-_LARGEST = 0.45  # area of a thing beside another one
-_SHARED = 0.2  # of the smaller box, that two things may share
 _EDGE = 0.02  # of the side, over which a box fades
-
-
-@dataclass(frozen=True, kw_only=True)
-class Box:
-    """A box as shares of the sides, from 0 to 1."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    @property
-    def area(self) -> float:
-        """Share of the picture."""
-        return (self.right - self.left) * (self.bottom - self.top)
-
-    def overlap(self, other: Box) -> float:
-        """What two boxes share, as a share of the smaller one."""
-        wide = min(self.right, other.right) - max(self.left, other.left)
-        tall = min(self.bottom, other.bottom) - max(self.top, other.top)
-        return max(0.0, wide) * max(0.0, tall) / min(self.area, other.area)
 
 
 def companions(
@@ -132,7 +101,7 @@ def _beside(
         renamed(beside(example.caption, name, noun, third, first=number % 2 == 0), name, noun, stand_in),
     )  # fmt: skip
     place = fitted(box, place)
-    if place.area >= _LARGEST or place.overlap(beside_it) >= _SHARED:
+    if not are_apart([place, beside_it], sizes=[place]):
         return None
     path = Path(f"{example.path.stem}-{other}-{number}.png")
     return Example(path=path, caption=text, picture=pasted(drawn.convert("RGB"), example.picture, box, place))
@@ -161,67 +130,6 @@ def renamed(caption: str, name: str, noun: str, other: str) -> str:
     """A caption with another word in the subject's place."""
     whole = f"{name} {noun}" if noun and f"{name} {noun}" in caption else name
     return replaced(caption, whole, other)
-
-
-# ---- where things are ------------------------------------------------------------------------------------------------
-
-
-def subject_box(objective: Objective, example: Example, name: str, noun: str) -> Box:
-    """Where the subject is: the mask's box, or where the base is wrong about the picture."""
-    if example.mask is not None:
-        found = example.mask.convert("L").point([0] * 128 + [255] * 128).getbbox()
-        if found is not None:
-            width, height = example.mask.size
-            left, top, right, bottom = found
-            return Box(left=left / width, top=top / height, right=right / width, bottom=bottom / height)
-    return box_of(_differences(objective, example.picture, renamed(example.caption, name, "", noun), None))
-
-
-def drawn_box(objective: Objective, picture: Image.Image, caption: str, other: str) -> Box:
-    """Where what a caption names is: where the base's predictions for it and for another caption differ."""
-    return box_of(_differences(objective, picture, caption, other))
-
-
-@torch.no_grad()
-def _differences(objective: Objective, picture: Image.Image, caption: str, other: str | None) -> Tensor:
-    """Mean squares (H, W) of the differences, at the middle noise levels."""
-    clean = objective.encode_pictures(to_tensor(picture.convert("RGB"), objective.side)[None].to(objective.device))
-    level_B = objective.fixed_levels(_LEVELS)[_LEVELS // 4 : 3 * _LEVELS // 4].to(objective.device)
-    clean = clean.float().expand(len(level_B), *clean.shape[1:])
-    total = torch.zeros(clean.shape[-2:], device=clean.device)
-    for seed in range(2):
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
-        noisy = objective.noised(clean, noise, level_B)
-        given = objective.predict(noisy, level_B, objective.encode_prompts([caption] * len(level_B)))
-        if other is None:
-            wanted = objective.target(clean, noise, level_B)
-        else:
-            wanted = objective.predict(noisy, level_B, objective.encode_prompts([other] * len(level_B)))
-        total += (given - wanted).square().mean((0, 1))
-    return total.cpu()
-
-
-def box_of(differences_HW: Tensor) -> Box:
-    """The box of what stands out; its edges lie between cells."""
-    smooth = F.avg_pool2d(F.pad(differences_HW[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0, 0]
-    low, high = smooth.median(), smooth.max()
-    inside = smooth >= low + _INSIDE * (high - low)
-    rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
-    height, width = differences_HW.shape
-    return Box(
-        left=int(columns[0]) / width, top=int(rows[0]) / height, right=(int(columns[-1]) + 1) / width,
-        bottom=(int(rows[-1]) + 1) / height,
-    )  # fmt: skip
-
-
-def fitted(box: Box, place: Box) -> Box:
-    """The box of the same shape that covers a place, within the picture."""
-    wide, tall = box.right - box.left, box.bottom - box.top
-    scale = max((place.right - place.left) / wide, (place.bottom - place.top) / tall)
-    wide, tall = min(1.0, wide * scale), min(1.0, tall * scale)
-    left = min(max(0.0, (place.left + place.right - wide) / 2), 1 - wide)
-    top = min(max(0.0, (place.top + place.bottom - tall) / 2), 1 - tall)
-    return Box(left=left, top=top, right=left + wide, bottom=top + tall)
 
 
 def pasted(onto: Image.Image, picture: Image.Image, box: Box, place: Box) -> Image.Image:

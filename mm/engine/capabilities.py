@@ -43,6 +43,7 @@ class Capabilities:
         negative_default: the negative prompt where none is given.
         best_of: whether pictures can be drawn again until the model reads in them what was asked for.
         strict: whether prompts are read by a list of words, so that others can be refused.
+        apart: whether adapters can be kept apart, each in a place of its own.
         schedulers: class names that can be chosen.
         image_guidance: whether editing takes a guidance of its own for the source.
         fast: "module:function" of `Family.fast`; empty where no work can be left out.
@@ -66,6 +67,7 @@ class Capabilities:
     negative_default: str = ""
     best_of: bool = False
     strict: bool = False
+    apart: bool = False
     schedulers: tuple[str, ...] = ()
     image_guidance: bool = False
     fast: str = ""
@@ -107,8 +109,21 @@ class Capabilities:
             if request.negative:
                 self._check_negative(request)
             self._check_size(request)
+        if isinstance(request, Draw) and request.apart is not False:
+            self._check_apart(request)
         if isinstance(request, Edit) and request.image_guidance is not None and not self.image_guidance:
             raise UserError(f"{self.model} has no image guidance (given: {request.image_guidance:g}); leave it out")
+
+    def _check_apart(self, request: Draw) -> None:
+        if not self.apart:
+            raise UserError(
+                f"{self.model} passes no latents on while it draws, so its adapters cannot be kept apart; leave apart "
+                "out"
+            )
+        if self.mode(request) not in (None, *self.modes[:1]):
+            raise UserError(
+                f"mode is {shown(request.mode)}; {self.model} keeps adapters apart in the mode {self.modes[0]} only"
+            )
 
     def _has(self, task: str) -> None:
         if task not in self.tasks:

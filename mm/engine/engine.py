@@ -24,6 +24,7 @@ from mm.core.checks import whole
 from mm.core.errors import UserError
 from mm.core.threads import release_team
 from mm.engine import calls
+from mm.engine.apart import draw_apart
 from mm.engine.arguments import arguments_of, grouped, size_of, unbinned
 from mm.engine.attaching import Adapter, attach_all, detach, facts_of, listed
 from mm.engine.batching import rounds_activations
@@ -255,6 +256,8 @@ class Engine:
 
     def _singly(self, requests: Sequence[Draw | Edit]) -> bool:
         """Whether each picture needs a call of its own to be the same at any batch size."""
+        if any(isinstance(request, Draw) and request.apart is not False for request in requests):
+            return True
         if self._own_batches:
             return False
         if any(request.fast is not False for request in requests):  # a threshold decides, by the last bits too
@@ -270,8 +273,8 @@ class Engine:
         pipe, steps = self._pipeline_for(task_of(first)), can.steps_of(first)
         size = size_of(first, can) or can.size
 
-        def on_step(step: int, latents: Any) -> None:
-            emit(Step(step=step + 1, steps=steps or step + 1, first=places[0], count=len(places)))
+        def on_step(step: int, latents: Any, total: int | None = steps) -> None:
+            emit(Step(step=step + 1, steps=total or step + 1, first=places[0], count=len(places)))
             if previews and self._preview is not None and latents is not None:
                 for at, image in zip(places, self._preview(latents, size), strict=False):
                     emit(Preview(index=at, picture=image))
@@ -279,9 +282,11 @@ class Engine:
         view = view_of(pipe, first.scheduler)
         takes = call_parameters(view)
         arguments = unbinned(view, takes) | arguments_of(requests, can, takes, one_negative=self._own_batches)
-        arguments |= weighed(view, arguments)
         seeds = [request.seed or 0 for request in requests]
         with less_work(view, arguments, can.fast_of(first)):
+            if isinstance(first, Draw) and first.apart is not False:
+                return [draw_apart(view, arguments, first, steps=steps, cancel=cancel, on_step=on_step)]
+            arguments |= weighed(view, arguments)
             return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 
     def _converse(self, request: Turn, cancel: CancelToken, emit: Emit, notices: Notices) -> None:

@@ -111,6 +111,8 @@ class Draw(Sampling):
         image: a picture to start from (image-to-image), or with `mask` to fill in.
         mask: white where `image` is drawn anew (inpainting).
         strength: share of the steps that image-to-image redraws, 0 to 1; None is the pipeline's default.
+        apart: True has each adapter draw its subject in a place of its own (`mm.customization.apart`); a mapping names
+            known things, by word, that the base draws there first.
     """
 
     prompt: str
@@ -119,6 +121,7 @@ class Draw(Sampling):
     image: Image.Image | None = None
     mask: Image.Image | None = None
     strength: float | None = None
+    apart: bool | Mapping[str, str] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +138,18 @@ class Draw(Sampling):
             number("strength", self.strength, 0, 1)
             if self.image is None:
                 raise UserError(f"strength is {self.strength:g} without image; it only acts on a picture that is given")
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        if not isinstance(self.apart, bool | Mapping):
+            raise UserError(f"apart is {shown(self.apart)}; give true, false or known things by word")
+        if self.apart is False:
+            return
+        for word, thing in self.apart.items() if isinstance(self.apart, Mapping) else ():
+            text(f"what stands in for {word}", thing)
+        for name, there in (("image", self.image is not None), ("best_of", self.best_of > 1)):
+            if there:
+                raise UserError(f"{name} is given, and adapters cannot be kept apart with it; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

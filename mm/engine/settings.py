@@ -58,6 +58,7 @@ def settings_of(request: Draw | Edit | Turn, can: Capabilities, model: str, seed
         "strength": getattr(request, "strength", None),
         "scheduler": request.scheduler,
         "best_of": best_of if best_of > 1 else None,
+        "apart": _apart_of(request),
         "fast": can.fast_of(request),
         "strict": request.strict,
         "options": _writable(request.options) or None,
@@ -76,6 +77,12 @@ def batch_of(requests: Sequence[Draw | Edit]) -> int:
     first = requests[0]
     same = [replace(first, seed=(first.seed or 0) + k) for k in range(len(requests))]
     return len(requests) if list(requests) == same else 0
+
+
+def _apart_of(request: Draw | Edit | Turn) -> bool | dict[str, str] | None:
+    """`Draw.apart` as JSON holds it; None where adapters act together."""
+    apart = getattr(request, "apart", False)
+    return dict(apart) if isinstance(apart, Mapping) else apart or None
 
 
 def _writable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
     given: dict[str, Any] = {"prompt": prompt}
     same = {"negative_prompt": "negative", "seed": "seed", "steps": "steps", "guidance": "guidance"}
     same |= {"strength": "strength", "options": "options", "best_of": "best_of", "fast": "fast"}
-    same |= {"strict": "strict"}
+    same |= {"strict": "strict", "apart": "apart"}
     given |= {field: settings[key] for key, field in same.items() if settings.get(key) is not None}
     if settings.get("mode") in can.modes:
         given["mode"] = settings["mode"]

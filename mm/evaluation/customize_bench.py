@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mm.adapters.patch import Patch
+from mm.customization.apart import draw_apart
 from mm.customization.customize import customize
 from mm.evaluation.compose import picture_seed
 from mm.evaluation.customize_subjects import GROUNDS, write_pictures
@@ -114,7 +116,7 @@ class Bench:
         try:
             for start in range(0, len(each), _TOGETHER):
                 part = each[start : start + _TOGETHER]
-                seeds = [picture_seed(0, f"claims {salt} {text}", k) for text, k in part]
+                seeds = [_seed(salt, text, k) for text, k in part]
                 made = target(
                     [text for text, _ in part], generator=[torch.Generator().manual_seed(s) for s in seeds],
                     output_type="pt", **more,
@@ -125,6 +127,16 @@ class Bench:
                 patch.undo(target)
         return torch.cat(parts)
 
+    def drawn_apart(self, texts: Sequence[str], salt: str, patches: Sequence[Patch], times: int) -> Tensor:
+        """As `drawn`, with each patch's subject in a place of its own."""
+        more: dict[str, Any] = {} if self.steps is None else {"num_inference_steps": self.steps}
+        made = [
+            draw_apart(self.pipe, text, adapters=patches, seed=_seed(salt, text, k), **more).picture
+            for text in texts
+            for k in range(times)
+        ]
+        return torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) for picture in made])
+
     def read(self, pictures: Tensor) -> list[Reading]:
         """What the judge sees."""
         return self.judge.read(pictures)
@@ -132,3 +144,7 @@ class Bench:
     def few(self, prompts: Sequence[Any]) -> Sequence[Any]:
         """The prompts of a trial."""
         return prompts if self.prompts is None else prompts[: self.prompts]
+
+
+def _seed(salt: str, text: str, number: int) -> int:
+    return picture_seed(0, f"claims {salt} {text}", number)

@@ -87,7 +87,7 @@ def _cells() -> Iterator[Named]:
     for subject in ("tulip", "gift"):
         yield from _grounds(subject)
         yield from _classes(subject)
-    for subject in SUBJECTS[1:3]:
+    for subject in SUBJECTS[1:]:
         yield f"four/trained/{subject}", partial(four_trained, subject=subject)
 
 
@@ -102,6 +102,7 @@ def _by_method(method: str, subjects: Sequence[str]) -> Iterator[Named]:
     for how in MERGING:
         yield f"merged/{method}/eight/{how}", partial(merged, method=method, subjects=SUBJECTS, how=how)
         yield f"pairs/{method}/eight/{how}", partial(pairs, method=method, subjects=SUBJECTS, how=how)
+    yield f"pairs/{method}/eight/apart", partial(pairs_apart, method=method, subjects=SUBJECTS)
 
 
 def _four(subjects: Sequence[str]) -> Iterator[Named]:
@@ -197,6 +198,17 @@ def pairs(bench: Bench, method: str, subjects: Sequence[str], how: str) -> dict[
     for one, other in zip(subjects[::2], subjects[1::2], strict=True):
         total = _total(bench, method, (one, other), how)
         found += _both(bench, (one, other), (f"<{one}>", f"<{other}>"), total)
+    return {"both": found}
+
+
+def pairs_apart(bench: Bench, method: str, subjects: Sequence[str]) -> dict[str, Any]:
+    """Two learned subjects in one picture, each drawn by its own adapter in a place of its own; the same seeds."""
+    found = []
+    for names in zip(subjects[::2], subjects[1::2], strict=True):
+        adapters = [bench.adapter(method, name) for name in names]
+        texts = bench.few([form.format(*(f"<{name}>" for name in names)) for form in PAIRS])
+        drawn = bench.drawn_apart(texts, " ".join(names), adapters, times=2 * bench.pictures)
+        found += [all(shows(reading, name) for name in names) for reading in bench.read(drawn)]
     return {"both": found}
 
 

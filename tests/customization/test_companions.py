@@ -14,10 +14,11 @@ from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, tiny_pipeline_of
 
 from mm.core.errors import UserError
-from mm.customization.companions import Box, balanced, beside, box_of, companions, fitted, pasted, subject_box
+from mm.customization.companions import balanced, beside, companions, pasted
 from mm.customization.customize import customize
 from mm.customization.data import Example, read_folder
 from mm.customization.objectives.protocol import objective_of
+from mm.customization.places import Box, box_of, fitted, subject_box
 from mm.evaluation.customize_table import GROUNDS, write_folder
 
 

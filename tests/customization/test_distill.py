@@ -20,11 +20,11 @@ from mm.adapters.acting import acting
 from mm.adapters.patch import Patch
 from mm.cli.merge import app
 from mm.core.errors import UserError
-from mm.customization.companions import Box
 from mm.customization.merging.distill import Distillation
 from mm.customization.merging.merge import merge
 from mm.customization.merging.teachers import Teachers, Together
 from mm.customization.objectives.protocol import objective_of
+from mm.customization.places import Box
 
 NOISES = 4
 UPDATES = 40

@@ -29,10 +29,11 @@ from torch import Tensor
 from mm.adapters.acting import acting
 from mm.adapters.patch import Patch
 from mm.customization.batches import hash_of
-from mm.customization.companions import Box, drawn_box, fitted, pasted, subject_box
+from mm.customization.companions import pasted
 from mm.customization.data import Example, to_tensor
 from mm.customization.merging.regmean import OnProgress, other_prompts, own_prompts
 from mm.customization.objectives.protocol import Objective
+from mm.customization.places import Box, are_apart, cells, drawn_box, fitted, subject_box
 from mm.customization.previews import draw
 
 TOGETHER = (
@@ -44,8 +45,6 @@ _EMPTY = 0.2  # share of them with the empty prompt, where the noise leaves the 
 _VISIBLE = 0.6  # share of the highest noise below which it does
 _ALONE = 4  # the first of an adapter's own prompts name its subject alone
 _TRIES = 3
-_LARGEST = 0.45  # area of a subject beside another one
-_SHARED = 0.2  # of the smaller box, that two subjects may share
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,7 +193,7 @@ class Teachers:
                 place = fitted(boxes[k, shown], drawn_box(objective, drawn, plain, without))
                 picture = pasted(picture, source.picture, boxes[k, shown], place)
                 places.append(place)
-            if max(p.area for p in places) < _LARGEST and places[0].overlap(places[1]) < _SHARED:
+            if are_apart(places):
                 prompts = (form.format(words[0], other), form.format(one, words[1]))
                 return Together(
                     picture=picture, caption=form.format(*words), plain=plain, names=names, prompts=prompts,
@@ -241,19 +240,6 @@ class Teachers:
 def encoded(objective: Objective, picture: Image.Image) -> Tensor:
     """Latents (1, C, H, W) of a picture, on the CPU."""
     return objective.encode_pictures(to_tensor(picture, objective.side)[None].to(objective.device)).float().cpu()
-
-
-def cells(box: Box, height: int, width: int) -> Tensor:
-    """The cells (H, W) of a grid whose centres are in a box; the nearest one where there are none."""
-    down = (torch.arange(height) + 0.5) / height
-    right = (torch.arange(width) + 0.5) / width
-    rows, columns = (down >= box.top) & (down <= box.bottom), (right >= box.left) & (right <= box.right)
-    for inside, centres, middle in (
-        (rows, down, (box.top + box.bottom) / 2), (columns, right, (box.left + box.right) / 2),
-    ):  # fmt: skip
-        if not inside.any():
-            inside[(centres - middle).abs().argmin()] = True
-    return rows[:, None] & columns
 
 
 def joined(parts: Sequence[Targets]) -> Targets:

@@ -1,0 +1,226 @@
+"""Several learned subjects in one picture, each drawn by its own adapter in a place of its own.
+
+Adapters that act together pass features of one subject on to the other, summed or merged. Here no adapter meets the
+subject of another one: the base draws the picture with known things in the place of the subjects, and each adapter then
+draws its subject over one of them, in a run of its own in which the other things are still those of the base. Outside
+the subject's place, this run takes the base's latents after every step (as the known part of a picture is kept in
+Lugmayr et al. 2022, RePaint, arXiv 2201.09865). That each adapter draws a region of its own is from Gu et al. 2023,
+Mix-of-Show, arXiv 2305.18292, where the adapters are merged, and share one run.
+
+Design choices
+- Only the step callback of diffusers is used, so that every pipeline that gives its latents to it can draw so, with any
+  scheduler. N subjects cost N + 1 pictures; nothing is trained or merged.
+- Places are found in the base's picture by its predictions (`mm.customization.places`). Where two things would share a
+  place, the base draws again, other things from another seed. Words of the prompt say where subjects are ("left of").
+- Patches whose word is not in the prompt (styles, erasures) act in every run.
+
+Legend: B pictures, C channels, H x W latents, L tokens of packed latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm.adapters.patch import Patch
+from mm.adapters.stack import stack_of
+from mm.core.checks import shown
+from mm.core.errors import UserError
+from mm.customization.apart_base import Base, Call, OnLatents, Subjects, at_size_of, base_picture
+from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.places import Box, are_apart, differences, in_whole, share_inside
+
+_TRIES = 4  # pictures of the base, until its things are apart and each subject is seen in its place
+_SEEN = 0.5  # share of a word's effect that lies in its subject's place
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ApartOutput:
+    """A picture of several subjects.
+
+    Attributes:
+        picture: as the pipeline gives it.
+        places: of the subjects, by word.
+        stand_ins: what the base drew in their places, by word.
+        plain: the base's prompt.
+    """
+
+    picture: Image.Image
+    places: dict[str, Box]
+    stand_ins: dict[str, str]
+    plain: str
+
+
+def draw_apart(
+    pipe: Any, prompt: str, *, adapters: Sequence[Patch] = (), seed: int = 0,
+    stand_ins: Mapping[str, str] | None = None, **options: Any,
+) -> ApartOutput:  # fmt: skip
+    """Draws several learned subjects in one picture, each by its own adapter in a place of its own.
+
+    Args:
+        pipe: a text-to-image pipeline of diffusers or of mm, with adapters on it; it is left as it was.
+        prompt: with the words of their subjects, as in "a <mug> and a <robot> on grass". Adapters whose word is not in
+            it act everywhere.
+        adapters: that are put on for this picture.
+        seed: of the noise.
+        stand_ins: known things, by word, that the base draws in the place of subjects, such as {"<mug>": "cup"}; those
+            of other words are chosen by the seed.
+        options: of the pipeline's call.
+
+    Raises:
+        UserError: where no adapter's word is in the prompt, or one is there twice, for a family without an objective
+            (`mm.customization.objectives`), and for a pipeline that gives no latents to a step callback.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "callback_on_step_end" not in takes:
+        raise UserError(f"{type(pipe).__name__} has no step callback, by which adapters are kept apart")
+    check_options(pipe, options)
+
+    def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
+        generator = torch.Generator().manual_seed(seed)
+        made = pipe(prompt=text, generator=generator, callback_on_step_end=step_callback(on_latents), **options)
+        picture: Image.Image = made.images[0]
+        return picture
+
+    with ExitStack() as stack:
+        for patch in adapters:
+            patch.apply(pipe)
+            stack.callback(patch.undo, pipe)
+        words = words_on(pipe)
+        asked = Subjects(prompt=prompt, words=tuple(words), seed=seed, stand_ins=stand_ins or {})
+        return compose(pipe, asked, call, words)
+
+
+def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Raises UserError for options of a pipeline's call with which adapters cannot be kept apart."""
+    for name in ("callback_on_step_end", "output_type", "generator", "latents", "num_images_per_prompt", "best_of"):
+        if options.get(name) not in (None, 1):
+            raise UserError(f"{name} is of no use for pictures that are drawn apart; leave it out")
+    modes = getattr(pipe, "modes", ())
+    if options.get("mode") not in (None, *modes[:1]):
+        wanted = f"the mode {modes[0]}" if modes else "no mode"
+        raise UserError(f"mode is {shown(options['mode'])}; adapters are kept apart in {wanted} only")
+
+
+def words_on(pipe: Any) -> dict[str, str]:
+    """The names of the patches on a pipeline that say what their subject is called, by that word.
+
+    Raises:
+        UserError: where two have the same word.
+    """
+    found: dict[str, str] = {}
+    for item in stack_of(pipe).list():
+        if item.word in found:
+            raise UserError(f"the adapters {found[item.word]!r} and {item.name!r} have the same word {item.word}")
+        if item.word:
+            found[item.word] = item.name
+    return found
+
+
+def step_callback(on_latents: OnLatents) -> Callable[..., dict[str, Any]]:
+    """The step callback of diffusers that passes latents on, and those that come back."""
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        made = on_latents(step, tensors["latents"])
+        return {} if made is None else {"latents": made}
+
+    return callback
+
+
+@contextmanager
+def _only(pipe: Any, patches: Sequence[str], name: str | None) -> Iterator[None]:
+    """Within the context, of some patches on a pipeline only one acts, as strongly as before; None: none of them."""
+    stack = stack_of(pipe)
+    scales = {item.name: item.scale for item in stack.list()}
+    try:
+        for each in patches:
+            stack.scale(each, scales[each] if each == name else 0.0)
+        yield
+    finally:
+        for each in patches:
+            stack.scale(each, scales[each])
+
+
+def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) -> ApartOutput:
+    """The picture, by a run of the base and one of each subject's adapter; the best of several where one is not seen.
+
+    Args:
+        pipe: with the patches on it; its objective finds places.
+        asked: what to draw.
+        call: draws a picture with a seed, and passes the latents of each step on.
+        words: names of the patches, by word.
+    """
+    objective = objective_of(pipe)
+    patches = [words[word] for word in asked.words]
+    best, seen = None, -1.0
+    for number in range(_TRIES):
+        with _only(pipe, patches, None):
+            base = base_picture(objective, asked, call, number)
+        if not are_apart(list(base.places.values())) and (best is not None or number + 1 < _TRIES):
+            continue
+        picture = _with_subjects(pipe, asked, base, call, words)
+        shares = [_seen(objective, pipe, asked, base, picture, word, words) for word in asked.words]
+        if min(shares) > seen:
+            best, seen = _output(asked, base, picture), min(shares)
+        if seen >= _SEEN:
+            break
+    assert best is not None
+    if seen < _SEEN:
+        warnings.warn(
+            f"not every subject is seen in its place in {_TRIES} tries; look at the picture, or give another seed or "
+            "other stand-ins",
+            stacklevel=3,
+        )
+    return best
+
+
+def _output(asked: Subjects, base: Base, picture: Image.Image) -> ApartOutput:
+    places = {word: in_whole(box, *picture.size) for word, box in base.places.items()}
+    return ApartOutput(picture=picture, places=places, stand_ins=base.things, plain=asked.prompt_with(base.things))
+
+
+def _with_subjects(
+    pipe: Any, asked: Subjects, base: Base, call: Call, words: Mapping[str, str]
+) -> Image.Image:  # fmt: skip
+    """The base's picture, with each subject drawn by its adapter."""
+    picture = base.picture
+    kept: list[Tensor] = []  # each subject's own latents at the last step
+    for number, word in enumerate(asked.words):
+
+        def outside_from_base(step: int, latents: Tensor, number: int = number) -> Tensor:
+            inside = base.masks(latents)
+            mine = torch.where(inside[number], latents, base.latents[step].to(latents))
+            if step + 1 < len(base.latents):
+                return mine
+            kept.append(latents)
+            if number + 1 < len(asked.words):
+                return mine
+            for mask, each in zip(inside, kept, strict=True):  # the last run's picture is that of all
+                mine = torch.where(mask, each.to(latents), mine)
+            return mine
+
+        with _only(pipe, [words[each] for each in asked.words], words[word]):
+            picture = call(asked.prompt_with(base.without(word)), base.seed, outside_from_base)
+    return picture
+
+
+def _seen(
+    objective: Objective, pipe: Any, asked: Subjects, base: Base, picture: Image.Image, word: str,
+    words: Mapping[str, str],
+) -> float:  # fmt: skip
+    """Share of what a subject's word makes its adapter predict otherwise that lies in the subject's place."""
+    others = base.without(word)
+    with _only(pipe, [words[each] for each in asked.words], words[word]):
+        found_HW = differences(
+            at_size_of(objective, picture), picture, asked.prompt_with(others),
+            asked.prompt_with(others | {word: base.other}),
+        )  # fmt: skip
+    return share_inside(found_HW, base.places[word])

@@ -1,0 +1,156 @@
+"""The picture of the base in which adapters then draw their subjects (`mm.customization.apart`).
+
+Known things stand in for the subjects, so that layout and background are what the base makes of such a prompt.
+
+Legend: B pictures, C channels, H x W latents, L tokens of packed latents.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import Tensor
+
+from mm.core.checks import MAX_SEED, check_text, shown, whole
+from mm.core.errors import UserError
+from mm.core.nouns import counted, with_article
+from mm.customization.batches import hash_of
+from mm.customization.captions import names, pattern_of
+from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.places import Box, cells_of, drawn_box, in_whole
+
+OnLatents = Callable[[int, Tensor], Tensor | None]  # step from 0 and latents; gives those to go on with
+Call = Callable[[str, int, OnLatents], Image.Image]  # prompt, seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subjects:
+    """What is drawn apart.
+
+    Args:
+        prompt: with the words of all subjects.
+        words: of the subjects, one an adapter.
+        seed: of the noise.
+        stand_ins: known things that stand in the place of subjects, by word, best ones of about their shape; those of
+            other words are chosen by the seed.
+    """
+
+    prompt: str
+    words: Sequence[str]
+    seed: int
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_text("prompt", self.prompt)
+        whole("seed", self.seed, 0, MAX_SEED)
+        here = tuple(word for word in self.words if names(self.prompt, word))
+        if not here:
+            known = ", ".join(self.words) or "none of the adapters says one"
+            raise UserError(
+                f"no adapter's word is in the prompt {self.prompt!r}, so nothing is drawn apart; words: {known}"
+            )
+        if twice := [word for word in here if len(pattern_of(word).findall(self.prompt)) > 1]:
+            raise UserError(f"{twice[0]} is in the prompt {self.prompt!r} more than once; a subject has one place")
+        for word, thing in self.stand_ins.items():
+            check_text(f"the stand-in of {word}", thing)
+            if word not in here:
+                raise UserError(
+                    f"{thing!r} is to stand in for {shown(word)}, which is no word of an adapter in the prompt; words "
+                    f"in it: {', '.join(here)}"
+                )
+        object.__setattr__(self, "words", here)
+
+    def still_in(self, text: str) -> bool:
+        """Whether a text has one of the words."""
+        return any(names(text, word) for word in self.words)
+
+    def prompt_with(self, things: Mapping[str, str]) -> str:
+        """The prompt with known things in the place of words, each with the article that it takes."""
+        text = self.prompt
+        for word, thing in things.items():
+            pattern = re.compile(rf"(\ban? +)?{pattern_of(word).pattern}", re.IGNORECASE)
+            text = pattern.sub(lambda found, thing=thing: with_article(thing) if found[1] else thing, text)  # type: ignore[misc]
+        return text
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Base:
+    """The base's picture: its latents after each step, what stands in for each word and where that is in the middle
+    square, and one more thing that it knows."""
+
+    picture: Image.Image
+    latents: list[Tensor]
+    seed: int
+    things: dict[str, str]
+    other: str
+    places: dict[str, Box]
+
+    def without(self, word: str) -> dict[str, str]:
+        """What stands in for the other words."""
+        return {each: thing for each, thing in self.things.items() if each != word}
+
+    def masks(self, latents: Tensor) -> list[Tensor]:
+        """Where each subject is, for latents (B, C, H, W) or packed ones (B, L, C)."""
+        height, width = _grid(latents, self.picture)
+        inside = cells_of([in_whole(box, *self.picture.size) for box in self.places.values()], height, width)
+        if latents.ndim == 3:
+            return [mask_HW.reshape(1, -1, 1).to(latents.device) for mask_HW in inside]
+        return [mask_HW.to(latents.device) for mask_HW in inside]
+
+
+def _grid(latents: Tensor, picture: Image.Image) -> tuple[int, int]:
+    """Rows and columns of latents; packed ones have the picture's proportions."""
+    if latents.ndim != 3:
+        return latents.shape[-2], latents.shape[-1]
+    tokens = latents.shape[1]
+    rows = max(1, round((tokens * picture.height / picture.width) ** 0.5))
+    if tokens % rows:
+        raise UserError(f"{tokens} tokens of latents are no grid of a picture of {picture.width} x {picture.height}")
+    return rows, tokens // rows
+
+
+def base_picture(objective: Objective, asked: Subjects, call: Call, number: int) -> Base:
+    """The picture of the base in a try."""
+    seed = asked.seed if not number else hash_of(asked.seed, number) % (MAX_SEED + 1)
+    things, other = _things(objective, asked, number)
+    latents: list[Tensor] = []
+    picture = call(asked.prompt_with(things), seed, lambda step, given: latents.append(given.clone()))
+    if not latents:
+        raise UserError(
+            f"{type(objective.pipe).__name__} gives no latents to a step callback; adapters cannot be kept apart"
+        )
+    objective = at_size_of(objective, picture)
+    places = {word: _place(objective, asked, picture, things, word, other) for word in asked.words}
+    return Base(picture=picture, latents=latents, seed=seed, things=things, other=other, places=places)
+
+
+def at_size_of(objective: Objective, picture: Image.Image) -> Objective:
+    """The objective for pictures of this size, or for smaller ones of the family's usual size."""
+    side = min(objective.side, *picture.size)
+    return objective if side == objective.side else objective_of(objective.pipe, side)
+
+
+def _things(objective: Objective, asked: Subjects, number: int) -> tuple[dict[str, str], str]:
+    """What stands in for each word in a try, and one more thing, by which the others are found."""
+    rng = random.Random(f"apart {asked.seed} {number}")
+    given = asked.stand_ins.values()
+    free = [noun for noun in objective.known_nouns() if not names(asked.prompt, noun) and noun not in given]
+    wanted = len(asked.words) - len(given) + 1
+    if len(free) < wanted:
+        raise UserError(
+            f"{counted(wanted, 'known thing')} would be needed beside the prompt {asked.prompt!r}, and "
+            f"{len(free)} {'is' if len(free) == 1 else 'are'} left; give stand-ins"
+        )
+    drawn = iter(rng.sample(free, wanted))
+    return {word: asked.stand_ins.get(word) or next(drawn) for word in asked.words}, next(drawn)
+
+
+def _place(
+    objective: Objective, asked: Subjects, picture: Image.Image, things: dict[str, str], word: str, other: str
+) -> Box:
+    """Where what stands in for a word is: where the base would draw otherwise for another thing."""
+    return drawn_box(objective, picture, asked.prompt_with(things), asked.prompt_with(things | {word: other}))

@@ -1,0 +1,51 @@
+"""Pictures whose adapters each draw their subject in a place of its own, as a request asks for it (`Draw.apart`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mm.customization.apart import compose, step_callback, words_on
+from mm.customization.apart_base import OnLatents, Subjects
+from mm.engine import calls
+from mm.engine.events import CancelToken
+from mm.engine.requests import Draw
+from mm.engine.weighting import weighed
+
+
+def draw_apart(
+    view: Any, arguments: Mapping[str, Any], request: Draw, *, steps: int | None, cancel: CancelToken,
+    on_step: Callable[[int, Any, int | None], None],
+) -> Any:  # fmt: skip
+    """The picture of a request.
+
+    Args:
+        view: of a pipeline with adapters on it.
+        arguments: of its call, by name.
+        request: with `apart`.
+        steps: sampling steps of each run.
+        cancel: asked after every step.
+        on_step: called after every step with its number among all, latents, and how many steps there are.
+
+    Raises:
+        UserError: where adapters cannot be kept apart here (`mm.customization.apart`).
+    """
+    words = words_on(view)
+    stand_ins = request.apart if isinstance(request.apart, Mapping) else {}
+    asked = Subjects(prompt=request.prompt, words=tuple(words), seed=request.seed or 0, stand_ins=stand_ins)
+    runs = 1 + len(asked.words)
+    done = 0
+
+    def call(text: str, seed: int, on_latents: OnLatents) -> Any:
+        nonlocal done
+        number = done if asked.still_in(text) else 0  # the base may draw more than once
+        total = None if steps is None else runs * steps
+        given = dict(arguments) | {"prompt": text, "callback_on_step_end": step_callback(on_latents)}
+        picture = calls.draw(
+            view, given | weighed(view, given), [seed], steps=steps, cancel=cancel,
+            on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total),
+        )[0]  # fmt: skip
+        done = number + 1
+        return picture
+
+    return compose(view, asked, call, words).picture

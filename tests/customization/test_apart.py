@@ -1,0 +1,307 @@
+"""Several subjects in one picture, each drawn by its own adapter: what is kept of which run, on any family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from subject_pictures import WORDS
+from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
+from torch import Tensor
+from typer.testing import CliRunner
+
+import mm
+from mm.adapters.entry import Entry
+from mm.adapters.patch import Patch
+from mm.adapters.stack import stack_of
+from mm.cli.generate import app
+from mm.core.errors import UserError
+from mm.customization import apart, apart_base
+from mm.customization.apart import draw_apart
+from mm.customization.apart_base import OnLatents, Subjects
+from mm.customization.objectives.protocol import objective_of
+from mm.customization.places import Box, are_apart, cells_of, in_whole, share_inside
+
+LEFT, RIGHT = Box(left=0.0, top=0.0, right=0.5, bottom=0.75), Box(left=0.5, top=0.0, right=1.0, bottom=0.5)
+PROMPT = f"a {WORDS[0]} and a {WORDS[1]} on grass"
+FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image")
+
+
+def adapter_of(pipe: Any, word: str, seed: int, strength: float = 0.3) -> Patch:
+    """Branches on some layers of a denoiser, large enough to be seen in its pictures."""
+    generator, entries = torch.Generator().manual_seed(seed), {}
+    for name, root in objective_of(pipe).modules().items():
+        layers = [(path, m) for path, m in root.named_modules() if isinstance(m, torch.nn.Linear) and "att" in path]
+        for path, layer in layers[:6]:
+            down = torch.randn(2, layer.in_features, generator=generator) * strength
+            up = torch.randn(layer.out_features, 2, generator=generator) * strength
+            entries[f"{name}.{path}"] = Entry(kind="lowrank", tensors={"down": down, "up": up})
+    return Patch(entries=entries, name=f"adapter-{word}", settings={"name": word})
+
+
+@pytest.fixture
+def held_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subjects are in the left half and in the upper right quarter, and are always seen."""
+    places = dict(zip(WORDS, (LEFT, RIGHT), strict=True))
+    monkeypatch.setattr(apart_base, "drawn_box", _box_by_order(places))
+    monkeypatch.setattr(apart, "share_inside", lambda *_: 1.0)
+
+
+def _box_by_order(places: dict[str, Box]) -> Any:
+    calls = iter(list(places.values()) * 100)
+    return lambda *_: next(calls)
+
+
+def spied(pipe: Any) -> list[Tensor]:
+    """The latents that the VAE gets, of each picture."""
+    seen: list[Tensor] = []
+    decode = pipe.vae.decode
+
+    def watched(latents: Tensor, *args: Any, **more: Any) -> Any:
+        seen.append(latents.detach().clone())
+        return decode(latents, *args, **more)
+
+    pipe.vae.decode = watched
+    return seen
+
+
+def options_for(family: str) -> dict[str, Any]:
+    given = arguments_of(family)
+    drop = ("prompt", "generator", "output_type", "image", "mask_image", "negative_prompt")
+    return {key: value for key, value in given.items() if key not in drop}
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_adapter_draws_in_its_place_and_nothing_else_changes(family: str, held_places: None) -> None:
+    pipe = tiny_pipeline_of(family)
+    pipe.set_progress_bar_config(disable=True)
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    seen, options = spied(pipe), options_for(family)
+    first = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    assert len(seen) == 3 and stack_of(pipe).names() == ()
+    base, one, both = (latents.squeeze(2) if latents.ndim == 5 else latents for latents in seen)
+    height, width = base.shape[-2:]
+    left, right = cells_of([LEFT, RIGHT], height, width)
+    assert torch.equal(base[..., ~left], one[..., ~left]) and not torch.allclose(base[..., left], one[..., left])
+    assert torch.equal(one[..., ~right], both[..., ~right])
+    assert not torch.allclose(base[..., right], both[..., right])
+    again = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    assert list(again.picture.getdata()) == list(first.picture.getdata())
+    assert list(first.places) == list(WORDS) and first.plain != PROMPT
+    assert all(thing in first.plain for thing in first.stand_ins.values())
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+def test_an_adapter_without_a_word_in_the_prompt_acts_in_every_run(held_places: None) -> None:
+    pipe = tiny_pipeline_of("stable-diffusion")
+    pipe.set_progress_bar_config(disable=True)
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    seen, options = spied(pipe), options_for("stable-diffusion")
+    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    plain = seen[0]
+    adapter_of(pipe, "", 9).apply(pipe, 0.5)
+    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    assert not torch.allclose(plain, seen[3])
+    assert [(item.name, item.scale) for item in stack_of(pipe).list()] == [("adapter-", 0.5)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_picture_has_each_subject_of_its_own_run(packed: bool, held_places: None) -> None:
+    """Runs of known latents, step by step: what lies outside a place is the base's, also before the last step."""
+    pipe = tiny_pipeline_of("stable-diffusion")
+    for k, word in enumerate(WORDS):
+        adapter_of(pipe, word, k).apply(pipe)
+    steps, runs = 3, []
+
+    def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
+        words = [k for k, word in enumerate(WORDS) if word in text]
+        shape = (1, 8, 2) if packed else (1, 2, 2, 4)
+        came = []
+        for step in range(steps):
+            value = 10.0 * len(runs) + step
+            latents = torch.full(shape, value)
+            made = on_latents(step, latents)
+            came.append(latents if made is None else made)
+        runs.append((words, came))
+        return Image.new("RGB", (64, 32))
+
+    words = {word: f"adapter-{word}" for word in WORDS}
+    apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=0), call, words)
+    assert [words for words, _ in runs] == [[], [0], [1]]
+    one, two = runs[1][1], runs[2][1]
+    def grid(latents: Tensor) -> list[list[float]]:
+        return (latents[0, :, 0].reshape(2, 4) if packed else latents[0, 0]).tolist()
+
+    mine = in_whole(LEFT, 64, 32), in_whole(RIGHT, 64, 32)
+    owners = torch.zeros(2, 4, dtype=torch.int)
+    for k, mask in enumerate(cells_of(list(mine), 2, 4), 1):
+        owners[mask] = k
+    assert owners.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]  # of a picture twice as wide as high
+    for step in range(steps):
+        assert grid(one[step]) == [[10.0 + step if k == 1 else step for k in row] for row in owners.tolist()]
+        last = step == steps - 1
+        assert grid(two[step]) == [
+            [20.0 + step if k == 2 else 10.0 + step if k == 1 and last else step for k in row]
+            for row in owners.tolist()
+        ]
+
+
+def test_a_cell_of_two_boxes_belongs_to_the_nearer_one() -> None:
+    wide, narrow = Box(left=0.0, top=0.0, right=1.0, bottom=1.0), Box(left=0.75, top=0.0, right=1.0, bottom=0.5)
+    one, two = cells_of([wide, narrow], 4, 4)
+    assert not (one & two).any() and (one | two).all() and two.nonzero().tolist() == [[0, 3], [1, 3]]
+
+
+def test_shares_and_squares() -> None:
+    field = torch.zeros(4, 4)
+    field[:2, :2], field[3, 3] = 1.0, 4.0
+    assert share_inside(field, Box(left=0.0, top=0.0, right=0.5, bottom=0.5)) == pytest.approx(0.5)
+    assert in_whole(LEFT, 200, 100) == Box(left=0.25, top=0.0, right=0.5, bottom=0.75)
+    assert in_whole(LEFT, 100, 200) == Box(left=0.0, top=0.25, right=0.5, bottom=0.625)
+    assert are_apart([LEFT, RIGHT])
+    assert not are_apart([LEFT, Box(left=0.0, top=0.0, right=0.4, bottom=0.4)])
+
+
+def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPatch, held_places: None) -> None:
+    pipe = tiny_pipeline_of("stable-diffusion")
+    for k, word in enumerate(WORDS):
+        adapter_of(pipe, word, k).apply(pipe)
+    shares = iter((0.9, 0.1, 0.9, 0.8))  # of two tries
+    monkeypatch.setattr(apart, "share_inside", lambda *_: next(shares))
+    monkeypatch.setattr(apart, "differences", lambda *_: torch.ones(2, 2))
+    seeds = []
+
+    def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
+        on_latents(0, torch.zeros(1, 4, 2, 2))
+        seeds.append(seed)
+        return Image.new("RGB", (SIDE, SIDE), (len(seeds), 0, 0))
+
+    words = {word: f"adapter-{word}" for word in WORDS}
+    made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words)
+    assert len(seeds) == 6 and seeds[:3] == [3] * 3 and len(set(seeds[3:])) == 1 and seeds[3] != 3
+    assert made.picture.getpixel((0, 0)) == (6, 0, 0)
+    monkeypatch.setattr(apart, "share_inside", lambda *_: 0.1)
+    with pytest.warns(UserWarning, match="not every subject is seen in its place in 4 tries"):
+        made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words)
+    assert made.picture.getpixel((0, 0)) == (9, 0, 0)  # of equal ones the first
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "wanted"),
+    [
+        ("a cat", {}, "no adapter's word is in the prompt 'a cat'"),
+        (f"a {WORDS[0]} and a {WORDS[0]}", {}, f"{WORDS[0]} is in the prompt .* more than once"),
+        (PROMPT, {"stand_ins": {"mug": "cup"}}, "'cup' is to stand in for 'mug', which is no word"),
+        (PROMPT, {"stand_ins": {WORDS[0]: 3}}, f"the stand-in of {WORDS[0]} is 3; give a text"),
+        (PROMPT, {"seed": -1}, "seed is -1"),
+        (PROMPT, {"output_type": "pt"}, "output_type is of no use"),
+        (PROMPT, {"mode": "codes"}, "mode is 'codes'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+def test_what_cannot_be_drawn_apart_is_one_error(prompt: str, more: dict[str, Any], wanted: str) -> None:
+    pipe = tiny_pipeline_of("stable-diffusion")
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    with pytest.raises(UserError, match=wanted):
+        draw_apart(pipe, prompt, adapters=adapters, **more)
+    assert stack_of(pipe).names() == ()
+
+
+def test_stand_ins_take_their_article() -> None:
+    asked = Subjects(prompt="An <owl> and a <mug> of <tea>", words=("<owl>", "<mug>", "<tea>"), seed=0)
+    assert asked.prompt_with({"<owl>": "car", "<mug>": "apple"}) == "a car and an apple of <tea>"
+    assert asked.prompt_with({"<tea>": "ink"}) == "An <owl> and a <mug> of ink"
+
+
+@pytest.fixture
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that have hardly learned anything are not seen in any try."""
+    monkeypatch.setattr(apart, "_TRIES", 1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of our model with words of their own, briefly learned."""
+    from mm.evaluation.customize_table import write_folder
+
+    pipe = mm.load("mm-tiny").pipeline
+    pipe.set_progress_bar_config(disable=True)
+    found = []
+    for name in ("catcar", "owlclock"):
+        folder = tmp_path_factory.mktemp(name)
+        patch = mm.customize(
+            pipe, write_folder(folder / "pictures", name), name=f"<{name}>", samples=(), steps=2, preview_every=2,
+            companions=0, batch_size=1, preserved=(),
+        )  # fmt: skip
+        patch.save(folder / f"{name}.safetensors")
+        found.append(folder / f"{name}.safetensors")
+    return found
+
+
+def test_the_command_draws_apart_and_again(files: list[Path], tmp_path: Path, one_try: None) -> None:
+    from mm.provenance.file_settings import read_file_settings
+
+    given = ["a <catcar> and an <owlclock> on grass", "--seed", "3", "--steps", "3", "--apart"]
+    given += ["--stand-in", "<catcar>=dog", *(part for file in files for part in ("--lora", str(file)))]
+    first, second = tmp_path / "one.png", tmp_path / "two.png"
+    made = CliRunner().invoke(app, [*given, "-o", str(first)])
+    assert made.exit_code == 0, made.output
+    assert read_file_settings(first)["apart"] == {"<catcar>": "dog"}
+    assert CliRunner().invoke(app, ["--like", str(first), "-o", str(second)]).exit_code == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_engine_counts_the_steps_of_all_runs(files: list[Path], one_try: None) -> None:
+    from mm.engine.events import Picture, Step
+    from mm.engine.requests import Draw
+
+    engine = mm.load("mm-tiny", adapters=files)
+    events: list[Any] = []
+    request = Draw(prompt="a <catcar> and an <owlclock>", seed=1, steps=2, apart=True, count=2, batch_size=2)
+    engine.run(request).each(events.append)
+    steps = [(event.step, event.steps) for event in events if isinstance(event, Step)]
+    assert steps[-1] == (6, 6) and {total for _, total in steps} == {6}
+    pictures = [event for event in events if isinstance(event, Picture)]
+    assert [picture.settings["apart"] for picture in pictures] == [True, True]
+    alone = engine.draw("a <catcar> and an <owlclock>", seed=2, steps=2, apart=True)[0]
+    assert list(alone.getdata()) == list(pictures[1].picture.getdata())
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"best_of": 2}, "best_of is given, and adapters cannot be kept apart with it"),
+        ({"mode": "codes"}, "mode is 'codes'; mm-tiny keeps adapters apart in the mode flow only"),
+        ({"image": Image.new("RGB", (128, 128))}, "image is given"),
+        ({"apart": "left"}, "apart is 'left'"),
+        ({"apart": {"<catcar>": 3}}, "what stands in for <catcar> is 3"),
+    ],
+)
+def test_the_engine_refuses_what_does_not_fit(more: dict[str, Any], wanted: str) -> None:
+    engine = mm.load("mm-tiny")
+    with pytest.raises(UserError, match=wanted):
+        engine.draw("a <catcar>", **({"apart": True} | more))
+
+
+def test_a_batch_row_is_drawn_apart(files: list[Path], tmp_path: Path, one_try: None) -> None:
+    from mm.cli.batch import app as batch
+
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    row = {
+        "custom_id": "both", "task": "generate",
+        "body": {
+            "prompt": "a <catcar> and an <owlclock>", "lora": [file.name for file in files], "steps": 2, "seed": 1,
+            "apart": True,
+        },
+    }  # fmt: skip
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text(json.dumps(row) + "\n")
+    made = CliRunner().invoke(batch, [str(jobs), "-o", str(tmp_path / "out"), "--root", str(tmp_path)])
+    assert made.exit_code == 0, made.output
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
