@@ -35,6 +35,7 @@ from mm.world import vocabulary as v
 
 PLAIN = "dreambooth"
 MERGING: tuple[str, ...] = ("distill", "regmean", "sum")
+APART = "apart"  # not merged: `mm.draw_apart`
 NOUNS: dict[str, str] = {"panda": "bear", "tulip": "sunflower", "gift": "cake"}  # the nearest known class
 KNOWN: tuple[tuple[str, str], ...] = (("cat", "car"), ("tree", "apple"), ("house", "star"), ("fish", "clock"))
 PAIRS: tuple[str, ...] = ("a {0} and a {1}", "a {1} left of a {0}", "a {0} above a {1}", "a {0} and a {1} on grass")
@@ -102,7 +103,7 @@ def _by_method(method: str, subjects: Sequence[str]) -> Iterator[Named]:
     for how in MERGING:
         yield f"merged/{method}/eight/{how}", partial(merged, method=method, subjects=SUBJECTS, how=how)
         yield f"pairs/{method}/eight/{how}", partial(pairs, method=method, subjects=SUBJECTS, how=how)
-    yield f"pairs/{method}/eight/apart", partial(pairs_apart, method=method, subjects=SUBJECTS)
+    yield f"pairs/{method}/eight/{APART}", partial(pairs_apart, method=method, subjects=SUBJECTS)
 
 
 def _four(subjects: Sequence[str]) -> Iterator[Named]:

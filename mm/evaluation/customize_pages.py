@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from mm.core.statistics import share
-from mm.evaluation.customize_cells import MERGING
+from mm.evaluation.customize_cells import APART, MERGING
 from mm.evaluation.erase_pages import cells_of, heading
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -69,10 +69,11 @@ def _merged(reports: Reports) -> Iterator[Row]:
 
 def _pairs(reports: Reports) -> Iterator[Row]:
     base = verdicts(reports, "both", "pairs", "base")
-    for count, method, how in product(("eight", "four"), ("orthogonal", "dreambooth"), MERGING):
+    for count, method, how in product(("eight", "four"), ("orthogonal", "dreambooth"), (APART, *MERGING)):
         found = verdicts(reports, "both", "pairs", method, count, how)
         if found and base:
-            title = f"two learned subjects in one picture, `{method}` by `{how}`, pairs of {count}"
+            made = "drawn apart" if how == APART else f"merged by `{how}`"
+            title = f"two learned subjects in one picture, `{method}`, {made}, pairs of {count}"
             yield title, rate(found), f"two known objects {rate(base)}", f"{over(found, base)} of it; >= .90"
 
 

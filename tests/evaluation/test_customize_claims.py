@@ -38,6 +38,7 @@ REPORTS: dict[str, dict[str, Any]] = {
     "pairs/base/known": {"both": YES},
     "beside/base/known": {"both": YES},
     "beside/dreambooth/panda": {"both": YES[:7] + NO[:3]},
+    "pairs/dreambooth/eight/apart": {"both": YES[:8] + NO[:2]},
     "pairs/orthogonal/four/regmean": {"both": YES[:9] + NO[:1]},
     "four/applied/panda": {"seen": YES[:9] + NO[:1]},
     "four/trained/robot": {"seen": YES, "bytes": 2**20, "bytes_sixteen": 4 * 2**20},
@@ -62,7 +63,8 @@ def test_the_table_pools_cells_and_holds_them_against_what_is_wanted() -> None:
     assert "0.938" in eight and "(n 80)" in eight
     assert "0.750 of it" in rows["four `dreambooth` adapters merged by `sum`"]
     assert "0.500 of it" in rows["eight `dreambooth` adapters merged by `sum`"]
-    assert "0.900 of it" in rows["two learned subjects in one picture, `orthogonal` by `regmean`, pairs of four"]
+    assert "0.900 of it" in rows["two learned subjects in one picture, `orthogonal`, merged by `regmean`, pairs of four"]
+    assert "0.800 of it" in rows["two learned subjects in one picture, `dreambooth`, drawn apart, pairs of eight"]
     assert "0.700 of it" in rows["a learned subject beside a known object, `dreambooth`"]
     assert "(n 80)" in rows["8 subjects alone, `dreambooth`: seen"]
     assert "-10.0 points" in rows["16-bit adapter on the 4-bit model, 1 subject"]
