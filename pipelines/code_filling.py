@@ -144,7 +144,8 @@ def code_filling(
     run, steps = parts.run, parts.steps
     settings = run.fast if isinstance(run.fast, FastCodes) else FULL_CODES
     tokens, count = shape[0] * shape[1], settings.revisions(steps)
-    plan = list(code_steps(parts.generators, tokens, steps, revisions=count, revised=settings.revised))
+    spread = shape if settings.spread else None
+    plan = list(code_steps(parts.generators, tokens, steps, revisions=count, revised=settings.revised, shape=spread))
     revising = plan[len(plan) - count :]
     order_BL = torch.cat([step.now_BN for step in plan[: len(plan) - count]], 1)
     left = masked_steps(tokens, steps - count)

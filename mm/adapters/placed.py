@@ -11,7 +11,7 @@ from mm.adapters.entry import Entry
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Placed:
     """One entry on a layer. `scale` is the patch's; `fused`: a low-rank entry acts in the weight. `base_matches`: None
-    where the patch does not name its base."""
+    where the patch does not name its base. `erases`: the concepts that the patch erases."""
 
     name: str
     entry: Entry
@@ -21,6 +21,7 @@ class Placed:
     method: str = "lora"
     base_matches: bool | None = None
     fused: bool = False
+    erases: tuple[str, ...] = ()
 
     @property
     def in_weight(self) -> bool:

@@ -24,7 +24,7 @@ from mm.pipelines.fast import (
     flow_plan,
     similarity_at,
 )
-from mm.pipelines.sampling import code_steps, masked_steps
+from mm.pipelines.sampling import code_steps, halton_places, masked_steps
 
 ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0, "spaced": False}
 
@@ -213,6 +213,21 @@ def test_revisions_take_unsure_tokens_in_their_order():
     unsure = plan.order_BL[0, [1, 5, 9, 12, 14, 15]]
     log[0, unsure] = -2.0
     assert sorted(revised(plan, log, -0.5)[0].nonzero().flatten().tolist()) == sorted(unsure[:4].tolist())
+
+
+def test_spread_tokens_of_a_step_lie_apart():
+    """In a Halton order all places come once; a revision of half of the tokens takes none that share an edge."""
+    assert halton_places((2, 3)) == ((0, 0), (1, 1), (0, 2), (1, 0), (0, 1), (1, 2))
+    assert sorted(halton_places((8, 8))) == [(y, x) for y in range(8) for x in range(8)]
+    given: dict[str, Any] = {"revisions": 2, "revised": 0.5, "shape": (8, 8)}
+    steps, again, other = (list(code_steps(seeded(seed), 64, 8, **given)) for seed in (1, 1, 2))
+    filled = torch.cat([step.now_BN for step in steps[:-2]], 1)
+    assert sorted(filled[0].tolist()) == list(range(64))
+    assert torch.equal(filled, torch.cat([step.now_BN for step in again[:-2]], 1))
+    assert not torch.equal(filled, torch.cat([step.now_BN for step in other[:-2]], 1))
+    first, second = (set(step.now_BN[0].tolist()) for step in steps[-2:])
+    assert not first & second and len(first) == len(second) == 32
+    assert all({at - 8, at + 8}.isdisjoint(first) and (at % 8 == 7 or at + 1 not in first) for at in first)
 
 
 def test_similarity_lies_between_its_levels():
