@@ -101,7 +101,8 @@ def draw(
     pipe: TextToImagePipeline, jobs: list[tuple[Prompt, int]], mode: str, call: Call, size: int
 ) -> tuple[torch.Tensor, list[int]]:
     """uint8 pictures (B, 3, 128, 128), and how often each was drawn."""
-    parts, tries = [], []
+    parts: list[torch.Tensor] = []
+    tries: list[int] = []
     for start in range(0, len(jobs), size):
         now = jobs[start : start + size]
         output = pipe(
@@ -156,7 +157,7 @@ def seconds(pipe: TextToImagePipeline, mode: str, names: list[str], rounds: int,
             start = time.perf_counter(), time.process_time()
             draw(pipe, jobs, mode, SETTINGS[mode][name], count)
             found[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    report = {}
+    report: dict[str, Any] = {}
     for name in names:
         wall, cpu = (statistics.mean(times) for times in zip(*found[name], strict=True))
         first = report.get("full", {"seconds": wall, "cpu_seconds": cpu})

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from mm.core.checks import whole
+from mm.core.checks import number, whole
 from mm.core.errors import UserError
 from mm.families.mm_tiny import GUIDANCE, STEPS
 from mm.fast.guidance import AdaptiveGuidance, checked
@@ -98,6 +98,7 @@ class FastCodes:
         revising: Share of the steps that revise, below 1.
         revised: Share of a picture's tokens that one revision draws again.
         spread: Whether the tokens of one step lie apart (`mm.pipelines.sampling`); else they are random ones.
+        power: A share s of the steps that fill the picture draws s^power of its tokens; None: 1 - cos(pi/2 s).
         confidence: A token is sure where the mean log-probability of its codes exceeds this; sure tokens are not
             revised. None: none is sure.
         neighbours: Whether sure tokens beside known ones are drawn with the step's own (as in LocalLeap).
@@ -110,10 +111,11 @@ class FastCodes:
             settings of `CAREFUL_CODES`.
     """
 
-    steps: int = 12
-    revising: float = 0.25
+    steps: int = 9
+    revising: float = 0.34
     revised: float = 0.5
     spread: bool = True
+    power: float | None = 3.0
     confidence: float | None = None
     neighbours: bool = False
     guided_from: float = 0.05
@@ -131,6 +133,8 @@ class FastCodes:
             _share(name, getattr(self, name))
         if self.revising == 1:
             raise UserError("fast: revising is 1, so that no step would fill the picture; give less")
+        if self.power is not None:
+            number("fast: power", self.power, 1, 10)
         _truth("neighbours", self.neighbours)
         _truth("spread", self.spread)
         value = self.confidence
@@ -187,10 +191,17 @@ def tries_of(best_of: int, less: FastFlow | FastCodes | None, steps: int | None,
 
 # A revision takes a quarter of the tokens, with guidance in all steps. Without `fast` codes mode takes `FULL_CODES`.
 FULL_CODES = FastCodes(
-    steps=STEPS["codes"], revising=0.375, revised=0.25, spread=False, guided_from=0.0, guided_until=1.0, tries=1
+    steps=STEPS["codes"],
+    revising=0.375,
+    revised=0.25,
+    power=None,
+    spread=False,
+    guided_from=0.0,
+    guided_until=1.0,
+    tries=1,
 )
 # PNG files name all settings that there were. What those of before these hold was drawn once, in random order.
-_NEWER: dict[str, Any] = {"spread": False, "tries": 1, "unchecked_steps": FastCodes.unchecked_steps}
+_NEWER: dict[str, Any] = {"power": None, "spread": False, "tries": 1, "unchecked_steps": FastCodes.unchecked_steps}
 CAREFUL_CODES = replace(FULL_CODES, steps=26, confidence=-0.4, neighbours=True)
 
 

@@ -69,11 +69,17 @@ def gumbel_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) 
     return -torch.log(-torch.log(uniform))
 
 
-def masked_steps(tokens: int, steps: int) -> list[int]:
-    """How many tokens are still masked after each of `steps` steps; the last is 0, and each step draws at least one."""
+def masked_steps(tokens: int, steps: int, power: float | None = None) -> list[int]:
+    """How many tokens are still masked after each of `steps` steps; the last is 0, and each step draws at least one.
+
+    With `power` a share s of the steps draws s^power of the tokens, without it 1 - cos(pi/2 s). The first tokens decide
+    how many things a picture shows, and those of one step do not know of each other: a high power draws them singly.
+    """
     left, before = [], tokens
     for s in range(steps):
-        planned = 0 if s == steps - 1 else math.floor(tokens * math.cos(math.pi / 2 * (s + 1) / steps))
+        share = (s + 1) / steps
+        masked = math.cos(math.pi / 2 * share) if power is None else 1 - share**power
+        planned = 0 if s == steps - 1 else math.floor(tokens * masked)
         before = max(0, min(planned, before - 1))
         left.append(before)
     return left
@@ -98,6 +104,7 @@ def code_steps(
     revisions: int,
     revised: float,
     shape: tuple[int, int] | None = None,
+    power: float | None = None,
 ) -> Iterator[CodeStep]:
     """Fills a picture of `tokens` tokens in at most `steps` steps, the last of which revise it.
 
@@ -108,10 +115,11 @@ def code_steps(
         revisions: How many of the steps revise a picture that is already full.
         revised: Share of the tokens that one of these draws again.
         shape: Rows and columns of the tokens, whose steps are spread over the picture; None: tokens in random order.
+        power: How many tokens each step draws; see `masked_steps`.
     """
     order_BL = torch.stack([_filling_order(g, tokens, shape) for g in generators])
     known = 0
-    for left in masked_steps(tokens, steps - revisions):
+    for left in masked_steps(tokens, steps - revisions, power):
         if known == tokens:
             break
         masked_BL = torch.ones(order_BL.shape, dtype=torch.bool).scatter(1, order_BL[:, :known], False)

@@ -138,7 +138,7 @@ def has_reader(name: str | None) -> bool:
 
 
 def _missing(where: Path | str) -> list[str]:
-    """The reading parts that a folder lacks; a hub name is not looked into."""
+    """The reading parts that a folder lacks; nothing is known of a hub name."""
     return [part for part in _PARTS if isinstance(where, Path) and not (where / part / "config.json").is_file()]
 
 

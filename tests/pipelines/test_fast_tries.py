@@ -128,10 +128,10 @@ def test_a_model_is_asked_for_its_reading_parts_once(tmp_path: Any):
 def test_settings_of_older_files_draw_once():
     """A file of before there were tries names all other settings; a part of them is what someone asks for now."""
     older = asdict(FULL_CODES) | {"steps": 26, "confidence": -0.4, "neighbours": True}
-    for name in ("spread", "tries", "unchecked_steps"):
+    for name in ("power", "spread", "tries", "unchecked_steps"):
         del older[name]
     drawn = settings_for("codes", older)
-    assert drawn == FastCodes(**older, tries=1, spread=False) == CAREFUL_CODES
+    assert drawn == FastCodes(**older, tries=1, power=None, spread=False) == CAREFUL_CODES
     assert fast_settings("codes", {"steps": 26})["tries"] == FastCodes().tries > 1
 
 
@@ -140,6 +140,7 @@ def test_settings_of_older_files_draw_once():
     [
         ({"tries": 0}, "tries is 0"), ({"tries": 65}, "tries is 65"), ({"tries": 2.5}, "tries is 2.5"),
         ({"unchecked_steps": 0}, "unchecked_steps is 0"), ({"spread": 1}, "spread is 1"),
+        ({"power": 0.5}, "power is 0.5"), ({"power": "high"}, "power is 'high'"),
         ({"try": 2}, "no setting 'try'"),
     ],
 )  # fmt: skip
