@@ -28,6 +28,7 @@ import torch
 
 from mm import TextToImagePipeline
 from mm.core.files import write_json
+from mm.core.nouns import counted as counted_nouns
 from mm.core.statistics import paired_change
 from mm.evaluation.compose import limited, picture_seed
 from mm.evaluation.prompts import COMPOSE_TUNE, Prompt, load_prompts
@@ -146,25 +147,46 @@ def quality(pipe: TextToImagePipeline, mode: str, names: list[str], each: int, l
 
 
 def seconds(pipe: TextToImagePipeline, mode: str, names: list[str], rounds: int, count: int) -> dict:
-    """Mean seconds of a call for `count` pictures, the settings alternated over tuning prompts."""
+    """Mean seconds of a call for `count` pictures, the settings alternated over tuning prompts; and their scores."""
     prompts = load_prompts(COMPOSE_TUNE)[:: max(1, 120 // rounds)][:rounds]
+    judge = Judge.from_pretrained()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    drawn: dict[str, list[int]] = {name: [] for name in names}
+    right: dict[str, list[bool]] = {name: [] for name in names}
     for name in names:
         draw(pipe, [(prompts[0], 1)] * count, mode, SETTINGS[mode][name], count)  # warm
-    for prompt in prompts:
+    for done, prompt in enumerate(prompts, 1):
         jobs = [(prompt, picture_seed(0, prompt.id, k)) for k in range(count)]
         for name in names:
             start = time.perf_counter(), time.process_time()
-            draw(pipe, jobs, mode, SETTINGS[mode][name], count)
+            pictures, tries = draw(pipe, jobs, mode, SETTINGS[mode][name], count)
             found[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            drawn[name] += tries
+            right[name] += [satisfies(read, prompt.wanted).ok for read in judge.read(pictures)]
+        if done % 20 == 0 or done == len(prompts):
+            print(f"after {counted_nouns(done, 'prompt')}:")
+            report = _timed(found, drawn, right, count)
+    return report
+
+
+def _timed(
+    found: dict[str, list[tuple[float, float]]], drawn: dict[str, list[int]], right: dict[str, list[bool]], count: int
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds, tries and scores of each setting, the first of which is the full one; printed as rows of a table."""
     report: dict[str, Any] = {}
-    for name in names:
-        wall, cpu = (statistics.mean(times) for times in zip(*found[name], strict=True))
+    for name, times in found.items():
+        wall, cpu = (statistics.mean(some) for some in zip(*times, strict=True))
         first = report.get("full", {"seconds": wall, "cpu_seconds": cpu})
         ratio = {"times_as_fast": first["seconds"] / wall, "times_less_cpu": first["cpu_seconds"] / cpu}
-        report[name] = {"seconds": wall, "cpu_seconds": cpu} | ratio
-        figures = (wall, ratio["times_as_fast"], cpu, ratio["times_less_cpu"])
-        print(f"| {name} | {count} | {' | '.join(f'{one:.2f}' for one in figures)} |", flush=True)
+        change, low, high = paired_change(right["full"], right[name], [k // count for k in range(len(right[name]))])
+        report[name] = {
+            "seconds": wall, "cpu_seconds": cpu, **ratio,
+            "tries": statistics.mean(drawn[name]), "again": statistics.mean(one > 1 for one in drawn[name]),
+            "score": statistics.mean(right[name]), "n": len(right[name]), "change": change, "low": low, "high": high,
+        }  # fmt: skip
+        figures = " | ".join(f"{report[name][key]:.3f}" for key in list(report[name])[:7])
+        interval = " ".join(f"{100 * one:+.1f}" for one in (change, low, high))
+        print(f"| {name} | {count} | {figures} | {interval} |", flush=True)
     return report
 
 

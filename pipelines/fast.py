@@ -119,9 +119,9 @@ class FastCodes:
     confidence: float | None = None
     neighbours: bool = False
     guided_from: float = 0.05
-    guided_until: float = 0.7
+    guided_until: float = 0.45
     full_every: int = 1
-    tries: int = 4
+    tries: int = 3
     unchecked_steps: int = 26
 
     def __post_init__(self) -> None:
