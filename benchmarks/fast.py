@@ -1,4 +1,4 @@
-"""Less work a picture on mm-tiny: compose score, PSNR to the full picture, work and seconds of each setting.
+"""Less work a picture on mm-tiny: compose score, PSNR to the full picture, tries, work and seconds of each setting.
 
     python benchmarks/fast.py --mode flow --pictures 2 --json fast-flow.json     # quality on all tuning prompts
     python benchmarks/fast.py --mode flow --time --json fast-flow-time.json      # seconds, alternated in one run
@@ -9,8 +9,8 @@ Design choices
 - Prompts are the tuning ones. The judge reads; the model's own counter is not asked.
 - Work is counted in rows that pass the trunk, the velocity decoder or the code head, beside seconds: rows do not depend
   on what else runs on the machine.
-- Timing alternates the settings picture by picture and compares medians: seconds, and the processor's seconds, which
-  count no other process.
+- Timing alternates the settings picture by picture and compares means, since a picture that is drawn again takes longer
+  than others: seconds, and the processor's seconds, which count no other process. Checks and tries are part of them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ import torch
 
 from mm import TextToImagePipeline
 from mm.core.files import write_json
+from mm.core.nouns import counted as counted_nouns
 from mm.core.statistics import paired_change
 from mm.evaluation.compose import limited, picture_seed
 from mm.evaluation.prompts import COMPOSE_TUNE, Prompt, load_prompts
-from mm.pipelines.fast import FULL_CODES
+from mm.pipelines.fast import CAREFUL_CODES, FULL_CODES
 from mm.world.judge import Judge
 from mm.world.tasks import satisfies
 
 Call = dict[str, Any]
 FULL: Call = asdict(FULL_CODES)
-SHORT: Call = {"steps": 18, "revising": 0.28, "revised": 0.4}
+CAREFUL: Call = asdict(CAREFUL_CODES)
+ONCE: Call = {"tries": 1}
 PLAIN: Call = {"steps": 12, "spaced": False, "guided": 1.0, "features": 1.0}
 SETTINGS: dict[str, dict[str, Call]] = {
     "flow": {
@@ -53,14 +55,12 @@ SETTINGS: dict[str, dict[str, Call]] = {
     },
     "codes": {
         "full": {},
-        "only unsure tokens are revised": {"fast": FULL | {"confidence": -0.4}},
-        "26 steps, no guidance in revisions": {"fast": {"guided_until": 0.7}},
-        "18 steps, revisions of .4": {"fast": SHORT},
-        "18 steps, revisions of .4, guidance in .1 to .7": {"fast": SHORT | {"guided_from": 0.1, "guided_until": 0.7}},
-        "16 steps, revisions of .5, guidance in .1 to .7": {
-            "fast": {"steps": 16, "revising": 0.25, "revised": 0.5, "guided_from": 0.1, "guided_until": 0.7}
-        },
-        "local steps, every second": {"fast": FULL | {"full_every": 2}},
+        "unchecked": {"fast": CAREFUL},
+        "once": {"fast": ONCE},
+        "once, random order": {"fast": ONCE | {"spread": False}},
+        "once, 12 steps": {"fast": ONCE | {"steps": 12}},
+        "once, 16 steps, guidance in all": {"fast": ONCE | {"steps": 16, "guided_from": 0.0, "guided_until": 1.0}},
+        "two tries": {"fast": {"tries": 2}},
         "fast": {"fast": True},
     },
 }  # fmt: skip
@@ -98,18 +98,22 @@ def counted(pipe: TextToImagePipeline) -> Iterator[dict[str, float]]:
             delattr(part, method)
 
 
-def draw(pipe: TextToImagePipeline, jobs: list[tuple[Prompt, int]], mode: str, call: Call, size: int) -> torch.Tensor:
-    """uint8 pictures (B, 3, 128, 128)."""
-    parts = []
+def draw(
+    pipe: TextToImagePipeline, jobs: list[tuple[Prompt, int]], mode: str, call: Call, size: int
+) -> tuple[torch.Tensor, list[int]]:
+    """uint8 pictures (B, 3, 128, 128), and how often each was drawn."""
+    parts: list[torch.Tensor] = []
+    tries: list[int] = []
     for start in range(0, len(jobs), size):
         now = jobs[start : start + size]
-        pictures = pipe(
+        output = pipe(
             [prompt.text for prompt, _ in now],
             generator=[torch.Generator().manual_seed(seed) for _, seed in now],
             mode=mode, output_type="pt", **call,
-        ).images  # fmt: skip
-        parts.append((pictures * 255).round().to(torch.uint8))
-    return torch.cat(parts)
+        )  # fmt: skip
+        parts.append((output.images * 255).round().to(torch.uint8))
+        tries += getattr(output, "tries", [1] * len(now))
+    return torch.cat(parts), tries
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -119,7 +123,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def quality(pipe: TextToImagePipeline, mode: str, names: list[str], each: int, limit: int | None, size: int) -> dict:
-    """For each setting: score, change with its interval, PSNR to full, rows a picture."""
+    """For each setting: score, change with its interval, PSNR to full, rows a picture, and what was drawn again."""
     prompts, judge = limited(load_prompts(COMPOSE_TUNE), limit), Judge.from_pretrained()
     jobs = [(prompt, picture_seed(0, prompt.id, k)) for prompt in prompts for k in range(each)]
     clusters = [number for number, _ in enumerate(prompts) for _ in range(each)]
@@ -127,7 +131,7 @@ def quality(pipe: TextToImagePipeline, mode: str, names: list[str], each: int, l
     full, before = torch.empty(0), [False]
     for name in names:
         with counted(pipe) as rows:
-            pictures = draw(pipe, jobs, mode, SETTINGS[mode][name], size)
+            pictures, tries = draw(pipe, jobs, mode, SETTINGS[mode][name], size)
         right = [satisfies(r, p.wanted).ok for r, (p, _) in zip(judge.read(pictures), jobs, strict=True)]
         if name == "full":
             full, before = pictures, right
@@ -135,38 +139,71 @@ def quality(pipe: TextToImagePipeline, mode: str, names: list[str], each: int, l
         report[name] = {
             "score": sum(right) / len(right), "n": len(right), "change": change, "low": low, "high": high,
             "psnr": psnr(pictures, full), "rows": {part: count / len(jobs) for part, count in rows.items()},
+            "tries": statistics.mean(tries), "again": sum(count > 1 for count in tries) / len(tries),
+            "tasks": _by_task(jobs, right),
         }  # fmt: skip
         print(_row(name, report[name]), flush=True)
     return report
 
 
 def seconds(pipe: TextToImagePipeline, mode: str, names: list[str], rounds: int, count: int) -> dict:
-    """Median seconds of a call for `count` pictures, the settings alternated over tuning prompts."""
+    """Mean seconds of a call for `count` pictures, the settings alternated over tuning prompts; and their scores."""
     prompts = load_prompts(COMPOSE_TUNE)[:: max(1, 120 // rounds)][:rounds]
+    judge = Judge.from_pretrained()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    drawn: dict[str, list[int]] = {name: [] for name in names}
+    right: dict[str, list[bool]] = {name: [] for name in names}
     for name in names:
         draw(pipe, [(prompts[0], 1)] * count, mode, SETTINGS[mode][name], count)  # warm
-    for prompt in prompts:
+    for done, prompt in enumerate(prompts, 1):
         jobs = [(prompt, picture_seed(0, prompt.id, k)) for k in range(count)]
         for name in names:
             start = time.perf_counter(), time.process_time()
-            draw(pipe, jobs, mode, SETTINGS[mode][name], count)
+            pictures, tries = draw(pipe, jobs, mode, SETTINGS[mode][name], count)
             found[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    report = {}
-    for name in names:
-        wall, cpu = (statistics.median(times) for times in zip(*found[name], strict=True))
+            drawn[name] += tries
+            right[name] += [satisfies(read, prompt.wanted).ok for read in judge.read(pictures)]
+        if done % 20 == 0 or done == len(prompts):
+            print(f"after {counted_nouns(done, 'prompt')}:")
+            report = _timed(found, drawn, right, count)
+    return report
+
+
+def _timed(
+    found: dict[str, list[tuple[float, float]]], drawn: dict[str, list[int]], right: dict[str, list[bool]], count: int
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds, tries and scores of each setting, the first of which is the full one; printed as rows of a table."""
+    report: dict[str, Any] = {}
+    for name, times in found.items():
+        wall, cpu = (statistics.mean(some) for some in zip(*times, strict=True))
         first = report.get("full", {"seconds": wall, "cpu_seconds": cpu})
         ratio = {"times_as_fast": first["seconds"] / wall, "times_less_cpu": first["cpu_seconds"] / cpu}
-        report[name] = {"seconds": wall, "cpu_seconds": cpu} | ratio
-        figures = (wall, ratio["times_as_fast"], cpu, ratio["times_less_cpu"])
-        print(f"| {name} | {count} | {' | '.join(f'{one:.2f}' for one in figures)} |", flush=True)
+        change, low, high = paired_change(right["full"], right[name], [k // count for k in range(len(right[name]))])
+        report[name] = {
+            "seconds": wall, "cpu_seconds": cpu, **ratio,
+            "tries": statistics.mean(drawn[name]), "again": statistics.mean(one > 1 for one in drawn[name]),
+            "score": statistics.mean(right[name]), "n": len(right[name]), "change": change, "low": low, "high": high,
+        }  # fmt: skip
+        figures = " | ".join(f"{report[name][key]:.3f}" for key in list(report[name])[:7])
+        interval = " ".join(f"{100 * one:+.1f}" for one in (change, low, high))
+        print(f"| {name} | {count} | {figures} | {interval} |", flush=True)
     return report
+
+
+def _by_task(jobs: list[tuple[Prompt, int]], right: list[bool]) -> dict[str, float]:
+    """The share of right pictures of each task."""
+    tasks = [prompt.wanted.task for prompt, _ in jobs]
+    return {
+        task: statistics.mean(one for one, mine in zip(right, tasks, strict=True) if mine == task)
+        for task in dict.fromkeys(tasks)
+    }
 
 
 def _row(name: str, one: dict) -> str:
     rows = " / ".join(f"{count:.1f}" for count in one["rows"].values())
     change = f"{100 * one['change']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
-    return f"| {name} | {one['score']:.3f} | {change} | {one['psnr']:.1f} | {rows} |"
+    again = f"{one['tries']:.2f} | {one['again']:.3f}"
+    return f"| {name} | {one['score']:.3f} | {change} | {one['psnr']:.1f} | {rows} | {again} |"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,6 +42,7 @@ class _Filling:
     ) -> None:  # fmt: skip
         self.trunk, self.branches, self.run = parts.trunk, parts.branches, parts.run
         self.code_head, self.bridge, self.shape, self.settings = code_head, bridge, shape, settings
+        self.dtype = parts.trunk.dtype  # asked once: diffusers goes through all parameters
         device, (height, width) = parts.branches.cache.mask_BT.device, shape
         pictures, tokens, channels = len(parts.generators), height * width, bridge.config.channels
         self.gumbel_BLKV = gumbel_noise(parts.generators, (tokens, channels, bridge.config.levels)).to(device)
@@ -79,7 +80,7 @@ class _Filling:
         if self.settings.full_every == 1:
             return self._full_features(masked_BL, asked_BL)
         device, count = self.latents.device, len(self.branches)
-        latents = self.latents.repeat(count, 1, 1, 1).to(self.trunk.dtype)
+        latents = self.latents.repeat(count, 1, 1, 1).to(self.dtype)
         masked_RL = masked_BL.to(device).repeat(count, 1)
         row_M, token_M = asked_BL.nonzero(as_tuple=True)
         if self._cache is not None and self._age + 1 < self.settings.full_every:
@@ -102,7 +103,7 @@ class _Filling:
         if len(row_R) < count * size:
             cache = cache.select(row_R.to(device))
         picture_R = row_R % size
-        masked_RL, latents = masked_BL[picture_R].to(device), self.latents[picture_R.to(device)].to(self.trunk.dtype)
+        masked_RL, latents = masked_BL[picture_R].to(device), self.latents[picture_R.to(device)].to(self.dtype)
         features_RLD = self.trunk(latents, masked_RL.float(), cache, "codes", masked_RL)
         features_ALD, others = features_RLD[: len(active_A)], features_RLD[len(active_A) :]
         if len(guided_G) and count > 1:
@@ -144,10 +145,20 @@ def code_filling(
     run, steps = parts.run, parts.steps
     settings = run.fast if isinstance(run.fast, FastCodes) else FULL_CODES
     tokens, count = shape[0] * shape[1], settings.revisions(steps)
-    plan = list(code_steps(parts.generators, tokens, steps, revisions=count, revised=settings.revised))
+    plan = list(
+        code_steps(
+            parts.generators,
+            tokens,
+            steps,
+            revisions=count,
+            revised=settings.revised,
+            shape=shape if settings.spread else None,
+            power=settings.power,
+        )
+    )
     revising = plan[len(plan) - count :]
     order_BL = torch.cat([step.now_BN for step in plan[: len(plan) - count]], 1)
-    left = masked_steps(tokens, steps - count)
+    left = masked_steps(tokens, steps - count, settings.power)
     filling = _Filling(parts, code_head, bridge, shape, settings)
     near_LL = neighbours(shape)
     run.num_timesteps, done = len(plan), 0

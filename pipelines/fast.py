@@ -5,6 +5,8 @@ Design choices
   be given; they replace those of the mix.
 - What is left out is planned by step, not by the picture, unless `threshold` is given: pictures then stay the same at
   any batch size. With a threshold each picture is drawn alone.
+- In codes mode a picture is drawn in few steps, and the model reads what it drew (`mm.pipelines.best_of`): only where
+  something is missing is it drawn again. What cannot be checked is drawn once, in more steps.
 - Features are shared where DDT's dynamic programming (`mm.fast.refresh`) says so, on the similarity of features that
   was measured once. Up to the first step without guidance, errors count as often as the guidance scale multiplies them.
 """
@@ -13,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from mm.core.checks import whole
+from mm.core.checks import number, whole
 from mm.core.errors import UserError
 from mm.families.mm_tiny import GUIDANCE, STEPS
 from mm.fast.guidance import AdaptiveGuidance, checked
@@ -95,31 +97,46 @@ class FastCodes:
         steps: Sampling steps where a call gives none; the last of them revise.
         revising: Share of the steps that revise, below 1.
         revised: Share of a picture's tokens that one revision draws again.
+        spread: Whether the tokens of one step lie apart (`mm.pipelines.sampling`); else they are random ones.
+        power: A share s of the steps that fill the picture draws s^power of its tokens; None: 1 - cos(pi/2 s).
         confidence: A token is sure where the mean log-probability of its codes exceeds this; sure tokens are not
             revised. None: none is sure.
         neighbours: Whether sure tokens beside known ones are drawn with the step's own (as in LocalLeap).
         guided_from: The known share of a picture from which the unconditional prediction is computed.
         guided_until: The known share up to which it is.
         full_every: Every so many steps all tokens pass the trunk; the steps between are local (ReCAP). 1: all steps.
+        tries: The most times that a picture is drawn, while the model does not see in it what was asked for. 1: once,
+            and nothing is checked.
+        unchecked_steps: Sampling steps of pictures that cannot be checked, unless `tries` is 1. They take the other
+            settings of `CAREFUL_CODES`.
     """
 
-    steps: int = 26
-    revising: float = 0.375
-    revised: float = 0.25
-    confidence: float | None = -0.4
-    neighbours: bool = True
-    guided_from: float = 0.0
-    guided_until: float = 1.0
+    steps: int = 9
+    revising: float = 0.34
+    revised: float = 0.5
+    spread: bool = True
+    power: float | None = 3.0
+    confidence: float | None = None
+    neighbours: bool = False
+    guided_from: float = 0.05
+    guided_until: float = 0.45
     full_every: int = 1
+    tries: int = 3
+    unchecked_steps: int = 26
 
     def __post_init__(self) -> None:
         whole("fast: steps", self.steps, 1, 1000)
         whole("fast: full_every", self.full_every, 1, 1000)
+        whole("fast: tries", self.tries, 1, 64)
+        whole("fast: unchecked_steps", self.unchecked_steps, 1, 1000)
         for name in ("revising", "revised", "guided_from", "guided_until"):
             _share(name, getattr(self, name))
         if self.revising == 1:
             raise UserError("fast: revising is 1, so that no step would fill the picture; give less")
+        if self.power is not None:
+            number("fast: power", self.power, 1, 10)
         _truth("neighbours", self.neighbours)
+        _truth("spread", self.spread)
         value = self.confidence
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value <= 0):
             raise UserError(f"fast: confidence is {value!r}; give a log-probability, 0 or below")
@@ -133,8 +150,59 @@ class FastCodes:
         """How many of `steps` revise a picture that is already full."""
         return math.floor(steps * self.revising)
 
+    def of_one(self, *, checked: bool) -> FastCodes:
+        """The settings by which a picture that is checked, or is not, is drawn once."""
+        if self.tries == 1 or checked:
+            return replace(self, tries=1)
+        return replace(CAREFUL_CODES, steps=self.unchecked_steps)
 
-FULL_CODES = FastCodes(steps=STEPS["codes"], confidence=None, neighbours=False)
+
+@dataclass(frozen=True, kw_only=True)
+class Tries:
+    """How the tries of a picture are drawn.
+
+    Args:
+        most: Tries of a picture.
+        less: Settings of less work; None does all of it.
+        own: Sampling steps that the call gives for every try; None: those of the settings.
+    """
+
+    most: int
+    less: FastFlow | FastCodes | None = None
+    own: int | None = None
+
+    def settings(self, *, checked: bool) -> FastFlow | FastCodes | None:
+        """Of one try of a picture that is checked, or is not."""
+        return self.less.of_one(checked=checked) if isinstance(self.less, FastCodes) else self.less
+
+
+def tries_of(best_of: int, less: FastFlow | FastCodes | None, steps: int | None, *, checks: bool) -> Tries:
+    """The tries of a call: `best_of` of them where that is above 1, else those of `less`.
+
+    Args:
+        best_of: Of the call.
+        less: Settings of less work.
+        steps: Of the call. Those of `less` are no steps of the call's own: the engine names them, too.
+        checks: Whether the model can compare a picture with its prompt; else `less` draws once.
+    """
+    most = less.tries if best_of == 1 and isinstance(less, FastCodes) and checks else best_of
+    return Tries(most=most, less=less, own=None if less is not None and steps == less.steps else steps)
+
+
+# A revision takes a quarter of the tokens, with guidance in all steps. Without `fast` codes mode takes `FULL_CODES`.
+FULL_CODES = FastCodes(
+    steps=STEPS["codes"],
+    revising=0.375,
+    revised=0.25,
+    power=None,
+    spread=False,
+    guided_from=0.0,
+    guided_until=1.0,
+    tries=1,
+)
+# PNG files name all settings that there were. What those of before these hold was drawn once, in random order.
+_NEWER: dict[str, Any] = {"power": None, "spread": False, "tries": 1, "unchecked_steps": FastCodes.unchecked_steps}
+CAREFUL_CODES = replace(FULL_CODES, steps=26, confidence=-0.4, neighbours=True)
 
 
 def fast_settings(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +217,10 @@ def fast_settings(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 def settings_for(mode: str, given: bool | Mapping[str, Any]) -> FastFlow | FastCodes:
     """The settings of a mode: the measured mix, with those that a mapping names in their place."""
     named = {} if isinstance(given, bool) else given
-    return checked(FastCodes, named) if mode == "codes" else checked(FastFlow, named)
+    if mode != "codes":
+        return checked(FastFlow, named)
+    older = {field.name for field in fields(FastCodes)} - _NEWER.keys()
+    return checked(FastCodes, named if older - named.keys() else _NEWER | dict(named))
 
 
 def decides_by_picture(settings: FastFlow | FastCodes | None) -> bool:

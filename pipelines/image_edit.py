@@ -253,7 +253,7 @@ class ImageEditPipeline(TextToImagePipeline):
             sources, words = [pictures[i] for i in at], [prompts[i] for i in at]
             return torch.as_tensor(self(sources, words, generator=list(some), strict=False, **given)[0])
 
-        check = self._checker([asked_of_change(prompts[i]) for i in own])
+        check = self._checker(self._asked([prompts[i] for i in own], asked_of_change))
         with self._new_run(guidance_scale=options["guidance_scale"]) as run_:
             options = options | {"callback_on_step_end": passing_on(options["callback_on_step_end"], run_)}
             best = draw_best(draw, check, generators, best_of, run_)

@@ -215,7 +215,7 @@ class InterleavedPipeline(ImageEditPipeline):
             return
         (prompt,) = check_prompts([first], self.text_tokenizer, strict=False)
         branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
-        yield from self._drawn(now, branches, how, asked_of(prompt))
+        yield from self._drawn(now, branches, how, self._asked([prompt], asked_of)[0])
         named = clause_of(first.lower(), added_names(self.text_tokenizer)).things
         now.drawn, now.topic = first, named[0].name if named else None
         for change in changes:
@@ -250,7 +250,7 @@ class InterleavedPipeline(ImageEditPipeline):
                     return
             (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
             branches = self._change_branches(instruction, source, how.scale)
-            yield from self._drawn(now, branches, how, asked_of_change(instruction))
+            yield from self._drawn(now, branches, how, self._asked([instruction], asked_of_change)[0])
             now.topic = change.topic
 
     def _undo(self, now: Conversation) -> Iterator[Event]:
@@ -352,7 +352,11 @@ class InterleavedPipeline(ImageEditPipeline):
 def _warn_of_missing(found: Shortfall | None) -> None:
     """Says what a picture that was drawn with `best_of` lacks, by the model's own reading, or that none was checked."""
     if found is None:
-        warnings.warn("best_of: the words are not read in full, so the picture was drawn once, unchecked", stacklevel=4)
+        warnings.warn(
+            "best_of: the words are not read in full, or name what the model was erased of, so the picture was drawn "
+            "once, unchecked",
+            stacklevel=4,
+        )
     elif found.missing:
         warnings.warn(f"the model does not see in its picture: {', '.join(found.missing)}", stacklevel=4)
 

@@ -143,6 +143,11 @@ class Conditions:
         """B."""
         return len(self.prompts) * self.each
 
+    @property
+    def texts(self) -> Sequence[str] | None:
+        """The prompts as texts; None where they were given encoded."""
+        return None if isinstance(self.prompts, PromptCache) else self.prompts
+
     def negatives_of(self, rows: Sequence[int]) -> dict[str, Any]:
         """The negative prompts of some pictures, as arguments of a call for these; empty where one serves all."""
         if len(self.negatives) == 1:

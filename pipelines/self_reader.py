@@ -1,4 +1,4 @@
-"""The model's own reading of what it has drawn, for `best_of`: the counter, and answers to questions.
+"""The model's own reading of what it has drawn, for `best_of` and `fast`: the counter, and answers to questions.
 
 Design choices
 - Numbers come from the counter of the connector, everything else from the trunk's answers to questions that it was
@@ -20,11 +20,17 @@ import torch
 
 from mm.core.errors import UserError
 from mm.core.paths import resolve_model
+from mm.core.safe_json import read_object
 from mm.models.connectors import Connector, merged
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.world.asked import Asked, Fact
 
 Believe = Callable[[torch.Tensor, Sequence[Fact]], list[float]]
+_PARTS: dict[str, Any] = {
+    "understanding_encoder": UnderstandingEncoder,
+    "latent_stem": LatentStem,
+    "understanding_connector": Connector,
+}
 _SURE = 0.8  # a fact of which the model is less sure is missing
 _FACT = 10  # how much a fact that is surely missing counts, in things too many or too few
 
@@ -60,15 +66,9 @@ class SelfReader:
     def from_pretrained(cls, name: str | Path) -> SelfReader:
         """Of an embedded model, a folder, or a hub name. Raises UserError where it cannot read pictures."""
         where = resolve_model(name)
-        parts: dict[str, Any] = {
-            "understanding_encoder": UnderstandingEncoder,
-            "latent_stem": LatentStem,
-            "understanding_connector": Connector,
-        }
-        missing = [part for part in parts if isinstance(where, Path) and not (where / part / "config.json").is_file()]
-        if missing:
+        if missing := _missing(where):
             raise UserError(f"{where} holds no {missing[0]}: this model cannot read what it drew; leave best_of out")
-        loaded = [kind.from_pretrained(where, subfolder=part, use_safetensors=True) for part, kind in parts.items()]
+        loaded = [kind.from_pretrained(where, subfolder=part, use_safetensors=True) for part, kind in _PARTS.items()]
         return cls(*loaded)
 
     def to(self, device: Any) -> SelfReader:
@@ -100,7 +100,7 @@ class SelfReader:
     def shortfalls(
         self, latents_BCHW: torch.Tensor, asked: Sequence[Asked | None], believe: Believe
     ) -> list[Shortfall | None]:  # fmt: skip
-        """What pictures lack of what was asked for.
+        """What pictures lack of what was asked for. Each is read alone, so that the same latents lack the same.
 
         Args:
             latents_BCHW: Drawn.
@@ -111,11 +111,13 @@ class SelfReader:
         Returns:
             One a picture; None where nothing was checked.
         """
-        encoded = self.encoded(latents_BCHW)
-        numbers, tokens_BSD = self.numbers(encoded), self.connector(encoded)
         found: list[Shortfall | None] = []
-        for i, wanted in enumerate(asked):
-            found.append(None if wanted is None else _compared(wanted, numbers[i], tokens_BSD[i : i + 1], believe))
+        for latents_1CHW, wanted in zip(latents_BCHW.split(1), asked, strict=True):
+            if wanted is None:
+                found.append(None)
+                continue
+            encoded = self.encoded(latents_1CHW)
+            found.append(_compared(wanted, self.numbers(encoded)[0], self.connector(encoded), believe))
         return found
 
 
@@ -124,6 +126,20 @@ def reader_of(name: str | None) -> SelfReader:
     if not name:
         raise UserError("best_of needs the parts that read; set pipe.self_reader = SelfReader.from_pretrained(NAME)")
     return SelfReader.from_pretrained(name)
+
+
+def has_reader(name: str | None) -> bool:
+    """Whether a model in a folder has all parts that read, its counter included; others count as having none."""
+    where = resolve_model(name) if name else None
+    if not isinstance(where, Path) or _missing(where):
+        return False
+    config = read_object(where / "understanding_connector" / "config.json")
+    return bool(config.get("counter_keys"))
+
+
+def _missing(where: Path | str) -> list[str]:
+    """The reading parts that a folder lacks; nothing is known of a hub name."""
+    return [part for part in _PARTS if isinstance(where, Path) and not (where / part / "config.json").is_file()]
 
 
 def wrongness(seen: Sequence[int], wanted: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best, passing_on
+from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best, in_parts, passing_on
 from mm.pipelines.code_filling import code_filling
 from mm.pipelines.drawing_arguments import (
     check_callback_tensors,
@@ -46,7 +47,7 @@ from mm.pipelines.drawing_arguments import (
 )
 from mm.pipelines.drawing_loops import finish, flow_steps
 from mm.pipelines.drawing_parts import DrawingParts
-from mm.pipelines.fast import decides_by_picture, settings_for
+from mm.pipelines.fast import FastCodes, Tries, decides_by_picture, settings_for, tries_of
 from mm.pipelines.guidance import text_branches
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
@@ -56,7 +57,7 @@ from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, 
 from mm.pipelines.self_check import SelfCheckMixin
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
-from mm.world.asked import asked_of
+from mm.world.asked import Asked, asked_of
 
 SCALE = 16  # pixels of a latent, each way
 CODES_TEMPERATURE = 0.9
@@ -248,7 +249,7 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
             best_of: The most times that a picture is drawn, until the model itself reads in it what the prompt asks for
                 (`mm.pipelines.best_of`); the output then has `tries`, `right` and `missing` as well.
             fast: Less work a picture (docs/fast.md): True is the measured mix, a mapping names single settings of
-                `mm.pipelines.fast`.
+                `mm.pipelines.fast`. In codes mode pictures are checked as with `best_of`, if the model can read.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
             return_dict: False returns a tuple of the pictures alone.
             attention_kwargs: `{"scale": x}` scales loaded LoRAs.
@@ -258,7 +259,7 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
             callback_on_step_end_tensor_inputs: The tensors it wants; "latents" is there.
 
         Returns:
-            ImagePipelineOutput (with `best_of` above 1 a `CheckedOutput`), or a tuple.
+            ImagePipelineOutput (a `CheckedOutput` where pictures were checked), or a tuple.
 
         Raises:
             UserError: For anything that cannot be drawn. Unknown words give a warning.
@@ -285,16 +286,21 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
             self.text_tokenizer, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds,
             strict=strict,
         )  # fmt: skip
-        if best_of > 1:
+        checked = best_of > 1 or isinstance(less, FastCodes)
+        asked = self._asked([text for text in given.texts or () for _ in range(given.each * checked)], asked_of)
+        plan = tries_of(best_of, less, num_inference_steps, checks=any(asked) and self._can_read())
+        if plan.most > 1:
             found = self._draw_best(
-                given, generator, best_of, output_type, negative_prompt=negative_prompt,
-                negative_prompt_embeds=negative_prompt_embeds,
-                num_inference_steps=num_inference_steps, sigmas=sigmas, fast=fast,
+                given, asked, generator, plan, output_type, negative_prompt=negative_prompt,
+                negative_prompt_embeds=negative_prompt_embeds, sigmas=sigmas,
                 guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, height=height, width=width,
             )  # fmt: skip
             return found if return_dict else (found.images,)
+        if isinstance(less, FastCodes):
+            less = less.of_one(checked=False)
+            steps = less.steps if plan.own is None else steps
         generators = picture_generators(generator, given.pictures)
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
         with (
@@ -318,25 +324,31 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def _draw_best(
-        self, given: Conditions, generator: Generators, best_of: int, output_type: str, **options: Any
+        self, given: Conditions, asked: Sequence[Asked | None], generator: Generators, plan: Tries, output_type: str,
+        **options: Any,
     ) -> CheckedOutput:  # fmt: skip
-        """The best of several tries of each picture; `options` are those of `__call__`."""
-        if isinstance(given.prompts, PromptCache):
+        """The best of several tries of each picture, which shows what is `asked`; `options` are those of `__call__`."""
+        if given.texts is None:
             raise UserError("best_of compares pictures with their prompts; give prompt, not prompt_embeds")
-        prompts = [text for text in given.prompts for _ in range(given.each)]
+        prompts = [text for text in given.texts for _ in range(given.each)]
 
-        def draw(rows: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
-            some = [prompts[i] for i in rows]
-            own = options | given.negatives_of(rows)
+        def draw_alike(rows: Sequence[int], generators: Sequence[torch.Generator], checked: bool) -> torch.Tensor:
+            some, less = [prompts[i] for i in rows], plan.settings(checked=checked)
+            own = options | given.negatives_of(rows) | {"num_inference_steps": plan.own}
+            own["fast"] = False if less is None else asdict(less)
             with warnings.catch_warnings():  # of unknown words, which were warned of before
                 warnings.simplefilter("ignore")
                 return self(some, generator=list(generators), output_type="latent", strict=False, **own).images
 
+        def draw(rows: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
+            kinds = [not isinstance(plan.less, FastCodes) or asked[i] is not None for i in rows]
+            return in_parts(kinds, rows, generators, draw_alike)
+
         generators = picture_generators(generator, len(prompts))
-        check = self._checker([asked_of(prompt) for prompt in prompts])
+        check = self._checker(asked)
         with self._new_run(guidance_scale=options["guidance_scale"]) as run:
             options["callback_on_step_end"] = passing_on(options["callback_on_step_end"], run)
-            best = draw_best(draw, check, generators, best_of, run)
+            best = draw_best(draw, check, generators, plan.most, run)
         latents: Any = best.latents
         if output_type == "latent":
             return best.output(latents)

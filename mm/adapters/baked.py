@@ -4,6 +4,7 @@ Design choices
 - Each component keeps digests of the entries that were baked into it, in itself and in its config: a folder that
   `save_pretrained` wrote knows them too, and so does a 4-bit model that was quantized afterwards.
 - A digest is of layers and tensors, not of the patch's name: a patch that was read again from its file is the same.
+- What an erasure that was baked keeps a model from drawing is kept beside them, by name.
 - Weights that were replaced since are recognized by the hash of the base that a patch carries.
 """
 
@@ -21,27 +22,44 @@ from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import clean
 
-_KEY = "_mm_baked"  # libraries pass over private keys of a config, and keep them
+_KEY, _ERASED = "_mm_baked", "_mm_erased"  # libraries pass over private keys of a config, and keep them
 Changes = Sequence[tuple[nn.Module, Entry]]  # layers of a model, each with what changes there
 
 
-def record(roots: Iterable[nn.Module], changes: Changes) -> None:
-    """Notes in each component what is in its weights from now on."""
+def record(roots: Iterable[nn.Module], changes: Changes, erases: Iterable[str] = ()) -> None:
+    """Notes in each component what is in its weights from now on, and the concepts that this erases."""
     for root in roots:
         if mine := _digest(root, changes):
-            made = tuple(dict.fromkeys((*baked_into(root), mine)))
-            root.__dict__[_KEY] = made
-            if hasattr(root, "register_to_config"):
-                cast(Any, root).register_to_config(**{_KEY: list(made)})
-            elif hasattr(getattr(root, "config", None), "to_dict"):
-                setattr(root.config, _KEY, list(made))
+            _note(root, _KEY, (*baked_into(root), mine))
+            _note(root, _ERASED, (*erased_from(root), *erases))
 
 
 def baked_into(root: nn.Module) -> tuple[str, ...]:
     """Digests of what is in a component's weights."""
+    return _noted(root, _KEY)
+
+
+def erased_from(root: nn.Module) -> tuple[str, ...]:
+    """The concepts that patches which are in a component's weights erase."""
+    return _noted(root, _ERASED)
+
+
+def _note(root: nn.Module, key: str, values: Iterable[str]) -> None:
+    """Keeps texts in a component and its config; nothing where there are none."""
+    made = tuple(dict.fromkeys(values))
+    if not made:
+        return
+    root.__dict__[key] = made
+    if hasattr(root, "register_to_config"):
+        cast(Any, root).register_to_config(**{key: list(made)})
+    elif hasattr(getattr(root, "config", None), "to_dict"):
+        setattr(root.config, key, list(made))
+
+
+def _noted(root: nn.Module, key: str) -> tuple[str, ...]:
     config: Any = getattr(root, "config", None)
-    kept = config.get(_KEY) if isinstance(config, Mapping) else getattr(config, _KEY, None)
-    found = root.__dict__.get(_KEY) or kept
+    kept = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    found = root.__dict__.get(key) or kept
     return tuple(str(one) for one in found) if isinstance(found, list | tuple) else ()
 
 

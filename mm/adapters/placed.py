@@ -12,7 +12,7 @@ from mm.adapters.entry import Entry
 class Placed:
     """One entry on a layer. `scale` is the patch's; `fused`: a low-rank entry acts in the weight. `base_matches`: None
     where the patch does not name its base. `word`: what the patch's subject is called in prompts; "" where it says
-    none."""
+    none. `erases`: the concepts that the patch erases."""
 
     name: str
     entry: Entry
@@ -23,6 +23,7 @@ class Placed:
     word: str = ""
     base_matches: bool | None = None
     fused: bool = False
+    erases: tuple[str, ...] = ()
 
     @property
     def in_weight(self) -> bool:

@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mm.adapters.baked import is_baked, record, refuse_baked
+from mm.adapters.baked import erased_from, is_baked, record, refuse_baked
 from mm.adapters.entry import Entry
 from mm.adapters.layer_state import acts, arrange, placed_on, rescale, settle
 from mm.adapters.matching import Place, layer_path, match
 from mm.adapters.placed import Placed
-from mm.adapters.stack_items import Applied, Spot, StackItem, base_matches_of, in_the_way, item_of, same_entry
+from mm.adapters.stack_items import (
+    Applied,
+    Spot,
+    StackItem,
+    base_matches_of,
+    in_the_way,
+    item_of,
+    same_entry,
+    targets_of,
+)
 from mm.adapters.tokens import keep_words, release_words
 from mm.core.checks import number
 from mm.core.errors import UserError
@@ -59,6 +68,12 @@ class Stack:
     def names(self) -> tuple[str, ...]:
         """Their names, in order."""
         return tuple(item.name for item in self.list())
+
+    def erased(self) -> tuple[str, ...]:
+        """The concepts that the model was erased of, by patches that act now or were baked into its weights."""
+        acting = [name for item in self.list() if item.scale for name in item.erases]
+        baked = [name for root in roots_of(self.target).values() for name in erased_from(root)]
+        return tuple(dict.fromkeys((*baked, *acting)))
 
     def overlap(self, first: str, second: str) -> tuple[str, ...]:
         """Paths of the layers that two patches both change; empty where they share none."""
@@ -116,7 +131,7 @@ class Stack:
         base = base_matches_of(patch, self.target)
         order = 1 + max((spot.placed.order for spot in self._spots()), default=0)
         common: dict[str, Any] = {"name": patch.name, "scale": float(scale), "order": order, "method": patch.method}
-        common["word"] = str(patch.settings.get("name") or "")
+        common |= {"word": str(patch.settings.get("name") or ""), "erases": targets_of(patch)}
 
         def put(module: nn.Module, place: Place) -> None:
             made = Placed(entry=place.entry, path=place.path, base_matches=base, **common)
@@ -179,7 +194,7 @@ class Stack:
             self._fused((name,), True)
         for module in {id(spot.module): spot.module for spot in spots}.values():
             settle(module, name)
-        record(roots_of(self.target).values(), changes)
+        record(roots_of(self.target).values(), changes, spots[0].placed.erases)
         keep_words(self.target, {spot.path: spot.placed.entry for spot in spots})
         return Applied(
             tensors=sum(len(s.placed.entry.tensors) for s in spots), layers=len({id(spot.module) for spot in spots})

@@ -47,6 +47,7 @@ class StackItem:
         base_matches: whether the model is the one it was made for; None where the patch does not say.
         kinds: of its entries.
         fused: its low-rank entries act in the weights.
+        erases: the concepts that it erases; empty for other patches.
     """
 
     name: str
@@ -58,6 +59,7 @@ class StackItem:
     base_matches: bool | None
     kinds: tuple[str, ...]
     fused: bool
+    erases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +95,14 @@ def item_of(placed: Sequence[Placed]) -> StackItem:
         base_matches=first.base_matches,
         kinds=tuple(sorted({p.entry.kind for p in placed})),
         fused=any(p.fused for p in placed),
+        erases=first.erases,
     )
+
+
+def targets_of(patch: Patch) -> tuple[str, ...]:
+    """The concepts that a patch erases, as its maker reports them; empty for other patches."""
+    found = patch.report.get("targets")
+    return tuple(str(name) for name in found) if isinstance(found, list | tuple) else ()
 
 
 def same_entry(one: Entry, other: Entry) -> bool:

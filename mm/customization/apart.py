@@ -175,7 +175,7 @@ def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) ->
     assert best is not None
     if seen < _SEEN:
         warnings.warn(
-            f"not every subject is seen in its place in {_TRIES} tries; look at the picture, or give another seed or "
+            f"not every subject is seen in its place in {_TRIES} tries; check the picture, or give another seed or "
             "other stand-ins",
             stacklevel=3,
         )

@@ -124,7 +124,12 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
-    """Says what pictures drawn with `best_of` lack, by the model's own reading, or that nothing was checked."""
+    """Says what pictures drawn with `best_of` lack, by the model's own reading, or that nothing was checked.
+
+    Those that only `fast` checked are as likely to be right as others, which nothing checks: nothing is said of them.
+    """
+    if "best_of" not in given:
+        return
     prompts: Any = given.get("prompt")
     each: list[str] = prompts if isinstance(prompts, list) else [str(prompts)] * len(seeds)
     wrong: dict[str, list[str]] = {}
@@ -137,7 +142,8 @@ def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]
     right = zip(each, getattr(output, "right", None) or (), strict=False)
     for prompt in dict.fromkeys(prompt for prompt, fine in right if fine is None):
         warnings.warn(
-            f"best_of: {prompt!r} is not read in full, so its pictures were not checked, and drawn once each",
+            f"best_of: {prompt!r} is not read in full, or names what the model was erased of, so its pictures were not "
+            "checked, and drawn once each",
             stacklevel=3,
         )
 

@@ -274,7 +274,7 @@ class Engine:
         size = size_of(first, can) or can.size
 
         def on_step(step: int, latents: Any, total: int | None = steps) -> None:
-            emit(Step(step=step + 1, steps=total or step + 1, first=places[0], count=len(places)))
+            emit(Step(step=step + 1, steps=max(total or 0, step + 1), first=places[0], count=len(places)))
             if previews and self._preview is not None and latents is not None:
                 for at, image in zip(places, self._preview(latents, size), strict=False):
                     emit(Preview(index=at, picture=image))

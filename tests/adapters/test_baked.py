@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import mm
 from mm.adapters.patch import Entry, Patch
+from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
 from mm.layers.base_hash import base_hash
 from mm.layers.surgery import linears
@@ -107,3 +108,23 @@ def test_an_erasure_of_ours_is_remembered_by_the_saved_pipeline(tmp_path: Path) 
     read = mm.TextToImagePipeline.from_pretrained(tmp_path / "pipe")
     with pytest.raises(UserError, match="part of the weights of this Trunk already"):
         patch.apply(read)
+
+
+def test_a_model_knows_what_it_was_erased_of(tmp_path: Path) -> None:
+    """By patches that act and by baked ones, in memory and in folders; not by one at 0 or one that was taken off."""
+    model = unet()
+    wolf, style = some_patch(model, name="no-wolf", report={"targets": ["wolf", "red of apple"]}), some_patch(model)
+    style.report, style.name = {"targets": 5}, "style"
+    style.apply(model)
+    assert stack_of(model).erased() == ()
+    wolf.apply(model)
+    assert stack_of(model).erased() == ("wolf", "red of apple") and stack_of(model).list()[1].erases[0] == "wolf"
+    wolf.scale(model, 0.0)
+    assert stack_of(model).erased() == ()
+    wolf.undo(model)
+    style.undo(model)
+    wolf.bake(model)
+    model.save_pretrained(tmp_path)
+    read = UNet2DConditionModel.from_pretrained(tmp_path)
+    for one in (model, copy.deepcopy(model), read):
+        assert stack_of(one).erased() == ("wolf", "red of apple")

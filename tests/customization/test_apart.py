@@ -134,6 +134,7 @@ def test_the_picture_has_each_subject_of_its_own_run(packed: bool, held_places: 
     apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=0), call, words)
     assert [words for words, _ in runs] == [[], [0], [1]]
     one, two = runs[1][1], runs[2][1]
+
     def grid(latents: Tensor) -> list[list[float]]:
         return (latents[0, :, 0].reshape(2, 4) if packed else latents[0, 0]).tolist()
 

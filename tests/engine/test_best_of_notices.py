@@ -16,5 +16,6 @@ def test_each_prompt_is_named_with_what_its_pictures_lack() -> None:
         _warn_of_missing(found, given, [4, 5, 6, 7])
     assert [str(each.message) for each in caught] == [
         "'a cat': the model does not see in any of 3 tries 1 cat (seed 4); a cat (seed 7)",
-        "best_of: 'a thing' is not read in full, so its pictures were not checked, and drawn once each",
+        "best_of: 'a thing' is not read in full, or names what the model was erased of, so its pictures were "
+        "not checked, and drawn once each",
     ]

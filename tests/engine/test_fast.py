@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_pipeline
 from tiny_pipelines import tiny_pipeline_of
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from mm.engine.requests import Draw, Edit, Turn
 from mm.engine.settings import drawn_again
 from mm.families import family_of
 from mm.fast.guidance import AdaptiveGuidance
-from mm.pipelines.fast import FastFlow, fast_settings
+from mm.pipelines.fast import FastCodes, FastFlow, fast_settings
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,23 @@ def test_the_command_line_and_batch_rows(folders: Path, tmp_path: Path):
     assert done.exit_code == 2, done.output  # row y cannot be drawn
     [picture] = (tmp_path / "run").rglob("*.png")
     assert read_settings(picture)["fast"] == fast_settings("flow", {"steps": 3})
+
+
+def test_shipped_weights_check_what_they_drew():
+    """In codes mode a picture is drawn again while the model misses something; its settings draw it again."""
+    engine = mm.load("mm-tiny")
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    prompts = ["four cakes at night", "a cat in a house"]
+    with pytest.warns(UserWarning, match="nothing is drawn inside other things"):
+        made = engine.pipeline(prompts, mode="codes", fast=True, output_type="latent", generator=generators)
+    assert made.right[1] is None and made.tries[1] == 1 and 1 <= made.tries[0] <= FastCodes().tries
+    events: list[Any] = []
+    engine.run(Draw(prompt=prompts[0], seed=0, mode="codes", fast=True)).each(events.append)
+    [picture] = [event for event in events if isinstance(event, Picture)]
+    assert picture.settings["fast"] == fast_settings("codes", {}) and "best_of" not in picture.settings
+    assert not [event for event in events if isinstance(event, Notice)]
+    again: list[Any] = []
+    kept = json.loads(json.dumps(picture.settings))
+    engine.run(drawn_again(kept, engine.capabilities).request).each(again.append)
+    assert same(next(event for event in again if isinstance(event, Picture)), picture)
+    assert engine.pipeline.self_reader is not None  # loaded once, and not anew by each run

@@ -63,8 +63,9 @@ def test_the_table_pools_cells_and_holds_them_against_what_is_wanted() -> None:
     assert "0.938" in eight and "(n 80)" in eight
     assert "0.750 of it" in rows["four `dreambooth` adapters merged by `sum`"]
     assert "0.500 of it" in rows["eight `dreambooth` adapters merged by `sum`"]
-    assert "0.900 of it" in rows["two learned subjects in one picture, `orthogonal`, merged by `regmean`, pairs of four"]
-    assert "0.800 of it" in rows["two learned subjects in one picture, `dreambooth`, drawn apart, pairs of eight"]
+    together = "two learned subjects in one picture"
+    assert "0.900 of it" in rows[f"{together}, `orthogonal`, merged by `regmean`, pairs of four"]
+    assert "0.800 of it" in rows[f"{together}, `dreambooth`, drawn apart, pairs of eight"]
     assert "0.700 of it" in rows["a learned subject beside a known object, `dreambooth`"]
     assert "(n 80)" in rows["8 subjects alone, `dreambooth`: seen"]
     assert "-10.0 points" in rows["16-bit adapter on the 4-bit model, 1 subject"]

@@ -15,6 +15,7 @@ from mm.core.errors import UserError
 from mm.models.cache import PromptCache
 from mm.pipelines.code_filling import neighbours, planned, revised
 from mm.pipelines.fast import (
+    CAREFUL_CODES,
     FULL_CODES,
     LEVELS,
     SIMILARITY,
@@ -24,7 +25,7 @@ from mm.pipelines.fast import (
     flow_plan,
     similarity_at,
 )
-from mm.pipelines.sampling import code_steps, masked_steps
+from mm.pipelines.sampling import code_steps, halton_places, masked_steps
 
 ALL: dict[str, Any] = {"guided": 1.0, "features": 1.0, "spaced": False}
 
@@ -215,6 +216,29 @@ def test_revisions_take_unsure_tokens_in_their_order():
     assert sorted(revised(plan, log, -0.5)[0].nonzero().flatten().tolist()) == sorted(unsure[:4].tolist())
 
 
+def test_spread_tokens_of_a_step_lie_apart():
+    """In a Halton order all places come once; a revision of half of the tokens takes none that share an edge."""
+    assert halton_places((2, 3)) == ((0, 0), (1, 1), (0, 2), (1, 0), (0, 1), (1, 2))
+    assert sorted(halton_places((8, 8))) == [(y, x) for y in range(8) for x in range(8)]
+    given: dict[str, Any] = {"revisions": 2, "revised": 0.5, "shape": (8, 8)}
+    steps, again, other = (list(code_steps(seeded(seed), 64, 8, **given)) for seed in (1, 1, 2))
+    filled = torch.cat([step.now_BN for step in steps[:-2]], 1)
+    assert sorted(filled[0].tolist()) == list(range(64))
+    assert torch.equal(filled, torch.cat([step.now_BN for step in again[:-2]], 1))
+    assert not torch.equal(filled, torch.cat([step.now_BN for step in other[:-2]], 1))
+    first, second = (set(step.now_BN[0].tolist()) for step in steps[-2:])
+    assert not first & second and len(first) == len(second) == 32
+    assert all({at - 8, at + 8}.isdisjoint(first) and (at % 8 == 7 or at + 1 not in first) for at in first)
+
+
+def test_a_power_draws_the_first_tokens_singly():
+    assert masked_steps(64, 6, 3.0) == [63, 61, 56, 45, 26, 0]
+    assert masked_steps(64, 4, 1.0) == [48, 32, 16, 0]
+    assert masked_steps(3, 5, 3.0) == [2, 1, 0, 0, 0] and masked_steps(64, 1, 3.0) == [0]
+    drawn = [step.now_BN.shape[1] for step in code_steps(seeded(1), 64, 6, revisions=0, revised=0, power=3.0)]
+    assert drawn == [1, 2, 5, 11, 19, 26]
+
+
 def test_similarity_lies_between_its_levels():
     for row, first in enumerate(LEVELS):
         for column, second in enumerate(LEVELS):
@@ -246,8 +270,12 @@ def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: st
 def test_the_mix_is_frozen():
     """Changing it is a line in CHANGELOG.md: pictures of `--fast` change."""
     assert FastFlow() == FastFlow(steps=8, spaced=True, guided=0.6, features=0.75, threshold=None, linear=False)
-    codes = {"confidence": -0.4, "neighbours": True, "guided_from": 0.0, "guided_until": 1.0, "full_every": 1}
-    assert FastCodes() == FastCodes(steps=26, revising=0.375, revised=0.25, **codes)
-    full = {"confidence": None, "neighbours": False, "guided_from": 0.0, "guided_until": 1.0}
-    assert FULL_CODES == FastCodes(steps=32, revising=0.375, revised=0.25, **full)
+    codes: dict[str, Any] = {"confidence": None, "neighbours": False, "full_every": 1}
+    cheap = {"revised": 0.5, "spread": True, "power": 3.0, "guided_from": 0.05, "guided_until": 0.45}
+    assert FastCodes() == FastCodes(steps=9, revising=0.34, tries=3, unchecked_steps=26, **cheap, **codes)
+    assert FastCodes().revisions(9) == 3
+    full = {"revised": 0.25, "spread": False, "power": None, "guided_from": 0.0, "guided_until": 1.0}
+    assert FULL_CODES == FastCodes(steps=32, revising=0.375, tries=1, **full, **codes)
+    careful = codes | {"confidence": -0.4, "neighbours": True}
+    assert CAREFUL_CODES == FastCodes(steps=26, revising=0.375, tries=1, **full, **careful)
     assert fast_settings("codes", {"steps": 7})["steps"] == 7
