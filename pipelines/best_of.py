@@ -118,25 +118,6 @@ def draw_best(
     return Best(latents=best, tries=tries, shortfalls=kept)
 
 
-def in_parts(
-    kinds: Sequence[bool], rows: Sequence[int], generators: Sequence[torch.Generator],
-    draw: Callable[[Sequence[int], Sequence[torch.Generator], bool], torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """Latents of pictures of which those of one kind are drawn together, in at most two calls.
-
-    Args:
-        kinds: One a picture.
-        rows: The pictures' numbers.
-        generators: One a picture.
-        draw: Draws pictures of one kind; its last argument is the kind.
-    """
-    drawn: dict[int, torch.Tensor] = {}
-    for kind in dict.fromkeys(kinds):
-        at = [i for i, one in enumerate(kinds) if one == kind]
-        drawn |= zip(at, draw([rows[i] for i in at], [generators[i] for i in at], kind), strict=True)
-    return torch.stack([drawn[i] for i in range(len(rows))])
-
-
 def passing_on(callback: Callback | None, run: Run) -> Callback | None:
     """The callback of a try: one that interrupts its try interrupts the run of all tries, and what follows of it."""
     if callback is None:

@@ -13,9 +13,7 @@ Legend: B pictures (prompts times pictures per prompt), C = 16 channels, H = W =
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import CheckedOutput, check_best_of, draw_best, in_parts, passing_on
+from mm.pipelines.best_of import check_best_of
 from mm.pipelines.code_filling import code_filling
 from mm.pipelines.drawing_arguments import (
     check_callback_tensors,
@@ -47,17 +45,18 @@ from mm.pipelines.drawing_arguments import (
 )
 from mm.pipelines.drawing_loops import finish, flow_steps
 from mm.pipelines.drawing_parts import DrawingParts
-from mm.pipelines.fast import FastCodes, Tries, decides_by_picture, settings_for, tries_of
+from mm.pipelines.drawing_tries import draw_tries
+from mm.pipelines.fast import FastCodes, decides_by_picture, settings_for, tries_of
 from mm.pipelines.guidance import text_branches
 from mm.pipelines.loading import SharedFolderMixin
 from mm.pipelines.lora import TrunkLoraMixin
-from mm.pipelines.prompt_encoding import Conditions, conditions, tokenize
+from mm.pipelines.prompt_encoding import conditions, tokenize
 from mm.pipelines.run_state import RunStateMixin
 from mm.pipelines.sampling import Generators, check_sigmas, picture_generators, picture_noise
 from mm.pipelines.self_check import SelfCheckMixin
 from mm.pipelines.unified import UnifiedTextToImagePipeline, kind_at
 from mm.tokenizers import Autoencoder, Bridge
-from mm.world.asked import Asked, asked_of
+from mm.world.asked import asked_of
 
 SCALE = 16  # pixels of a latent, each way
 CODES_TEMPERATURE = 0.9
@@ -290,8 +289,8 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
         asked = self._asked([text for text in given.texts or () for _ in range(given.each * checked)], asked_of)
         plan = tries_of(best_of, less, num_inference_steps, checks=any(asked) and self._can_read())
         if plan.most > 1:
-            found = self._draw_best(
-                given, asked, generator, plan, output_type, negative_prompt=negative_prompt,
+            found = draw_tries(
+                self, given, asked, generator, plan, output_type, negative_prompt=negative_prompt,
                 negative_prompt_embeds=negative_prompt_embeds, sigmas=sigmas,
                 guidance_scale=guidance_scale, mode=mode, temperature=temperature, attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
@@ -322,38 +321,6 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
         pictures: Any = joined(done)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
-
-    def _draw_best(
-        self, given: Conditions, asked: Sequence[Asked | None], generator: Generators, plan: Tries, output_type: str,
-        **options: Any,
-    ) -> CheckedOutput:  # fmt: skip
-        """The best of several tries of each picture, which shows what is `asked`; `options` are those of `__call__`."""
-        if given.texts is None:
-            raise UserError("best_of compares pictures with their prompts; give prompt, not prompt_embeds")
-        prompts = [text for text in given.texts for _ in range(given.each)]
-
-        def draw_alike(rows: Sequence[int], generators: Sequence[torch.Generator], checked: bool) -> torch.Tensor:
-            some, less = [prompts[i] for i in rows], plan.settings(checked=checked)
-            own = options | given.negatives_of(rows) | {"num_inference_steps": plan.own}
-            own["fast"] = False if less is None else asdict(less)
-            with warnings.catch_warnings():  # of unknown words, which were warned of before
-                warnings.simplefilter("ignore")
-                return self(some, generator=list(generators), output_type="latent", strict=False, **own).images
-
-        def draw(rows: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
-            kinds = [not isinstance(plan.less, FastCodes) or asked[i] is not None for i in rows]
-            return in_parts(kinds, rows, generators, draw_alike)
-
-        generators = picture_generators(generator, len(prompts))
-        check = self._checker(asked)
-        with self._new_run(guidance_scale=options["guidance_scale"]) as run:
-            options["callback_on_step_end"] = passing_on(options["callback_on_step_end"], run)
-            best = draw_best(draw, check, generators, plan.most, run)
-        latents: Any = best.latents
-        if output_type == "latent":
-            return best.output(latents)
-        parts = parts_of(self, len(generators))
-        return best.output(joined([self._decode(latents[part], output_type, options["height"]) for part in parts]))
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""
