@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -213,6 +213,7 @@ class DrawTab:
         if isinstance(model, str) and last_part(model) != self.can.model:
             notes.append(f"it was drawn with {last_part(model)}")
         request = again.request if again.keep is None else _alone(again)
+        notes += without_field(request, self.can, self.fields)
         return [*self._values(request), shown.status("the settings are filled in; press Draw", notes)]
 
     def _values(self, asked: Draw) -> list[Any]:
@@ -239,6 +240,27 @@ class DrawTab:
         if not isinstance(values, list) or len(values) != len(self.fields) + 1 or values[0] != self.can.model:
             return self.unchanged()
         return [_same_kind(field, value) for field, value in zip(self.fields.values(), values[1:], strict=True)]
+
+
+def without_field(asked: Draw, can: Capabilities, fields: Collection[str]) -> list[str]:
+    """A line for each thing in a request that the page has no field for, so that it draws another picture.
+
+    Args:
+        asked: by the settings of a picture.
+        can: of the model.
+        fields: names of those that the page has.
+    """
+    notes = []
+    if asked.apart is not False and "apart" not in fields:
+        notes.append("it was drawn apart; start the page with its adapters (--lora) for that")
+    elif isinstance(asked.apart, Mapping) and asked.apart:
+        things = ", ".join(f"{word}={thing}" for word, thing in asked.apart.items())
+        notes.append(f"it was drawn with the stand-ins {things}; the page takes those that the seed gives")
+    if isinstance(asked.fast, Mapping) and can.fast_of(asked) != can.fast_of(replace(asked, fast=True)):
+        notes.append("it was drawn with other settings of fast than those of the page")
+    if asked.options:
+        notes.append(f"it was drawn with options that the page does not take: {', '.join(asked.options)}")
+    return notes
 
 
 def _alone(again: Again) -> Draw:

@@ -305,7 +305,12 @@ def _draw_batch(models: _Models, batch: list[Planned], store: Store, report: Rep
         if stop():
             raise _StoppedError
         settings = event.settings | {key: value for key, value in one.picture.settings.items() if key != "task"}
-        store.save(one.picture, png_bytes(event.picture, settings), notes)
+        try:
+            data = png_bytes(event.picture, settings)
+        except UserError as error:  # an output_type of another kind: one row must not end the run
+            _fail(one.picture, error, store, report)
+            continue
+        store.save(one.picture, data, notes)
         report.drawn += 1
 
 

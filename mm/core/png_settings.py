@@ -20,6 +20,7 @@ from PIL import Image, PngImagePlugin
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.foreign_settings import a1111, read_foreign
+from mm.core.nouns import with_article
 from mm.core.png_chunks import read_texts
 from mm.core.safe_json import Fields, parse_json
 
@@ -57,8 +58,21 @@ def drawing_settings(
     return settings | ({} if guidance is None else {"guidance": guidance}) | {"model": model} | more
 
 
+def check_picture(picture: object) -> None:
+    """Raises UserError unless this is a picture that files can hold; pipelines can be asked for others."""
+    if not isinstance(picture, Image.Image):
+        raise UserError(
+            f"a file takes a PIL picture, not {with_article(type(picture).__name__)}; leave output_type out"
+        )
+
+
 def png_bytes(picture: Image.Image, settings: dict[str, Any] | None) -> bytes:
-    """The picture as PNG with its settings and size; with `settings` None it carries none."""
+    """The picture as PNG with its settings and size; with `settings` None it carries none.
+
+    Raises:
+        UserError: for what is no PIL picture.
+    """
+    check_picture(picture)
     chunks = PngImagePlugin.PngInfo()
     if settings is not None:
         settings = settings | {"width": picture.width, "height": picture.height}

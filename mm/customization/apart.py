@@ -157,26 +157,34 @@ def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) ->
         asked: what to draw.
         call: draws a picture with a seed, and passes the latents of each step on.
         words: names of the patches, by word.
+
+    Raises:
+        UserError: where the adapter of a subject does not act, and as `draw_apart`.
     """
     objective = objective_of(pipe)
     patches = [words[word] for word in asked.words]
-    best, seen = None, -1.0
+    for item in stack_of(pipe).list():
+        if item.scale == 0 and item.name in patches:
+            raise UserError(
+                f"the adapter {item.name!r} has a scale of 0, so that {item.word} would not be drawn; give a scale"
+            )
+    best, shares = None, [-1.0]
     for number in range(_TRIES):
         with _only(pipe, patches, None):
             base = base_picture(objective, asked, call, number)
         if not are_apart(list(base.places.values())) and (best is not None or number + 1 < _TRIES):
             continue
         picture = _with_subjects(pipe, asked, base, call, words)
-        shares = [_seen(objective, pipe, asked, base, picture, word, words) for word in asked.words]
-        if min(shares) > seen:
-            best, seen = _output(asked, base, picture), min(shares)
-        if seen >= _SEEN:
+        found = [_seen(objective, pipe, asked, base, picture, word, words) for word in asked.words]
+        if min(found) > min(shares):
+            best, shares = _output(asked, base, picture), found
+        if min(shares) >= _SEEN:
             break
     assert best is not None
-    if seen < _SEEN:
+    if unseen := [word for word, share in zip(asked.words, shares, strict=True) if share < _SEEN]:
         warnings.warn(
-            f"not every subject is seen in its place in {_TRIES} tries; check the picture, or give another seed or "
-            "other stand-ins",
+            f"{' and '.join(unseen)} not seen in a place of its own in any of {_TRIES} tries (seed {asked.seed}); "
+            "check the picture, or give another seed or other stand-ins",
             stacklevel=3,
         )
     return best
@@ -220,7 +228,7 @@ def _seen(
     others = base.without(word)
     with _only(pipe, [words[each] for each in asked.words], words[word]):
         found_HW = differences(
-            at_size_of(objective, picture), picture, asked.prompt_with(others),
-            asked.prompt_with(others | {word: base.other}),
+            at_size_of(objective, picture), picture, asked.read_with(others),
+            asked.read_with(others | {word: base.other}),
         )  # fmt: skip
     return share_inside(found_HW, base.places[word])

@@ -37,12 +37,14 @@ class Subjects:
         seed: of the noise.
         stand_ins: known things that stand in the place of subjects, by word, best ones of about their shape; those of
             other words are chosen by the seed.
+        read: gives a prompt as the model reads it, where the call takes marks that others do not, such as weights.
     """
 
     prompt: str
     words: Sequence[str]
     seed: int
     stand_ins: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[str], str] = field(default=str)
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
@@ -55,18 +57,37 @@ class Subjects:
             )
         if twice := [word for word in here if len(pattern_of(word).findall(self.prompt)) > 1]:
             raise UserError(f"{twice[0]} is in the prompt {self.prompt!r} more than once; a subject has one place")
-        for word, thing in self.stand_ins.items():
-            check_text(f"the stand-in of {word}", thing)
-            if word not in here:
-                raise UserError(
-                    f"{thing!r} is to stand in for {shown(word)}, which is no word of an adapter in the prompt; words "
-                    f"in it: {', '.join(here)}"
-                )
         object.__setattr__(self, "words", here)
+        object.__setattr__(self, "stand_ins", self._checked_stand_ins())
+
+    def _checked_stand_ins(self) -> dict[str, str]:
+        """The stand-ins under the words as the adapters say them; prompts hold these in any case, too."""
+        known, found = {word.lower(): word for word in self.words}, dict[str, str]()
+        for given, thing in self.stand_ins.items():
+            check_text(f"the stand-in of {given}", thing)
+            word = known.get(given.lower()) if isinstance(given, str) else None
+            if word is None:
+                raise UserError(
+                    f"{thing!r} is to stand in for {shown(given)}, which is no word of an adapter in the prompt; words "
+                    f"in it: {', '.join(self.words)}"
+                )
+            if self.still_in(thing):
+                raise UserError(f"{thing!r} is to stand in for {word} and is itself learned; give a thing of the base")
+            for other, same in found.items():
+                if other == word or same.lower() == thing.lower():
+                    raise UserError(
+                        f"{same!r} is to stand in for {other}, and {thing!r} for {given}; give each word another thing"
+                    )
+            found[word] = thing
+        return found
 
     def still_in(self, text: str) -> bool:
         """Whether a text has one of the words."""
         return any(names(text, word) for word in self.words)
+
+    def read_with(self, things: Mapping[str, str]) -> str:
+        """`prompt_with`, as the model reads it."""
+        return self.read(self.prompt_with(things))
 
     def prompt_with(self, things: Mapping[str, str]) -> str:
         """The prompt with known things in the place of words, each with the article that it takes."""
@@ -137,8 +158,8 @@ def at_size_of(objective: Objective, picture: Image.Image) -> Objective:
 def _things(objective: Objective, asked: Subjects, number: int) -> tuple[dict[str, str], str]:
     """What stands in for each word in a try, and one more thing, by which the others are found."""
     rng = random.Random(f"apart {asked.seed} {number}")
-    given = asked.stand_ins.values()
-    free = [noun for noun in objective.known_nouns() if not names(asked.prompt, noun) and noun not in given]
+    given = [thing.lower() for thing in asked.stand_ins.values()]
+    free = [noun for noun in objective.known_nouns() if not _named(asked.prompt, noun) and noun.lower() not in given]
     wanted = len(asked.words) - len(given) + 1
     if len(free) < wanted:
         raise UserError(
@@ -149,8 +170,15 @@ def _things(objective: Objective, asked: Subjects, number: int) -> tuple[dict[st
     return {word: asked.stand_ins.get(word) or next(drawn) for word in asked.words}, next(drawn)
 
 
+def _named(prompt: str, noun: str) -> bool:
+    """Whether a prompt asks for a thing, or for several: of two of them it is not clear which one stands in."""
+    several = [f"{noun}s", f"{noun}es", *([f"{noun[:-1]}ies"] if noun.endswith("y") else [])]
+    several += [f"{noun[:-1]}ves"] if noun.endswith("f") else []
+    return any(names(prompt, each) for each in (noun, *several))
+
+
 def _place(
     objective: Objective, asked: Subjects, picture: Image.Image, things: dict[str, str], word: str, other: str
 ) -> Box:
     """Where what stands in for a word is: where the base would draw otherwise for another thing."""
-    return drawn_box(objective, picture, asked.prompt_with(things), asked.prompt_with(things | {word: other}))
+    return drawn_box(objective, picture, asked.read_with(things), asked.read_with(things | {word: other}))

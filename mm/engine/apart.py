@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from mm.customization.apart import compose, step_callback, words_on
+from mm.customization.apart import check_options, compose, step_callback, words_on
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.engine import calls
 from mm.engine.events import CancelToken
+from mm.engine.faster import less_work
 from mm.engine.requests import Draw
-from mm.engine.weighting import weighed
+from mm.engine.weighting import applies_weights, plain_text, weighed
 
 
 def draw_apart(
-    view: Any, arguments: Mapping[str, Any], request: Draw, *, steps: int | None, cancel: CancelToken,
-    on_step: Callable[[int, Any, int | None], None],
+    view: Any, arguments: Mapping[str, Any], request: Draw, *, steps: int | None,
+    fast: Mapping[str, Any] | None, cancel: CancelToken, on_step: Callable[[int, Any, int | None], None],
 ) -> Any:  # fmt: skip
     """The picture of a request.
 
@@ -24,15 +27,23 @@ def draw_apart(
         arguments: of its call, by name.
         request: with `apart`.
         steps: sampling steps of each run.
+        fast: settings by which each run leaves out work; None does all.
         cancel: asked after every step.
         on_step: called after every step with its number among all, latents, and how many steps there are.
 
     Raises:
         UserError: where adapters cannot be kept apart here (`mm.customization.apart`).
     """
+    check_options(view, request.options)
     words = words_on(view)
     stand_ins = request.apart if isinstance(request.apart, Mapping) else {}
-    asked = Subjects(prompt=request.prompt, words=tuple(words), seed=request.seed or 0, stand_ins=stand_ins)
+    plain = weighed(copy.copy(view), arguments)  # warns once, in the words of the request
+    if not applies_weights(view):
+        arguments = {**arguments, **plain}
+        request = replace(request, prompt=plain_text(request.prompt))
+    asked = Subjects(
+        prompt=request.prompt, words=tuple(words), seed=request.seed or 0, stand_ins=stand_ins, read=plain_text
+    )  # fmt: skip
     runs = 1 + len(asked.words)
     done = 0
 
@@ -41,10 +52,12 @@ def draw_apart(
         number = done if asked.still_in(text) else 0  # the base may draw more than once
         total = None if steps is None else runs * steps
         given = dict(arguments) | {"prompt": text, "callback_on_step_end": step_callback(on_latents)}
-        picture = calls.draw(
-            view, given | weighed(view, given), [seed], steps=steps, cancel=cancel,
-            on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total),
-        )[0]  # fmt: skip
+        own = copy.copy(view)  # it applies the weights of this prompt alone
+        with less_work(own, given, fast):  # within it the denoiser is not seen, so neither are its adapters
+            picture = calls.draw(
+                own, given | weighed(own, given), [seed], steps=steps, cancel=cancel,
+                on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total),
+            )[0]  # fmt: skip
         done = number + 1
         return picture
 

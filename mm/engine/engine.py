@@ -283,9 +283,10 @@ class Engine:
         takes = call_parameters(view)
         arguments = unbinned(view, takes) | arguments_of(requests, can, takes, one_negative=self._own_batches)
         seeds = [request.seed or 0 for request in requests]
-        with less_work(view, arguments, can.fast_of(first)):
-            if isinstance(first, Draw) and first.apart is not False:
-                return [draw_apart(view, arguments, first, steps=steps, cancel=cancel, on_step=on_step)]
+        fast = can.fast_of(first)
+        if isinstance(first, Draw) and first.apart is not False:
+            return [draw_apart(view, arguments, first, steps=steps, fast=fast, cancel=cancel, on_step=on_step)]
+        with less_work(view, arguments, fast):
             arguments |= weighed(view, arguments)
             return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)
 

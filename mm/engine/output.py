@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 from mm.core.errors import UserError
 from mm.core.files import check_new, write_bytes, write_new_bytes
-from mm.core.png_settings import png_bytes, to_a1111
+from mm.core.png_settings import check_picture, png_bytes, to_a1111
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _OTHERS = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".svg", ".pdf")  # pictures, not folders
@@ -29,8 +29,9 @@ def picture_bytes(picture: Image.Image, settings: dict[str, Any] | None, suffix:
     """A picture in the format of a suffix, with its settings; None leaves them out.
 
     Raises:
-        UserError: for a suffix that is not known.
+        UserError: for a suffix that is not known, and for what is no PIL picture.
     """
+    check_picture(picture)
     kind = _format(Path(f"x{suffix}"))
     if kind == "PNG":
         return png_bytes(picture, settings)

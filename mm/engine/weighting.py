@@ -46,6 +46,11 @@ def has_weights(prompt: str) -> bool:
     return any(weight != 1 for _, weight in weighted(prompt))
 
 
+def applies_weights(view: Any) -> bool:
+    """Whether a pipeline's encoders and denoiser let the weights of words act."""
+    return any(_pairs(view)) and not _normalized(view)
+
+
 def weighed(view: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The prompts of a call without the marks of weights, which the view then applies.
 

@@ -25,6 +25,10 @@ from mm.customization.apart import draw_apart
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.customization.objectives.protocol import objective_of
 from mm.customization.places import Box, are_apart, cells_of, in_whole, share_inside
+from mm.engine import weighting
+from mm.engine.engine import Engine
+from mm.engine.facts import capabilities_of
+from mm.families import family_of
 
 LEFT, RIGHT = Box(left=0.0, top=0.0, right=0.5, bottom=0.75), Box(left=0.5, top=0.0, right=1.0, bottom=0.5)
 PROMPT = f"a {WORDS[0]} and a {WORDS[1]} on grass"
@@ -67,6 +71,22 @@ def spied(pipe: Any) -> list[Tensor]:
 
     pipe.vae.decode = watched
     return seen
+
+
+def engine_of(family: str) -> Engine:
+    """An engine on a tiny model with two adapters on it."""
+    pipe = tiny_pipeline_of(family)
+    for k, word in enumerate(WORDS):
+        adapter_of(pipe, word, k).apply(pipe)
+    can = capabilities_of(family, pipe, family_of(pipe), None)
+    return Engine(pipe, can, name=family, pipeline_for=lambda _: pipe)
+
+
+def sampling_of(family: str) -> dict[str, Any]:
+    """Settings of a request for such an engine."""
+    fields = ("num_inference_steps", "height", "width", "guidance_scale")
+    options = {key: value for key, value in options_for(family).items() if key not in fields}
+    return {"steps": 3, "size": (SIDE, SIDE), "options": options}
 
 
 def options_for(family: str) -> dict[str, Any]:
@@ -187,7 +207,7 @@ def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPat
     assert len(seeds) == 6 and seeds[:3] == [3] * 3 and len(set(seeds[3:])) == 1 and seeds[3] != 3
     assert made.picture.getpixel((0, 0)) == (6, 0, 0)
     monkeypatch.setattr(apart, "share_inside", lambda *_: 0.1)
-    with pytest.warns(UserWarning, match="not every subject is seen in its place in 4 tries"):
+    with pytest.warns(UserWarning, match=r"sks and zwx not seen in a place of its own in any of 4 tries \(seed 3\)"):
         made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words)
     assert made.picture.getpixel((0, 0)) == (9, 0, 0)  # of equal ones the first
 
@@ -199,6 +219,13 @@ def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPat
         (f"a {WORDS[0]} and a {WORDS[0]}", {}, f"{WORDS[0]} is in the prompt .* more than once"),
         (PROMPT, {"stand_ins": {"mug": "cup"}}, "'cup' is to stand in for 'mug', which is no word"),
         (PROMPT, {"stand_ins": {WORDS[0]: 3}}, f"the stand-in of {WORDS[0]} is 3; give a text"),
+        (
+            PROMPT,
+            {"stand_ins": {WORDS[0]: f"a {WORDS[1]}"}},
+            f"'a {WORDS[1]}' is to stand in for {WORDS[0]} and is itself",
+        ),
+        (PROMPT, {"stand_ins": dict.fromkeys(WORDS, "cup")}, "give each word another thing"),
+        (PROMPT, {"stand_ins": {WORDS[0]: "cup", WORDS[0].upper(): "cat"}}, "give each word another thing"),
         (PROMPT, {"seed": -1}, "seed is -1"),
         (PROMPT, {"output_type": "pt"}, "output_type is of no use"),
         (PROMPT, {"mode": "codes"}, "mode is 'codes'"),
@@ -217,6 +244,73 @@ def test_stand_ins_take_their_article() -> None:
     asked = Subjects(prompt="An <owl> and a <mug> of <tea>", words=("<owl>", "<mug>", "<tea>"), seed=0)
     assert asked.prompt_with({"<owl>": "car", "<mug>": "apple"}) == "a car and an apple of <tea>"
     assert asked.prompt_with({"<tea>": "ink"}) == "An <owl> and a <mug> of ink"
+
+
+def test_an_adapter_that_does_not_act_cannot_draw_its_subject() -> None:
+    pipe = tiny_pipeline_of("stable-diffusion")
+    for k, word in enumerate(WORDS):
+        adapter_of(pipe, word, k).apply(pipe, float(k))
+    with pytest.raises(
+        UserError, match=f"'adapter-{WORDS[0]}' has a scale of 0, so that {WORDS[0]} would not be drawn"
+    ):
+        draw_apart(pipe, PROMPT)
+
+
+def test_words_of_stand_ins_count_in_any_case() -> None:
+    assert Subjects(prompt=PROMPT, words=WORDS, seed=0, stand_ins={WORDS[0].upper(): "cup"}).stand_ins == {
+        WORDS[0]: "cup"
+    }
+
+
+def test_a_thing_that_the_prompt_has_several_of_does_not_stand_in() -> None:
+    """ "two dogs and a <mug>" with a dog in the place of <mug> would have three dogs."""
+    pipe = tiny_pipeline_of("stable-diffusion")
+    objective = objective_of(pipe)
+    rest = ", ".join(f"two {noun}s" for noun in objective.known_nouns() if noun not in ("cup", "cherry"))
+    asked = Subjects(prompt=f"{rest} and a {WORDS[0]}", words=WORDS, seed=0)
+    with pytest.raises(UserError, match=r"2 known things would be needed .* and 1 is left"):
+        apart_base._things(objective, asked, 0)
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+@pytest.mark.parametrize("family", ["stable-diffusion", "qwen-image"])
+def test_the_engine_draws_less_work_apart(family: str, held_places: None) -> None:
+    """Within Adaptive Guidance the denoiser is hidden, and its adapters with it."""
+    engine = engine_of(family)
+    full = engine.draw(PROMPT, seed=5, apart=True, **sampling_of(family))[0]
+    fast = engine.draw(PROMPT, seed=5, apart=True, fast={"threshold": -1.0}, **sampling_of(family))[0]
+    assert list(full.getdata()) != list(fast.getdata())
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+def test_weights_act_once_in_each_run(held_places: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the negative prompt are the same in all runs; the objective reads prompts without marks."""
+    engine = engine_of("stable-diffusion")
+    seen: list[float | None] = []
+    read: list[str] = []
+    scaled = weighting._scaled
+
+    def watched(output: Any, weights_BL: Tensor | None) -> Any:
+        seen.append(None if weights_BL is None else round(float(weights_BL.max()), 3))
+        return scaled(output, weights_BL)
+
+    monkeypatch.setattr(weighting, "_scaled", watched)
+    monkeypatch.setattr(apart, "differences", lambda _, __, caption, other: read.extend((caption, other)))
+    prompt = PROMPT.replace(WORDS[0], f"({WORDS[0]}:1.5)")
+    engine.draw(prompt, negative="(grey:2)", seed=5, apart=True, **sampling_of("stable-diffusion"))
+    assert sorted(weight for weight in seen if weight) == [1.5] * 3 + [2.0] * 3
+    assert read and not any(mark in text for text in read for mark in "(:")
+
+
+def test_a_model_without_weights_says_so_once(files: list[Path], one_try: None) -> None:
+    from mm.engine.events import Notice
+    from mm.engine.requests import Draw
+
+    engine = mm.load("mm-tiny", adapters=files)
+    found: list[Any] = []
+    engine.run(Draw(prompt="a (<catcar>:1.3) and an <owlclock>", seed=1, steps=2, apart=True)).each(found.append)
+    texts = [event.text for event in found if isinstance(event, Notice) and "weights" in event.text]
+    assert len(texts) == 1 and "'a (<catcar>:1.3) and an <owlclock>' is read without them" in texts[0]
 
 
 @pytest.fixture
@@ -280,6 +374,8 @@ def test_the_engine_counts_the_steps_of_all_runs(files: list[Path], one_try: Non
         ({"mode": "codes"}, "mode is 'codes'; mm-tiny keeps adapters apart in the mode flow only"),
         ({"image": Image.new("RGB", (128, 128))}, "image is given"),
         ({"apart": "left"}, "apart is 'left'"),
+        ({"options": {"output_type": "pt"}}, "output_type is of no use for pictures that are drawn apart"),
+        ({"options": {"mode": "codes"}}, "mode is 'codes'"),
         ({"apart": {"<catcar>": 3}}, "what stands in for <catcar> is 3"),
     ],
 )

@@ -1,0 +1,45 @@
+"""Settings of a picture that is drawn again on the page: what has no field there is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import mm
+from mm.engine.capabilities import Capabilities
+from mm.engine.settings import request_of
+from mm.ui.draw_tab import without_field
+
+FIELDS = ("prompt", "seed", "fast", "apart")
+
+
+@pytest.fixture(scope="module")
+def can() -> Capabilities:
+    return mm.load("mm-tiny").capabilities
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "wanted"),
+    [
+        ({}, FIELDS, []),
+        ({"apart": True}, FIELDS, []),
+        ({"apart": {}}, FIELDS, []),
+        ({"apart": True}, FIELDS[:-1], ["it was drawn apart; start the page"]),
+        ({"apart": {"<mug>": "cup"}}, FIELDS, ["the stand-ins <mug>=cup;"]),
+        ({"fast": True}, FIELDS, []),
+        ({"fast": {"guided": 0.5}}, FIELDS, ["other settings of fast"]),
+        ({"options": {"eta": 0.5}}, FIELDS, ["the page does not take: eta"]),
+    ],
+)
+def test_what_the_page_has_no_field_for_is_said(
+    settings: dict[str, Any], fields: tuple[str, ...], wanted: list[str], can: Capabilities
+) -> None:
+    found = without_field(request_of({"prompt": "a cat", "seed": 1} | settings, can), can, fields)
+    assert len(found) == len(wanted) and all(part in line for part, line in zip(wanted, found, strict=True)), found
+
+
+def test_all_settings_of_the_measured_mix_are_the_page_s_own(can: Capabilities) -> None:
+    """A picture's file names every setting."""
+    first = request_of({"prompt": "a cat", "seed": 1, "fast": True}, can)
+    assert without_field(request_of({"prompt": "a cat", "seed": 1, "fast": can.fast_of(first)}, can), can, FIELDS) == []
