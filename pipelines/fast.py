@@ -140,6 +140,11 @@ class FastCodes:
         value = self.confidence
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value <= 0):
             raise UserError(f"fast: confidence is {value!r}; give a log-probability, 0 or below")
+        if self.guided_from > self.guided_until:
+            raise UserError(
+                f"fast: guided_from is {self.guided_from} and guided_until {self.guided_until}, so that no step would "
+                "be guided; give a smaller guided_from, or a guidance of 1"
+            )
         if self.full_every > 1 and (self.guided_from, self.guided_until) != (0, 1):
             raise UserError(
                 f"fast: full_every is {self.full_every}, and local steps need guidance in all steps; also give "

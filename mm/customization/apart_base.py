@@ -51,7 +51,7 @@ class Subjects:
         whole("seed", self.seed, 0, MAX_SEED)
         here = tuple(word for word in self.words if names(self.prompt, word))
         if not here:
-            known = ", ".join(self.words) or "none of the adapters says one"
+            known = ", ".join(self.words) or "none (give adapters; merged ones have no word of their own)"
             raise UserError(
                 f"no adapter's word is in the prompt {self.prompt!r}, so nothing is drawn apart; words: {known}"
             )

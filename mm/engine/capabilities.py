@@ -117,8 +117,8 @@ class Capabilities:
     def _check_apart(self, request: Draw) -> None:
         if not self.apart:
             raise UserError(
-                f"{self.model} passes no latents on while it draws, so its adapters cannot be kept apart; leave apart "
-                "out"
+                f"{self.model} cannot keep adapters apart; docs/customization.md lists the models that can; leave "
+                "apart out"
             )
         if self.mode(request) not in (None, *self.modes[:1]):
             raise UserError(

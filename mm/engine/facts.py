@@ -57,7 +57,7 @@ def capabilities_of(name: str, pipe: Any, family: Family | None, folder: Path | 
         schedulers=schedulers_for(pipe),
         image_guidance="image_guidance_scale" in takes or ("edit" in tasks and _edit_takes(family)),
         best_of="best_of" in takes,
-        apart="callback_on_step_end" in takes,
+        apart="callback_on_step_end" in takes and family is not None and family.objective is not None,
         strict="strict" in takes,
         fast=(fast := _fast(pipe, family, takes, guidance_name)),
         fast_tasks=_fast_tasks(family, tasks) if fast else (),

@@ -260,6 +260,7 @@ def test_similarity_lies_between_its_levels():
         ("codes", {"neighbours": "no"}, "neighbours is 'no'"), ("codes", {"guided_from": 2}, "guided_from is 2"),
         ("codes", {"guided_until": None}, "guided_until is None"),
         ("codes", {"full_every": 2, "guided_until": 0.5}, "full_every is 2"),
+        ("codes", {"guided_from": 0.9, "guided_until": 0.1}, "guided_from is 0.9 and guided_until 0.1"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_is_drawn(pipe: Any, mode: str, given: dict[str, Any], said: str):
