@@ -1,4 +1,4 @@
-"""What is no picture of PIL cannot be written into a file, by any door."""
+"""Pictures of files: what a file cannot hold is one error, of `mm generate` and of a row of `mm batch`."""
 
 from __future__ import annotations
 
