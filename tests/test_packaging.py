@@ -26,6 +26,7 @@ PUBLIC = {
         "UnderstandingPipeline",
         "__version__",
         "customize",
+        "draw_apart",
         "erase",
         "load",
         "load_nunchaku",
