@@ -183,8 +183,8 @@ def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) ->
     assert best is not None
     if unseen := [word for word, share in zip(asked.words, shares, strict=True) if share < _SEEN]:
         warnings.warn(
-            f"{' and '.join(unseen)} not seen in a place of its own in any of {_TRIES} tries (seed {asked.seed}); "
-            "check the picture, or give another seed or other stand-ins",
+            f"not seen in a place of its own in any of {_TRIES} tries (seed {asked.seed}): {', '.join(unseen)}; check "
+            "the picture, or give another seed or other stand-ins",
             stacklevel=3,
         )
     return best

@@ -135,14 +135,17 @@ def differences(objective: Objective, picture: Image.Image, caption: str, other:
     level_B = objective.fixed_levels(_LEVELS)[_LEVELS // 4 : 3 * _LEVELS // 4].to(objective.device)
     clean = clean.float().expand(len(level_B), *clean.shape[1:])
     total = torch.zeros(clean.shape[-2:], device=clean.device)
+    first, second = (
+        None if text is None else objective.encode_prompts([text] * len(level_B)) for text in (caption, other)
+    )
     for seed in range(2):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
         noisy = objective.noised(clean, noise, level_B)
-        given = objective.predict(noisy, level_B, objective.encode_prompts([caption] * len(level_B)))
+        given = objective.predict(noisy, level_B, first)
         if other is None:
             wanted = objective.target(clean, noise, level_B)
         else:
-            wanted = objective.predict(noisy, level_B, objective.encode_prompts([other] * len(level_B)))
+            wanted = objective.predict(noisy, level_B, second)
         total += (given - wanted).square().mean((0, 1))
     return total.cpu()
 
