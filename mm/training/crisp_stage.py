@@ -25,6 +25,7 @@ from mm.tokenizers import Autoencoder
 from mm.training.crisp_data import BatchMaker, CrispBatch, CrispConfig, RedrawnPool
 from mm.training.crisp_growth import grown
 from mm.training.crisp_losses import Crisp, gradient_energy
+from mm.training.processes import in_first_process
 from mm.training.publishing import publish
 from mm.training.redrawn import write_redrawn
 from mm.training.stage import Stage, StageContext
@@ -42,7 +43,8 @@ def stage(context: StageContext) -> Stage:
     folder, section = context.state / "redrawn", context.config["crisp"]
     if settings.redrawn_share:
         parts = context.init_from or context.state / "model"
-        write_shards(autoencoder, parts, folder, section["shards"], section["shard_size"])
+        shards, size = section["shards"], section["shard_size"]
+        in_first_process(lambda: write_shards(autoencoder, parts, folder, shards, size))
     torch.manual_seed(0)
     whole = grown(autoencoder, settings).float()
     pool = RedrawnPool(folder) if settings.redrawn_share else None

@@ -41,10 +41,10 @@ def judged_preview(trainer: Any, autoencoder: Autoencoder, state: Path, *, limit
     Writes `preview-MODE.png` into the trainer's folder, replacing older ones.
 
     Returns:
-        The overall scores as `compose` and `compose_codes`; nothing where there is no judge, or in other processes.
+        The overall scores as `compose` and `compose_codes`; nothing where there is no judge.
     """
     judge = find_judge(state)
-    if judge is None or not trainer.accelerator.is_main_process:
+    if judge is None:
         return {}
     module = trainer.bare
     parts = {name: copy.deepcopy(getattr(module, name)).eval() for name in ("trunk", "velocity_decoder", "code_head")}

@@ -25,6 +25,7 @@ from mm.core.nouns import with_article
 from mm.tokenizers import Autoencoder, Bridge
 from mm.tokenizers.bridge import BINS
 from mm.training.latents import write_shard
+from mm.training.processes import in_first_process
 from mm.training.stage import StageContext, device
 from mm.training.stage_flags import check_flags
 from mm.training.trainer import Trainer
@@ -133,18 +134,23 @@ def run_stages(
     if publish_to is not None:
         check_folder(publish_to)
     if init_from is not None:
-        copy_published(init_from, state / "model")
+        in_first_process(partial(copy_published, init_from, state / "model"))
     for stage in stages:
-        if stage == "bridge":
-            fit_bridge(context)
-        elif stage == "latents":
-            write_latents(context, config["latents"]["shards"])
-        elif stage == "fingerprint":
-            from mm.training.fingerprint_stage import fit_fingerprint
+        run_stage(stage, context)
 
-            fit_fingerprint(context)
-        else:
-            train_stage(stage, context)
+
+def run_stage(name: str, context: StageContext) -> None:
+    """Runs one stage. Those that the trainer does not run are the first process's work alone."""
+    if name == "bridge":
+        in_first_process(partial(fit_bridge, context))
+    elif name == "latents":
+        write_latents(context, context.config["latents"]["shards"])
+    elif name == "fingerprint":
+        from mm.training.fingerprint_stage import fit_fingerprint
+
+        in_first_process(lambda: fit_fingerprint(context))
+    else:
+        train_stage(name, context)
 
 
 def copy_published(source: Path, target: Path) -> None:

@@ -32,6 +32,7 @@ from torch import nn
 from mm.core.run_files import read_state, write_state
 from mm.training.averages import WeightAverage
 from mm.training.optimizers import flatten_state, muon_and_adamw, restore_state
+from mm.training.processes import agreed, in_first_process, processes
 from mm.training.workers import batches_from
 
 Batches = Callable[[int, int], Any]  # (step, process) -> batch
@@ -135,6 +136,7 @@ class Trainer:
         self.config, self.out = config, out
         # A step trains one task, so that some parts are not used in it.
         several = DistributedDataParallelKwargs(find_unused_parameters=True)
+        processes()  # joins them, before accelerate would with a shorter wait
         self.accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[several])
         self.optimizers = (
             list(optimizers)
@@ -164,21 +166,22 @@ class Trainer:
 
         Args:
             batches: Makes the batch of a step for a process.
-            evaluate: Called now and then and at the end, while the module holds averaged weights; what it returns is
-                logged.
+            evaluate: Called now and then and at the end, while the module holds averaged weights, in the first process
+                alone; what it returns is logged.
         """
         self.module.train()
         saved = evaluated = self.seconds
         smoothed: dict[str, float] = {}
-        stop = _Terminated()
+        stop, stopped = _Terminated(), False
         made = batches_from(batches, self.step, process=self.accelerator.process_index, workers=self.config.workers)
         with closing(made):
-            while self.seconds < 60 * self.config.minutes and not stop.requested:
+            while self.seconds < 60 * self.config.minutes and not stopped:
                 start = time.monotonic()
                 batch = moved(next(made), self.accelerator.device)
                 for name, value in self.train_step(batch).items():
                     smoothed[name] = smoothed.get(name, value) + 0.02 * (value - smoothed.get(name, value))
-                self.seconds += time.monotonic() - start
+                passed, stopped = agreed(time.monotonic() - start, stop.requested)
+                self.seconds += passed
                 if self.step % _LOG_STEPS == 0:
                     self.log(**smoothed)
                 if self.seconds - saved > 60 * self.config.save_minutes:
@@ -187,7 +190,7 @@ class Trainer:
                 if evaluate and self.seconds - evaluated > 60 * self.config.preview_minutes:
                     evaluated = self.seconds
                     self._evaluate(evaluate)
-        self.save()
+        in_first_process(self.save)
         if evaluate:
             self._evaluate(evaluate)
 
@@ -217,6 +220,9 @@ class Trainer:
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def _evaluate(self, evaluate: Evaluate) -> None:
+        in_first_process(lambda: self._evaluate_here(evaluate))
+
+    def _evaluate_here(self, evaluate: Evaluate) -> None:
         with self.averaged():
             scores = evaluate(self)
         if scores:

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from mm.training.processes import processes
+
 _AHEAD = 4  # batches that each process prepares
 
 
@@ -74,6 +76,8 @@ def write_all(
 ) -> None:
     """Calls `write(k, autoencoder)` for k of 0 ... `count` - 1, in `workers` processes where that is above 1.
 
+    Processes that train together share the shards, and go on when all are written.
+
     Args:
         write: Writes one shard; a function of a module, or a `functools.partial` of one.
         count: How many shards.
@@ -81,14 +85,17 @@ def write_all(
         device: Where each process encodes.
         workers: How many processes.
     """
+    state = processes()
+    shards = range(state.process_index, count, state.num_processes)
     if workers <= 1:
         autoencoder = autoencoder.to(device)
-        for k in range(count):
+        for k in shards:
             write(k, autoencoder)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (autoencoder.to("cpu"), device)) as pool:
-        list(pool.map(_write, [write] * count, range(count)))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _begin, (autoencoder.to("cpu"), device)) as pool:
+            list(pool.map(_write, [write] * len(shards), shards))
+    state.wait_for_everyone()
 
 
 _held: nn.Module | None = None
