@@ -19,6 +19,7 @@ from torch import Tensor
 from mm.adapters.patch import Patch
 from mm.customization.merging.merge import DRAWING, merge
 from mm.erasure.erase import erase
+from mm.evaluation import compose
 from mm.evaluation.customize_bench import GROUND, ORTHOGONAL, SUBJECTS, Bench
 from mm.evaluation.customize_styles import (
     UNSEEN,
@@ -30,8 +31,10 @@ from mm.evaluation.customize_styles import (
     write_style,
 )
 from mm.evaluation.customize_subjects import Ask, asks, follows, shows, write_pictures
+from mm.evaluation.prompts import COMPOSE, load_prompts
 from mm.world import captions as c
 from mm.world import vocabulary as v
+from mm.world.tasks import satisfies
 
 PLAIN = "dreambooth"
 MERGING: tuple[str, ...] = ("distill", "regmean", "sum")
@@ -40,6 +43,7 @@ NOUNS: dict[str, str] = {"panda": "bear", "tulip": "sunflower", "gift": "cake"} 
 KNOWN: tuple[tuple[str, str], ...] = (("cat", "car"), ("tree", "apple"), ("house", "star"), ("fish", "clock"))
 PAIRS: tuple[str, ...] = ("a {0} and a {1}", "a {1} left of a {0}", "a {0} above a {1}", "a {0} and a {1} on grass")
 ERASED = "wolf"
+UNRELATED = 12  # compose prompts of each task
 LEARNED_WOLF = "<mug>"  # a name that says nothing of what is learned
 
 
@@ -98,6 +102,9 @@ def _by_method(method: str, subjects: Sequence[str]) -> Iterator[Named]:
     for subject in subjects:
         yield f"beside/{method}/{subject}", partial(beside, method=method, subject=subject)
     if method == PLAIN:
+        yield "compose/base/none", unrelated
+        for subject in subjects:
+            yield f"compose/{method}/{subject}", partial(unrelated, method=method, subject=subject)
         yield "beside/base/known", beside_base
         yield "pairs/base/known", pairs_base
     for how in MERGING:
@@ -163,6 +170,15 @@ def _total(bench: Bench, method: str, subjects: Sequence[str], how: str) -> Patc
     if how in DRAWING:
         return merge(each, method=how, pipe=bench.pipe, steps=bench.steps)
     return merge(each, method="orthogonal" if method == ORTHOGONAL else how)
+
+
+def unrelated(bench: Bench, method: str | None = None, subject: str = "") -> dict[str, Any]:
+    """Reporting prompts that do not name the subject, with its adapter on or with none; the same seeds."""
+    prompts = bench.few(compose.limited(load_prompts(COMPOSE), UNRELATED))
+    patches = () if method is None else (bench.adapter(method, subject),)
+    readings = bench.read(bench.drawn([prompt.text for prompt in prompts], "compose", *patches))
+    wanted = [prompt.wanted for prompt in prompts for _ in range(bench.pictures)]
+    return {"right": [satisfies(reading, w).ok for reading, w in zip(readings, wanted, strict=True)]}
 
 
 def beside(bench: Bench, method: str, subject: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from mm.core.statistics import share
+from mm.core.statistics import paired_change, share
 from mm.evaluation.customize_cells import APART, MERGING
 from mm.evaluation.erase_pages import cells_of, heading
 
@@ -51,6 +51,16 @@ def _alone(reports: Reports) -> Iterator[Row]:
             busy = f"{sum(spent) / len(spent):.0f} s of CPU each" if spent and all(spent) else ""
             title = f"{count_of(len(cells), 'subject')} alone, `{method}`: seen"
             yield title, rate(found), f"prompts followed {rate(done)}" if done else "", busy
+
+
+def _unrelated(reports: Reports) -> Iterator[Row]:
+    base, found = verdicts(reports, "right", "compose", "base"), verdicts(reports, "right", "compose", "dreambooth")
+    if base and found and len(found) % len(base) == 0:
+        before, prompts = base * (len(found) // len(base)), [k % len(base) for k in range(len(found))]
+        mean, low, high = (100 * x for x in paired_change(before, found, prompts))
+        count = count_of(len(cells_of(reports, "compose", "dreambooth")), "adapter")
+        change = f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}], paired; -2.0 or more"
+        yield f"compose prompts without the subject, {count}: right", rate(found), f"base {rate(base)}", change
 
 
 def _merged(reports: Reports) -> Iterator[Row]:
@@ -182,7 +192,7 @@ def _styles(reports: Reports) -> Iterator[Row]:
 
 
 ROWS: tuple[Callable[[Reports], Iterator[Row]], ...] = (
-    _alone, _beside, _merged, _pairs, _four, _grounds, _classes, _erased, _styles,
+    _alone, _beside, _unrelated, _merged, _pairs, _four, _grounds, _classes, _erased, _styles,
 )  # fmt: skip
 
 

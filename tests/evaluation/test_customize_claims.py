@@ -36,6 +36,8 @@ REPORTS: dict[str, dict[str, Any]] = {
     "merged/dreambooth/eight/sum": {"seen": YES * 4 + NO * 4, "subjects": dict.fromkeys(SUBJECTS)},
     "merged/dreambooth/four/sum": {"seen": YES * 3 + NO, "subjects": dict.fromkeys(SUBJECTS[:4])},
     "pairs/base/known": {"both": YES},
+    "compose/base/none": {"right": YES[:8] + NO[:2]},
+    **{f"compose/dreambooth/{s}": {"right": YES[:7] + NO[:3]} for s in SUBJECTS},
     "beside/base/known": {"both": YES},
     "beside/dreambooth/panda": {"both": YES[:7] + NO[:3]},
     "pairs/dreambooth/eight/apart": {"both": YES[:8] + NO[:2]},
@@ -67,6 +69,8 @@ def test_the_table_pools_cells_and_holds_them_against_what_is_wanted() -> None:
     assert "0.900 of it" in rows[f"{together}, `orthogonal`, merged by `regmean`, pairs of four"]
     assert "0.800 of it" in rows[f"{together}, `dreambooth`, drawn apart, pairs of eight"]
     assert "0.700 of it" in rows["a learned subject beside a known object, `dreambooth`"]
+    unrelated = rows["compose prompts without the subject, 8 adapters: right"]
+    assert "0.700" in unrelated and "-10.0 points [" in unrelated
     assert "(n 80)" in rows["8 subjects alone, `dreambooth`: seen"]
     assert "-10.0 points" in rows["16-bit adapter on the 4-bit model, 1 subject"]
     assert "0.25 of it" in rows["weights that its steps read"]
