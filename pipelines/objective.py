@@ -34,7 +34,7 @@ class TrunkObjective(FlowObjective):
     skipped = (r"text_layers\.\d+\.(?:attn|ff)\..*",)
     open_vocabulary = False
     training: ClassVar[Mapping[str, Any]] = {
-        "steps": 600, "batch_size": 2, "preserve_batch": 1, "learning_rate": 2e-3, "preview_every": 200, "patience": 3,
+        "steps": 1000, "batch_size": 2, "preserve_batch": 1, "learning_rate": 2e-3, "preview_every": 200, "patience": 3,
         "companions": 20, "preserve": 4.0,
     }  # fmt: skip
     mean, spread = 0.3, 1.0
