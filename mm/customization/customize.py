@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mm.core.checks import texts
 from mm.customization.batches import Batches
+from mm.customization.checkpointing import checkpointed
 from mm.customization.checks import (
     check_call,
     check_name,
@@ -141,8 +142,11 @@ def customize(
             given.own, name, kind, maker.name, chosen, config, base, kept,
             [of_slider, guarded, fingerprint(given.of_class or [])],
         )  # fmt: skip
+        if _prompts_stay(learner, strangers):
+            stack.enter_context(objective.remembering())
+        inputs = stack.enter_context(checkpointed(objective, config.checkpointing))
         training = _training(learner, given, kept, guarded, config, strangers, prompts, place, identity)
-        found = estimate(training)
+        found = estimate(training, inputs)
         check_resources(found, place)
         estimated(found)
         _run(training, place, samples, sample_steps, progress)
@@ -165,6 +169,11 @@ def _check(
         objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples, prompts=prompts,
         preserved=preserved or (),
     )  # fmt: skip
+
+
+def _prompts_stay(learner: Learner, strangers: Strangers | None) -> bool:
+    """Whether the denoiser reads the same of a prompt at each step: neither words nor text layers are trained."""
+    return learner.job.objective.open_vocabulary and not learner.rows() and strangers is None
 
 
 def _training(
