@@ -42,7 +42,7 @@ class TrainingConfig:
         recoloured: pictures of other things in a style's colours (`mm.customization.recoloured`); 0 for none.
         size: side of the training pictures in pixels; None takes the family's.
         checkpointing: whether the denoiser's blocks are computed again for the gradient instead of kept: far less
-            memory, a third more time (`mm.customization.checkpointing`); None: where it has a billion parameters.
+            memory, a third more time (`mm.layers.checkpointing`); None: where it has a billion parameters.
     """
 
     steps: int = 800

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from mm.core.checks import texts
 from mm.customization.batches import Batches
-from mm.customization.checkpointing import checkpointed
 from mm.customization.checks import (
     check_call,
     check_name,
@@ -53,6 +52,7 @@ from mm.customization.strangers import Strangers
 from mm.customization.training import Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
+from mm.layers.checkpointing import checkpointed
 from mm.layers.surgery import check_pipeline
 
 _STYLE_VISIBLE = 0.95  # share of the highest noise below which a picture shows its style
@@ -144,7 +144,7 @@ def customize(
         )  # fmt: skip
         if _prompts_stay(learner, strangers):
             stack.enter_context(objective.remembering())
-        inputs = stack.enter_context(checkpointed(objective, config.checkpointing))
+        inputs = stack.enter_context(checkpointed(list(objective.modules().values()), config.checkpointing))
         training = _training(learner, given, kept, guarded, config, strangers, prompts, place, identity)
         found = estimate(training, inputs)
         check_resources(found, place)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.nouns import counted
-from mm.customization.checkpointing import Inputs
 from mm.customization.training import Training
+from mm.layers.checkpointing import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, tiny_pipeline_of
 
 from mm.core.errors import UserError
-from mm.customization.checkpointing import Inputs, checkpointed, is_wanted
 from mm.customization.customize import customize
 from mm.customization.estimate import Estimate
 from mm.customization.objectives.protocol import objective_of
 from mm.customization.sliders import SliderPrompts
+from mm.layers.checkpointing import Inputs, checkpointed, is_wanted
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
@@ -148,17 +148,17 @@ def test_a_slider_is_computed_again_at_its_own_scale(tmp_path: Path) -> None:
 
 def test_large_models_are_computed_again_and_what_was_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline_of("flux")
-    objective = objective_of(pipe, SIDE)
-    assert not is_wanted(objective, None)
-    monkeypatch.setattr("mm.customization.checkpointing.LARGE", 10)
-    assert is_wanted(objective, None) and not is_wanted(objective, False)
+    denoisers = [pipe.transformer]
+    assert not is_wanted(denoisers, None)
+    monkeypatch.setattr("mm.layers.checkpointing.LARGE", 10)
+    assert is_wanted(denoisers, None) and not is_wanted(denoisers, False)
     pipe.transformer.enable_gradient_checkpointing()
-    with checkpointed(objective, None) as inputs:
+    with checkpointed(denoisers) as inputs:
         assert isinstance(inputs, Inputs)
     assert pipe.transformer.is_gradient_checkpointing
     monkeypatch.setattr(type(pipe.transformer), "_supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match=r"FluxTransformer2DModel cannot compute its blocks again"):
-        is_wanted(objective, True)
+        is_wanted(denoisers, True)
 
 
 def test_a_setting_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Gradient checkpointing of a denoiser: blocks keep their inputs alone, and are computed again for the gradient.
+"""Gradient checkpointing of denoisers: blocks keep their inputs alone, and are computed again for the gradient.
+
+What acts on the blocks (hooks, scales of branches) must act in the gradient's pass as it did before.
 
 Source: Chen et al. 2016, "Training deep nets with sublinear memory cost", arXiv 1604.06174. A step takes about a third
 longer; activations of a FLUX-sized transformer shrink from tens of GB to a few.
@@ -6,7 +8,7 @@ longer; activations of a FLUX-sized transformer shrink from tens of GB to a few.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm.core.errors import UserError
-from mm.customization.objectives.protocol import Objective
 
 LARGE = 10**9  # parameters of a denoiser whose blocks are computed again where nothing else is asked for
 
@@ -53,13 +54,12 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def is_wanted(objective: Objective, asked: bool | None) -> bool:
-    """Whether blocks are computed again: as asked, else where a denoiser is large.
+def is_wanted(modules: Sequence[nn.Module], asked: bool | None) -> bool:
+    """Whether blocks are computed again: as asked, else where denoisers have `LARGE` parameters.
 
     Raises:
         UserError: it is asked for, and the denoiser has no such blocks.
     """
-    modules = objective.modules().values()
     able = [module for module in modules if getattr(module, "_supports_gradient_checkpointing", False)]
     if asked and not able:
         kinds = ", ".join(type(module).__name__ for module in modules)
@@ -70,20 +70,20 @@ def is_wanted(objective: Objective, asked: bool | None) -> bool:
 
 
 @contextmanager
-def checkpointed(objective: Objective, asked: bool | None) -> Iterator[Inputs]:
-    """Within the context the denoiser's blocks are computed again where `is_wanted` says so.
+def checkpointed(modules: Sequence[nn.Module], asked: bool | None = None) -> Iterator[Inputs]:
+    """Within the context the blocks of denoisers are computed again where `is_wanted` says so.
 
     Args:
-        objective: of the model. A module on which it was enabled already stays as it is.
-        asked: see `mm.customization.config.TrainingConfig.checkpointing`.
+        modules: the denoisers. One on which it was enabled already stays as it is.
+        asked: True or False; None: where they are large.
 
     Yields:
         What counts the inputs that are kept.
     """
     inputs = Inputs()
     with ExitStack() as stack:
-        if is_wanted(objective, asked):
-            for module in objective.modules().values():
+        if is_wanted(modules, asked):
+            for module in modules:
                 model: Any = module
                 if getattr(model, "_supports_gradient_checkpointing", False) and not model.is_gradient_checkpointing:
                     model.enable_gradient_checkpointing(inputs)
