@@ -53,6 +53,10 @@ def customize(
     recoloured: Annotated[
         int | None, typer.Option(min=0, help="Pictures of other things in a style's colours, made by the model.")
     ] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option(help="Compute blocks again for the gradient: less memory, more time; default: large models."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of starting values, order and noise.")] = 0,
     sample: Annotated[list[str] | None, typer.Option(help="A prompt that is drawn at each preview.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of state and previews; default: OUT.work.")] = None,
@@ -83,7 +87,7 @@ def customize(
     from mm.cli.running import quietly_loaded
 
     given = {"steps": steps, "rank": rank, "learning_rate": rate, "size": size, "batch_size": batch_size,
-             "companions": companions, "recoloured": recoloured}  # fmt: skip
+             "companions": companions, "recoloured": recoloured, "checkpointing": checkpointing}  # fmt: skip
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     engine = quietly_loaded(model, bits=bits)
     pipe = engine.pipeline_for("edit") if kind == "edit" else engine.pipeline

@@ -213,8 +213,8 @@ def check_resources(found: Estimate, work: Path | None) -> None:
     """Warns where a run needs more memory than is free; raises UserError where its state does not fit on the disk."""
     if found.free is not None and found.memory > 0.9 * found.free:
         warnings.warn(
-            f"the run needs about {found.memory >> 20} MiB and {found.free >> 20} MiB are free; a smaller batch_size "
-            "or size, or a 4-bit model, needs less",
+            f"the run needs about {found.memory >> 20} MiB and {found.free >> 20} MiB are free; checkpointing=True, a "
+            "smaller batch_size or size, or a 4-bit model, needs less",
             stacklevel=3,
         )
     if work is None:

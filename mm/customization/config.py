@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm.core.checks import MAX_SEED, MAX_SIDE, number, whole
+from mm.core.errors import UserError
 
 MAX_SETTING = 10**9  # a number that no run reaches
 
@@ -40,6 +41,8 @@ class TrainingConfig:
             (`mm.customization.companions`); 0 for none.
         recoloured: pictures of other things in a style's colours (`mm.customization.recoloured`); 0 for none.
         size: side of the training pictures in pixels; None takes the family's.
+        checkpointing: whether the denoiser's blocks are computed again for the gradient instead of kept: far less
+            memory, a third more time (`mm.layers.checkpointing`); None: where it has a billion parameters.
     """
 
     steps: int = 800
@@ -65,6 +68,7 @@ class TrainingConfig:
     companions: int = 0
     recoloured: int = 0
     size: int | None = None
+    checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -80,5 +84,7 @@ class TrainingConfig:
         for name in ("preserve", "weight_decay", "guard_weight", "regularize"):
             number(name, getattr(self, name), 0, MAX_SETTING)
         number("caption_dropout", self.caption_dropout, 0, 0.99)
+        if self.checkpointing not in (None, True, False):
+            raise UserError(f"checkpointing is {self.checkpointing!r}; give True, False or None")
         if self.size is not None:
             whole("size", self.size, 8, MAX_SIDE)

@@ -52,6 +52,7 @@ from mm.customization.strangers import Strangers
 from mm.customization.training import Regularization, Training
 from mm.families import family_of
 from mm.layers.base_hash import base_hash
+from mm.layers.checkpointing import checkpointed
 from mm.layers.surgery import check_pipeline
 
 _STYLE_VISIBLE = 0.95  # share of the highest noise below which a picture shows its style
@@ -141,8 +142,11 @@ def customize(
             given.own, name, kind, maker.name, chosen, config, base, kept,
             [of_slider, guarded, fingerprint(given.of_class or [])],
         )  # fmt: skip
+        if _prompts_stay(learner, strangers):
+            stack.enter_context(objective.remembering())
+        inputs = stack.enter_context(checkpointed(list(objective.modules().values()), config.checkpointing))
         training = _training(learner, given, kept, guarded, config, strangers, prompts, place, identity)
-        found = estimate(training)
+        found = estimate(training, inputs)
         check_resources(found, place)
         estimated(found)
         _run(training, place, samples, sample_steps, progress)
@@ -165,6 +169,11 @@ def _check(
         objective, kind, name if kind != "slider" else "", noun=noun, guard=guard, samples=samples, prompts=prompts,
         preserved=preserved or (),
     )  # fmt: skip
+
+
+def _prompts_stay(learner: Learner, strangers: Strangers | None) -> bool:
+    """Whether the denoiser reads the same of a prompt at each step: neither words nor text layers are trained."""
+    return learner.job.objective.open_vocabulary and not learner.rows() and strangers is None
 
 
 def _training(

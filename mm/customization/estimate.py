@@ -2,6 +2,7 @@
 
 Design choices
 - One step is run and thrown away: its activations are counted as autograd keeps them, and its time is that of a step.
+  On a GPU its peak is measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.customization.training import Training
+from mm.layers.checkpointing import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,17 @@ class Estimate:
         )
 
 
-def estimate(training: Training) -> Estimate:
-    """Measures one step; nothing is changed.
+def estimate(training: Training, inputs: Inputs) -> Estimate:
+    """Measures one step; nothing is changed. Of blocks that are computed again, a CPU's estimate counts the inputs.
+
+    Args:
+        training: the run.
+        inputs: what blocks that are computed again keep.
 
     Raises:
         UserError: where the step does not fit into memory.
     """
-    passed, activations = _one_step(training)
+    passed, activations = _one_step(training, inputs)
     values = sum(p.numel() for p in training.parameters.values())
     config = training.config
     more = config.strangers if training.strangers is not None and training.strangers.prompts else 0
@@ -63,8 +69,8 @@ def estimate(training: Training) -> Estimate:
     )  # fmt: skip
 
 
-def _one_step(training: Training) -> tuple[float, int]:
-    """Seconds of a step's loss and gradient, and the bytes that it keeps beside the model."""
+def _one_step(training: Training, inputs: Inputs) -> tuple[float, int]:
+    """Seconds of a step's loss and gradient, and the bytes that it needs beside the model."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -78,22 +84,32 @@ def _one_step(training: Training) -> tuple[float, int]:
         for part in training.objective.modules().values()
         for p in (*part.parameters(), *part.buffers())
     }
-    step = training.batches.step(0)
+    step, device = training.batches.step(0), training.objective.device
+    training.encode_captions(step)
+    inputs.clear()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     started = time.perf_counter()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = training.loss(step)
-        loss.backward()
+        with training.goal.acting(training.progress.step):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = training.loss(step)
+            loss.backward()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"one step of {counted(len(step.chosen), 'picture')} of {training.objective.side} "
-            "pixels does not fit into the "
-            "device's memory; give a smaller batch_size or size, or a 4-bit model"
+            "pixels does not fit into the device's memory; give checkpointing=True, a smaller batch_size or size, or a "
+            "4-bit model"
         ) from error
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     passed = time.perf_counter() - started
     for value in training.parameters.values():
         value.grad = None
-    return passed, sum(size for place, size in seen.items() if place not in model)
+    if device.type == "cuda":
+        return passed, torch.cuda.max_memory_allocated(device) - before
+    return passed, inputs.bytes + sum(size for place, size in seen.items() if place not in model)
 
 
 def _free(device: torch.device) -> int | None:

@@ -68,7 +68,7 @@ class Goal:
 
     def condition(self, words: Sequence[str], chosen: Sequence[int]) -> Any:
         """What the denoiser reads of prompts, beside the examples with these numbers."""
-        return self.objective.encode_prompts(words)
+        return self.objective.conditions(words)
 
     @contextmanager
     def acting(self, number: int) -> Iterator[None]:
@@ -96,7 +96,8 @@ class EditGoal(Goal):
 
     def condition(self, words: Sequence[str], chosen: Sequence[int]) -> Any:
         index, device = torch.tensor(list(chosen)), self.objective.device
-        return self.objective.encode_edits(words, self.pictures[index].to(device), self.latents[index].to(device))
+        pictures, latents = self.pictures[index].to(device), self.latents[index].to(device)
+        return self.objective.edit_conditions(words, pictures, latents, chosen)
 
 
 class SliderGoal(Goal):
@@ -122,12 +123,12 @@ class SliderGoal(Goal):
         words = [self.triples[k % len(self.triples)] for k in noised.chosen]
         with torch.no_grad(), self.learner.off():
             neutral, plus, minus = (
-                objective.predict(latents, level_B, objective.encode_prompts([w[k] for w in words])) for k in range(3)
+                objective.predict(latents, level_B, objective.conditions([w[k] for w in words])) for k in range(3)
             )
         errors = []
         for sign in signs:
             with self.learner.at(sign):
-                given = objective.predict(latents, level_B, objective.encode_prompts([w[0] for w in words]))
+                given = objective.predict(latents, level_B, objective.conditions([w[0] for w in words]))
             errors.append(weighted_mse(given, neutral + sign * self.strength * (plus - minus), noised.mask))
         return torch.stack(errors).mean(0)
 

@@ -94,6 +94,7 @@ class Branches:
         ups: Mapping[str, Tensor] | None = None, origin: str = "lora",
     ) -> None:  # fmt: skip
         self.scale = 1.0 if alpha is None else alpha / rank
+        self._acting = 1.0  # as a multiple of it
         self.layers: dict[str, BranchedLinear] = {}
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
@@ -150,13 +151,15 @@ class Branches:
     @contextmanager
     def at(self, scale: float) -> Iterator[None]:
         """Within the context the branches act `scale` times; where they are off, they stay off."""
+        before, self._acting = self._acting, scale
         for layer in self.layers.values():
             self._rescale(layer, scale)
         try:
             yield
         finally:
+            self._acting = before
             for layer in self.layers.values():
-                self._rescale(layer, 1.0)
+                self._rescale(layer, before)
 
     def _rescale(self, layer: BranchedLinear, scale: float) -> None:
         if any(b.name == TRAINING for b in layer.branches):

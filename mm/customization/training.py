@@ -52,7 +52,7 @@ class Regularization:
         step, device = self.batches.step(number), objective.device
         clean = self.batches.latents[torch.tensor(step.chosen)].to(device)
         noise, level_B = step.noise.to(device), step.level_B.to(device)
-        condition = objective.encode_prompts([self.captions[i] for i in step.chosen])
+        condition = objective.conditions([self.captions[i] for i in step.chosen])
         given = objective.predict(objective.noised(clean, noise, level_B), level_B, condition)
         return weighted_mse(given, objective.target(clean, noise, level_B), None).mean()
 
@@ -97,7 +97,6 @@ class Training:
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), foreach=False)
         self.best = self._copy()
-        self._conditions: dict[str, Any] = {}
         self._base_scores: tuple[Tensor, Tensor] | None = None
         for part in () if work is None else work.glob(f".{STATE}.*.part"):
             part.unlink(missing_ok=True)  # of a save during which the run was killed
@@ -129,14 +128,15 @@ class Training:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._factor()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(step)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.progress.step}; give a lower learning_rate, now "
-                f"{self.config.learning_rate:g}"
-            )
-        loss.backward()
+        with self.goal.acting(self.progress.step):  # blocks that are computed again run in the gradient's pass, too
+            loss = self.loss(step)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss is {value} at step {self.progress.step}; give a lower learning_rate, now "
+                    f"{self.config.learning_rate:g}"
+                )
+            loss.backward()
         self.progress.losses.append(value)
         kept = self.prompts or (self.guarded and self.config.guard_weight)
         held = kept and self.config.preserve and self.progress.step % self.config.preserve_every == 0
@@ -156,6 +156,14 @@ class Training:
         extra = self.learner.extra_loss()
         return loss if extra is None else loss + extra
 
+    def encode_captions(self, step: Step) -> None:
+        """Encodes what a step reads where prompts are remembered, so that its time is that of all further ones."""
+        if not self.objective.remembers:
+            return
+        with torch.no_grad():
+            for words in (self.learner.captions(step.chosen), [""] * len(step.chosen)):
+                self.goal.condition(words, step.chosen)
+
     def _preserve(self, step: Step) -> float:
         """Adds the gradient of the distance to the base on unrelated prompts."""
         clean = self.batches.latents[torch.tensor(step.preserved_from)]
@@ -173,9 +181,9 @@ class Training:
             wanted = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
         with self.goal.acting(self.progress.step):
             given = self.objective.predict(noisy, level_B, self.goal.condition(words, beside))
-        loss = (weights.to(given.device) * weighted_mse(given, wanted, None)).mean()
-        if loss.requires_grad:
-            (self.config.preserve * self.config.preserve_every * loss).backward()
+            loss = (weights.to(given.device) * weighted_mse(given, wanted, None)).mean()
+            if loss.requires_grad:
+                (self.config.preserve * self.config.preserve_every * loss).backward()
         return float(loss.detach())
 
     def _noised(

@@ -6,6 +6,7 @@ Design choices
 - A prediction is what the denoiser gives at one sampling step. Steps before it run without gradients; text is encoded
   with them, so that layers that read text there can be trained.
 - Trained changes are low-rank terms that hooks add at the layers; the model's own weights are never written.
+- Large denoisers compute their blocks again for the gradient (`mm.layers.checkpointing`).
 
 Legend: B prompts, T tokens, D inputs and N outputs of a layer, r rank.
 """
@@ -28,6 +29,7 @@ from mm.core.errors import UserError
 from mm.erasure.features import PLAIN
 from mm.erasure.measure import seed_of
 from mm.families.registry import is_denoiser
+from mm.layers.checkpointing import checkpointed
 from mm.layers.surgery import roots_of
 
 
@@ -77,6 +79,7 @@ def predict(
         The prediction, float32, one row a prompt.
     """
     denoiser, seen = denoiser_of(pipe), 0
+    denoisers = [module for module in roots_of(pipe).values() if is_denoiser(module)]
     out: list[Tensor] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -96,8 +99,9 @@ def predict(
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        with torch.set_grad_enabled(grad), contextlib.suppress(_ReachedError):
-            run(pipe, prompts, seed=seed, steps=steps)
+        with torch.set_grad_enabled(grad), checkpointed(denoisers, None if grad else False):
+            with contextlib.suppress(_ReachedError):
+                run(pipe, prompts, seed=seed, steps=steps)
     finally:
         for handle in handles:
             handle.remove()
@@ -213,10 +217,19 @@ def device_of(layer: nn.Module) -> torch.device:
     return next(itertools.chain(layer.parameters(), layer.buffers())).device
 
 
-def descend(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def gradients(loss: Tensor, change: LowRank | Dense) -> tuple[Tensor, ...]:
+    """Gradients of a loss by what a change trains, 0 where the loss does not depend on it.
+
+    The change acts meanwhile: blocks may be computed again.
+    """
+    with change.on():
+        return torch.autograd.grad(loss, change.parameters, materialize_grads=True)
+
+
+def descend(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """One step of an optimizer with given gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = torch.zeros_like(parameter) if grad is None else grad
+        parameter.grad = grad
     optimizer.step()
 
 

@@ -68,7 +68,8 @@ def train_lora(
             velocity = pipe.velocity_decoder(noisy, sigma, features).float()
             loss = (velocity - (noise - clean[rows])).square().mean()
             # the last text layer's own output is read by no picture
-            descend(optimizer, terms.parameters, torch.autograd.grad(loss, terms.parameters, allow_unused=True))
+            grads = torch.autograd.grad(loss, terms.parameters, materialize_grads=True)
+            descend(optimizer, terms.parameters, grads)
             losses.append(float(loss.detach()))
     report = {"steps": steps, "first_loss": losses[0], "last_loss": sum(losses[-10:]) / len(losses[-10:])}
     return Patch(entries=terms.entries(), method="lora", base=base_hash(pipe.trunk), name=name, report=report)

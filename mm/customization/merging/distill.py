@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from mm.customization.merging.regmean import OnProgress
 from mm.customization.merging.teachers import Targets, Teachers
 from mm.customization.objectives.protocol import Objective, objective_of, weighted_mse
 from mm.customization.pieces import Branches, frozen
+from mm.layers.checkpointing import checkpointed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,11 @@ def distill(
     teachers = Teachers(objective, patches, words, weights, seed=seed, steps=steps, progress=progress)
     pairs = teachers.pairs(config.pairs, progress) if len(patches) > 1 and config.pairs else []
     of_pairs = teachers.of_pairs(pairs)
-    with frozen(pipe), acting(pipe, others):
+    with ExitStack() as stack:
+        for context in (frozen(pipe), acting(pipe, others), checkpointed(list(objective.modules().values()))):
+            stack.enter_context(context)
+        if objective.open_vocabulary:  # the words' rows are as they are, and branches lie in the denoiser
+            stack.enter_context(objective.remembering())
         branches = Branches(
             objective, list(start), rank=1, seed=seed, origin="distill",
             downs={path: entry.tensors["down"].float() for path, entry in start.items()},
@@ -148,7 +154,7 @@ def _train(
             group["lr"] = config.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * at / total)))
         generator = torch.Generator().manual_seed(hash_of(seed + 3, at))
         noisy, level_B, prompts, wanted = _batch(objective, teachers, of_pairs, config.adapters, generator)
-        given = objective.predict(noisy, level_B, objective.encode_prompts(prompts))
+        given = objective.predict(noisy, level_B, objective.conditions(prompts))
         loss = weighted_mse(given, wanted, None).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -188,6 +194,6 @@ def _error(objective: Objective, sets: Sequence[Targets], branches: Branches, mo
 
 def _distance(objective: Objective, each: Targets, part: slice) -> float:
     device = objective.device
-    condition = objective.encode_prompts(each.prompts[part])
+    condition = objective.conditions(each.prompts[part])
     given = objective.predict(each.noisy[part].to(device), each.level_M[part].to(device), condition)
     return float((given.cpu() - each.wanted[part]).square().mean())

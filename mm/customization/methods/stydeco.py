@@ -63,7 +63,7 @@ class _Learner(Learner):
         captions = (self.captions(self.chosen), [self.words[i] for i in self.chosen])
         back = self.number % 2
         noisy = objective.noised(ends[back], noise, level_B)
-        given = objective.predict(noisy, level_B, objective.encode_prompts(captions[back]))
+        given = objective.predict(noisy, level_B, objective.conditions(captions[back]))
         clean, _ = split(objective, noisy, level_B, given)
         return F.mse_loss(clean, ends[1 - back])
 

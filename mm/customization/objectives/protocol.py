@@ -11,7 +11,8 @@ Legend: B pictures, C channels, H x W latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from mm.adapters.tokens import TokenTable, token_tables
 from mm.core.errors import UserError
 from mm.core.nouns import with_article
+from mm.customization.objectives.remembered import Remembered, stacked
 from mm.families import family_of
 from mm.families.family import resolve
 from mm.families.sizes import check_side, native_side
@@ -55,6 +57,7 @@ class Objective(ABC):
 
     def __init__(self, pipe: Any, side: int) -> None:
         self.pipe, self.side = pipe, side
+        self._remembered: Remembered | None = None
 
     # ---- what a family says -----------------------------------------------------------------------------------------
 
@@ -73,6 +76,10 @@ class Objective(ABC):
     def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
         """What the denoiser reads of instructions and source pictures, given in [-1, 1] and as clean latents."""
         raise UserError(f"{type(self.pipe).__name__} takes no source picture")
+
+    def joined(self, conditions: Sequence[Any]) -> Any:
+        """Conditions of one prompt each as one batch."""
+        return stacked(conditions)
 
     def kept_instructions(self, count: int) -> list[str]:
         """Instructions whose results stay as they are while an edit is learned; at most `count`."""
@@ -123,9 +130,42 @@ class Objective(ABC):
     def target(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         """What is to be predicted."""
 
+    # ---- prompts, encoded once each ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within the context `conditions` and `edit_conditions` encode a prompt once: nothing that reads it changes."""
+        before, self._remembered = self._remembered, Remembered(self.device, self.joined)
+        try:
+            yield
+        finally:
+            self._remembered = before
+
+    @property
+    def remembers(self) -> bool:
+        """Whether each prompt is encoded once."""
+        return self._remembered is not None
+
+    def conditions(self, prompts: Sequence[str]) -> Any:
+        """As `encode_prompts`; within `remembering` without gradients."""
+        if self._remembered is None:
+            return self.encode_prompts(prompts)
+        return self._remembered(list(prompts), lambda k: self.encode_prompts([prompts[k]]))
+
+    def edit_conditions(
+        self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor, numbers: Sequence[int]
+    ) -> Any:
+        """As `encode_edits`, of source pictures with these numbers."""
+        if self._remembered is None:
+            return self.encode_edits(instructions, pictures_B3SS, latents_BCHW)
+        return self._remembered(
+            list(zip(instructions, numbers, strict=True)),
+            lambda k: self.encode_edits([instructions[k]], pictures_B3SS[k : k + 1], latents_BCHW[k : k + 1]),
+        )
+
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """One feature vector (B, D) a prompt: the mean over what the denoiser reads of it."""
-        condition = self.encode_prompts(prompts)
+        condition = self.conditions(prompts)
         states = condition.get("encoder_hidden_states")
         if not torch.is_tensor(states):
             raise UserError(f"{type(self).__name__} gives no text features; choose another method")

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm.customization.objectives.protocol import FlowObjective
+from mm.customization.objectives.remembered import padded, stacked
 
 
 class StableDiffusion3(FlowObjective):
@@ -49,6 +50,9 @@ class Flux(StableDiffusion3):
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, pooled, ids = self.pipe.encode_prompt(list(prompts), list(prompts), device=self.device)
         return {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
+
+    def joined(self, conditions: Sequence[Any]) -> Any:
+        return stacked(conditions) | {"txt_ids": conditions[0]["txt_ids"]}  # the same for all prompts
 
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         batch, channels, height, width = noisy_BCHW.shape
@@ -108,6 +112,12 @@ class QwenImage(FlowObjective):
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, mask = self.pipe.encode_prompt(list(prompts), device=self.device)
         return {"encoder_hidden_states": text, "mask": mask}
+
+    def joined(self, conditions: Sequence[Any]) -> Any:
+        text, mask = padded([c["encoder_hidden_states"] for c in conditions], [c["mask"] for c in conditions])
+        sources = [c["source"] for c in conditions if "source" in c]
+        more = {"source": torch.cat(sources)} if sources else {}
+        return {"encoder_hidden_states": text, "mask": mask} | more
 
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         batch, channels, height, width = noisy_BCHW.shape
@@ -174,7 +184,7 @@ class ZImage(StableDiffusion3):
         return {"cap_feats": text}
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        return torch.stack([text.float().mean(0) for text in self.encode_prompts(prompts)["cap_feats"]])
+        return torch.stack([text.float().mean(0) for text in self.conditions(prompts)["cap_feats"]])
 
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         pictures = list(noisy_BCHW.to(self.dtype).unsqueeze(2))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mm.erasure.gradients import LowRank, descend, predict
+from mm.erasure.gradients import LowRank, descend, gradients, predict
 from mm.erasure.methods.protocol import Job, Made
 
 
@@ -33,7 +33,7 @@ class ESD:
         rng, losses = random.Random(s["seed"]), []
         for k in range(s["steps"]):
             loss = self.loss(job, terms, rng, k)
-            descend(optimizer, terms.parameters, torch.autograd.grad(loss, terms.parameters, allow_unused=True))
+            descend(optimizer, terms.parameters, gradients(loss, terms))
             losses.append(float(loss.detach()))
             job.progress((k + 1) / s["steps"], f"step {k + 1} of {s['steps']}, loss {losses[-1]:.4f}")
         last = losses[-10:]

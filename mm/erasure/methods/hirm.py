@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.erasure.alignment import matched, moved
-from mm.erasure.gradients import LowRank, descend, outputs
+from mm.erasure.gradients import LowRank, descend, gradients, outputs
 from mm.erasure.methods.esd import sampled
 from mm.erasure.methods.protocol import Job, Made, lacking
 from mm.families.registry import is_text_encoder
@@ -42,7 +42,7 @@ class HiRM:
         rng, losses = random.Random(s["seed"]), []
         for k in range(s["steps"]):
             loss = self._loss(job, terms, rng)
-            descend(optimizer, terms.parameters, torch.autograd.grad(loss, terms.parameters, allow_unused=True))
+            descend(optimizer, terms.parameters, gradients(loss, terms))
             losses.append(float(loss.detach()))
             job.progress((k + 1) / s["steps"], f"step {k + 1} of {s['steps']}, loss {losses[-1]:.4f}")
         last = losses[-10:]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mm.erasure.gradients import Dense, descend
+from mm.erasure.gradients import Dense, descend, gradients
 from mm.erasure.methods.esd import ESD
 from mm.erasure.methods.protocol import Job, Made
 
@@ -30,13 +30,13 @@ class SalUn(ESD):
         """Finds the mask, trains, and gives dense entries."""
         s = job.settings
         terms, rng = Dense(job.layers), random.Random(s["seed"])
-        first = torch.autograd.grad(self.loss(job, terms, rng, 0), terms.parameters, materialize_grads=True)
+        first = gradients(self.loss(job, terms, rng, 0), terms)
         terms.keep_largest(first, s["share"])
         optimizer = torch.optim.Adam(terms.parameters, lr=s["rate"])
         losses = []
         for k in range(s["steps"]):
             loss = self.loss(job, terms, rng, k)
-            grads = torch.autograd.grad(loss, terms.parameters, materialize_grads=True)
+            grads = gradients(loss, terms)
             descend(optimizer, terms.parameters, terms.masked(grads))
             losses.append(float(loss.detach()))
             job.progress((k + 1) / s["steps"], f"step {k + 1} of {s['steps']}, loss {losses[-1]:.4f}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.erasure.gradients import LowRank, descend, predict
+from mm.erasure.gradients import LowRank, descend, gradients, predict
 from mm.erasure.methods.protocol import Job
 from mm.families import find_sites
 from mm.families.registry import is_denoiser
@@ -78,7 +78,7 @@ def unlearned(job: Job) -> tuple[dict[str, Entry], dict[str, Any]]:
             new = predict(job.pipe, batch.prompts, grad=True, **batch.place)
         gaps = (new - batch.wanted).square().flatten(1).mean(1)
         loss = gaps[: batch.targets].mean() + s["picture_preserve"] * gaps[batch.targets :].mean()
-        descend(optimizer, terms.parameters, torch.autograd.grad(loss, terms.parameters, allow_unused=True))
+        descend(optimizer, terms.parameters, gradients(loss, terms))
         schedule.step()
         losses.append(float(loss.detach()))
         job.progress(k / s["picture_steps"], f"unlearning, step {k + 1} of {s['picture_steps']}, loss {losses[-1]:.4f}")
