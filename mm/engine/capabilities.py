@@ -124,6 +124,9 @@ class Capabilities:
             raise UserError(
                 f"mode is {shown(request.mode)}; {self.model} keeps adapters apart in the mode {self.modes[0]} only"
             )
+        from mm.customization.apart import check_options  # with torch, which capabilities need for nothing else
+
+        check_options(self.modes, request.options)
 
     def _has(self, task: str) -> None:
         if task not in self.tasks:
