@@ -38,6 +38,11 @@ from mm.customization.apart_base import Base, Call, OnLatents, Subjects, at_size
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
 
+# Options of a pipeline's call that have no place here, with the value that says what is done anyway.
+_OF_NO_USE = {
+    "callback_on_step_end": None, "output_type": "pil", "generator": None, "latents": None, "num_images_per_prompt": 1,
+    "best_of": 1,
+}  # fmt: skip
 _TRIES = 4  # pictures of the base, until its things are apart and each subject is seen in its place
 _SEEN = 0.5  # share of a word's effect that lies in its subject's place
 
@@ -122,8 +127,8 @@ def check_options(modes: Sequence[str], options: Mapping[str, Any]) -> None:
         modes: of the pipeline, the first one being that in which they can.
         options: of the call, by name.
     """
-    for name in ("callback_on_step_end", "output_type", "generator", "latents", "num_images_per_prompt", "best_of"):
-        if options.get(name) not in (None, 1):
+    for name, usual in _OF_NO_USE.items():
+        if options.get(name) is not None and options[name] is not usual:
             raise UserError(f"{name} is of no use for pictures that are drawn apart; leave it out")
     if options.get("mode") not in (None, *modes[:1]):
         wanted = f"the mode {modes[0]}" if modes else "no mode"

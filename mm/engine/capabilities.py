@@ -13,6 +13,7 @@ from typing import Any
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
+from mm.core.pictures import check_output_type
 from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn
 from mm.families.family import resolve
 from mm.families.sizes import check_size
@@ -134,7 +135,8 @@ class Capabilities:
             raise UserError(f"{self.model} cannot {VERBS[task]}; it can: {can}")
 
     def _check_options(self, request: Sampling) -> None:
-        """Options under the pipeline's names must not contradict the request's own fields."""
+        """Options must be such as pipelines take, and must not contradict the request's own fields."""
+        check_output_type(request.options)
         names = _FIELDS | ({self.guidance_name: "guidance"} if self.guidance_name else {})
         for name in request.options:
             field = names.get(name, "")

@@ -102,7 +102,7 @@ NOT_APART = {
         {"prompt": PROMPT, "lora": BOTH, "apart": {"<cup>": "dog"}},
         "'dog' is to stand in for '<cup>', which is no word of an adapter in the prompt",
     ),
-    "an option": ({"prompt": PROMPT, "lora": BOTH, "options": {"output_type": "pt"}}, "output_type is of no use"),
+    "an option": ({"prompt": PROMPT, "lora": BOTH, "options": {"best_of": 2}}, "best_of is of no use"),
 }
 
 

@@ -210,6 +210,8 @@ def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPat
         (PROMPT, {"stand_ins": {WORDS[0]: "cup", WORDS[0].upper(): "cat"}}, "give each word another thing"),
         (PROMPT, {"seed": -1}, "seed is -1"),
         (PROMPT, {"output_type": "pt"}, "output_type is of no use"),
+        (PROMPT, {"output_type": 1}, "output_type is of no use"),
+        (PROMPT, {"latents": 1}, "latents is of no use"),
         (PROMPT, {"mode": "codes"}, "mode is 'codes'"),
     ],
 )
