@@ -11,7 +11,7 @@ from mm.engine.capabilities import Capabilities
 from mm.engine.settings import request_of
 from mm.ui.draw_tab import without_field
 
-FIELDS = ("prompt", "seed", "fast", "apart")
+FIELDS = ("prompt", "seed", "fast", "apart", "stand_ins")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,9 @@ def can() -> Capabilities:
         ({}, FIELDS, []),
         ({"apart": True}, FIELDS, []),
         ({"apart": {}}, FIELDS, []),
-        ({"apart": True}, FIELDS[:-1], ["it was drawn apart; start the page"]),
-        ({"apart": {"<mug>": "cup"}}, FIELDS, ["the stand-ins <mug>=cup;"]),
+        ({"apart": True}, FIELDS[:-2], ["it was drawn apart; start the page"]),
+        ({"apart": {"<mug>": "cup"}}, FIELDS, []),
+        ({"apart": {"<mug>": "cup, red"}}, FIELDS, ["<mug>=cup, red; the page's field cannot hold commas"]),
         ({"fast": True}, FIELDS, []),
         ({"fast": {"guided": 0.5}}, FIELDS, ["other settings of fast"]),
         ({"options": {"eta": 0.5}}, FIELDS, ["the page does not take: eta"]),
