@@ -88,10 +88,23 @@ def sampling_fields(can: Capabilities, *, sized: bool, words: Sequence[str] = ()
     return fields
 
 
+def usual_steps(can: Capabilities, mode: str | None, fast: object) -> int | None:
+    """The steps of a drawing by a model's own default, or those of the mix of less work."""
+    return can.steps_of(Draw(prompt="any", mode=mode or None, fast=bool(fast)))
+
+
 def follow_mode(fields: Fields, can: Capabilities) -> None:
-    """Sets the steps to the default of a mode when that is chosen."""
-    if "mode" in fields:
-        fields["mode"].input(lambda mode: can.steps.get(mode), fields["mode"], fields["steps"], **AT_ONCE)
+    """Sets the steps to those of a mode, or of the mix of less work, when these are chosen."""
+    fewer = any(usual_steps(can, mode, fast=True) != usual_steps(can, mode, fast=False) for mode in can.modes)
+    names = [name for name in ("mode", *(["fast"] if fewer else [])) if name in fields]
+
+    def steps(*values: Any) -> int | None:
+        given = dict(zip(names, values, strict=True))
+        return usual_steps(can, given.get("mode"), given.get("fast"))
+
+    watched = [fields[name] for name in names]
+    for field in watched:
+        field.input(steps, watched, fields["steps"], **AT_ONCE)
 
 
 class DrawTab:

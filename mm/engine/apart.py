@@ -62,7 +62,7 @@ def draw_apart(
             picture = calls.draw(
                 own, given | weighed(own, given), [seed], steps=steps, cancel=cancel,
                 on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total),
-            )[0]  # fmt: skip
+            )[0].picture  # fmt: skip
         done = number + 1
         return picture
 

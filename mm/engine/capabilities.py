@@ -101,6 +101,10 @@ class Capabilities:
         given = {} if isinstance(request.fast, bool) else dict(request.fast)
         return resolve(self.fast)(self.mode(request), given)
 
+    def tries_of(self, request: Sampling) -> int:
+        """The most times that a picture of a request is drawn: `best_of`, or those of `fast`."""
+        return request.best_of if request.best_of > 1 else (self.fast_of(request) or {}).get("tries", 1)
+
     def check(self, request: Request) -> None:
         """Raises UserError for what this model cannot do, naming the value and the allowed ones."""
         self._has(task_of(request))

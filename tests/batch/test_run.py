@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from mm import TextToImagePipeline
 from mm.batch import run_jobs
+from mm.core.png_settings import read_settings
 from mm.engine.loading import load
 from mm.pipelines.self_reader import Shortfall
 
@@ -47,18 +48,24 @@ def test_rows_of_equal_settings_share_calls_and_a_limit_takes_the_first(tmp_path
 
 
 def test_records_say_what_pictures_lack(tmp_path, counting, monkeypatch):
-    """Of two rows of equal settings, drawn until they are right: one lacks something, one cannot be checked."""
+    """Of rows of equal settings, drawn until they are right: some lack something, others cannot be checked."""
 
     def checker(self, asked):
         return lambda rows, _: [asked[i] and Shortfall(wrong=3, missing=(asked[i].said,)) for i in rows]
 
     monkeypatch.setattr(TextToImagePipeline, "_checker", checker)
+    monkeypatch.setattr(TextToImagePipeline, "_can_read", lambda self: True)
+    less = {"mode": "codes", "fast": {"steps": 2, "unchecked_steps": 3, "tries": 2}, "steps": None}
     rows = [row("a", best_of=2), row("b", best_of=2, prompt="a cat in a house"), row("c")]
+    rows += [row("d", **less), row("e", **less | {"prompt": "a cat in a house"}), row("f", **less)]
     run_jobs(write(tmp_path / "j", *rows), tmp_path / "out", load=counting.load)
     kept = {found["custom_id"]: found["warnings"] for found in map(read_record, (tmp_path / "out").glob("*/*.json"))}
     assert "'two red cats': the model does not see in any of 2 tries 2 cats" in kept["a"][-1] and len(kept["a"]) == 1
     assert "'a cat in a house' is not read in full" in kept["b"][-1]
-    assert not kept["c"]
+    assert not kept["c"] and "best_of" not in str(kept["e"])  # `fast` alone asks for no check
+    assert all("in any of 2 tries 2 cats (seed" in kept[one][-1] and len(kept[one]) == 1 for one in "df")
+    steps = {file.name.split("-")[1]: read_settings(file)["steps"] for file in (tmp_path / "out").glob("*/*.png")}
+    assert steps == {"a": 1, "b": 1, "c": 1, "d": 2, "e": 3, "f": 2}
 
 
 def read_record(path):
