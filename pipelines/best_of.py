@@ -34,7 +34,7 @@ MOST_TRIES = 64
 
 @dataclass
 class CheckedOutput(ImagePipelineOutput):
-    """Pictures of a call with `best_of`.
+    """Pictures of a call with `best_of`, or with `fast` in codes mode.
 
     Attributes:
         images: The pictures.
@@ -42,11 +42,13 @@ class CheckedOutput(ImagePipelineOutput):
         right: Whether each shows what was asked for, as the model reads it; None where nothing was checked, since the
             prompt is not read in full.
         missing: What each lacks, in words.
+        steps: Sampling steps of a try of each; `fast` takes more for what is not checked.
     """
 
     tries: list[int]
     right: list[bool | None]
     missing: list[list[str]]
+    steps: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,16 @@ class Best:
     tries: list[int]
     shortfalls: list[Shortfall | None]
 
-    def output(self, pictures: Any) -> CheckedOutput:
-        """The pipeline's output with these pictures."""
+    def output(self, pictures: Any, steps: list[int]) -> CheckedOutput:
+        """The pipeline's output with these pictures, and the steps of each."""
         right = [None if found is None else not found.wrong for found in self.shortfalls]
         missing = [[] if found is None else list(found.missing) for found in self.shortfalls]
-        return CheckedOutput(pictures, self.tries, right, missing)
+        return CheckedOutput(pictures, self.tries, right, missing, steps)
+
+
+def unchecked_output(pictures: Any, count: int, steps: int) -> CheckedOutput:
+    """The output of pictures of which none could be checked."""
+    return CheckedOutput(pictures, [1] * count, [None] * count, [[] for _ in range(count)], [steps] * count)
 
 
 def seed_of_try(seed: int, k: int) -> int:

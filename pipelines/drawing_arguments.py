@@ -11,8 +11,8 @@ import torch
 from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.nouns import with_article
+from mm.core.pictures import OUTPUT_TYPES
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_GUIDANCE = 100
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mm.core.errors import UserError
+from mm.families.mm_tiny import steps_for
 from mm.pipelines.batch_parts import joined, parts_of
 from mm.pipelines.best_of import CheckedOutput, draw_best, passing_on
 from mm.pipelines.fast import FastCodes, Tries
@@ -61,10 +62,19 @@ def draw_tries(
         options["callback_on_step_end"] = passing_on(options["callback_on_step_end"], run)
         best = draw_best(draw, check, generators, plan.most, run)
     latents: Any = best.latents
+    steps = _steps(plan, asked, options["mode"], options["sigmas"])
     if output_type == "latent":
-        return best.output(latents)
+        return best.output(latents, steps)
     parts = parts_of(pipe, len(generators))
-    return best.output(joined([pipe._decode(latents[part], output_type, options["height"]) for part in parts]))
+    pictures = joined([pipe._decode(latents[part], output_type, options["height"]) for part in parts])
+    return best.output(pictures, steps)
+
+
+def _steps(plan: Tries, asked: Sequence[Asked | None], mode: str, sigmas: Sequence[float] | None) -> list[int]:
+    """Sampling steps of a try of each picture."""
+    if sigmas is not None:
+        return [len(sigmas)] * len(asked)
+    return [plan.steps(steps_for(mode), checked=one is not None) for one in asked]
 
 
 def in_parts(

@@ -176,6 +176,11 @@ class Tries:
     less: FastFlow | FastCodes | None = None
     own: int | None = None
 
+    def steps(self, default: int, *, checked: bool) -> int:
+        """Sampling steps of one try of a picture that is checked, or is not; `default` without settings."""
+        less = self.settings(checked=checked)
+        return self.own if self.own is not None else default if less is None else less.steps
+
     def settings(self, *, checked: bool) -> FastFlow | FastCodes | None:
         """Of one try of a picture that is checked, or is not."""
         return self.less.of_one(checked=checked) if isinstance(self.less, FastCodes) else self.less

@@ -258,8 +258,9 @@ class ImageEditPipeline(TextToImagePipeline):
             options = options | {"callback_on_step_end": passing_on(options["callback_on_step_end"], run_)}
             best = draw_best(draw, check, generators, best_of, run_)
         latents: Any = best.latents
+        steps = [int(options["num_inference_steps"])] * len(generators)
         if output_type == "latent":
-            return best.output(latents)
+            return best.output(latents, steps)
         height = options["height"]
         source = to_tensor([open_picture(pictures[i]) for i in own], height or self.side).to(latents.device)
         if mask is not None:
@@ -268,7 +269,7 @@ class ImageEditPipeline(TextToImagePipeline):
             self._finish(latents[part], source[part], mask, output_type, height)
             for part in parts_of(self, len(generators))
         ]
-        return best.output(joined(finished))
+        return best.output(joined(finished), steps)
 
     def edit(
         self, pictures: Sequence[Any], instructions: Sequence[str], seeds: Sequence[int], *, best_of: int = 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,18 +40,15 @@ from mm.models.dialogue import detokenize
 from mm.models.trunk import Trunk
 from mm.models.understanding_encoder import LatentStem, UnderstandingEncoder
 from mm.models.velocity import VelocityDecoder
-from mm.pipelines.best_of import check_best_of, seed_of_try
-from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown, as_events, said
+from mm.pipelines.best_of import check_best_of
+from mm.pipelines.conversation import MAX_SHOWN, Conversation, Event, Shown, said
 from mm.pipelines.domain import warn_of
-from mm.pipelines.drawing_loops import flow_steps
-from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.guidance import GuidanceBranches, text_branches
 from mm.pipelines.image_edit import ImageEditPipeline
 from mm.pipelines.pictures import open_picture, to_tensor
 from mm.pipelines.prompt_encoding import added_names, check_prompts, refusal_of
 from mm.pipelines.questions import read_question
-from mm.pipelines.sampling import picture_generators
-from mm.pipelines.self_reader import Shortfall
+from mm.pipelines.turn_drawing import TurnDrawing, drawn_for_turn
 from mm.tokenizers import Autoencoder, Bridge
 from mm.world import lexicon
 from mm.world.asked import Asked, asked_of, asked_of_change
@@ -69,18 +66,6 @@ T = TypeVar("T")
 
 NOTHING_TO_UNDO = "There is nothing to undo."
 NOTHING_DRAWN = f"Nothing was drawn yet. {small_talk.SAY_WHAT}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Drawing:
-    """How the pictures of a turn are drawn; see `InterleavedPipeline.turn`."""
-
-    seed: int
-    steps: int
-    scale: float
-    max_words: int
-    strict: bool | None
-    best_of: int
 
 
 class InterleavedPipeline(ImageEditPipeline):
@@ -167,7 +152,7 @@ class InterleavedPipeline(ImageEditPipeline):
         now = conversation.copy()
         scale = self.default_guidance[0] if guidance_scale is None else guidance_scale
         check_best_of(best_of, None)
-        how = _Drawing(seed=seed, steps=steps, scale=scale, max_words=max_words, strict=strict, best_of=best_of)
+        how = TurnDrawing(seed=seed, steps=steps, scale=scale, max_words=max_words, strict=strict, best_of=best_of)
         if picture is not None:
             _warn_if_full(now.add(self._given(picture)))
         intent = intent_of(words, now.last is not None, added_names(self.text_tokenizer))
@@ -191,7 +176,7 @@ class InterleavedPipeline(ImageEditPipeline):
             out.append((detokenize(text), drawn))
         return out
 
-    def _reply(self, now: Conversation, intent: Intent, how: _Drawing) -> Iterator[Event]:
+    def _reply(self, now: Conversation, intent: Intent, how: TurnDrawing) -> Iterator[Event]:
         """The events of a turn; changes `now`."""
         if intent.kind == "draw":
             yield from self._draw_new(now, intent.words, how)
@@ -206,7 +191,7 @@ class InterleavedPipeline(ImageEditPipeline):
         else:
             yield from said(intent.reply)
 
-    def _draw_new(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
+    def _draw_new(self, now: Conversation, words: str, how: TurnDrawing) -> Iterator[Event]:
         """Draws a new picture, as `TextToImagePipeline` does; "..., then add a dog" changes it after that."""
         first, *changes = steps_of(words, drawn=True)
         read = lexicon.read(first, names=added_names(self.text_tokenizer))
@@ -215,13 +200,13 @@ class InterleavedPipeline(ImageEditPipeline):
             return
         (prompt,) = check_prompts([first], self.text_tokenizer, strict=False)
         branches = text_branches(self._encode([prompt]), self._encode([""]), how.scale)
-        yield from self._drawn(now, branches, how, self._asked([prompt], asked_of)[0])
+        yield from self._drawn(now, branches, how, prompt, self._asked([prompt], asked_of)[0])
         named = clause_of(first.lower(), added_names(self.text_tokenizer)).things
         now.drawn, now.topic = first, named[0].name if named else None
         for change in changes:
             yield from self._edit_last(now, change, how)
 
-    def _edit_last(self, now: Conversation, words: str, how: _Drawing) -> Iterator[Event]:
+    def _edit_last(self, now: Conversation, words: str, how: TurnDrawing) -> Iterator[Event]:
         """Changes the last picture step by step, or says why that is not possible; then none of the steps is made."""
         names = added_names(self.text_tokenizer)
         found = lexicon.read(words, "edit", names)
@@ -250,7 +235,8 @@ class InterleavedPipeline(ImageEditPipeline):
                     return
             (instruction,) = check_prompts([change.words], self.text_tokenizer, "edit")
             branches = self._change_branches(instruction, source, how.scale)
-            yield from self._drawn(now, branches, how, self._asked([instruction], asked_of_change)[0])
+            asked = self._asked([instruction], asked_of_change)[0]
+            yield from self._drawn(now, branches, how, instruction, asked)
             now.topic = change.topic
 
     def _undo(self, now: Conversation) -> Iterator[Event]:
@@ -263,39 +249,15 @@ class InterleavedPipeline(ImageEditPipeline):
         yield Event(kind="picture", picture=self._decode(before.latents, "pil")[0], seed=before.seed)
 
     def _drawn(
-        self, now: Conversation, branches: GuidanceBranches, how: _Drawing, asked: Asked | None
-    ) -> Iterator[Event]:  # fmt: skip
+        self, now: Conversation, branches: GuidanceBranches, how: TurnDrawing, words: str, asked: Asked | None
+    ) -> Iterator[Event]:
         """Draws a picture, again while it lacks what was asked for, and adds it to the conversation."""
         seed = how.seed + now.pictures
         seed -= (MAX_SEED + 1) * (how.seed <= MAX_SEED < seed)  # a PNG's settings hold no larger one
-        latents = yield from self._try(branches, seed, how)
-        if how.best_of > 1:
-            check = self._checker([asked])
-            [least] = check([0], latents)
-            for k in range(1, how.best_of):
-                if least is None or not least.wrong:
-                    break
-                drawn = yield from self._try(branches, seed_of_try(seed, k), how)
-                [found] = check([0], drawn)
-                if found is not None and found.wrong < least.wrong:
-                    latents, least = drawn, found
-            _warn_of_missing(least)
+        latents = yield from drawn_for_turn(self, branches, seed, how, words, asked)
         now.pictures += 1
         _warn_if_full(now.add(Shown(latents=latents, tokens=self._latent_tokens(latents), seed=seed)))
         yield Event(kind="picture", picture=self._decode(latents, "pil")[0], seed=seed)
-
-    def _try(
-        self, branches: GuidanceBranches, seed: int, how: _Drawing
-    ) -> Generator[Event, None, torch.Tensor]:  # fmt: skip
-        """Draws latents (1, C, H, W) from a seed."""
-        generators = picture_generators(torch.Generator().manual_seed(seed), 1)
-        noise = self.prepare_latents(generators, None)
-        with self._new_run(guidance_scale=how.scale) as run_:
-            parts = DrawingParts(
-                trunk=self.trunk, generators=generators, branches=branches, steps=how.steps, run=run_,
-                on_step=run_.step_callback(self, None, ()),
-            )  # fmt: skip
-            return (yield from as_events(flow_steps(parts, self.velocity_decoder, noise), how.steps))
 
     def _given(self, picture: Any) -> Shown:
         """A picture of the user."""
@@ -347,18 +309,6 @@ class InterleavedPipeline(ImageEditPipeline):
     def _ask(self, shown: Shown, questions: Sequence[str], max_words: int) -> list[str]:
         """The model's own answers to questions about one picture."""
         return self._ask_about(shown.tokens, questions, max_words)
-
-
-def _warn_of_missing(found: Shortfall | None) -> None:
-    """Says what a picture that was drawn with `best_of` lacks, by the model's own reading, or that none was checked."""
-    if found is None:
-        warnings.warn(
-            "best_of: the words are not read in full, or name what the model was erased of, so the picture was drawn "
-            "once, unchecked",
-            stacklevel=4,
-        )
-    elif found.missing:
-        warnings.warn(f"the model does not see in its picture: {', '.join(found.missing)}", stacklevel=4)
 
 
 def _warn_if_full(full: bool) -> None:

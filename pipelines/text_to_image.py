@@ -33,7 +33,7 @@ from mm.models.codes import CodeHead
 from mm.models.trunk import MODES, Trunk
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.batch_parts import joined, parts_of
-from mm.pipelines.best_of import check_best_of
+from mm.pipelines.best_of import check_best_of, unchecked_output
 from mm.pipelines.code_filling import code_filling
 from mm.pipelines.drawing_arguments import (
     check_callback_tensors,
@@ -246,7 +246,7 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
             strict: True refuses a prompt with words that are not understood, None one of which no thing is known,
                 before anything is drawn; False draws all.
             best_of: The most times that a picture is drawn, until the model itself reads in it what the prompt asks for
-                (`mm.pipelines.best_of`); the output then has `tries`, `right` and `missing` as well.
+                (`mm.pipelines.best_of`); the output then has `tries`, `right`, `missing` and `steps` as well.
             fast: Less work a picture (docs/fast.md): True is the measured mix, a mapping names single settings of
                 `mm.pipelines.fast`. In codes mode pictures are checked as with `best_of`, if the model can read.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 16, 8, 8).
@@ -258,7 +258,7 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
             callback_on_step_end_tensor_inputs: The tensors it wants; "latents" is there.
 
         Returns:
-            ImagePipelineOutput (a `CheckedOutput` where pictures were checked), or a tuple.
+            ImagePipelineOutput (a `CheckedOutput` with `best_of` or `fast` in codes mode), or a tuple.
 
         Raises:
             UserError: For anything that cannot be drawn. Unknown words give a warning.
@@ -297,9 +297,9 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, height=height, width=width,
             )  # fmt: skip
             return found if return_dict else (found.images,)
+        unchecked = isinstance(less, FastCodes) and less.tries > 1
         if isinstance(less, FastCodes):
-            less = less.of_one(checked=False)
-            steps = less.steps if plan.own is None else steps
+            less, steps = less.of_one(checked=False), plan.steps(steps, checked=False)
         generators = picture_generators(generator, given.pictures)
         noise = self.prepare_latents(generators, latents) if mode == "flow" else None
         with (
@@ -320,7 +320,9 @@ class TextToImagePipeline(RunStateMixin, SelfCheckMixin, SharedFolderMixin, Diff
 
         pictures: Any = joined(done)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        if not return_dict:
+            return (pictures,)
+        return unchecked_output(pictures, given.pictures, steps) if unchecked else ImagePipelineOutput(images=pictures)
 
     def _draw_latents(self, noise: torch.Tensor | None, parts: DrawingParts) -> torch.Tensor:
         """Latents (B, C, H, W): along the flow from `noise`, or in codes where that is None."""

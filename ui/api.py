@@ -74,9 +74,11 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         fast: bool = False,
         best_of: int = 1,
         strict: bool = False,
-        apart: bool = False,
+        apart: bool | dict[str, str] = False,
     ) -> Iterator[Pictures]:
         """Draws pictures from a prompt; what is left out is the model's default.
+
+        apart: true, or known things by the words in whose place they are drawn first, such as {"<mug>": "cup"}.
 
         Returns the files so far, and "settings" of each, "notices" and the "state".
         """

@@ -72,6 +72,10 @@ def sampling_fields(can: Capabilities, *, sized: bool, words: Sequence[str] = ()
         )  # fmt: skip
     if sized and words:
         fields["apart"] = gr.Checkbox(False, label=f"Apart: {', '.join(words)} each in a place of its own")
+        fields["stand_ins"] = gr.Textbox(
+            label="Stand-ins: known things that are drawn in these places first, for Apart",
+            placeholder=", ".join(f"{word}=cup" for word in words[:1]), max_length=MAX_PROMPT, lines=1,
+        )  # fmt: skip
     if can.strict:
         fields["strict"] = gr.Checkbox(False, label="Strict: refuse words that the model does not know")
     if can.negative and not can.negative_needs:
@@ -84,10 +88,23 @@ def sampling_fields(can: Capabilities, *, sized: bool, words: Sequence[str] = ()
     return fields
 
 
+def usual_steps(can: Capabilities, mode: str | None, fast: object) -> int | None:
+    """The steps of a drawing by a model's own default, or those of the mix of less work."""
+    return can.steps_of(Draw(prompt="any", mode=mode or None, fast=bool(fast)))
+
+
 def follow_mode(fields: Fields, can: Capabilities) -> None:
-    """Sets the steps to the default of a mode when that is chosen."""
-    if "mode" in fields:
-        fields["mode"].input(lambda mode: can.steps.get(mode), fields["mode"], fields["steps"], **AT_ONCE)
+    """Sets the steps to those of a mode, or of the mix of less work, when these are chosen."""
+    fewer = any(usual_steps(can, mode, fast=True) != usual_steps(can, mode, fast=False) for mode in can.modes)
+    names = [name for name in ("mode", *(["fast"] if fewer else [])) if name in fields]
+
+    def steps(*values: Any) -> int | None:
+        given = dict(zip(names, values, strict=True))
+        return usual_steps(can, given.get("mode"), given.get("fast"))
+
+    watched = [fields[name] for name in names]
+    for field in watched:
+        field.input(steps, watched, fields["steps"], **AT_ONCE)
 
 
 class DrawTab:
@@ -223,7 +240,7 @@ class DrawTab:
             "seed": "" if asked.seed is None else str(asked.seed), "steps": self.can.steps_of(asked),
             "guidance": self.can.guidance_of(asked), "mode": self.can.mode(asked), "scheduler": asked.scheduler or "",
             "fast": asked.fast is not False, "best_of": asked.best_of, "strict": bool(asked.strict),
-            "apart": asked.apart is not False,
+            "apart": asked.apart is not False, "stand_ins": _written(asked),
         }  # fmt: skip
         return [values.get(name, gr.skip()) for name in self.fields]
 
@@ -253,14 +270,19 @@ def without_field(asked: Draw, can: Capabilities, fields: Collection[str]) -> li
     notes = []
     if asked.apart is not False and "apart" not in fields:
         notes.append("it was drawn apart; start the page with its adapters (--lora) for that")
-    elif isinstance(asked.apart, Mapping) and asked.apart:
-        things = ", ".join(f"{word}={thing}" for word, thing in asked.apart.items())
-        notes.append(f"it was drawn with the stand-ins {things}; the page takes those that the seed gives")
+    elif isinstance(asked.apart, Mapping) and any("," in thing for thing in asked.apart.values()):
+        notes.append(f"it was drawn with the stand-ins {_written(asked)}; the page's field cannot hold commas in them")
     if isinstance(asked.fast, Mapping) and can.fast_of(asked) != can.fast_of(replace(asked, fast=True)):
         notes.append("it was drawn with other settings of fast than those of the page")
     if asked.options:
         notes.append(f"it was drawn with options that the page does not take: {', '.join(asked.options)}")
     return notes
+
+
+def _written(asked: Draw) -> str:
+    """The stand-ins of a request as the field holds them."""
+    things = asked.apart if isinstance(asked.apart, Mapping) else {}
+    return ", ".join(f"{word}={thing}" for word, thing in things.items())
 
 
 def _alone(again: Again) -> Draw:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mm.core.errors import UserError, shown
 from mm.engine.capabilities import Capabilities
-from mm.engine.requests import Draw, Edit
+from mm.engine.requests import Draw, Edit, stand_ins
 from mm.ui.limits import MAX_AREA, MAX_COUNT, MAX_PROMPT, MAX_TRIES
 
 
@@ -83,6 +83,25 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def apart(chosen: object, written: object) -> bool | Mapping[str, str]:
+    """`Draw.apart`.
+
+    Args:
+        chosen: yes or no, or known things by word.
+        written: the field of known things, "WORD=THING, WORD=THING".
+
+    Raises:
+        UserError: for known things that no subject is drawn apart for, and those that are not written so.
+    """
+    if isinstance(chosen, Mapping):
+        return chosen
+    on, text = flag("apart", chosen), words("stand-ins", written, empty=True)
+    things = stand_ins((part for part in text.split(",") if part.strip()), "the field of stand-ins")
+    if things and not on:
+        raise UserError("stand-ins are given, and subjects are not drawn apart; choose Apart, or empty the field")
+    return things or on
+
+
 def choice(name: str, value: object) -> str | None:
     """A name; None and an empty text are none."""
     if value is None or value == "":
@@ -143,7 +162,7 @@ def draw_request(values: Mapping[str, Any], can: Capabilities) -> Draw:
         prompt=words("prompt", values.get("prompt")),
         negative=negative or None,
         size=size(values.get("width"), values.get("height"), can),
-        apart=flag("apart", values.get("apart")),
+        apart=apart(values.get("apart"), values.get("stand_ins")),
         **_sampling(values),
     )
 

@@ -21,6 +21,7 @@ from typing import Any
 from mm.core.checks import MAX_SEED, whole
 from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
+from mm.core.pictures import check_output_type
 from mm.core.safe_json import parse_json
 from mm.engine.requests import MAX_PROMPT, MAX_TRIES, size_in_pixels
 
@@ -98,6 +99,7 @@ class Generate:
         object.__setattr__(self, "lora", _files(self.lora))
         if not isinstance(self.options, dict) or not all(name.isidentifier() for name in self.options):
             raise UserError(f'options is {shown(self.options)}; give an object such as {{"clip_skip": 1}}')
+        check_output_type(self.options, file=True)
         if not isinstance(self.fast, bool | dict):
             raise UserError(f"fast is {shown(self.fast)}; give true, false, or an object of settings")
         if self.strict is not None and not isinstance(self.strict, bool):

@@ -13,7 +13,6 @@ Design choices:
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mm.batch.batches import Models, batches
 from mm.batch.checks import PromptCheck, warn_of_words
 from mm.batch.jobs import BadRow, Row, read_jobs
 from mm.batch.plan import Adapters, Plan, Planned
@@ -142,7 +142,7 @@ def run_jobs(
     if dry_run:
         return report
     bases = {} if base is None else {model: str(base)}
-    models = _Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
+    models = Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
     try:
         for batch in _loaded(models, missing, batch_size, on_drawing):
             _draw_batch(models, batch, store, report, stop)
@@ -224,53 +224,18 @@ def _refuse(missing: list[Planned], report: Report, stop: Callable[[], bool]) ->
 
 
 def _loaded(
-    models: _Models, missing: Sequence[Planned], size: int, on_drawing: Callable[[], None]
+    models: Models, missing: Sequence[Planned], size: int, on_drawing: Callable[[], None]
 ) -> Iterator[list[Planned]]:  # fmt: skip
     """The pictures of each call, once the first model is loaded."""
-    batches = list(_batches(missing, size))
-    if batches:
+    found = list(batches(missing, size))
+    if found:
         with suppress(UserError):  # adapters of this row that do not fit: they fail their own pictures
-            models.get(batches[0][0])
+            models.get(found[0][0])
         on_drawing()
-    yield from batches
+    yield from found
 
 
-def _batches(missing: Iterable[Planned], size: int) -> Iterator[list[Planned]]:
-    """Pictures that can share a call together, whichever rows they come from; those of a model stand together.
-
-    A picture that is drawn until it is right has a call of its own, so that its record says what it lacks.
-    """
-    models: dict[tuple[str, Adapters], dict[tuple[Any, ...], list[Planned]]] = {}
-    for one in missing:
-        groups = models.setdefault((one.model, one.adapters), defaultdict(list))
-        groups[one.key].append(one)
-    for _, groups in sorted(models.items(), key=lambda entry: entry[0][0]):  # stable: one model after the other
-        for group in groups.values():
-            most = size if group[0].draft.best_of == 1 else 1
-            for start in range(0, len(group), most):
-                yield group[start : start + most]
-
-
-class _Models:
-    """Loads a model when its first picture is drawn; adapters go on and come off without loading it again."""
-
-    def __init__(self, load: Callable[[str], Engine]) -> None:
-        self.load, self.name = load, ""
-        self.adapters: Adapters = ()
-        self.engine: Any = None
-
-    def get(self, one: Planned) -> Engine:
-        if self.engine is None or self.name != one.model:
-            self.engine = None  # the model before is let go first
-            self.engine, self.name, self.adapters = self.load(one.model), one.model, ()
-        if self.adapters != one.adapters:
-            self.adapters = ()
-            self.engine.set_adapters(one.adapters)
-            self.adapters = one.adapters
-        return self.engine
-
-
-def _draw_batch(models: _Models, batch: list[Planned], store: Store, report: Report, stop: Callable[[], bool]) -> None:
+def _draw_batch(models: Models, batch: list[Planned], store: Store, report: Report, stop: Callable[[], bool]) -> None:
     """Draws and keeps pictures that share a call; whatever cannot be drawn is kept as failed."""
     ready: list[tuple[Planned, list[str]]] = []
     try:
@@ -304,7 +269,8 @@ def _draw_batch(models: _Models, batch: list[Planned], store: Store, report: Rep
     for (one, notes), event in zip(ready, drawn, strict=True):
         if stop():
             raise _StoppedError
-        settings = event.settings | {key: value for key, value in one.picture.settings.items() if key != "task"}
+        drawn_with = {"task", "steps"}  # the steps are those of this picture, the record's those of the row
+        settings = event.settings | {key: value for key, value in one.picture.settings.items() if key not in drawn_with}
         try:
             data = png_bytes(event.picture, settings)
         except UserError as error:  # an output_type of another kind: one row must not end the run

@@ -10,7 +10,7 @@ from mm.cli import options as shared
 from mm.cli.running import follow, say
 from mm.core.errors import UserError
 from mm.core.files import check_folder
-from mm.core.pictures import read_picture
+from mm.core.pictures import check_output_type, read_picture
 from mm.engine import output
 from mm.engine.events import Picture
 from mm.engine.prompts import has_wildcards
@@ -50,6 +50,7 @@ def run(job: Job) -> None:
     Raises:
         UserError: for options that do not fit together, files that are not there, or what the model cannot do.
     """
+    check_output_type(job.changes.get("options", {}), file=True)
     if job.like is None and "prompt" not in job.changes:
         raise UserError("there is no prompt; say in words what to draw, or give --like PICTURE")
     lines_of = wildcard_files(job.wildcards) if job.wildcards is not None else None

@@ -48,7 +48,7 @@ def edit(
 ) -> None:
     """Changes a picture by an instruction. Exit code 3: the result is the source, so nothing was changed."""
     from mm.cli.running import follow, say
-    from mm.core.pictures import read_picture
+    from mm.core.pictures import check_output_type, read_picture
     from mm.engine import output
     from mm.engine.changes import unchanged
     from mm.engine.events import Picture
@@ -62,6 +62,7 @@ def edit(
         "mode": mode.value if mode else None, "size": shared.size(size), "options": shared.settings(more),
         "best_of": best_of or 1, "strict": strict, "fast": shared.fast(fast, fast_set) or False,
     }  # fmt: skip
+    check_output_type(given["options"], file=True)
     Edit(**given)  # wrong values fail before a model is loaded
     loading = shared.Loading(model=model, base=base, bits=bits, adapters=lora, offload=offload, dtype=dtype)
     engine = loading.engine()

@@ -231,15 +231,11 @@ def given(context: typer.Context, *names: str) -> list[str]:
 
 def apart(chosen: bool, given: list[str] | None) -> bool | dict[str, str] | None:
     """`Draw.apart` of --apart and --stand-in, each of which suffices; None where neither is given."""
-    things: dict[str, str] = {}
-    for text in given or ():
-        word, _, thing = text.partition("=")
-        if not word or not thing:
-            raise UserError(f"--stand-in is {text!r}; give a word and a thing, for example '<mug>=cup'")
-        if word in things:
-            raise UserError(f"--stand-in is given twice for {word}; one thing stands in for it")
-        things[word] = thing
-    return things or chosen or None
+    if not given:
+        return chosen or None
+    from mm.engine.requests import stand_ins
+
+    return stand_ins(given, "--stand-in")
 
 
 def fast(chosen: bool, given: list[str] | None) -> bool | dict[str, Any] | None:

@@ -11,17 +11,34 @@ from __future__ import annotations
 import os
 import struct
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
-from mm.core.errors import UserError
+from mm.core.errors import UserError, shown
 from mm.core.files import open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")  # in which pipelines give their pictures
 MAX_PIXELS = 50_000_000  # 4 bytes each once decoded, and up to four copies while transparency is taken out
 MAX_FRAMES = 1000
 MAX_BYTES = 256 << 20
+
+
+def check_output_type(options: Mapping[str, Any], *, file: bool = False) -> None:
+    """Raises UserError for an `output_type` in a pipeline's options that none gives.
+
+    Args:
+        options: of a call, by name.
+        file: whether the pictures go into files, which hold PIL pictures alone.
+    """
+    given = options.get("output_type", "pil")
+    if file and given != "pil":
+        raise UserError(f"output_type is {shown(given)}, and files hold PIL pictures alone; leave it out")
+    if given not in OUTPUT_TYPES:
+        raise UserError(f"output_type is {shown(given)}; give {', '.join(OUTPUT_TYPES)}, or leave it out")
 
 
 def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FORMATS) -> Image.Image:

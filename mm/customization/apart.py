@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -34,12 +34,33 @@ from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.checks import shown
 from mm.core.errors import UserError
-from mm.customization.apart_base import Base, Call, OnLatents, Subjects, at_size_of, base_picture
+from mm.customization.apart_base import Base, Call, OnLatents, Subjects, at_size_of, base_picture, things_of
 from mm.customization.objectives.protocol import Objective, objective_of
-from mm.customization.places import Box, are_apart, differences, in_whole, share_inside
+from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
 
+# Options of a pipeline's call that have no place here, with the value that says what is done anyway.
+_OF_NO_USE = {
+    "callback_on_step_end": None, "output_type": "pil", "generator": None, "latents": None, "num_images_per_prompt": 1,
+    "best_of": 1,
+}  # fmt: skip
 _TRIES = 4  # pictures of the base, until its things are apart and each subject is seen in its place
 _SEEN = 0.5  # share of a word's effect that lies in its subject's place
+
+
+class Named(Protocol):
+    """A patch on a model, or a file of one."""
+
+    @property
+    def name(self) -> str:
+        """Of the patch."""
+
+    @property
+    def word(self) -> str:
+        """What its subject is called; "" where it does not say."""
+
+    @property
+    def scale(self) -> float:
+        """How strongly it acts."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +103,7 @@ def draw_apart(
     takes = inspect.signature(type(pipe).__call__).parameters
     if "callback_on_step_end" not in takes:
         raise UserError(f"{type(pipe).__name__} has no step callback, by which adapters are kept apart")
-    check_options(pipe, options)
+    check_options(getattr(pipe, "modes", ()), options)
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
@@ -94,35 +115,56 @@ def draw_apart(
         for patch in adapters:
             patch.apply(pipe)
             stack.callback(patch.undo, pipe)
-        words = words_on(pipe)
+        words = words_of(stack_of(pipe).list())
         asked = Subjects(prompt=prompt, words=tuple(words), seed=seed, stand_ins=stand_ins or {})
         return compose(pipe, asked, call, words)
 
 
-def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
-    """Raises UserError for options of a pipeline's call with which adapters cannot be kept apart."""
-    for name in ("callback_on_step_end", "output_type", "generator", "latents", "num_images_per_prompt", "best_of"):
-        if options.get(name) not in (None, 1):
+def check_options(modes: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raises UserError for options of a pipeline's call with which adapters cannot be kept apart.
+
+    Args:
+        modes: of the pipeline, the first one being that in which they can.
+        options: of the call, by name.
+    """
+    for name, usual in _OF_NO_USE.items():
+        if options.get(name) is not None and options[name] is not usual:
             raise UserError(f"{name} is of no use for pictures that are drawn apart; leave it out")
-    modes = getattr(pipe, "modes", ())
     if options.get("mode") not in (None, *modes[:1]):
         wanted = f"the mode {modes[0]}" if modes else "no mode"
         raise UserError(f"mode is {shown(options['mode'])}; adapters are kept apart in {wanted} only")
 
 
-def words_on(pipe: Any) -> dict[str, str]:
-    """The names of the patches on a pipeline that say what their subject is called, by that word.
+def words_of(patches: Iterable[Named]) -> dict[str, str]:
+    """The names of the patches that say what their subject is called, by that word.
 
     Raises:
         UserError: where two have the same word.
     """
     found: dict[str, str] = {}
-    for item in stack_of(pipe).list():
+    for item in patches:
         if item.word in found:
             raise UserError(f"the adapters {found[item.word]!r} and {item.name!r} have the same word {item.word}")
         if item.word:
             found[item.word] = item.name
     return found
+
+
+def check_apart(objective: Objective, asked: Subjects, patches: Iterable[Named]) -> None:
+    """Raises UserError for what cannot be drawn apart, as far as it is known before anything is drawn.
+
+    Args:
+        objective: of the pipeline.
+        asked: what to draw.
+        patches: on the pipeline.
+    """
+    for item in patches:
+        if item.scale == 0 and item.word in asked.words:
+            raise UserError(
+                f"the adapter {item.name!r} has a scale of 0, so that {item.word} would not be drawn; give a scale"
+            )
+    middle_levels(objective)
+    things_of(objective, asked, 0)
 
 
 def step_callback(on_latents: OnLatents) -> Callable[..., dict[str, Any]]:
@@ -159,15 +201,11 @@ def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) ->
         words: names of the patches, by word.
 
     Raises:
-        UserError: where the adapter of a subject does not act, and as `draw_apart`.
+        UserError: as `check_apart` and `draw_apart`.
     """
     objective = objective_of(pipe)
+    check_apart(objective, asked, stack_of(pipe).list())
     patches = [words[word] for word in asked.words]
-    for item in stack_of(pipe).list():
-        if item.scale == 0 and item.name in patches:
-            raise UserError(
-                f"the adapter {item.name!r} has a scale of 0, so that {item.word} would not be drawn; give a scale"
-            )
     best, shares = None, [-1.0]
     for number in range(_TRIES):
         with _only(pipe, patches, None):
@@ -175,7 +213,9 @@ def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) ->
         if not are_apart(list(base.places.values())) and (best is not None or number + 1 < _TRIES):
             continue
         picture = _with_subjects(pipe, asked, base, call, words)
-        found = [_seen(objective, pipe, asked, base, picture, word, words) for word in asked.words]
+        with _only(pipe, patches, None):
+            noised = Noised.of(at_size_of(objective, picture), picture)
+        found = [_seen(pipe, asked, base, noised, word, words) for word in asked.words]
         if min(found) > min(shares):
             best, shares = _output(asked, base, picture), found
         if min(shares) >= _SEEN:
@@ -201,10 +241,10 @@ def _with_subjects(
     """The base's picture, with each subject drawn by its adapter."""
     picture = base.picture
     kept: list[Tensor] = []  # each subject's own latents at the last step
+    inside = base.masks(base.latents[0])
     for number, word in enumerate(asked.words):
 
         def outside_from_base(step: int, latents: Tensor, number: int = number) -> Tensor:
-            inside = base.masks(latents)
             mine = torch.where(inside[number], latents, base.latents[step].to(latents))
             if step + 1 < len(base.latents):
                 return mine
@@ -221,14 +261,13 @@ def _with_subjects(
 
 
 def _seen(
-    objective: Objective, pipe: Any, asked: Subjects, base: Base, picture: Image.Image, word: str,
-    words: Mapping[str, str],
+    pipe: Any, asked: Subjects, base: Base, noised: Noised, word: str, words: Mapping[str, str]
 ) -> float:  # fmt: skip
     """Share of what a subject's word makes its adapter predict otherwise that lies in the subject's place."""
     others = base.without(word)
     with _only(pipe, [words[each] for each in asked.words], words[word]):
-        found_HW = differences(
-            at_size_of(objective, picture), picture, asked.read_with(others),
-            asked.read_with(others | {word: base.other}),
+        found_HW = between(
+            noised.predictions(asked.read_with(others)),
+            noised.predictions(asked.read_with(others | {word: base.other})),
         )  # fmt: skip
     return share_inside(found_HW, base.places[word])

@@ -21,7 +21,7 @@ from mm.core.nouns import counted, with_article
 from mm.customization.batches import hash_of
 from mm.customization.captions import names, pattern_of
 from mm.customization.objectives.protocol import Objective, objective_of
-from mm.customization.places import Box, cells_of, drawn_box, in_whole
+from mm.customization.places import Box, Noised, between, box_of, cells_of, in_whole
 
 OnLatents = Callable[[int, Tensor], Tensor | None]  # step from 0 and latents; gives those to go on with
 Call = Callable[[str, int, OnLatents], Image.Image]  # prompt, seed
@@ -137,15 +137,14 @@ def _grid(latents: Tensor, picture: Image.Image) -> tuple[int, int]:
 def base_picture(objective: Objective, asked: Subjects, call: Call, number: int) -> Base:
     """The picture of the base in a try."""
     seed = asked.seed if not number else hash_of(asked.seed, number) % (MAX_SEED + 1)
-    things, other = _things(objective, asked, number)
+    things, other = things_of(objective, asked, number)
     latents: list[Tensor] = []
     picture = call(asked.prompt_with(things), seed, lambda step, given: latents.append(given.clone()))
     if not latents:
         raise UserError(
             f"{type(objective.pipe).__name__} gives no latents to a step callback; adapters cannot be kept apart"
         )
-    objective = at_size_of(objective, picture)
-    places = {word: _place(objective, asked, picture, things, word, other) for word in asked.words}
+    places = _places(at_size_of(objective, picture), asked, picture, things, other)
     return Base(picture=picture, latents=latents, seed=seed, things=things, other=other, places=places)
 
 
@@ -155,8 +154,12 @@ def at_size_of(objective: Objective, picture: Image.Image) -> Objective:
     return objective if side == objective.side else objective_of(objective.pipe, side)
 
 
-def _things(objective: Objective, asked: Subjects, number: int) -> tuple[dict[str, str], str]:
-    """What stands in for each word in a try, and one more thing, by which the others are found."""
+def things_of(objective: Objective, asked: Subjects, number: int) -> tuple[dict[str, str], str]:
+    """What stands in for each word in a try, and one more thing, by which the others are found.
+
+    Raises:
+        UserError: where the base knows too few things that are not in the prompt.
+    """
     rng = random.Random(f"apart {asked.seed} {number}")
     given = [thing.lower() for thing in asked.stand_ins.values()]
     free = [noun for noun in objective.known_nouns() if not _named(asked.prompt, noun) and noun.lower() not in given]
@@ -177,8 +180,14 @@ def _named(prompt: str, noun: str) -> bool:
     return any(names(prompt, each) for each in (noun, *several))
 
 
-def _place(
-    objective: Objective, asked: Subjects, picture: Image.Image, things: dict[str, str], word: str, other: str
-) -> Box:
-    """Where what stands in for a word is: where the base would draw otherwise for another thing."""
-    return drawn_box(objective, picture, asked.read_with(things), asked.read_with(things | {word: other}))
+def _places(
+    objective: Objective, asked: Subjects, picture: Image.Image, things: dict[str, str], other: str
+) -> dict[str, Box]:  # fmt: skip
+    """Where what stands in for each word is: where the base would draw otherwise for another thing."""
+    noised = Noised.of(objective, picture)
+    plain = noised.predictions(asked.read_with(things))
+    found = {}
+    for word in asked.words:
+        otherwise = noised.predictions(asked.read_with(things | {word: other}))
+        found[word] = box_of(between(plain, otherwise))
+    return found

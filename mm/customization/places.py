@@ -5,7 +5,7 @@ Design choices
   2210.11427), and an unknown subject where the base's prediction is wrong. A mask of the user's says it better, and is
   used where there is one.
 
-Legend: C channels, H x W latents.
+Legend: B noise levels, C channels, H x W latents.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mm.customization.data import Example, to_tensor
 from mm.customization.objectives.protocol import Objective
 
 _LEVELS = 8  # noise levels, of which the middle ones are used
+_NOISES = 2
 _INSIDE = 0.4  # of the highest value, from which a cell belongs to a box
 _LARGEST = 0.45  # area of a thing beside another one
 _SHARED = 0.2  # of the smaller box, that two things may share
@@ -113,40 +114,65 @@ def subject_box(objective: Objective, example: Example, name: str, noun: str) ->
             width, height = example.mask.size
             left, top, right, bottom = found
             return Box(left=left / width, top=top / height, right=right / width, bottom=bottom / height)
-    return box_of(differences(objective, example.picture, renamed(example.caption, name, noun), None))
+    noised = Noised.of(objective, example.picture)
+    return box_of(between(noised.predictions(renamed(example.caption, name, noun)), noised.targets()))
 
 
 def drawn_box(objective: Objective, picture: Image.Image, caption: str, other: str) -> Box:
     """Where what a caption names is: where the base's predictions for it and for another caption differ."""
-    return box_of(differences(objective, picture, caption, other))
+    noised = Noised.of(objective, picture)
+    return box_of(between(noised.predictions(caption), noised.predictions(other)))
 
 
-@torch.no_grad()
-def differences(objective: Objective, picture: Image.Image, caption: str, other: str | None) -> Tensor:
-    """Mean squares (H, W), at the middle noise levels, of the differences between two predictions.
+def middle_levels(objective: Objective) -> Tensor:
+    """The noise levels at which predictions are compared. Raises UserError for a scheduler that has none."""
+    return objective.fixed_levels(_LEVELS)[_LEVELS // 4 : 3 * _LEVELS // 4]
 
-    Args:
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Noised:
+    """A picture with several noises, each at the middle noise levels: what predictions about it are compared on.
+
+    Attributes:
         objective: of the model as it is.
-        picture: whose middle square is noised.
-        caption: of the first prediction.
-        other: of the second one; None: what is to be predicted, instead.
+        clean: latents of the picture's middle square, one row a level.
+        level_B: the levels.
+        noises: as many as there are predictions of a caption.
     """
-    clean = objective.encode_pictures(to_tensor(picture.convert("RGB"), objective.side)[None].to(objective.device))
-    level_B = objective.fixed_levels(_LEVELS)[_LEVELS // 4 : 3 * _LEVELS // 4].to(objective.device)
-    clean = clean.float().expand(len(level_B), *clean.shape[1:])
-    total = torch.zeros(clean.shape[-2:], device=clean.device)
-    first, second = (
-        None if text is None else objective.encode_prompts([text] * len(level_B)) for text in (caption, other)
-    )
-    for seed in range(2):
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
-        noisy = objective.noised(clean, noise, level_B)
-        given = objective.predict(noisy, level_B, first)
-        if other is None:
-            wanted = objective.target(clean, noise, level_B)
-        else:
-            wanted = objective.predict(noisy, level_B, second)
-        total += (given - wanted).square().mean((0, 1))
+
+    objective: Objective
+    clean: Tensor
+    level_B: Tensor
+    noises: tuple[Tensor, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, objective: Objective, picture: Image.Image) -> Noised:
+        """The middle square of a picture, encoded once."""
+        clean = objective.encode_pictures(to_tensor(picture.convert("RGB"), objective.side)[None].to(objective.device))
+        level_B = middle_levels(objective).to(objective.device)
+        clean = clean.float().expand(len(level_B), *clean.shape[1:])
+        generators = (torch.Generator().manual_seed(seed) for seed in range(_NOISES))
+        noises = tuple(torch.randn(clean.shape, generator=generator).to(clean) for generator in generators)
+        return cls(objective=objective, clean=clean, level_B=level_B, noises=noises)
+
+    @torch.no_grad()
+    def predictions(self, caption: str) -> list[Tensor]:
+        """What the model predicts under a caption, (B, C, H, W) a noise."""
+        read = self.objective.encode_prompts([caption] * len(self.level_B))
+        noisy = (self.objective.noised(self.clean, noise, self.level_B) for noise in self.noises)
+        return [self.objective.predict(each, self.level_B, read) for each in noisy]
+
+    def targets(self) -> list[Tensor]:
+        """What is to be predicted, (B, C, H, W) a noise."""
+        return [self.objective.target(self.clean, noise, self.level_B) for noise in self.noises]
+
+
+def between(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Mean squares (H, W) of the differences between predictions, summed over noises."""
+    total = torch.zeros(first[0].shape[-2:], device=first[0].device)
+    for one, other in zip(first, second, strict=True):
+        total += (one - other).square().mean((0, 1))
     return total.cpu()
 
 

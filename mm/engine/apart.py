@@ -7,13 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mm.customization.apart import check_options, compose, step_callback, words_on
+from mm.adapters.stack import stack_of
+from mm.customization.apart import compose, step_callback, words_of
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.engine import calls
 from mm.engine.events import CancelToken
 from mm.engine.faster import less_work
 from mm.engine.requests import Draw
 from mm.engine.weighting import applies_weights, plain_text, weighed
+
+
+def stand_ins_of(request: Draw) -> Mapping[str, str]:
+    """The known things that a request names, by word."""
+    return request.apart if isinstance(request.apart, Mapping) else {}
 
 
 def draw_apart(
@@ -34,15 +40,14 @@ def draw_apart(
     Raises:
         UserError: where adapters cannot be kept apart here (`mm.customization.apart`).
     """
-    check_options(view, request.options)
-    words = words_on(view)
-    stand_ins = request.apart if isinstance(request.apart, Mapping) else {}
+    words = words_of(stack_of(view).list())
     plain = weighed(copy.copy(view), arguments)  # warns once, in the words of the request
     if not applies_weights(view):
         arguments = {**arguments, **plain}
         request = replace(request, prompt=plain_text(request.prompt))
     asked = Subjects(
-        prompt=request.prompt, words=tuple(words), seed=request.seed or 0, stand_ins=stand_ins, read=plain_text
+        prompt=request.prompt, words=tuple(words), seed=request.seed or 0, stand_ins=stand_ins_of(request),
+        read=plain_text,
     )  # fmt: skip
     runs = 1 + len(asked.words)
     done = 0
@@ -57,7 +62,7 @@ def draw_apart(
             picture = calls.draw(
                 own, given | weighed(own, given), [seed], steps=steps, cancel=cancel,
                 on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total),
-            )[0]  # fmt: skip
+            )[0].picture  # fmt: skip
         done = number + 1
         return picture
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
     from mm.adapters.formats import read_lora
     from mm.adapters.patch import Patch
     from mm.adapters.patch_file import META
+    from mm.adapters.stack import stack_of
     from mm.core.safe_tensors import read_header
 
     path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
@@ -86,9 +87,9 @@ def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
         raise UserError(f"there is no adapter file {path}")
     if META in read_header(file, "adapter").metadata:
         patch = Patch.load(file)
-        patch = dataclasses.replace(patch, name=_free_name(pipe, patch.name))
+        patch = dataclasses.replace(patch, name=free_name(stack_of(pipe).names(), patch.name))
     else:
-        patch = read_lora(file, pipe, name=_free_name(pipe, file.stem))
+        patch = read_lora(file, pipe, name=free_name(stack_of(pipe).names(), file.stem))
     layers = patch.apply(pipe, scale).layers
     return patch.name, f"{file.name}: {layers} of {counted(layers, 'layer')}, scale {scale:g}"
 
@@ -144,9 +145,6 @@ def facts_of(adapters: Sequence[str | Path | Adapter]) -> dict[str, Any]:
     return {"adapters": [{"file": str(path), "scale": float(scale)} for path, scale in pairs]} if pairs else {}
 
 
-def _free_name(pipe: Any, name: str) -> str:
+def free_name(taken: Collection[str], name: str) -> str:
     """The name, with a number where an adapter of that name is there already."""
-    from mm.adapters.stack import stack_of
-
-    taken = set(stack_of(pipe).names())
     return next(made for k in range(1, 10_000) if (made := name if k == 1 else f"{name}-{k}") not in taken)

@@ -13,6 +13,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,18 @@ import torch
 from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.nouns import counted, with_article
+from mm.core.self_check import lacking, unchecked
 from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made:
+    """A picture, as the pipeline gives it, and its sampling steps where the pipeline itself decided on them."""
+
+    picture: Any
+    steps: int | None = None
+
 
 OnStep = Callable[[int, Any], None]  # number of the step from 0, and the latents where the pipeline offers them
 
@@ -34,7 +45,7 @@ def draw(
     steps: int | None,
     cancel: CancelToken,
     on_step: OnStep,
-) -> list[Any]:
+) -> list[Made]:
     """Calls a pipeline once for `len(seeds)` pictures.
 
     Args:
@@ -46,7 +57,7 @@ def draw(
         on_step: called after every step.
 
     Returns:
-        The pictures, as the pipeline gives them (PIL unless `output_type` says otherwise).
+        The pictures (PIL unless `output_type` says otherwise).
 
     Raises:
         RunCancelledError: once `cancel` says so.
@@ -57,7 +68,7 @@ def draw(
     check_arguments(type(view), takes, given)
     if len(seeds) > 1 and "num_images_per_prompt" not in takes and not isinstance(given.get("prompt"), list):
         alone = (draw(view, arguments, [seed], steps=steps, cancel=cancel, on_step=on_step) for seed in seeds)
-        return [image for images in alone for image in images]
+        return [made for each in alone for made in each]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if "generator" in takes:
         given["generator"] = generators if len(generators) > 1 else generators[0]
@@ -68,7 +79,9 @@ def draw(
     _watch(view, takes, given, cancel, on_step)
     output = _called(view, given)
     _warn_of_missing(output, given, seeds)
-    return list(images_of(output))
+    pictures = list(images_of(output))
+    steps_of_each = getattr(output, "steps", None) or [None] * len(pictures)
+    return [Made(picture=one, steps=own) for one, own in zip(pictures, steps_of_each, strict=True)]
 
 
 def check_arguments(kind: type, takes: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> None:
@@ -124,28 +137,22 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]) -> None:
-    """Says what pictures drawn with `best_of` lack, by the model's own reading, or that nothing was checked.
+    """Says what pictures lack by the model's own reading, or that nothing was checked where `best_of` asks for it.
 
-    Those that only `fast` checked are as likely to be right as others, which nothing checks: nothing is said of them.
+    Those that `fast` would have checked and could not are as likely to be right as others: nothing is said of them.
     """
-    if "best_of" not in given:
-        return
+    tries = given.get("best_of") or (given.get("fast") or {}).get("tries", 1)
     prompts: Any = given.get("prompt")
     each: list[str] = prompts if isinstance(prompts, list) else [str(prompts)] * len(seeds)
-    wrong: dict[str, list[str]] = {}
+    wrong: dict[str, list[tuple[int, Sequence[str]]]] = {}
     for prompt, seed, missing in zip(each, seeds, getattr(output, "missing", None) or (), strict=False):
         if missing:
-            wrong.setdefault(prompt, []).append(f"{', '.join(missing)} (seed {seed})")
-    for prompt, lacking in wrong.items():
-        tries = counted(given["best_of"], "try", "tries")
-        warnings.warn(f"{prompt!r}: the model does not see in any of {tries} {'; '.join(lacking)}", stacklevel=3)
+            wrong.setdefault(prompt, []).append((seed, missing))
+    for prompt, found in wrong.items():
+        warnings.warn(lacking(prompt, tries, found), stacklevel=3)
     right = zip(each, getattr(output, "right", None) or (), strict=False)
-    for prompt in dict.fromkeys(prompt for prompt, fine in right if fine is None):
-        warnings.warn(
-            f"best_of: {prompt!r} is not read in full, or names what the model was erased of, so its pictures were not "
-            "checked, and drawn once each",
-            stacklevel=3,
-        )
+    for prompt in dict.fromkeys(prompt for prompt, fine in right if fine is None and "best_of" in given):
+        warnings.warn(unchecked(prompt), stacklevel=3)
 
 
 def _watch(view: Any, takes: Mapping[str, Any], given: dict[str, Any], cancel: CancelToken, on_step: OnStep) -> None:

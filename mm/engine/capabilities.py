@@ -13,6 +13,7 @@ from typing import Any
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
+from mm.core.pictures import check_output_type
 from mm.engine.requests import Describe, Draw, Edit, Request, Sampling, Turn
 from mm.families.family import resolve
 from mm.families.sizes import check_size
@@ -100,6 +101,10 @@ class Capabilities:
         given = {} if isinstance(request.fast, bool) else dict(request.fast)
         return resolve(self.fast)(self.mode(request), given)
 
+    def tries_of(self, request: Sampling) -> int:
+        """The most times that a picture of a request is drawn: `best_of`, or those of `fast`."""
+        return request.best_of if request.best_of > 1 else (self.fast_of(request) or {}).get("tries", 1)
+
     def check(self, request: Request) -> None:
         """Raises UserError for what this model cannot do, naming the value and the allowed ones."""
         self._has(task_of(request))
@@ -124,6 +129,9 @@ class Capabilities:
             raise UserError(
                 f"mode is {shown(request.mode)}; {self.model} keeps adapters apart in the mode {self.modes[0]} only"
             )
+        from mm.customization.apart import check_options  # with torch, which capabilities need for nothing else
+
+        check_options(self.modes, request.options)
 
     def _has(self, task: str) -> None:
         if task not in self.tasks:
@@ -131,7 +139,8 @@ class Capabilities:
             raise UserError(f"{self.model} cannot {VERBS[task]}; it can: {can}")
 
     def _check_options(self, request: Sampling) -> None:
-        """Options under the pipeline's names must not contradict the request's own fields."""
+        """Options must be such as pipelines take, and must not contradict the request's own fields."""
+        check_output_type(request.options)
         names = _FIELDS | ({self.guidance_name: "guidance"} if self.guidance_name else {})
         for name in request.options:
             field = names.get(name, "")

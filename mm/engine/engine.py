@@ -246,11 +246,12 @@ class Engine:
             except RunCancelledError:
                 break
             batch = batch_of(together)
-            for k, (at, request, image) in enumerate(zip(places, together, made, strict=True)):
+            for k, (at, request, one) in enumerate(zip(places, together, made, strict=True)):
                 assert request.seed is not None
-                settings = settings_of(request, self.capabilities, self.name, request.seed, image) | self._facts
+                settings = settings_of(request, self.capabilities, self.name, request.seed, one.picture) | self._facts
+                settings |= {} if one.steps is None else {"steps": one.steps}
                 settings |= {"batch": [batch, k]} if batch > 1 else {}
-                emit(Picture(index=at, seed=request.seed, picture=image, settings=settings))
+                emit(Picture(index=at, seed=request.seed, picture=one.picture, settings=settings))
             finished += len(made)
         emit(Done(pictures=finished, cancelled=finished < len(requests)))
 
@@ -266,7 +267,7 @@ class Engine:
 
     def _call(
         self, requests: list[Draw | Edit], places: list[int], cancel: CancelToken, emit: Emit, previews: bool
-    ) -> list[Any]:
+    ) -> list[calls.Made]:
         if cancel.cancelled:  # while this run waited for its turn
             raise RunCancelledError
         can, first = self.capabilities, requests[0]
@@ -285,7 +286,8 @@ class Engine:
         seeds = [request.seed or 0 for request in requests]
         fast = can.fast_of(first)
         if isinstance(first, Draw) and first.apart is not False:
-            return [draw_apart(view, arguments, first, steps=steps, fast=fast, cancel=cancel, on_step=on_step)]
+            picture = draw_apart(view, arguments, first, steps=steps, fast=fast, cancel=cancel, on_step=on_step)
+            return [calls.Made(picture=picture)]
         with less_work(view, arguments, fast):
             arguments |= weighed(view, arguments)
             return calls.draw(view, arguments, seeds, steps=steps, cancel=cancel, on_step=on_step)

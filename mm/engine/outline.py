@@ -42,17 +42,23 @@ def _outline(folder: Path, family: Family | None) -> Any:
             config = SimpleNamespace(**_json(folder / part / "config.json"))
             parts[part] = None if classes[0] is None else SimpleNamespace(config=config)
     if parts.get("scheduler") is not None:
-        parts["scheduler"] = _scheduler(folder, str(index["scheduler"][1]))
+        parts["scheduler"] = scheduler_at(folder)
     missing = dict.fromkeys(("code_head", "bridge"))
     scale = _vae_scale(parts.get("vae"))
     members = {**missing, **parts, "components": parts, "vae_scale_factor": scale, "__init__": kind.__init__}
     return object.__new__(type(kind.__name__, (kind,), members))
 
 
-def _scheduler(folder: Path, name: str) -> Any:
+def scheduler_at(folder: Path) -> Any:
+    """The scheduler of a model folder; None where it has none, or one that this diffusers does not have.
+
+    Raises:
+        UserError: where its file cannot be read.
+    """
     import diffusers
 
-    kind = getattr(diffusers, name, None)
+    named = _json(folder / "model_index.json").get("scheduler")
+    kind = getattr(diffusers, str(named[1]), None) if isinstance(named, list) and len(named) == 2 else None
     try:
         return None if kind is None else kind.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ Design choices
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,27 @@ def size_in_pixels(value: object) -> None:
         raise UserError(f"size is {shown(value)}; give (width, height) in pixels")
     for side, pixels in zip(("width", "height"), value, strict=True):
         whole(side, pixels, 8, MAX_SIDE)
+
+
+def stand_ins(texts: Iterable[str], said: str) -> dict[str, str]:
+    """`Draw.apart` of texts such as "<mug>=cup".
+
+    Args:
+        texts: a word and a thing each.
+        said: what gives them, in messages.
+
+    Raises:
+        UserError: for a text without one of the two, and a word that is given twice.
+    """
+    things: dict[str, str] = {}
+    for given in texts:
+        word, _, thing = (part.strip() for part in given.partition("="))
+        if not word or not thing:
+            raise UserError(f"{said} is {given!r}; give a word and a thing, for example '<mug>=cup'")
+        if word in things:
+            raise UserError(f"{said} is given twice for {word}; one thing stands in for it")
+        things[word] = thing
+    return things
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from PIL import Image
+from subject_adapters import adapter_of
 from subject_pictures import WORDS
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 from torch import Tensor
 
-from mm.adapters.entry import Entry
-from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
 from mm.customization import apart, apart_base
 from mm.customization.apart import draw_apart
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.customization.objectives.protocol import objective_of
-from mm.customization.places import Box, are_apart, cells_of, in_whole, share_inside
+from mm.customization.places import Box, Noised, are_apart, cells_of, in_whole, share_inside
 from mm.engine import weighting
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
@@ -30,23 +30,11 @@ PROMPT = f"a {WORDS[0]} and a {WORDS[1]} on grass"
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image")
 
 
-def adapter_of(pipe: Any, word: str, seed: int, strength: float = 0.3) -> Patch:
-    """Branches on some layers of a denoiser, large enough to be seen in its pictures."""
-    generator, entries = torch.Generator().manual_seed(seed), {}
-    for name, root in objective_of(pipe).modules().items():
-        layers = [(path, m) for path, m in root.named_modules() if isinstance(m, torch.nn.Linear) and "att" in path]
-        for path, layer in layers[:6]:
-            down = torch.randn(2, layer.in_features, generator=generator) * strength
-            up = torch.randn(layer.out_features, 2, generator=generator) * strength
-            entries[f"{name}.{path}"] = Entry(kind="lowrank", tensors={"down": down, "up": up})
-    return Patch(entries=entries, name=f"adapter-{word}", settings={"name": word})
-
-
 @pytest.fixture
 def held_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Subjects are in the left half and in the upper right quarter, and are always seen."""
     places = dict(zip(WORDS, (LEFT, RIGHT), strict=True))
-    monkeypatch.setattr(apart_base, "drawn_box", _box_by_order(places))
+    monkeypatch.setattr(apart_base, "box_of", _box_by_order(places))
     monkeypatch.setattr(apart, "share_inside", lambda *_: 1.0)
 
 
@@ -189,7 +177,6 @@ def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPat
         adapter_of(pipe, word, k).apply(pipe)
     shares = iter((0.9, 0.1, 0.9, 0.8))  # of two tries
     monkeypatch.setattr(apart, "share_inside", lambda *_: next(shares))
-    monkeypatch.setattr(apart, "differences", lambda *_: torch.ones(2, 2))
     seeds = []
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
@@ -223,6 +210,8 @@ def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPat
         (PROMPT, {"stand_ins": {WORDS[0]: "cup", WORDS[0].upper(): "cat"}}, "give each word another thing"),
         (PROMPT, {"seed": -1}, "seed is -1"),
         (PROMPT, {"output_type": "pt"}, "output_type is of no use"),
+        (PROMPT, {"output_type": 1}, "output_type is of no use"),
+        (PROMPT, {"latents": 1}, "latents is of no use"),
         (PROMPT, {"mode": "codes"}, "mode is 'codes'"),
     ],
 )
@@ -251,6 +240,49 @@ def test_an_adapter_that_does_not_act_cannot_draw_its_subject() -> None:
         draw_apart(pipe, PROMPT)
 
 
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+def test_a_scheduler_without_noise_levels_is_refused_before_anything_is_drawn() -> None:
+    """EDM's, which diffusers lists as one that Stable Diffusion can take."""
+    pipe = tiny_pipeline_of("stable-diffusion")
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    pipe.scheduler = EDMEulerScheduler.from_config(pipe.scheduler.config)
+    seen = spied(pipe)
+    with pytest.raises(UserError, match="an EDMEulerScheduler has no noise levels"):
+        draw_apart(pipe, PROMPT, adapters=adapters, **options_for("stable-diffusion"))
+    assert not seen and stack_of(pipe).names() == ()
+    engine = engine_of("stable-diffusion")
+    seen = spied(engine.pipeline)
+    with pytest.raises(UserError, match="an EDMEulerScheduler has no noise levels"):
+        engine.draw(PROMPT, apart=True, scheduler="EDMEulerScheduler", **sampling_of("stable-diffusion"))
+    assert not seen
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+def test_what_serves_all_words_is_computed_once(monkeypatch: pytest.MonkeyPatch, held_places: None) -> None:
+    """Of one try: the encoded pictures of the base and of all subjects, what the base predicts, and the masks."""
+    pipe = tiny_pipeline_of("stable-diffusion")
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    counts = {"encode": 0, "predict": 0, "masks": 0}
+
+    def counted(owner: Any, name: str, key: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            counts[key] += 1
+            return inner(*args, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    kind = type(objective_of(pipe))
+    counted(kind, "encode_pictures", "encode")
+    counted(kind, "predict", "predict")
+    counted(apart_base, "cells_of", "masks")
+    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options_for("stable-diffusion"))
+    noises, words = 2, len(WORDS)
+    places, seen = noises * (1 + words), noises * 2 * words
+    assert counts == {"encode": 2, "predict": places + seen, "masks": 1}
+
+
 def test_words_of_stand_ins_count_in_any_case() -> None:
     assert Subjects(prompt=PROMPT, words=WORDS, seed=0, stand_ins={WORDS[0].upper(): "cup"}).stand_ins == {
         WORDS[0]: "cup"
@@ -264,7 +296,7 @@ def test_a_thing_that_the_prompt_has_several_of_does_not_stand_in() -> None:
     rest = ", ".join(f"two {noun}s" for noun in objective.known_nouns() if noun not in ("cup", "cherry"))
     asked = Subjects(prompt=f"{rest} and a {WORDS[0]}", words=WORDS, seed=0)
     with pytest.raises(UserError, match=r"2 known things would be needed .* and 1 is left"):
-        apart_base._things(objective, asked, 0)
+        apart_base.things_of(objective, asked, 0)
 
 
 @pytest.mark.filterwarnings("ignore:patch .* does not say")
@@ -290,7 +322,8 @@ def test_weights_act_once_in_each_run(held_places: None, monkeypatch: pytest.Mon
         return scaled(output, weights_BL)
 
     monkeypatch.setattr(weighting, "_scaled", watched)
-    monkeypatch.setattr(apart, "differences", lambda _, __, caption, other: read.extend((caption, other)))
+    predictions = Noised.predictions
+    monkeypatch.setattr(Noised, "predictions", lambda self, caption: read.append(caption) or predictions(self, caption))
     prompt = PROMPT.replace(WORDS[0], f"({WORDS[0]}:1.5)")
     engine.draw(prompt, negative="(grey:2)", seed=5, apart=True, **sampling_of("stable-diffusion"))
     assert sorted(weight for weight in seen if weight) == [1.5] * 3 + [2.0] * 3

@@ -23,6 +23,7 @@ from mm.engine.settings import drawn_again
 from mm.families import family_of
 from mm.fast.guidance import AdaptiveGuidance
 from mm.pipelines.fast import FastCodes, FastFlow, fast_settings
+from mm.pipelines.self_reader import Shortfall
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,12 @@ def drawn(engine: Any, **settings: Any) -> list[Picture]:
     events: list[Any] = []
     engine.run(Draw(prompt="a red fox", seed=5, **settings)).each(events.append)
     assert isinstance(events[-1], Done)
+    return [event for event in events if isinstance(event, Picture)]
+
+
+def events_of(engine: Any, request: Draw) -> list[Picture]:
+    events: list[Any] = []
+    engine.run(request).each(events.append)
     return [event for event in events if isinstance(event, Picture)]
 
 
@@ -78,10 +85,10 @@ def test_pictures_of_a_public_model_are_those_of_single_calls(sd: Any):
 
 
 def test_ours_takes_the_steps_of_the_mix_and_draws_the_picture_again(ours: Any):
-    for mode in ("flow", "codes"):
+    for mode, steps in (("flow", "steps"), ("codes", "unchecked_steps")):  # the tiny model cannot read
         fast = drawn(ours, mode=mode, fast=True)[0]
         assert fast.settings["fast"] == fast_settings(mode, {})
-        assert fast.settings["steps"] == fast.settings["fast"]["steps"]
+        assert fast.settings["steps"] == fast.settings["fast"][steps]
         again = drawn_again(fast.settings, ours.capabilities).request
         made: list[Any] = []
         ours.run(again).each(made.append)
@@ -89,6 +96,38 @@ def test_ours_takes_the_steps_of_the_mix_and_draws_the_picture_again(ours: Any):
     assert drawn(ours, fast=True, steps=5)[0].settings["steps"] == 5
     assert ours.capabilities.steps_of(Draw(prompt="x")) == 12
     assert FastFlow().steps < 12
+
+
+def test_files_say_the_steps_that_were_drawn_and_are_drawn_again(ours: Any, monkeypatch: pytest.MonkeyPatch):
+    """A picture that could not be checked takes more steps than the mix; files of before named those of the mix."""
+    monkeypatch.setattr(type(ours.pipeline), "_can_read", lambda self: True)
+    monkeypatch.setattr(type(ours.pipeline), "_checker", lambda self, asked: lambda rows, _: [None] * len(rows))
+    less = {"mode": "codes", "fast": {"steps": 2, "unchecked_steps": 5}}
+    for prompt, steps in (("a cat in a house", 5), ("a cat", 2)):
+        (first,) = events_of(ours, Draw(prompt=prompt, seed=5, **less))
+        assert first.settings["steps"] == steps and first.settings["fast"]["steps"] == 2
+        for kept in (first.settings, first.settings | {"steps": 2}):
+            again = drawn_again(kept, ours.capabilities)
+            (second,) = events_of(ours, again.request)
+            assert not again.notes and same(first, second) and second.settings == first.settings
+
+
+def test_what_no_try_of_the_mix_shows_is_a_notice(ours: Any, monkeypatch: pytest.MonkeyPatch):
+    """As with `best_of`, and together with it; that nothing was checked is said where `best_of` asks for it."""
+    lacks = Shortfall(wrong=3, missing=("2 cats",))
+    monkeypatch.setattr(type(ours.pipeline), "_can_read", lambda self: True)
+    monkeypatch.setattr(
+        type(ours.pipeline), "_checker", lambda self, asked: lambda rows, _: [asked[i] and lacks for i in rows]
+    )
+    less = {"mode": "codes", "fast": {"steps": 2, "unchecked_steps": 2, "tries": 3}}
+    for more, tries in (({}, 3), ({"best_of": 2}, 2)):
+        events: list[Any] = []
+        ours.run(Draw(prompt="two cats", seed=5, **less, **more)).each(events.append)
+        notices = [event.text for event in events if isinstance(event, Notice)]
+        assert notices == [f"'two cats': the model does not see in any of {tries} tries 2 cats (seed 5)"]
+    events = []
+    ours.run(Draw(prompt="a cat in a house", seed=5, **less)).each(events.append)
+    assert not [event for event in events if isinstance(event, Notice) and "best_of" in event.text]
 
 
 @pytest.mark.parametrize(

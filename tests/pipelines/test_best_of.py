@@ -44,9 +44,9 @@ def test_tries_go_on_until_right_and_the_least_wrong_stays() -> None:
     assert best.latents.flatten().tolist() == [7, 801, 902, 10]
     assert best.tries == [1, 2, 3, 1]
     assert drawn[4:] == [(1, 801), (2, 901), (2, 902)]
-    output = best.output(["four", "pictures", "as", "they are"])
+    output = best.output(["four", "pictures", "as", "they are"], [3] * 4)
     assert output.right == [True, True, False, None]
-    assert output.missing == [[], [], ["a cat"], []]
+    assert output.missing == [[], [], ["a cat"], []] and output.steps == [3] * 4
 
 
 def test_wrongness() -> None:

@@ -57,6 +57,11 @@ def test_what_is_wrong_is_drawn_again_and_what_is_unread_once_with_care(pipe: An
     made = pipe(["a cat", "a dog", UNREAD], generator=seeded(1, 2, 3), fast=SHORT | {"tries": 3}, **OPTIONS)
     assert isinstance(made, CheckedOutput) and isinstance(mix, FastCodes)
     assert (made.tries, made.right, made.missing) == ([1, 3, 1], [True, False, None], [[], ["a dog"], []])
+    assert made.steps == [4, 4, 5]
+    unread = pipe(UNREAD, generator=seeded(3), fast=SHORT, **OPTIONS)
+    assert isinstance(unread, CheckedOutput)
+    assert (unread.tries, unread.right, unread.missing, unread.steps) == ([1], [None], [[]], [5])
+    assert pipe(UNREAD, generator=seeded(3), fast=SHORT, num_inference_steps=6, **OPTIONS).steps == [6]
     assert pipe.checked == [[0, 1, 2], [1], [1]]
     cheap, careful = mix.of_one(checked=True), mix.of_one(checked=False)
     assert careful == FastCodes(**(asdict(CAREFUL_CODES) | {"steps": 5})) and cheap.tries == careful.tries == 1

@@ -75,7 +75,7 @@ def test_a_turn_draws_again_what_its_picture_lacks(pipe, monkeypatch):
 def test_a_turn_says_what_no_try_shows(pipe, monkeypatch):
     lacks = Shortfall(wrong=3, missing=("2 cats",))
     monkeypatch.setattr(pipe, "_checker", lambda wanted: lambda rows, latents: [lacks if wanted[0] else None])
-    with pytest.warns(UserWarning, match="does not see in its picture: 2 cats"):
+    with pytest.warns(UserWarning, match=r"the model does not see in any of 2 tries 2 cats \(seed 5\)"):
         list(pipe.turn(pipe.start(), "draw two cats", seed=5, steps=1, best_of=2))
     with pytest.warns(UserWarning, match="not read in full"):
         list(pipe.turn(pipe.start(), "draw a cat in a house", seed=5, steps=1, best_of=2))

@@ -86,6 +86,18 @@ def test_the_page_draws_what_python_draws(app) -> None:
         assert b"Seed" in data  # settings travel with the download
 
 
+def test_the_steps_follow_mode_and_fast(app) -> None:
+    """The page sends the field's steps always, which would else be those of a drawing in full."""
+    config = httpx.get(f"{app[0]}/config").json()
+    labels = {one["id"]: str(one["props"].get("label")).split(":")[0] for one in config["components"]}
+    found = {
+        tuple(labels[at] for at, _ in one["targets"])
+        for one in config["dependencies"]
+        if [labels[at] for at in one["outputs"]] == ["Steps"]
+    }
+    assert {("Mode",), ("Fast",)} <= found
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

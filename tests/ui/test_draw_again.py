@@ -9,9 +9,9 @@ import pytest
 import mm
 from mm.engine.capabilities import Capabilities
 from mm.engine.settings import request_of
-from mm.ui.draw_tab import without_field
+from mm.ui.draw_tab import usual_steps, without_field
 
-FIELDS = ("prompt", "seed", "fast", "apart")
+FIELDS = ("prompt", "seed", "fast", "apart", "stand_ins")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,9 @@ def can() -> Capabilities:
         ({}, FIELDS, []),
         ({"apart": True}, FIELDS, []),
         ({"apart": {}}, FIELDS, []),
-        ({"apart": True}, FIELDS[:-1], ["it was drawn apart; start the page"]),
-        ({"apart": {"<mug>": "cup"}}, FIELDS, ["the stand-ins <mug>=cup;"]),
+        ({"apart": True}, FIELDS[:-2], ["it was drawn apart; start the page"]),
+        ({"apart": {"<mug>": "cup"}}, FIELDS, []),
+        ({"apart": {"<mug>": "cup, red"}}, FIELDS, ["<mug>=cup, red; the page's field cannot hold commas"]),
         ({"fast": True}, FIELDS, []),
         ({"fast": {"guided": 0.5}}, FIELDS, ["other settings of fast"]),
         ({"options": {"eta": 0.5}}, FIELDS, ["the page does not take: eta"]),
@@ -43,3 +44,9 @@ def test_all_settings_of_the_measured_mix_are_the_page_s_own(can: Capabilities) 
     """A picture's file names every setting."""
     first = request_of({"prompt": "a cat", "seed": 1, "fast": True}, can)
     assert without_field(request_of({"prompt": "a cat", "seed": 1, "fast": can.fast_of(first)}, can), can, FIELDS) == []
+
+
+def test_the_steps_of_the_mix_are_those_of_the_command(can: Capabilities) -> None:
+    """The page always sends steps, so that those of the full drawing would replace the mix's."""
+    found = {(mode, fast): usual_steps(can, mode, fast) for mode in can.modes for fast in (False, True)}
+    assert found == {("flow", False): 12, ("flow", True): 8, ("codes", False): 32, ("codes", True): 9}

@@ -103,6 +103,24 @@ def words_of_file(path: str | Path) -> list[str]:
     return found
 
 
+def subject_of_file(path: str | Path) -> tuple[str, str]:
+    """What the patch of an adapter file is called, and what its subject is called in prompts, without a model.
+
+    Args:
+        path: a patch of mm, or an adapter of another program.
+
+    Returns:
+        The two, the second one "" where the file does not say so.
+
+    Raises:
+        UserError: for any other file.
+    """
+    if META in read_header(path, "adapter").metadata:
+        patch = Patch.load(path)
+        return patch.name, str(patch.settings.get("name") or "")
+    return Path(path).stem, load(path).trigger
+
+
 def _check_call(source: object, target: Any, name: object, truncate_to: int | None) -> None:
     """Raises UserError for arguments of wrong types, or a rank below 1."""
     if truncate_to is not None:
