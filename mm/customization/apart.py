@@ -128,7 +128,7 @@ def check_options(modes: Sequence[str], options: Mapping[str, Any]) -> None:
         options: of the call, by name.
     """
     for name, usual in _OF_NO_USE.items():
-        if options.get(name) is not None and options[name] is not usual:
+        if options.get(name) is not None and (usual is None or options[name] != usual):
             raise UserError(f"{name} is of no use for pictures that are drawn apart; leave it out")
     if options.get("mode") not in (None, *modes[:1]):
         wanted = f"the mode {modes[0]}" if modes else "no mode"
