@@ -1,7 +1,7 @@
 """Memory and time of a training step with and without gradient checkpointing: `python benchmarks/checkpointing.py`.
 
-A FLUX-shaped transformer of random weights; low-rank terms on its attention are trained. Memory is what a step keeps for the
-gradient, beside the weights; each time is the least of `--rounds` alternated ones.
+A FLUX-shaped transformer of random weights; low-rank terms on its attention are trained. Memory is what a step keeps
+for the gradient, beside the weights; each time is the least of `--rounds` alternated ones.
 """
 
 from __future__ import annotations
