@@ -39,7 +39,7 @@ def compose(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Limit = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
     best_of: BestOf = 1,
     wording: Annotated[bool, typer.Option(help="200 prompts in other words, beside the same in plain ones.")] = False,
@@ -202,7 +202,9 @@ def customize_(
         tuning=tuning, one_ground=one_ground,
         settings={key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
-    pipe = quietly_loaded(model, bits=bits).pipeline
+    engine = quietly_loaded(model, bits=bits)
+    shared.check_world(model, engine.capabilities.modes)
+    pipe = engine.pipeline
     pipe.set_progress_bar_config(disable=True)
     with ProgressLine() as line:
         report = evaluate_customize(
@@ -270,14 +272,9 @@ def _pipeline(task: str, model: str, bits: shared.Bits | None, lora: list[str] |
     Raises:
         UserError: for a model that does not draw the world that the judge reads.
     """
-    from mm.core.errors import UserError
-
     engine = shared.Loading(model=model, bits=bits, adapters=lora).engine()
-    if task != "describe" and not engine.capabilities.modes:
-        raise UserError(
-            f"{model} is no model of mm's world, which the prompts and the judge of mm eval are about; the report of "
-            "mm quantize compares its pictures before and after"
-        )
+    if task != "describe":
+        shared.check_world(model, engine.capabilities.modes)
     pipe = engine.pipeline_for(task)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"model": model} | engine.facts

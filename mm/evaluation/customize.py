@@ -86,6 +86,12 @@ class CustomizeConfig:
         if wrong or not self.subjects:
             named = repr(wrong[0]) if wrong else "nothing"
             raise UserError(f"the subject is {named}; there are {', '.join(v.HELD_OUT_OBJECTS)}")
+        if twice := [name for name in self.subjects if self.subjects.count(name) > 1]:
+            raise UserError(f"the subject {twice[0]!r} is given twice")
+        if self.one_ground not in (None, *v.BACKGROUNDS):
+            raise UserError(f"the background is {self.one_ground!r}; there are {', '.join(v.BACKGROUNDS)}")
+        if self.method == ZERO_SHOT and self.settings:
+            raise UserError(f"{ZERO_SHOT} learns nothing, so leave out {', '.join(self.settings)}")
         if self.pictures < 1 or self.limit < 0:
             raise UserError(f"pictures {self.pictures} must be 1 or more, and limit {self.limit} 0 or more")
 

@@ -14,6 +14,7 @@ Design choices
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -170,7 +171,9 @@ def evaluate_edit(
         seeds = [config.seed * 100_003 + i for i in range(start, stop)]
         instructions = [e.instruction for e in edits[start:stop]]
         tries = {"best_of": config.best_of} if config.best_of > 1 else {}
-        out = editor.edit(sources[start:stop], instructions, seeds, **tries)
+        with warnings.catch_warnings():  # of sources that are unlike others, which are the world's own
+            warnings.simplefilter("ignore", UserWarning)
+            out = editor.edit(sources[start:stop], instructions, seeds, **tries)
         made += [pil_to_tensor(picture) for picture in out]
     pictures = torch.stack(made)
     tasks, successes = _score(edits, judge.read(pictures))

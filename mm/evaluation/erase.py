@@ -105,11 +105,12 @@ def loaded(model: str = "mm-tiny", judge: Path | None = None) -> tuple[Any, Judg
     from mm import TextToImagePipeline
 
     device = choose().device
+    reader = Judge.from_pretrained(judge).to(device)
     pipe: Any = TextToImagePipeline.from_pretrained(model)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, device, torch.float32)
-    return pipe, Judge.from_pretrained(judge).to(device)
+    return pipe, reader
 
 
 def batch_on(device: torch.device) -> int:
