@@ -252,14 +252,14 @@ def reconstruct(
     force: shared.ForceOption = False,
 ) -> None:
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
-    from mm.core.files import write_json
     from mm.core.paths import resolve_model
     from mm.evaluation.reconstruct import evaluate_reconstruct
+    from mm.evaluation.report import write_report
 
     grid = json.with_suffix(".png") if json else None
     report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, grid=grid)
     if json:
-        write_json(json, report)
+        write_report(json, report)
     tables.show(tables.reconstruct(report))
 
 

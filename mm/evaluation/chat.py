@@ -28,12 +28,12 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from mm.core.errors import UserError
-from mm.core.files import read_text_lines, write_json
+from mm.core.files import read_text_lines
 from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
 from mm.evaluation.prompts import FOLDER, Prompt, group_of, one_of
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.world import vocabulary as v
 from mm.world.judge import Judge, Reading
 from mm.world.render import render
@@ -241,7 +241,7 @@ def evaluate_chat(
         "settings": {"seed": seed, "best_of": best_of, "scripts": [path.name for path in scripts]} | (settings or {}),
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         pictures, labels, marks = zip(*cells, strict=True)
         save_grid(json_file.with_suffix(".png"), torch.stack(pictures), labels, marks)
     return report

@@ -44,7 +44,7 @@ from mm.evaluation.customize_subjects import (
     write_pictures,
 )
 from mm.evaluation.prompts import COMPOSE, COMPOSE_TUNE, load_prompts
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
@@ -319,5 +319,5 @@ def evaluate_customize(
     report = Evaluation(pipe, judge, config, work, progress).run()
     report["settings"] |= settings or {}
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
     return report

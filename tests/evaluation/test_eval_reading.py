@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import warnings
 from dataclasses import replace
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mm.evaluation import edit as edits
+from mm.evaluation import report as reports
 from mm.evaluation import understand as u
 from mm.world.captions import caption
 from mm.world.edits import Edit
@@ -165,3 +168,15 @@ def test_an_editor_is_measured_through_the_judge(tmp_path):
     with warnings.catch_warnings():  # the sources are the evaluation's own, and nobody can change them
         warnings.simplefilter("error")
         assert edits.evaluate_edit(Lazy(), judge, config)["overall"] < 0.3
+
+
+def test_a_report_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
+    """On a full disk, after hours of work."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "x.json"))
+
+    monkeypatch.setattr(reports, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        reports.write_report(tmp_path / "x.json", {"overall": 0.5})
+    assert json.loads(capsys.readouterr().out) == {"overall": 0.5}
