@@ -37,7 +37,7 @@ class TurnDrawing:
 def drawn_for_turn(
     pipe: Any, branches: GuidanceBranches, seed: int, how: TurnDrawing, words: str, asked: Asked | None
 ) -> Generator[Event, None, torch.Tensor]:
-    """Draws latents (1, C, H, W); with `best_of` again while they lack something. A warning says what no try shows.
+    """Draws latents (1, C, H, W); with `best_of` again while they lack something. A warning says what is still missing.
 
     Args:
         pipe: An `InterleavedPipeline`.
