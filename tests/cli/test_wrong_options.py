@@ -96,6 +96,8 @@ def test_it_is_named_and_nothing_is_written(words: tuple[str, ...], message: str
         ("train", "mm-tiny", "--minutes", "nan"), ("train", "mm-tiny", "--minutes", "-1"),
         ("train", "mm-tiny", "--batch-size", "0"), ("train", "mm-tiny", "--learning-rate", "-1"),
         ("train", "mm-tiny", "--codes-share", "9"), ("train", "mm-tiny", "--seed", "-5"),
+        ("eval", "compose", "--pictures", "1001"), ("eval", "compose", "--steps", "1001"),
+        ("eval", "edit", "--limit", "1001"),
         *((*command, "--seed", "4294967296") for command in (
             ("generate", "x"), ("edit", "x", "y"), ("chat",), ("batch", "x", "-o", "y"), ("quantize", "x", "-o", "y"),
             ("customize", "x", "-o", "y"), ("eval", "compose"), ("eval", "erase", "wolf"), ("train", "x"),
