@@ -33,7 +33,7 @@ def erase(
     attack: Annotated[list[str] | None, typer.Option(help="An attack; repeat for more.")] = None,
     quantize: Annotated[list[str] | None, typer.Option(help="Measure again after w4a8, w4a4, int4 ...")] = None,
     patch_bits: Annotated[list[int] | None, typer.Option(help="Measure the patch at so many bits, too.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps.")] = None,
     tuning: Annotated[bool, typer.Option(help="Prompts for choosing settings, not those for reporting.")] = False,
     judge: Annotated[Path | None, typer.Option(help="Folder of another judge.")] = None,
     json: shared.ReportOption = None,
@@ -50,6 +50,11 @@ def erase(
     from mm.evaluation.erase_attacks import world_attack
     from mm.evaluation.quantizers import quantizer
 
+    if (family := shared.family_of_model(model)) is not None:
+        shared.check_world(model, family.modes)
+    made = {"--method": method, "--setting": setting, "--how": how != "alone"}
+    if patch is not None and (idle := [name for name, value in made.items() if value]):
+        raise UserError(f"{', '.join(idle)} would act on a patch that is made, and --patch is there; leave it out")
     given_patch = Patch.load(patch) if patch else None
     if given_patch is not None:
         if targets:

@@ -38,8 +38,8 @@ def compose(
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Limit = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (flow 12, codes 32).")] = None,
+    pictures: Annotated[int, typer.Option(min=1, max=1000, help="Pictures a prompt.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps (flow 12, codes 32).")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 = off.")] = GUIDANCE,
     best_of: BestOf = 1,
     wording: Annotated[bool, typer.Option(help="200 prompts in other words, beside the same in plain ones.")] = False,
@@ -89,7 +89,7 @@ def fidelity(
     mode: Annotated[DrawingMode, typer.Option(help="By flow matching, or in codes.")] = DrawingMode.flow,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
     limit: Limit = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
+    pictures: Annotated[int, typer.Option(min=1, max=1000, help="Pictures a prompt.")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="Other prompts, in the shape of our own file.")] = None,
     json: Json = None,
     force: shared.ForceOption = False,
@@ -146,7 +146,7 @@ def edit(
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the run.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 40,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Edits of each kind.")] = 40,
     guidance: Annotated[float, typer.Option(help="How strictly words are followed.")] = GUIDANCE,
     image_guidance: Annotated[float, typer.Option(help="How closely the source is followed.")] = 1.5,
     best_of: BestOf = 1,
@@ -173,7 +173,7 @@ def customize_(
     subject: Annotated[list[str] | None, typer.Option(help="Held-out objects; default: all eight.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the pictures.")] = 0,
     limit: Annotated[int, typer.Option(min=0, help="Compose prompts a task for the drift; 0 = none.")] = 4,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
+    pictures: Annotated[int, typer.Option(min=1, max=1000, help="Pictures a prompt.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     companions: Annotated[
         int | None, typer.Option(min=0, help="Training pictures beside something known; default: the model's.")
@@ -202,7 +202,9 @@ def customize_(
         tuning=tuning, one_ground=one_ground,
         settings={key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
-    pipe = quietly_loaded(model, bits=bits).pipeline
+    engine = quietly_loaded(model, bits=bits)
+    shared.check_world(model, engine.capabilities.modes)
+    pipe = engine.pipeline
     pipe.set_progress_bar_config(disable=True)
     with ProgressLine() as line:
         report = evaluate_customize(
@@ -250,14 +252,14 @@ def reconstruct(
     force: shared.ForceOption = False,
 ) -> None:
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
-    from mm.core.files import write_json
     from mm.core.paths import resolve_model
     from mm.evaluation.reconstruct import evaluate_reconstruct
+    from mm.evaluation.report import write_report
 
     grid = json.with_suffix(".png") if json else None
     report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, grid=grid)
     if json:
-        write_json(json, report)
+        write_report(json, report)
     tables.show(tables.reconstruct(report))
 
 
@@ -270,14 +272,9 @@ def _pipeline(task: str, model: str, bits: shared.Bits | None, lora: list[str] |
     Raises:
         UserError: for a model that does not draw the world that the judge reads.
     """
-    from mm.core.errors import UserError
-
     engine = shared.Loading(model=model, bits=bits, adapters=lora).engine()
-    if task != "describe" and not engine.capabilities.modes:
-        raise UserError(
-            f"{model} is no model of mm's world, which the prompts and the judge of mm eval are about; the report of "
-            "mm quantize compares its pictures before and after"
-        )
+    if task != "describe":
+        shared.check_world(model, engine.capabilities.modes)
     pipe = engine.pipeline_for(task)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"model": model} | engine.facts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -196,6 +197,15 @@ def family_of_model(model: str) -> Any:
         return None
     where = resolve_model(model)
     return family_at(where) if isinstance(where, Path) else None
+
+
+def check_world(model: str, modes: Sequence[str]) -> None:
+    """Raises UserError for a model that does not draw the world, by the modes in which it draws."""
+    if "flow" not in modes:
+        raise UserError(
+            f"{model} is no model of mm's world, which the prompts and the judge of mm eval are about; the report of "
+            "mm quantize compares its pictures before and after"
+        )
 
 
 def adapter(text: str) -> tuple[Path, float]:

@@ -28,7 +28,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file, whole or not at all. One that is there is replaced; its folder is made where it is missing.
 
     Raises:
-        UserError: where the path is a folder, or lies in something that is none.
+        UserError: where the path is a folder or a device, or lies in something that is no folder.
         OSError: for a file system that refuses it, with the file's own name.
     """
     target = Path(path)
@@ -51,10 +51,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Raises UserError where a path cannot be a file: it is a folder, or lies in something that is none."""
+    """Raises UserError where a path cannot be a file: it is a folder or a device, or lies in something that is none."""
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{target} is a folder; give a file name")
+    if target.exists() and not target.is_file():  # the rename would put a file in the place of a device or a pipe
+        raise UserError(f"{target} is no regular file; give the name of one, or of a new one")
     found = next((above for above in target.parents if os.path.lexists(above)), None)
     if found is not None and not found.is_dir():
         raise UserError(f"{found} is no folder, so {target} cannot be written; give another place")
@@ -68,7 +70,8 @@ def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
         force: whether a file that exists may be replaced.
 
     Raises:
-        UserError: where the path exists and may not be replaced, is a folder, or lies where nothing can be written.
+        UserError: where the path exists and may not be replaced, is a folder or a device, or lies where nothing can be
+            written.
     """
     target = Path(path)
     check_place(target)

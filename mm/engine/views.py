@@ -22,7 +22,7 @@ def view_of(pipe: Any, scheduler: str | None = None) -> Any:
         scheduler: class name of another scheduler that is compatible with the model's own; None keeps the class.
 
     Raises:
-        UserError: for a scheduler that does not fit, with those that do.
+        UserError: for a scheduler that does not fit, with those that do, and for one that needs another package.
     """
     view = copy.copy(pipe)
     view._progress_bar_config = {"disable": True}
@@ -49,7 +49,10 @@ def _other_scheduler(own: Any, name: str) -> Any:
     kinds = {kind.__name__: kind for kind in getattr(own, "compatibles", ())} | {type(own).__name__: type(own)}
     if name not in kinds:
         raise UserError(f"scheduler is {name!r}; this model takes {', '.join(sorted(kinds))}")
-    return kinds[name].from_config(own.config)
+    try:
+        return kinds[name].from_config(own.config)
+    except ImportError as error:  # diffusers lists schedulers of packages that are not here
+        raise UserError(f"{' '.join(str(error).split())}; or take another scheduler") from error
 
 
 def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:

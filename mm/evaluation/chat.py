@@ -28,16 +28,15 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from mm.core.errors import UserError
-from mm.core.files import read_text_lines, write_json
+from mm.core.files import read_text_lines
 from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
-from mm.evaluation.prompts import FOLDER, Prompt
-from mm.evaluation.report import save_grid
+from mm.evaluation.prompts import FOLDER, Prompt, group_of, one_of
+from mm.evaluation.report import save_grid, write_report
 from mm.world import vocabulary as v
 from mm.world.judge import Judge, Reading
 from mm.world.render import render
-from mm.world.scene import Group
 from mm.world.tasks import Expectation, satisfies
 
 SCRIPTS = FOLDER / "chat.jsonl"
@@ -98,10 +97,22 @@ def load_scripts(path: Path = SCRIPTS) -> list[list[Turn]]:
     out = []
     for number, line in enumerate(read_text_lines(path, "script file"), 1):
         try:
-            out.append([_turn(row) for row in parse_object(line, "it")["turns"]])
+            out.append(_turns(parse_object(line, "it").get("turns")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: {error!r} in {line[:80]!r}") from error
+            why = error if isinstance(error, ValueError) else repr(error)
+            raise UserError(f"{path}, line {number}: {why}, in {line[:80]!r}") from error
+    if not out:
+        raise UserError(f"{path} holds no script; put one JSON object a line into it")
     return out
+
+
+def _turns(rows: object) -> list[Turn]:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("it has no list of turns")
+    turns = [_turn(row) for row in rows]
+    if wrong := [turn.say for turn in turns if not isinstance(turn.say, str) or not turn.say.strip()]:
+        raise ValueError(f"say is {wrong[0]!r}, not a text")
+    return turns
 
 
 def _turn(row: dict[str, Any]) -> Turn:
@@ -118,14 +129,14 @@ def _turn(row: dict[str, Any]) -> Turn:
             raise ValueError(f"unknown kind of question {kind!r}; known: {', '.join(_ANSWERS)}")
         return Turn(say=row["say"], asks=(kind, name), off=off)
     wanted = row["draws"]
-    parts = tuple(Group(object=o, colour=c, count=n) for o, c, n in wanted["groups"])
+    parts = tuple(group_of(list(entry)) for entry in wanted["groups"])
     relation = tuple(wanted["relation"]) if wanted.get("relation") else None
     draws = Expectation(
         task="position" if relation else "two objects",
         groups=parts,
         relation=relation,
-        background=wanted.get("background"),
-        style=wanted.get("style"),
+        background=one_of("background", wanted.get("background"), v.BACKGROUNDS),
+        style=one_of("style", wanted.get("style"), v.STYLES),
     )
     return Turn(say=row["say"], draws=draws, gone=tuple(wanted.get("gone", ())), off=off)
 
@@ -230,7 +241,7 @@ def evaluate_chat(
         "settings": {"seed": seed, "best_of": best_of, "scripts": [path.name for path in scripts]} | (settings or {}),
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         pictures, labels, marks = zip(*cells, strict=True)
         save_grid(json_file.with_suffix(".png"), torch.stack(pictures), labels, marks)
     return report

@@ -44,7 +44,7 @@ from mm.evaluation.customize_subjects import (
     write_pictures,
 )
 from mm.evaluation.prompts import COMPOSE, COMPOSE_TUNE, load_prompts
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
@@ -86,6 +86,12 @@ class CustomizeConfig:
         if wrong or not self.subjects:
             named = repr(wrong[0]) if wrong else "nothing"
             raise UserError(f"the subject is {named}; there are {', '.join(v.HELD_OUT_OBJECTS)}")
+        if twice := [name for name in self.subjects if self.subjects.count(name) > 1]:
+            raise UserError(f"the subject {twice[0]!r} is given twice")
+        if self.one_ground not in (None, *v.BACKGROUNDS):
+            raise UserError(f"the background is {self.one_ground!r}; there are {', '.join(v.BACKGROUNDS)}")
+        if self.method == ZERO_SHOT and self.settings:
+            raise UserError(f"{ZERO_SHOT} learns nothing, so leave out {', '.join(self.settings)}")
         if self.pictures < 1 or self.limit < 0:
             raise UserError(f"pictures {self.pictures} must be 1 or more, and limit {self.limit} 0 or more")
 
@@ -313,5 +319,5 @@ def evaluate_customize(
     report = Evaluation(pipe, judge, config, work, progress).run()
     report["settings"] |= settings or {}
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
     return report

@@ -14,6 +14,7 @@ Design choices
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -24,9 +25,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from mm.core.files import write_json
 from mm.core.statistics import share
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.evaluation.understand import to_pictures
 from mm.world import vocabulary as v
 from mm.world.edits import KINDS, Edit, sample_edit
@@ -170,7 +170,9 @@ def evaluate_edit(
         seeds = [config.seed * 100_003 + i for i in range(start, stop)]
         instructions = [e.instruction for e in edits[start:stop]]
         tries = {"best_of": config.best_of} if config.best_of > 1 else {}
-        out = editor.edit(sources[start:stop], instructions, seeds, **tries)
+        with warnings.catch_warnings():  # of sources that are unlike others, which are the world's own
+            warnings.simplefilter("ignore", UserWarning)
+            out = editor.edit(sources[start:stop], instructions, seeds, **tries)
         made += [pil_to_tensor(picture) for picture in out]
     pictures = torch.stack(made)
     tasks, successes = _score(edits, judge.read(pictures))
@@ -185,7 +187,7 @@ def evaluate_edit(
         "settings": asdict(config) | (settings or {}),
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         shown = torch.linspace(0, len(edits) - 1, min(len(edits), 28)).long().tolist()
         pairs = torch.stack([t for i in shown for t in (pil_to_tensor(sources[i]), pictures[i])])
         labels = [text for i in shown for text in ("", edits[i].instruction)]

@@ -22,7 +22,6 @@ from mm.adapters.patch import Patch
 from mm.core.checks import texts
 from mm.core.devices import choose
 from mm.core.errors import UserError
-from mm.core.files import write_json
 from mm.core.statistics import share, wilson
 from mm.erasure.certificate import Certificate, harmonic, over
 from mm.erasure.certify import certify
@@ -36,6 +35,7 @@ from mm.evaluation import compose
 from mm.evaluation.erase_attacks import world_attack
 from mm.evaluation.prompts import COMPOSE, COMPOSE_TUNE, load_prompts
 from mm.evaluation.quantizers import quantizer
+from mm.evaluation.report import write_report
 from mm.world.concept_labels import label_judge
 from mm.world.concepts import holds
 from mm.world.judge import Judge
@@ -105,11 +105,12 @@ def loaded(model: str = "mm-tiny", judge: Path | None = None) -> tuple[Any, Judg
     from mm import TextToImagePipeline
 
     device = choose().device
+    reader = Judge.from_pretrained(judge).to(device)
     pipe: Any = TextToImagePipeline.from_pretrained(model)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, device, torch.float32)
-    return pipe, Judge.from_pretrained(judge).to(device)
+    return pipe, reader
 
 
 def batch_on(device: torch.device) -> int:
@@ -171,7 +172,7 @@ def evaluate_erase(
     report = summary(found) | {"settings": _plain(config) | dict(settings or {})}
     report |= {"undone": undone} if undone else {}
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         rows = [row for c in found.values() for row in c.pictures]
         before_after(json_file.with_suffix(".png"), rows[:: max(1, len(rows) // 12)][:12])
     return report

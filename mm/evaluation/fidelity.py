@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from mm.core.files import write_json
 from mm.evaluation.compose import ComposeConfig, ProgressCallback, draw, limited, picture_seed, reconstruct, true_scene
 from mm.evaluation.prompts import COMPOSE, load_prompts
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.world.judge import Judge
 from mm.world.render import render
 
@@ -152,7 +151,7 @@ def compared(
         "settings": settings | {"metric": "gradient energy as a share of renders'"},
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         shown = sorted(random.Random("fidelity").sample(range(len(drawn)), min(24, len(drawn))))
         sheet = torch.stack([x for i in shown for x in (drawn[i], true[i])])
         save_grid(

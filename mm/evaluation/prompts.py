@@ -89,10 +89,10 @@ def from_line(line: str) -> Prompt:
         raise ValueError(f"groups is {groups!r}, not a list of [object, colour or null, count]")
     wanted = Expectation(
         task=_text(row, "task"),
-        groups=tuple(_group(entry) for entry in groups),
+        groups=tuple(group_of(entry) for entry in groups),
         relation=_relation(row.get("relation")),
-        background=_one_of("background", row.get("background"), v.BACKGROUNDS),
-        style=_one_of("style", row.get("style"), v.STYLES),
+        background=one_of("background", row.get("background"), v.BACKGROUNDS),
+        style=one_of("style", row.get("style"), v.STYLES),
     )
     return Prompt(id=_text(row, "id"), text=_text(row, "prompt"), wanted=wanted)
 
@@ -103,13 +103,15 @@ def _text(row: dict[str, Any], key: str) -> str:
     return row[key]
 
 
-def _one_of(key: str, value: object, known: tuple[str, ...]) -> str | None:
+def one_of(key: str, value: object, known: tuple[str, ...]) -> str | None:
+    """A known word or None. Raises ValueError for any other value of a file."""
     if value is not None and value not in known:
         raise ValueError(f"unknown {key} {value!r}; known: {', '.join(known)}, or null")
     return value if isinstance(value, str) else None
 
 
-def _group(entry: object) -> Group:
+def group_of(entry: object) -> Group:
+    """A group of a file's `[object, colour or null, count]`. Raises ValueError for anything else."""
     if not isinstance(entry, list) or len(entry) != 3:
         raise ValueError(f"group {entry!r} is not [object, colour or null, count]")
     name, colour, count = entry
@@ -117,7 +119,7 @@ def _group(entry: object) -> Group:
         raise ValueError(f"unknown object {name!r}; known: {', '.join(v.ALL_OBJECTS)}")
     if type(count) is not int or not 1 <= count <= v.MAX_COUNT:
         raise ValueError(f"count of {name!r} is {count!r}, not a number from 1 to {v.MAX_COUNT}")
-    return Group(object=name, colour=_one_of("colour", colour, v.COLOURS), count=count)
+    return Group(object=name, colour=one_of("colour", colour, v.COLOURS), count=count)
 
 
 def _relation(value: object) -> tuple[int, str, int] | None:

@@ -1,18 +1,33 @@
-"""The picture grid of every report."""
+"""The file and the picture grid of every report."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
-from mm.core.files import write_bytes
+from mm.core.files import write_bytes, write_json
 
 _FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
+
+
+def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Writes a report as JSON. Where that fails it is printed, since what it holds may have taken hours.
+
+    Raises:
+        OSError: for a file system that refuses it.
+    """
+    try:
+        write_json(path, report)
+    except OSError:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+        raise
 
 
 def save_grid(

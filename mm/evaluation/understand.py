@@ -22,9 +22,8 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from mm.core.files import write_json
 from mm.core.statistics import share
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.facts import Facts, read_caption
@@ -138,7 +137,7 @@ def evaluate_understand(
         "settings": asdict(config) | (settings or {}),
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         shown = list(range(min(48, len(scenes))))
         marks: list[bool | None] = []
         for i in shown:

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from mm.core.errors import UserError
-from mm.core.files import read_text_lines, write_json
+from mm.core.files import read_text_lines
 from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.prompts import FOLDER
+from mm.evaluation.report import write_report
 from mm.evaluation.understand import Reader, UnderstandConfig, held_out_scenes, to_pictures
 from mm.evaluation.wide_samplers import SAMPLERS, Check
 from mm.world.scene import Scene
@@ -121,7 +122,7 @@ def evaluate_wide(
         "settings": asdict(config) | {"wordings": path.name, "each": each} | (settings or {}),
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
     return report
 
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mm.core.errors import UserError
-from mm.core.files import write_json
 from mm.core.statistics import paired_change
 from mm.evaluation.compose import (
     ComposeConfig,
@@ -32,7 +31,7 @@ from mm.evaluation.compose import (
     true_scene,
 )
 from mm.evaluation.prompts import COMPOSE, FOLDER, Prompt, load_prompts
-from mm.evaluation.report import save_grid
+from mm.evaluation.report import save_grid, write_report
 from mm.world import lexicon
 from mm.world import vocabulary as v
 from mm.world.demand import Demand, demand_of
@@ -153,7 +152,7 @@ def evaluate_wording(
         "settings": asdict(config) | {"prompts": str(prompts)} | (settings or {}),
     }
     if json_file is not None:
-        write_json(json_file, report)
+        write_report(json_file, report)
         shown = torch.linspace(0, len(asked) - 1, min(len(asked), 48)).long()
         save_grid(
             json_file.with_suffix(".png"), pictures[shown], [asked[i].text for i in shown],

@@ -19,6 +19,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -196,16 +197,17 @@ class Judge(nn.Module):
         """The judge stored in `folder`, by default the shipped one; ready to read."""
         folder = default_folder() if folder is None else Path(folder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"no judge in {folder}: config.json is missing; train one with mm.training.judge_stage")
+            raise UserError(f"no judge in {folder}: config.json is missing; train one with mm.training.judge_stage")
         config = read_object(folder / "config.json", "judge's config")
         for kind, words in _VOCABULARY.items():
             if config.pop(kind, None) != list(words):
-                raise ValueError(f"the judge in {folder} was trained on other {kind} than mm.world.vocabulary lists")
+                raise UserError(f"the judge in {folder} was trained on other {kind} than mm.world.vocabulary lists")
+        shape = _config(config, folder)
         file = folder / "model.safetensors"
         stored = read_tensors(file, "judge's weights").tensors
         count, values = len(stored), sum(tensor.numel() for tensor in stored.values())
-        build_empty(lambda: cls(JudgeConfig(**config)), count, values, str(folder / "config.json"))
-        judge = cls(JudgeConfig(**config))
+        build_empty(lambda: cls(shape), count, values, str(folder / "config.json"))
+        judge = cls(shape)
         state = {name: t for name, t in judge.state_dict().items() if name.endswith("num_batches_tracked")}
         state |= {name: t.float() for name, t in stored.items()}
         try:
@@ -213,6 +215,14 @@ class Judge(nn.Module):
         except RuntimeError as error:
             raise UserError(f"{file} does not hold the judge that config.json describes ({_line(error)})") from error
         return judge.eval()
+
+
+def _config(given: dict[str, Any], folder: Path) -> JudgeConfig:
+    """The config of a judge in a folder. Raises UserError for other fields and values."""
+    try:
+        return JudgeConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} is no config of a judge ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:

@@ -260,6 +260,15 @@ def test_a_model_that_only_draws_says_so(xl, tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
+@pytest.mark.parametrize("command", ["compose", "edit", "chat", "erase", "customize"])
+def test_evaluations_say_of_a_public_model_that_it_draws_no_world(xl, tmp_path, command, monkeypatch):
+    """Before anything is trained or drawn."""
+    monkeypatch.chdir(tmp_path)
+    done = run("eval", command, *(["wolf"] if command == "erase" else []), "--limit", 1, "--model", xl.folder)
+    assert done.exit_code == 1 and "is no model of mm's world" in done.output.splitlines()[-1], done.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_quantized_is_replaced():
     done = run("generate", "x", "--quantized")
     assert done.exit_code == 2

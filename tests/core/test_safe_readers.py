@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from mm.core.errors import UserError, shown
-from mm.core.files import open_regular, read_regular, write_bytes
+from mm.core.files import check_new, open_regular, read_regular, write_bytes
 from mm.core.pictures import MAX_PIXELS, read_picture
 from mm.core.safe_json import Fields, parse_json, read_json, read_json_lines
 from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors
@@ -279,3 +279,16 @@ def test_other_formats_are_refused_and_first_frames_taken(tmp_path: Path) -> Non
     (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot be read as a picture"):
         read_picture(tmp_path / "d")
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """As root, a rename would put a file in the place of /dev/full."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(os.devnull)
+    for place in (pipe, tmp_path / "link"):
+        with pytest.raises(UserError, match="is no regular file"):
+            check_new(place, force=True)
+        with pytest.raises(UserError, match="is no regular file"):
+            write_bytes(place, b"x")
+    assert pipe.is_fifo() and (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2

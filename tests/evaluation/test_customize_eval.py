@@ -51,6 +51,20 @@ def test_the_judge_knows_the_subjects() -> None:
         assert sum(met) >= 0.9 * len(met)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"subjects": ("unicorn",)}, "the subject is 'unicorn'; there are panda"),
+        ({"subjects": ("panda", "robot", "panda")}, "the subject 'panda' is given twice"),
+        ({"one_ground": "nowhere"}, "the background is 'nowhere'; there are sky"),
+        ({"method": "zero-shot", "settings": {"steps": 5}}, "zero-shot learns nothing, so leave out steps"),
+    ],
+)
+def test_wrong_settings_are_one_line(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        CustomizeConfig(**given)
+
+
 def test_verdicts() -> None:
     named = {ask.background: ask for ask in asks() if ask.background}
     assert follows(_reading("tulip"), named["grass"])

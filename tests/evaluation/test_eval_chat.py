@@ -158,3 +158,27 @@ def test_a_bad_script_is_named(tmp_path, line):
     (tmp_path / "s.jsonl").write_text(chat.SCRIPTS.read_text().splitlines()[0] + "\n" + line + "\n")
     with pytest.raises(UserError, match=r"s\.jsonl, line 2"):
         chat.load_scripts(tmp_path / "s.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no script; put one JSON object a line"),
+        ("x\n", "line 1: it is no JSON"),
+        ('{"turns": []}\n', "line 1: it has no list of turns"),
+        ('{"talk": []}\n', "line 1: it has no list of turns"),
+        (
+            '{"turns": [{"say": "a", "draws": {"groups": [["unicorn", null, 1]]}}]}\n',
+            "unknown object 'unicorn'",
+        ),
+        ('{"turns": [{"say": "draw a cat", "draws": {"groups": [["cat", null, 0]]}}]}\n', "count of 'cat' is 0"),
+        ('{"turns": [{"say": "a", "draws": {"groups": [["cat", null, 1]], "style": "baroque"}}]}\n', "unknown style"),
+        ('{"turns": [{"say": 3, "undo": true}]}\n', "say is 3, not a text"),
+    ],
+)
+def test_a_file_that_holds_no_scripts_is_refused_before_anything_is_said(tmp_path, text: str, says: str) -> None:
+    file = tmp_path / "scripts.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says) as found:
+        chat.load_scripts(file)
+    assert "UserError(" not in str(found.value) and str(file) in str(found.value)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import warnings
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from mm.evaluation import edit as edits
+from mm.evaluation import report as reports
 from mm.evaluation import understand as u
 from mm.world.captions import caption
 from mm.world.edits import Edit
@@ -154,10 +158,25 @@ def test_an_editor_is_measured_through_the_judge(tmp_path):
 
     class Lazy:
         def edit(self, pictures, instructions, seeds):
+            warnings.warn("the picture is unlike those that the model was trained on", stacklevel=2)
             return list(pictures)
 
     judge = Judge.from_pretrained()
     report = edits.evaluate_edit(True_(), judge, config, json_file=tmp_path / "e.json")
     assert report["overall"] == report["ceiling"] > 0.9
     assert Image.open(tmp_path / "e.png").width > 500
-    assert edits.evaluate_edit(Lazy(), judge, config)["overall"] < 0.3
+    with warnings.catch_warnings():  # the sources are the evaluation's own, and nobody can change them
+        warnings.simplefilter("error")
+        assert edits.evaluate_edit(Lazy(), judge, config)["overall"] < 0.3
+
+
+def test_a_report_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
+    """On a full disk, after hours of work."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "x.json"))
+
+    monkeypatch.setattr(reports, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        reports.write_report(tmp_path / "x.json", {"overall": 0.5})
+    assert json.loads(capsys.readouterr().out) == {"overall": 0.5}

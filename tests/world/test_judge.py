@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mm.core.errors import UserError
 from mm.training.judge_check import agrees, ceilings
 from mm.training.judge_losses import answer_table, losses
 from mm.training.judge_pictures import UNREADABLE_SHARE, JudgeBatch, Ring, melt, sample_judge_scene, truth, warp, wreck
@@ -168,9 +169,13 @@ def test_save_and_load(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["objects"][0] = "lynx"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="other objects"):
+    with pytest.raises(UserError, match="other objects"):
         Judge.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no judge in"):
+    config["objects"][0] = "cat"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"colour": 3}))
+    with pytest.raises(UserError, match="is no config of a judge"):
+        Judge.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no judge in"):
         Judge.from_pretrained(tmp_path / "nowhere")
 
 
