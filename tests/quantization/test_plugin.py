@@ -136,7 +136,7 @@ def test_import_mm_is_all_it_takes_in_either_order():
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     quick = "import mm, sys; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", quick], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", quick], check=True, timeout=300)
 
 
 def test_layers_are_linear_layers_to_everybody():

@@ -177,7 +177,7 @@ def test_a_stage_runs_is_previewed_and_published_and_resumes(tiny_run):
     assert {"compose", "compose_codes"} <= set(rows[-1])
     assert Image.open(state / "drawing" / "preview-flow.png").width > 200
     before = rows[-1]["step"]
-    run.run_stages(str(config), stages=["drawing"], state=state, minutes=0.06)
+    run.run_stages(str(config), stages=["drawing"], state=state, minutes=(rows[-1]["seconds"] + 2) / 60)
     rows = [json.loads(line) for line in (state / "drawing" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] > before > 0
     for name in ("trunk", "velocity_decoder", "code_head"):

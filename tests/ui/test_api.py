@@ -73,7 +73,7 @@ def test_the_page_draws_what_python_draws(app) -> None:
     body = {"data": values, "fn_index": event["id"], "session_hash": "s1", "event_data": None, "trigger_id": None}
     httpx.post(f"{at}/gradio_api/queue/join", json=body).raise_for_status()
     shown: list[str] = []
-    with httpx.stream("GET", f"{at}/gradio_api/queue/data?session_hash=s1", timeout=60) as stream:
+    with httpx.stream("GET", f"{at}/gradio_api/queue/data?session_hash=s1", timeout=300) as stream:
         for line in stream.iter_lines():
             if line.startswith("data:"):
                 shown.append(line)
@@ -135,7 +135,7 @@ def test_calls_that_skip_the_queue_are_refused_and_others_still_draw(app) -> Non
     wanted = [np.asarray(image) for image in engine.draw("a red cat", seed=0, count=24, steps=2)]
 
     def direct(k: int) -> httpx.Response:
-        return httpx.post(f"{at}/gradio_api/run/draw", json={"data": ["a red cat", k, 1, 2]}, timeout=60)
+        return httpx.post(f"{at}/gradio_api/run/draw", json={"data": ["a red cat", k, 1, 2]}, timeout=300)
 
     def queued(k: int) -> httpx.Response:
         return call(at, "draw", "a red cat", k, 1, 2)
@@ -281,7 +281,7 @@ def test_an_order_is_stopped_when_its_stream_is_closed(app, monkeypatch: pytest.
 
     monkeypatch.setattr(Run, "_threaded", counted)
     begun = call(at, "draw", "a cat", 1, 16, 1000, read=False).json()["event_id"]
-    with httpx.stream("GET", f"{at}/gradio_api/call/draw/{begun}", timeout=60) as stream:
+    with httpx.stream("GET", f"{at}/gradio_api/call/draw/{begun}", timeout=300) as stream:
         for _ in stream.iter_lines():
             if len(steps) > 3:
                 break
