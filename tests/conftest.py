@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall each other where cores are few
 
 import pytest
-from forked import Forks
+from forked import Forks, Run
 
 import mm
 
 ROOT = Path(__file__).resolve().parents[1]
 assert Path(mm.__file__).is_relative_to(ROOT), f"mm comes from {mm.__file__}, so these tests would test something else"
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

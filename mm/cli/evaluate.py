@@ -109,6 +109,7 @@ def fidelity(
 
 @app.command(epilog="Example: mm eval understand --limit 100 --json runs/understand.json")
 def understand(
+    context: typer.Context,
     model: shared.ModelOption = "mm-tiny",
     bits: shared.BitsOption = None,
     lora: shared.AdapterOption = None,
@@ -129,6 +130,8 @@ def understand(
 
     if wordings is not None and not wide:
         raise UserError(f"--wordings {wordings} is given without --wide, which asks in other wordings; add --wide")
+    if not wide and shared.given(context, "each"):
+        raise UserError(f"--each {each} is given without --wide, which asks each wording so often; add --wide")
     pipe, loaded = _pipeline("describe", model, bits, lora)
     config = UnderstandConfig(seed=seed, limit=limit)
     if wide:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from forked import Run
 from PIL import Image
 from tiny import tiny_pipeline
 

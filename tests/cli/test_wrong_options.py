@@ -51,6 +51,7 @@ from mm.training.stage_flags import CONFIGS, check_flags, fields_of
         (("erase", "wolf", "-o", "x", "--retain", "xyzzy"), "the retained concept is 'xyzzy'"),
         (("erase", "wolf", "-o", "x", "--anchor", "cat", "--anchor", "dog"), "1 target and 2 anchors"),
         (("erase", "wolf", "-o", "x", "--setting", "nosuch=1"), "uce has no setting 'nosuch'"),
+        (("eval", "understand", "--each", "3"), "--each 3 is given without --wide"),
         (("eval", "erase", "wolf", "--attack", "nosuch"), "no attack 'nosuch'"),
         (("eval", "erase", "wolf", "--quantize", "nosuch"), "no quantization 'nosuch'"),
         (("eval", "erase", "--patch", "file", "--method", "uce"), "--method would act on a patch that is made"),
