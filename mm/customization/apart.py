@@ -53,14 +53,17 @@ class Named(Protocol):
     @property
     def name(self) -> str:
         """Of the patch."""
+        ...
 
     @property
     def word(self) -> str:
         """What its subject is called; "" where it does not say."""
+        ...
 
     @property
     def scale(self) -> float:
         """How strongly it acts."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,9 @@ _FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
 
 
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Writes a report as JSON. Where that fails it is printed, since what it holds may have taken hours.
+    """Writes a report as JSON; a file that is there is replaced.
+
+    Where that fails the report is printed, since what it holds may have taken hours.
 
     Raises:
         OSError: for a file system that refuses it.
