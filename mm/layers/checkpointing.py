@@ -54,6 +54,16 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def size_of(module: nn.Module) -> int:
+    """Parameters of a module, biases of linear layers left out. Low-bit weights count as before they were packed."""
+    return sum(
+        part.in_features * part.out_features
+        if isinstance(part, nn.Linear)
+        else sum(p.numel() for p in part.parameters(recurse=False))
+        for part in module.modules()
+    )
+
+
 def is_wanted(modules: Sequence[nn.Module], asked: bool | None) -> bool:
     """Whether blocks are computed again: as asked, else where denoisers have `LARGE` parameters.
 
@@ -66,7 +76,7 @@ def is_wanted(modules: Sequence[nn.Module], asked: bool | None) -> bool:
         raise UserError(f"{kinds} cannot compute its blocks again (checkpointing); leave the setting out")
     if asked is not None:
         return asked
-    return bool(able) and sum(p.numel() for module in modules for p in module.parameters()) >= LARGE
+    return bool(able) and sum(map(size_of, modules)) >= LARGE
 
 
 @contextmanager

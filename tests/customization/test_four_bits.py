@@ -14,6 +14,7 @@ from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 import mm
 from mm.core.errors import UserError
 from mm.customization.customize import customize
+from mm.layers.checkpointing import size_of
 from mm.layers.linear import BranchedLinear
 
 FAST: dict[str, Any] = {
@@ -35,6 +36,17 @@ def _wide() -> Any:
             torch.nn.init.normal_(parameter, std=0.05)
     pipe.register_modules(transformer=transformer.eval().requires_grad_(False))
     return pipe
+
+
+def test_four_bits_leave_the_size_by_which_blocks_are_computed_again() -> None:
+    """Packed weights are buffers, so that FLUX at 4 bits would not count as large by its parameters."""
+    transformer = _wide().transformer
+    before, linear = size_of(transformer), [m for m in transformer.modules() if isinstance(m, torch.nn.Linear)]
+    biases = sum(m.bias.numel() for m in linear if m.bias is not None)
+    assert before == sum(p.numel() for p in transformer.parameters()) - biases
+    mm.quantize(transformer, mm.SVDQuantConfig(rank=8, data_free=True), progress=False)
+    assert sum(p.numel() for p in transformer.parameters()) < before / 2
+    assert size_of(transformer) == before
 
 
 def test_training_on_four_bits(tmp_path: Path) -> None:
