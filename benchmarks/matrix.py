@@ -2,7 +2,7 @@
 
     python benchmarks/matrix.py docs/matrix.md
 
-The cells are those of tests/engine_matrix.py, in its order.
+The cells are those of tests/engine_matrix.py and tests/engine_matrix_patches.py, in their order.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="the page to write")
     given = parser.parse_args()
     from engine_matrix import CELLS, Model
+    from engine_matrix_patches import CELLS as PATCHES
     from tiny_pipelines import PIPELINES
 
     warnings.simplefilter("ignore")
     results: Results = {}
+    cells = CELLS | PATCHES
     for name in PIPELINES:
         with tempfile.TemporaryDirectory() as folder:
             model = Model(name, Path(folder))
-            results[name] = {cell: run(model) for cell, run in CELLS.items()}
+            results[name] = {cell: run(model) for cell, run in cells.items()}
             print(name, results[name], file=sys.stderr, flush=True)
-    given.page.write_text(page(results, list(CELLS)), encoding="utf-8")
+    given.page.write_text(page(results, list(cells)), encoding="utf-8")
 
 
 if __name__ == "__main__":

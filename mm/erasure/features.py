@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.families import family_of
+from mm.families.sources import plain_sources
 
 CHUNK = 64  # prompts in one call
 SMALL = 64  # pixels a side, or the nearest that the family draws
-# Arguments of some pipelines that would put words around the prompt (SANA), choose another size (PixArt, SANA), or ask
-# the model about a picture before it is edited (ours).
-PLAIN: dict[str, Any] = {"complex_human_instruction": None, "use_resolution_binning": False, "strict": False}
+# Arguments of some pipelines that would put words around the prompt (SANA), choose another size (PixArt, SANA), ask for
+# two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
+PLAIN: dict[str, Any] = {
+    "complex_human_instruction": None, "use_resolution_binning": False, "intermediate_timesteps": None,
+    "strict": False,
+}  # fmt: skip
 
 
 class _RecordedError(Exception):
@@ -123,10 +127,11 @@ def draw_once(pipe: Any, prompts: list[str], pictures: Sequence[Any] = ()) -> An
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1, "output_type": "latent"}
     given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)} | PLAIN
-    given |= {"image": list(pictures)} if pictures else {}
+    given |= {"image": list(pictures)} if pictures else plain_sources(pipe, len(prompts), SMALL)
     family = family_of(pipe)
     if family is not None and family.size is not None:  # text does not depend on the picture's size
-        given |= dict.fromkeys(("height", "width"), family.size.nearest(SMALL))
+        side = family.size.nearest(SMALL)
+        given |= {"height": side, "width": side, "max_area": side * side, "_auto_resize": False}
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

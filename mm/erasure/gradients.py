@@ -29,6 +29,7 @@ from mm.core.errors import UserError
 from mm.erasure.features import PLAIN
 from mm.erasure.measure import seed_of
 from mm.families.registry import is_denoiser
+from mm.families.sources import plain_sources
 from mm.layers.checkpointing import checkpointed
 from mm.layers.surgery import roots_of
 
@@ -57,7 +58,7 @@ def run(pipe: Any, prompts: Sequence[str], *, seed: int = 0, steps: int = 1, gui
     generators = [torch.Generator().manual_seed(seed_of(seed, str(i))) for i in range(len(prompts))]
     given: dict[str, Any] = {
         "prompt": list(prompts), "num_inference_steps": steps, "output_type": "latent", "guidance_scale": guidance,
-        "generator": generators, **PLAIN,
+        "generator": generators, **PLAIN, **plain_sources(pipe, len(prompts)),
     }  # fmt: skip
     return call(pipe, **{key: value for key, value in given.items() if key in takes})
 

@@ -26,6 +26,7 @@ CHROMA = Family(
     preview=previews.FLUX,
     text_sites=TEXT,
     edit_sites=TEXT,
+    objective="mm.customization.objectives.chroma:Chroma",
     lora=transformer_names(1, "FluxLoraLoaderMixin"),
 )
 FAMILIES = (CHROMA,)

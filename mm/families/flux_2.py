@@ -51,6 +51,7 @@ FLUX2 = Family(
     no_preview=previews.NONE_KNOWN,
     text_sites=TEXT,
     edit_sites=TEXT,
+    objective="mm.customization.objectives.flux_2:Flux2",
     lora=transformer_names(0, "Flux2LoraLoaderMixin"),
 )
 KLEIN = replace(
@@ -63,6 +64,7 @@ KLEIN = replace(
 )
 FLUX3 = replace(
     FLUX2,
+    objective=None,
     name="flux-3",
     pipelines={},
     denoisers={"Flux3Transformer2DModel": _FLUX3_RULES},

@@ -44,10 +44,12 @@ LUMINA_2 = Family(
     preview=previews.FLUX,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.lumina:Lumina2",
     lora=transformer_names(1, "Lumina2LoraLoaderMixin"),
 )
 LUMINA_NEXT = replace(
     LUMINA_2,
+    objective=None,
     name="lumina-next",
     pipelines={"text_to_image": "LuminaPipeline"},
     denoisers={"LuminaNextDiT2DModel": RULES_NEXT},

@@ -34,6 +34,7 @@ SIGMA = Family(
     preview=previews.SDXL,
     text_sites=(r"caption_projection\.linear_1", _KEYS_AND_VALUES),
     edit_sites=(r"caption_projection\.linear_1", _KEYS_AND_VALUES),
+    objective="mm.customization.objectives.pixart:PixArt",
     lora=transformer_names(1),
 )
 ALPHA = replace(

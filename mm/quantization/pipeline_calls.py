@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mm.core.errors import UserError
 from mm.families import family_of
 from mm.families.sizes import native_side
+from mm.families.sources import EDGES, MASKS, PICTURES, VIDEOS
 from mm.quantization import pictures
 from mm.quantization.config import SVDQuantConfig
 
@@ -35,10 +36,6 @@ _FALLBACK = 512  # pixels a side where neither caller nor model says
 _FRAME_NAMES = ("num_frames", "frames", "video_length")
 # These draw from text alone as well as from a picture: both are calibrated in turns.
 _EITHER = ("Flux2", "FluxKontext", "ZImageOmni")
-_EDGES = ("control_image", "hint", "conditioning_frames", "control_video")
-_PICTURES = ("image", "images", "input_images", "reference_image", "example_image", "image_reference", "original_image")
-_MASKS = ("mask_image", "mask", "control_mask")
-_VIDEOS = ("video", "pose_video", "face_video", "control_video", "conditioning_frames")
 
 
 def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
@@ -160,14 +157,14 @@ def _pictures_for(
     for argument in takes:
         if argument in given:
             continue
-        if argument in _VIDEOS:
+        if argument in VIDEOS:
             made[argument] = pictures.video(seed, side, side, FRAMES)
-        elif argument in _EDGES or (argument == "image" and _is_controlled(pipe, takes)):
+        elif argument in EDGES or (argument == "image" and _is_controlled(pipe, takes)):
             made[argument] = _for_each_net(pipe, pictures.edges(seed, side, side))
-        elif argument in _PICTURES:
+        elif argument in PICTURES:
             one = pictures.picture(seed, side, side)
             made[argument] = [one] if argument in ("images", "input_images") else one
-        elif argument in _MASKS:
+        elif argument in MASKS:
             made[argument] = pictures.mask(seed, side, side)
     if "image" in made and number % 2 and name.startswith(_EITHER) and "mask_image" not in takes:
         del made["image"]  # text alone

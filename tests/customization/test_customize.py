@@ -23,7 +23,8 @@ from mm.customization.customize import customize
 from mm.customization.run_state import STATE
 
 FAMILIES = (
-    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
+    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image", "flux-2",
+    "flux-2-klein", "chroma", "lumina-2", "pixart-sigma",
 )  # fmt: skip
 OTHERS = (
     ("stable-diffusion-3", "eva"), ("stable-diffusion", "paca"), ("flux", "s2ft"), ("qwen-image", "adalora"),
@@ -62,9 +63,10 @@ def test_a_family_learns_and_diffusers_draws_the_same(name: str, method: str, tm
     ours = draw_with(name, pipe, prompt="sks thing")
     learned.undo(pipe)
     assert not torch.allclose(plain, ours, atol=1e-3)
-    pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
-    theirs = draw_with(name, pipe, prompt="sks thing")
-    assert torch.allclose(ours, theirs, atol=2e-3)
+    if name != "pixart-sigma":  # diffusers loads no adapters for it
+        pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
+        theirs = draw_with(name, pipe, prompt="sks thing")
+        assert torch.allclose(ours, theirs, atol=2e-3)
     again = tiny_pipeline_of(name)
     read_lora(file, again).apply(again)
     assert torch.allclose(ours, draw_with(name, again, prompt="sks thing"), atol=1e-4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from latent_grids import grid_of
 from PIL import Image
 from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, draw_with, source_picture, tiny_pipeline_of
@@ -21,7 +22,19 @@ from mm.customization.sliders import SliderPrompts, shared_words
 FAST: dict[str, Any] = {
     "steps": 16, "batch_size": 2, "size": SIDE, "preview_every": 16, "preserved": (), "learning_rate": 2e-2, "rank": 4,
 }  # fmt: skip
-EDITS = ("flux-kontext", "qwen-image-edit")
+EDITS = ("flux-kontext", "qwen-image-edit", "flux-2", "flux-2-klein")
+
+
+def _side(name: str) -> int:
+    """Of sources: FLUX.2 takes no smaller ones."""
+    return 64 if name.startswith("flux-2") else SIDE
+
+
+def _edited(name: str, pipe: Any, **more: Any) -> torch.Tensor:
+    """A source picture, edited."""
+    side = _side(name)
+    source = source_picture().resize((side, side))
+    return draw_with(name, pipe, image=source, height=side, width=side, **more)
 
 
 def pairs(folder: Path, count: int = 2, side: int = SIDE) -> Path:
@@ -56,14 +69,12 @@ def test_the_prediction_is_that_of_editing(name: str) -> None:
 
     pipe.scheduler.step = step
     more = {"true_cfg_scale": 1.0} if name == "qwen-image-edit" else {"guidance_scale": 1.0}
-    draw_with(name, pipe, **more)
-    objective = objective_of(pipe, SIDE, edit=True)
-    source = to_tensor(source_picture(), SIDE)[None]
+    _edited(name, pipe, **more)
+    side = _side(name)
+    objective = objective_of(pipe, side, edit=True)
+    source = to_tensor(source_picture().resize((side, side)), side)[None]
     output, timestep, packed = seen["first"]
-    side = SIDE // (2 if name == "qwen-image-edit" else 4)
-    from mm.customization.objectives.transformers import unpacked
-
-    latents, output = (unpacked(x.float(), side, side) for x in (packed, output))
+    latents, output = (grid_of(name, x, side) for x in (packed, output))
     with torch.no_grad():
         condition = objective.encode_edits(["a red fox"], source, objective.encode_pictures(source))
         made = objective.predict(latents, torch.as_tensor(timestep).float().reshape(1) / 1000, condition)
@@ -73,9 +84,9 @@ def test_the_prediction_is_that_of_editing(name: str) -> None:
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_learned_and_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
     """The error falls, the model is untouched, and the file in plain diffusers edits as mm does."""
-    pipe, folder = tiny_pipeline_of(name), pairs(tmp_path / "data")
+    pipe, folder = tiny_pipeline_of(name), pairs(tmp_path / "data", side=_side(name))
     before = _state(pipe)
-    learned = customize(pipe, folder, name="swap colours", kind="edit", **FAST)
+    learned = customize(pipe, folder, name="swap colours", kind="edit", **(FAST | {"size": _side(name)}))
     after = _state(pipe)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -83,13 +94,13 @@ def test_an_edit_is_learned_and_diffusers_draws_the_same(name: str, tmp_path: Pa
     assert set(learned.entries) <= {key.removesuffix(".weight") for key in before}
     file = tmp_path / "edit.safetensors"
     learned.write(file)
-    plain = draw_with(name, pipe, prompt="swap colours")
+    plain = _edited(name, pipe, prompt="swap colours")
     learned.apply(pipe)
-    ours = draw_with(name, pipe, prompt="swap colours")
+    ours = _edited(name, pipe, prompt="swap colours")
     learned.undo(pipe)
     assert not torch.allclose(plain, ours, atol=1e-3)
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
-    assert torch.allclose(ours, draw_with(name, pipe, prompt="swap colours"), atol=2e-3)
+    assert torch.allclose(ours, _edited(name, pipe, prompt="swap colours"), atol=2e-3)
 
 
 def test_kontext_learns_a_subject_without_a_source(tmp_path: Path) -> None:

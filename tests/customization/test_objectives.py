@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
+from latent_grids import grid_of
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 
-from mm.customization.objectives.protocol import objective_of
-from mm.customization.objectives.transformers import unpacked
+from mm.customization.objectives.protocol import FlowObjective, objective_of
 
 NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
-    "z-image",
+    "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma",
 )  # fmt: skip
 
 
@@ -42,13 +43,11 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
     objective = objective_of(pipe, SIDE)
     latents, output = seen["latents"], seen["output"]
     level = torch.as_tensor(seen["timestep"]).float().reshape(1)
-    if objective.parts == ("transformer",):
+    if isinstance(objective, FlowObjective):
         level = level / 1000
-    else:
-        latents = latents / (1 if seen["sigma"] is None else (seen["sigma"] ** 2 + 1) ** 0.5)
-    if latents.ndim == 3:  # packed in 2 x 2 patches
-        side = SIDE // (2 if name == "qwen-image" else 4)
-        latents, output = (unpacked(x.float(), side, side) for x in (latents, output))
+    elif isinstance(pipe.scheduler, EulerDiscreteScheduler):
+        latents = latents / (seen["sigma"] ** 2 + 1) ** 0.5
+    latents, output = grid_of(name, latents), grid_of(name, output)
     with torch.no_grad():
         made = objective.predict(latents.float(), level, objective.encode_prompts(["a red fox"]))
     assert made.shape == latents.shape
@@ -74,11 +73,7 @@ def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
     pictures = torch.as_tensor(pipe(**arguments_of(name, **more)).images)
-    latents = last[0].float()
-    if latents.ndim == 3:  # packed in 2 x 2 patches
-        side = SIDE // (2 if name == "qwen-image" else 4)
-        latents = unpacked(latents, side, side)
     with torch.no_grad():
-        made = objective_of(pipe, SIDE).decode_latents(latents) / 2 + 0.5
+        made = objective_of(pipe, SIDE).decode_latents(grid_of(name, last[0])) / 2 + 0.5
     assert made.shape == pictures.shape
     assert float((made.clamp(0, 1) - pictures).abs().max()) < 1e-3

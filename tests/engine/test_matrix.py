@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from engine_matrix import CELLS, Model
+from engine_matrix import CELLS as DRAWING
+from engine_matrix import Model
+from engine_matrix_patches import CELLS as PATCHES
 from tiny_pipelines import PIPELINES
 
+CELLS = DRAWING | PATCHES
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
 QUICK = ("stable-diffusion", "flux", "flux-fill", "qwen-image", "z-image")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]

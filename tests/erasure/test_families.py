@@ -11,7 +11,7 @@ from mm.adapters import Patch
 from mm.core.errors import UserError
 from mm.erasure.concepts import PlainContexts
 from mm.erasure.erase import effective
-from mm.erasure.features import record
+from mm.erasure.features import SMALL, record
 from mm.erasure.methods.hirm import first_blocks
 from mm.erasure.sites import text_layers
 from mm.layers.linear import BranchedLinear
@@ -96,7 +96,7 @@ def test_closed_form_on_a_family(family, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rece", "robust", "speed", "oce", "hirm", "esd", "salun", "dve", "prune"])
-@pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
+@pytest.mark.parametrize("family", ["stable-diffusion", "flux", "qwen-image-edit"])
 def test_every_method_on_public_families(family, method):
     pipe = tiny_pipeline_of(family)
     before, picture = state(pipe), draw_with(family, pipe)
@@ -120,6 +120,36 @@ def test_every_method_on_public_families(family, method):
     assert not torch.equal(draw_with(family, pipe), picture)
     patch.undo(pipe)
     assert torch.equal(draw_with(family, pipe), picture)
+
+
+@pytest.mark.parametrize("family", ["flux-fill", "qwen-image-edit", "flux-kontext", "sana-sprint"])
+def test_a_family_with_source_pictures_or_few_steps_is_erased(family):
+    pipe = tiny_pipeline_of(family)
+    before, picture = state(pipe), draw_with(family, pipe)
+    patch = erased(pipe, "uce")
+    patch.apply(pipe)
+    assert patched_layers(pipe, before) == set(patch.entries)
+    assert not torch.equal(draw_with(family, pipe), picture)
+    patch.undo(pipe)
+    assert torch.equal(draw_with(family, pipe), picture)
+
+
+@pytest.mark.parametrize("family", [*SITES, "flux-fill", "flux-kontext"])
+def test_prompts_are_read_with_a_small_picture(family):
+    """Text does not depend on the picture: a prompt costs no picture of the family's usual size."""
+    pipe = tiny_pipeline_of(family)
+    denoiser = pipe.components.get("transformer") or pipe.unet
+    seen = []
+
+    def watch(module, args, kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        seen.append(x[0].numel() if isinstance(x, list) else x.numel() // len(x))
+
+    handle = denoiser.register_forward_pre_hook(watch, with_kwargs=True)
+    record(pipe, text_layers(pipe), ["a fox"])
+    handle.remove()
+    side = SMALL // 2 if family == "sana" else SMALL // 4  # its autoencoder is no smaller here
+    assert 0 < max(seen) <= 2 * side**2 * (64 if family == "flux-fill" else 16)
 
 
 def test_a_patch_of_another_model_changes_nothing():

@@ -50,7 +50,7 @@ class Distillation:
         clip: largest norm of the gradient.
     """
 
-    updates: int = 100
+    updates: int = 250
     adapters: int = 2
     pairs: int = 6
     learning_rate: float = 5e-4

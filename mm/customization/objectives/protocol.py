@@ -294,7 +294,7 @@ def objective_of(pipe: Any, side: int | None = None, *, edit: bool = False) -> O
     if edit and made.edits == "no":
         raise UserError(
             f"{type(pipe).__name__} takes no source picture, so no edit can be learned; give an editing pipeline "
-            "(mm.ImageEditPipeline, FluxKontextPipeline, QwenImageEditPipeline)"
+            "(mm.ImageEditPipeline, FluxKontextPipeline, Flux2Pipeline, QwenImageEditPipeline)"
         )
     if not edit and made.edits == "only":
         raise UserError(f"{type(pipe).__name__} draws from a source picture only; it learns kind='edit' alone")
