@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from mm.core.files import write_bytes
 from mm.customization.run_state import Progress
+from mm.families.sizes import exact_size
 
 _SIZE = (640, 320)
 _EDGE = 40
@@ -60,7 +61,7 @@ def draw(
 ) -> Image.Image:  # fmt: skip
     """A picture of a prompt, or of an instruction and a source, drawn by the pipeline as the model is now."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    given: dict[str, Any] = {"output_type": "pil", "height": side, "width": side}
+    given: dict[str, Any] = {"output_type": "pil", "clean_caption": False} | exact_size(takes, side, side)
     if steps is not None:
         given["num_inference_steps"] = steps
     if source is not None:

@@ -18,6 +18,7 @@ from PIL import Image
 from mm.core.pictures import flattened
 from mm.engine.capabilities import Capabilities
 from mm.engine.requests import Draw, Edit
+from mm.families.sizes import exact_size
 
 _OWN = ("prompt", "negative", "seed", "count", "batch_size")  # of a picture; everything else is shared in a call
 
@@ -73,6 +74,8 @@ def arguments_of(
     if can.guidance_name:
         given[can.guidance_name] = can.guidance_of(first)
     given |= _prompts(requests, can, one_negative)
+    if "clean_caption" in takes:  # it would take "<mug>" out of a prompt as a tag of HTML
+        given["clean_caption"] = False
     given |= {"strict": first.strict} if can.strict else {}
     given |= {"best_of": first.best_of if first.best_of > 1 else None}
     if isinstance(first, Draw):
@@ -126,7 +129,7 @@ def _drawn_from(request: Draw, can: Capabilities, takes: Mapping[str, Any]) -> d
     size = size_of(request, can)
     given: dict[str, Any] = {}
     if size is not None and {"width", "height"} <= takes.keys():
-        given |= {"width": size[0], "height": size[1]}
+        given |= _sized(size, takes)
     if request.image is not None:
         if size is not None and size != request.image.size and request.size is None:
             old, new = (f"{w} x {h}" for w, h in (request.image.size, size))
@@ -141,12 +144,20 @@ def _drawn_from(request: Draw, can: Capabilities, takes: Mapping[str, Any]) -> d
 def _edited(request: Edit, takes: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {"image": flattened(request.image), "image_guidance_scale": request.image_guidance}
     if request.size is not None and {"width", "height"} <= takes.keys():
-        given |= {"width": request.size[0], "height": request.size[1]}
+        given |= _sized(request.size, takes)
     elif request.size is not None:
         given["image"] = scaled(given["image"], request.size)
+    elif "max_area" in takes:  # Kontext draws this area in the proportions that it is given, and squares without
+        given |= {"width": request.image.width, "height": request.image.height}
     if request.mask is not None:
         given["mask_image"] = request.mask
     return given
+
+
+def _sized(size: tuple[int, int], takes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a size. A list of sizes (PixArt, SANA) is kept: such pipelines scale their pictures to the size."""
+    given = exact_size(takes, *size)
+    return {name: given[name] for name in ("width", "height", "max_area") if name in given}
 
 
 def scaled(picture: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.families import family_of
+from mm.families.sizes import exact_size
 from mm.families.sources import plain_sources
 
 CHUNK = 64  # prompts in one call
 SMALL = 64  # pixels a side, or the nearest that the family draws
-# Arguments of some pipelines that would put words around the prompt (SANA), choose another size (PixArt, SANA), ask for
-# two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
+# Arguments of some pipelines that would put words around the prompt (SANA) or take some out (PixArt), choose another size
+# (both), ask for two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
 PLAIN: dict[str, Any] = {
-    "complex_human_instruction": None, "use_resolution_binning": False, "intermediate_timesteps": None,
-    "strict": False,
+    "complex_human_instruction": None, "clean_caption": False, "use_resolution_binning": False,
+    "intermediate_timesteps": None, "strict": False,
 }  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def draw_once(pipe: Any, prompts: list[str], pictures: Sequence[Any] = ()) -> An
     family = family_of(pipe)
     if family is not None and family.size is not None:  # text does not depend on the picture's size
         side = family.size.nearest(SMALL)
-        given |= {"height": side, "width": side, "max_area": side * side, "_auto_resize": False}
+        given |= exact_size(takes, side, side)
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

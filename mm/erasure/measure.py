@@ -84,6 +84,7 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[torch.Generator], **
     takes = inspect.signature(type(pipe).__call__).parameters
     family = family_of(pipe)
     given: dict[str, Any] = {"prompt": list(prompts), "generator": list(seeds), "output_type": "pil"}
+    given["clean_caption"] = False
     if family is not None:
         given["num_inference_steps"] = family.steps_for(call.get("mode"))
         if family.guidance is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from mm.core.errors import UserError
@@ -47,6 +48,24 @@ def check_side(pipe: Any, side: int) -> None:
     own = native_side(pipe) or rule.default
     name = type(pipe).__name__
     check_size((side, side), model=name, own=(own, own), multiple=rule.multiple, fixed=rule.fixed)
+
+
+def exact_size(takes: Container[str], width: int, height: int) -> dict[str, Any]:
+    """Arguments of a call by which a pipeline draws in just this size.
+
+    PixArt and SANA would round it to a list of sizes, and FLUX.1 Kontext would draw its usual area, and bring source
+    pictures to one of its usual sizes.
+
+    Args:
+        takes: names of the call's arguments.
+        width: in pixels.
+        height: in pixels.
+    """
+    given = {
+        "height": height, "width": width, "max_area": width * height, "use_resolution_binning": False,
+        "_auto_resize": False,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if name in takes}
 
 
 def native_side(pipe: Any) -> int | None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.families import family_of
-from mm.families.sizes import native_side
+from mm.families.sizes import exact_size, native_side
 from mm.families.sources import EDGES, MASKS, PICTURES, VIDEOS
 from mm.quantization import pictures
 from mm.quantization.config import SVDQuantConfig
@@ -85,6 +85,8 @@ def arguments_for(pipe: Any, given: Mapping[str, Any], config: SVDQuantConfig, n
     made: dict[str, Any] = {}
     if "output_type" in takes:
         made["output_type"] = "latent"
+    if "clean_caption" in takes:
+        made["clean_caption"] = False
     if "generator" in takes:
         made["generator"] = torch.Generator().manual_seed(config.seed + number)
     if "num_inference_steps" in takes:
@@ -136,13 +138,7 @@ def _sizes(pipe: Any, takes: Mapping[str, inspect.Parameter], config: SVDQuantCo
     made: dict[str, Any] = {name: FRAMES for name in _FRAME_NAMES if name in takes}
     side = config.size or native_side(pipe)
     if side and {"height", "width"} <= set(takes):
-        made |= {"height": side, "width": side}
-        if "use_resolution_binning" in takes:
-            made["use_resolution_binning"] = False  # it would go back to a list of sizes about 1024 pixels
-        if "_auto_resize" in takes:
-            made["_auto_resize"] = False
-        if "max_area" in takes:
-            made["max_area"] = side * side
+        made |= exact_size(takes, side, side)
     return made
 
 
