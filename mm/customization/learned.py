@@ -22,7 +22,7 @@ from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
 from mm.core.checks import check_path
 from mm.core.errors import UserError
-from mm.core.files import check_place, write_bytes
+from mm.core.files import write_bytes, write_files
 from mm.core.safe_tensors import ordered
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
@@ -191,7 +191,7 @@ def write_textual_inversion(
     Args:
         patch: with words.
         path: the file. In diffusers' layout each text encoder has its own, with the tokenizer's number in its name.
-            Files that are there are replaced, each as a whole.
+            Files that are there are replaced, all of them or none.
         layout: "diffusers", which `load_textual_inversion` reads: the word is the key. "a1111", which A1111's web UI
             and ComfyUI read: one file, whose name is the word in prompts there.
 
@@ -218,10 +218,8 @@ def write_textual_inversion(
             tensors[item["token"]] = _row_1D(patch, item)
         suffix = tokenizer.removeprefix("tokenizer")
         file = target if not suffix else target.with_name(f"{target.stem}{suffix}{target.suffix}")
-        check_place(file)
         files[file] = save(tensors, metadata={"format": "pt"})
-    for file, data in files.items():
-        write_bytes(file, data)
+    write_files(files)
     return list(files)
 
 

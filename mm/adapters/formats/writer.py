@@ -28,7 +28,7 @@ from mm.adapters.formats.names import DENOISERS, Names, Piece
 from mm.adapters.patch import Entry, Patch
 from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError
-from mm.core.files import read_regular, write_bytes
+from mm.core.files import read_regular, write_bytes, write_files
 from mm.layers.surgery import roots_of
 
 Layout = Literal["peft", "diffusers", "kohya", "comfyui"]
@@ -101,15 +101,7 @@ def write_adapter(path: str | Path, data: bytes, config: str | None) -> None:
             f"{beside} holds the settings of another adapter ({others[0]}); peft reads one a folder, so give a folder "
             "of its own"
         )
-    write_bytes(beside, config.encode())
-    try:
-        write_bytes(target, data)
-    except BaseException:
-        if before is None:
-            beside.unlink(missing_ok=True)
-        else:
-            write_bytes(beside, before)
-        raise
+    write_files({beside: config.encode(), target: data})
 
 
 def _split(where: str) -> tuple[str, str]:
