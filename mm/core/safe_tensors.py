@@ -33,6 +33,16 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
 _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "C64": 8}
+_PICKLED = "pickled, as torch.save writes, and can run code; convert it with a program that you trust"
+_OTHERS = {  # how files begin that are taken for safetensors: what they are
+    b"PK\x03\x04": _PICKLED,
+    b"\x80\x02": _PICKLED,
+    b"GGUF": "a GGUF file",
+    b"version ": "a pointer of Git LFS; download the file itself (git lfs pull)",
+    b"<!DOCTYP": "a web page; download the file itself",
+    b"<!doctyp": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
 _CHUNK = 1 << 24  # values converted at once
 _BLOCK = 4096  # bytes of a sum
 
@@ -265,6 +275,9 @@ def _raw_header(file: BinaryIO, where: Path, size: int, limits: Limits) -> tuple
     """The header's JSON object, and where the tensors' bytes begin."""
     head = file.read(8)
     length = int.from_bytes(head, "little")
+    other = next((kind for start, kind in _OTHERS.items() if head.startswith(start)), "")
+    if other and not 2 <= length <= min(size - 8, limits.header):  # a length may begin like another kind of file
+        raise UserError(f"{where} is no safetensors file: it is {other}")
     if len(head) < 8 or length < 2 or length > size - 8:
         raise UserError(f"{where} is no safetensors file (it has no header that fits its {size} bytes)")
     if length > limits.header:
