@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from mm.layers.surgery import roots_of
 
 GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
 _LOWEST = {"rank": 1, "factor": -1, "block": 2, "alpha": 1e-6}  # of methods' numbers, where that is not 0
+_SIGNS = re.compile(r"[()\[\]{}|\\]|__(?=.+__)|[+-]+(?=$|[\s,.;])")  # that `mm.engine.prompts` does not read as text
 _ENLARGED = 4  # times that a picture may be enlarged without a warning
 _STATE_BYTES = 16  # of a trained value: as it is, the best one, and two moments of the optimizer
 _STATES = 2  # a state is written whole before it takes the place of the last one
@@ -65,8 +67,15 @@ def check_call(
 
 def check_name(name: str, objective: Objective) -> None:
     """Raises UserError where a name cannot stand for a new subject; warns where it is a common word already."""
-    if not name.strip() or name != name.strip() or "\n" in name:
+    if not name.strip() or name != name.strip() or not name.isprintable():
         raise UserError(f"the name is {shown(name)}; give a word, for example '<mug>'")
+    if not any(letter.isalnum() or unicodedata.category(letter) == "So" for letter in name):
+        raise UserError(f"the name {shown(name)} has no letter or digit; give a word, for example '<mug>'")
+    if sign := _SIGNS.search(name):
+        raise UserError(
+            f"the name {shown(name)} holds {sign[0]!r}, which prompts read as a weight, an alternative or a wildcard; "
+            "leave it out"
+        )
     if objective.open_vocabulary:
         for table in objective.tables:
             if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
@@ -80,7 +89,9 @@ def check_name(name: str, objective: Objective) -> None:
     if not re.fullmatch(r"<[a-z0-9_]+>", name):
         known = any(own_row(objective.pipe, table, name) is not None for table in objective.tables)
         what = "a word of the model already" if known else "no new word"
-        raise UserError(f"the name {shown(name)} is {what}; give one in angle brackets, such as '<mug>'")
+        raise UserError(
+            f"the name {shown(name)} is {what}; give one of a-z, 0-9 and _ in angle brackets, such as '<mug>'"
+        )
     for table in objective.tables:
         if own_row(objective.pipe, table, name) is not None:
             raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")

@@ -170,6 +170,8 @@ def _warn_of_unused(place: Path, used: Collection[Path], skipped: Collection[str
             why = "holds pictures that are not used; move them beside the others, or call the folder 1_NAME"
             if not inner:
                 continue
+        elif path.stem.endswith(_MASK) and path.suffix != ".png":
+            why = f"is not used; masks are called NAME{_MASK}.png"
         elif path.suffix.lower() in CAPTIONS or path.stem.endswith(_MASK):
             why = stray or "has no picture of the same name and is not used"
         else:

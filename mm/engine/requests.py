@@ -24,6 +24,7 @@ MAX_STEPS = 1000
 MAX_TRIES = 64
 MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
+_SHAPES = 0.05  # by which a mask and its picture may differ
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
 
 
@@ -155,6 +156,8 @@ class Draw(Sampling):
                 picture(name, getattr(self, name))
         if self.mask is not None and self.image is None:
             raise UserError("mask is given without image; a mask says which part of a picture is drawn anew")
+        if self.mask is not None and self.image is not None:
+            _check_shapes(self.mask.size, self.image.size)
         if self.strength is not None:
             number("strength", self.strength, 0, 1)
             if self.image is None:
@@ -171,6 +174,14 @@ class Draw(Sampling):
         for name, there in (("image", self.image is not None), ("best_of", self.best_of > 1)):
             if there:
                 raise UserError(f"{name} is given, and adapters cannot be kept apart with it; leave one of them out")
+
+
+def _check_shapes(mask: tuple[int, int], image: tuple[int, int]) -> None:
+    """Raises UserError where a mask would be stretched over its picture, and cover other things in it."""
+    if abs(mask[0] * image[1] / (mask[1] * image[0]) - 1) > _SHAPES:
+        raise UserError(
+            f"the mask is {mask[0]} x {mask[1]} and the picture {image[0]} x {image[1]}; give both the same shape"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
