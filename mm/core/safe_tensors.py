@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mm.core.errors import UserError, shown
@@ -199,6 +200,22 @@ def check_finite(tensor: Tensor, name: str, source: object, most: float = math.i
         raise UserError(f"{source}: {shown(name)} holds NaN or infinite values; make or download the file again")
     if size > most:
         raise UserError(f"{source}: {shown(name)} holds values up to {size:.3g}; no sound weights exceed {most:.0g}")
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file.
+
+    Args:
+        tensors: by name; of any device and strides, and several may share memory, which the library refuses.
+        metadata: texts by key.
+    """
+    ready, taken = {}, set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        ready[name] = own.clone() if place in taken else own
+        taken.add(place)
+    return save(ready, metadata=None if metadata is None else dict(metadata))
 
 
 def ordered(data: bytes, more: Mapping[str, str] | None = None) -> bytes:

@@ -19,7 +19,7 @@ from mm.core.errors import UserError, shown
 from mm.core.files import check_new, open_regular, read_regular, write_bytes
 from mm.core.pictures import MAX_PIXELS, as_mask, read_picture
 from mm.core.safe_json import Fields, parse_json, read_json, read_json_lines
-from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors
+from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors, tensor_bytes
 
 
 def _packed(header: object, data: bytes = b"") -> bytes:
@@ -208,6 +208,14 @@ def test_damaged_tensor_files_are_refused(tmp_path: Path, content: bytes, why: s
     with pytest.raises(UserError, match=why) as caught:
         read_tensors(tmp_path / "a")
     assert str(caught.value).startswith(str(tmp_path / "a")) and "\n" not in str(caught.value)
+
+
+def test_tensors_of_any_memory_are_written(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    given = {"a": whole, "again": whole, "turned": whole.T, "row": whole[1], "rows": whole[1:]}
+    (tmp_path / "a").write_bytes(tensor_bytes(given, {"key": "text"}))
+    read = read_tensors(tmp_path / "a")
+    assert read.metadata == {"key": "text"} and all(torch.equal(read.tensors[k], given[k]) for k in given)
 
 
 def test_limits_hold_before_anything_is_read(tmp_path: Path) -> None:
