@@ -137,20 +137,36 @@ def warn_of_captions(objective: Objective, name: str, captions: Sequence[str]) -
 
 def check_names_read(objective: Objective, name: str, captions: Sequence[str]) -> None:
     """Raises UserError where every text encoder cuts a caption off before the name in it."""
-    if not objective.open_vocabulary:
-        return
-    tokenizers = [objective.pipe.components[table.tokenizer] for table in objective.tables]
     for caption in dict.fromkeys(captions):
         found = pattern_of(name).search(caption)
-        if found is None or len(caption) < 64 or not tokenizers:  # each token has a letter at least
-            continue
-        head = caption[: found.end()]
-        if all(len(one(head, verbose=False).input_ids) > one.model_max_length for one in tokenizers):
-            most = max(one.model_max_length for one in tokenizers)
+        if found is not None and (most := _cut_at(objective, caption[: found.end()])):
             raise UserError(
                 f"the caption {shown(caption)} names {shown(name)} behind the {most} tokens that the model reads; "
                 "shorten it, or put the name in front"
             )
+
+
+def warn_of_long(objective: Objective, captions: Sequence[str]) -> None:
+    """Warns once of captions that are longer than what every text encoder reads."""
+    long = {caption: most for caption in dict.fromkeys(captions) if (most := _cut_at(objective, caption))}
+    if long:
+        first, most = next(iter(long.items()))
+        more = f" (and {counted(len(long) - 1, 'more', 'more')})" if len(long) > 1 else ""
+        warnings.warn(
+            f"the caption {shown(first)}{more} is longer than the {most} tokens that the model reads; what is behind "
+            "them is not learned",
+            stacklevel=3,
+        )
+
+
+def _cut_at(objective: Objective, text: str) -> int:
+    """After how many tokens every text encoder cuts a text off; 0 where one reads all of it."""
+    tokenizers = [objective.pipe.components[table.tokenizer] for table in objective.tables]
+    if len(text) < min((one.model_max_length for one in tokenizers), default=0) - 2:  # each token has a letter at least
+        return 0
+    if not all(len(one(text, verbose=False).input_ids) > one.model_max_length for one in tokenizers):
+        return 0
+    return max((one.model_max_length for one in tokenizers), default=0)
 
 
 def warn_of_small(examples: Sequence[Example], side: int) -> None:
