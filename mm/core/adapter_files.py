@@ -7,7 +7,8 @@ from pathlib import Path
 from mm.core.errors import UserError
 from mm.core.paths import expanded
 
-_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of peft, of diffusers
+PEFT_FILE = "adapter_model.safetensors"
+_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # of peft, of diffusers
 
 
 def adapter_file(path: str | Path) -> Path:

@@ -5,11 +5,12 @@ Design choices
 - Every tensor is floating point and finite. fp8 becomes bf16, which holds all of its values. Only alpha may be an
   integer, since kohya's scripts save it so.
 - Settings are diffusers' `lora_adapter_metadata` inside the file, else peft's `adapter_config.json` beside it,
-  which belongs to a file whose names have no component in front.
+  which belongs to a file that has the name or the layout of peft's.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mm.adapters.formats.layouts import foreign
 from mm.adapters.formats.words import unpacked, word_of
-from mm.core.adapter_files import adapter_file, adapter_name
+from mm.core.adapter_files import PEFT_FILE, adapter_file, adapter_name
 from mm.core.errors import UserError, shown
 from mm.core.nouns import with_article
 from mm.core.safe_json import parse_object, read_object
@@ -28,7 +29,7 @@ from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 
 _LONGEST_JSON = 4 << 20
 _LONGEST_NAME = 200
-_COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "lora_unet_", "lora_te", "oft_unet_")
+_OF_PEFT = "base_model.model."  # names in peft's files begin so
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -89,8 +90,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
         settings = parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
         return read.tensors, settings, read.metadata
     beside = path.parent / "adapter_config.json"
-    # Files of diffusers and kohya name the component; settings that lie beside one are another adapter's.
-    mine = not any(key.startswith(_COMPONENTS) for key in read.tensors) and beside.exists()
+    # Beside other programs' files they are another adapter's, which would give these a wrong strength.
+    mine = beside.exists() and (path.name == PEFT_FILE or any(key.startswith(_OF_PEFT) for key in read.tensors))
+    if path.name == PEFT_FILE and not mine and not any(key.endswith("alpha") for key in read.tensors):
+        warnings.warn(
+            f"{path} has no adapter_config.json beside it, which says how strongly it acts; it acts in full",
+            stacklevel=4,
+        )
     return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if mine else {}, read.metadata
 
 
