@@ -18,6 +18,7 @@ from PIL import Image
 from mm.core.checks import MAX_SEED, MAX_SIDE, number, shown, whole
 from mm.core.errors import UserError
 from mm.core.nouns import with_article
+from mm.engine.prompts import LORA_TAG
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
@@ -29,13 +30,19 @@ MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
 
 
 def text(name: str, value: object, *, empty: bool = False) -> None:
-    """Raises UserError unless `value` is a text of bounded length that is not blank, or may be with `empty`."""
+    """Raises UserError unless `value` is a text of bounded length that is not blank, or may be with `empty`, and names
+    no LoRA file."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {shown(value)}; give a text")
     if len(value) > MAX_PROMPT:
         raise UserError(f"{name} has {len(value)} characters; give at most {MAX_PROMPT}")
     if not empty and not value.strip():
         raise UserError(f"{name} is empty; say in words what is wanted")
+    if tag := LORA_TAG.search(value):
+        raise UserError(
+            f"{name} holds {tag[0].strip()}, which only A1111 and programs like it read; leave it out, and give the "
+            "file as an adapter (--lora FILE:SCALE)"
+        )
 
 
 def picture(name: str, value: object) -> None:

@@ -82,7 +82,13 @@ def test_a_picture_is_drawn_again_from_its_settings(xl, tmp_path):
 
 
 def test_settings_of_other_programs_draw(xl, tmp_path):
-    settings = {"prompt": "a fox <lora:style:0.5>", "negative_prompt": "bad", "seed": 7, "steps": 2, "guidance": 4.0}
+    settings = {
+        "prompt": "a fox <lora:style:0.5>",
+        "negative_prompt": "bad <lora:x:1>",
+        "seed": 7,
+        "steps": 2,
+        "guidance": 4.0,
+    }
     theirs = tmp_path / "theirs.png"
     text = to_a1111(settings).replace("Steps: 2", "Steps: 2, Sampler: Euler a, Size: 32x32")
     chunks = Image.new("RGB", (8, 8))
