@@ -20,6 +20,7 @@ from mm.customization.captions import pattern_of
 from mm.customization.config import MAX_SETTING, TrainingConfig
 from mm.customization.data import KINDS, Example
 from mm.customization.estimate import Estimate
+from mm.customization.folders import is_read
 from mm.customization.methods.protocol import sites_of
 from mm.customization.objectives.protocol import Objective
 from mm.customization.pieces import branched_width
@@ -47,6 +48,7 @@ def check_call(
         check_kind("prompts", prompts, SliderPrompts, "mm.SliderPrompts(positive=..., negative=...)")
     if work is not None:
         check_folder(work)
+        _check_work(Path(work), folder, regularization)
     if any(not sample.strip() for sample in samples or ()):
         raise UserError("a sample prompt is empty; say what is drawn at each preview, or leave it out")
     if kind not in KINDS:
@@ -61,21 +63,30 @@ def check_call(
         raise UserError(f"two prompts make a slider, and the kind is {kind!r}; give kind='slider'")
     if folder is None:
         raise UserError(f"the kind {kind} is learned from pictures; give a folder with a few")
+    if regularization is not None and Path(folder).resolve() == Path(regularization).resolve():
+        raise UserError(
+            f"regularization is {regularization}, the folder of what is learned, and its pictures would be learned as "
+            "others of the class, too; give a folder of other pictures"
+        )
     if not name:
         raise UserError(f"the name is ''; give a word for the {kind}, for example '<mug>'")
+
+
+def _check_work(work: Path, folder: str | Path | None, regularization: str | Path | None) -> None:
+    """Raises UserError where the plots and samples of a run would be read as pictures when it goes on."""
+    for place in (folder, regularization):
+        if place is not None and is_read(Path(place), work):
+            raise UserError(
+                f"{work} is a folder of pictures that are learned, and the run's own would be among them; give another "
+                "folder for its state (--work)"
+            )
 
 
 def check_name(name: str, objective: Objective) -> None:
     """Raises UserError where a name cannot stand for a new subject; warns where it is a common word already."""
     if not name.strip() or name != name.strip() or not name.isprintable():
         raise UserError(f"the name is {shown(name)}; give a word, for example '<mug>'")
-    if not any(letter.isalnum() or unicodedata.category(letter) == "So" for letter in name):
-        raise UserError(f"the name {shown(name)} has no letter or digit; give a word, for example '<mug>'")
-    if sign := _SIGNS.search(name):
-        raise UserError(
-            f"the name {shown(name)} holds {sign[0]!r}, which prompts read as a weight, an alternative or a wildcard; "
-            "leave it out"
-        )
+    _check_word("name", name, "<mug>")
     if objective.open_vocabulary:
         for table in objective.tables:
             if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
@@ -95,6 +106,24 @@ def check_name(name: str, objective: Objective) -> None:
     for table in objective.tables:
         if own_row(objective.pipe, table, name) is not None:
             raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")
+
+
+def check_noun(noun: str) -> None:
+    """Raises UserError where a class cannot stand in captions and prompts; "" is none."""
+    if noun:
+        if not noun.strip() or noun != noun.strip() or not noun.isprintable():
+            raise UserError(f"noun is {shown(noun)}; give a class that the model knows, for example 'mug'")
+        _check_word("noun", noun, "mug")
+
+
+def _check_word(what: str, word: str, such_as: str) -> None:
+    if not any(letter.isalnum() or unicodedata.category(letter) == "So" for letter in word):
+        raise UserError(f"the {what} {shown(word)} has no letter or digit; give a word, for example {such_as!r}")
+    if sign := _SIGNS.search(word):
+        raise UserError(
+            f"the {what} {shown(word)} holds {sign[0]!r}, which prompts read as a weight, an alternative or a "
+            "wildcard; leave it out"
+        )
 
 
 def check_words(

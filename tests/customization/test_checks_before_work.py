@@ -97,6 +97,23 @@ def test_a_name_is_read_in_prompts_as_it_is(name: str) -> None:
     assert expand(prompt, 0) == prompt and weighted(prompt) == [(prompt, 1.0)]
 
 
+@pytest.mark.parametrize("noun", [" ", "a\nb", "(mug:1.2)", "!"])
+def test_a_class_that_prompts_do_not_read(noun: str, ours: Any, photos: Path) -> None:
+    with pytest.raises(UserError, match="noun"):
+        customize(ours, photos, name="<mug>", noun=noun, steps=1)
+
+
+def test_a_run_does_not_work_among_the_pictures(ours: Any, tmp_path: Path) -> None:
+    """Its plot would be learned when the run goes on, or with the next one."""
+    photos = subject_folder(tmp_path / "p", 2)
+    for work in (photos, photos / "10_mug.work", tmp_path / "p" / ".." / "p"):
+        with pytest.raises(UserError, match="the run's own would be among them; give another folder"):
+            customize(ours, photos, name="<mug>", steps=1, work=work)
+    with pytest.raises(UserError, match=r"regularization is .*, the folder of what is learned"):
+        customize(ours, photos, name="<mug>", noun="cat", regularization=tmp_path / "p" / "." / "", steps=1)
+    assert sorted(path.name for path in photos.iterdir()) == ["0.png", "0.txt", "1.png", "1.txt"]
+
+
 def test_a_slider_and_a_file_for_a_folder(ours: Any, photos: Path, tmp_path: Path) -> None:
     prompts = SliderPrompts(positive="a big xyzzy", negative="a small xyzzy")
     with pytest.raises(UserError, match=r"the slider's prompt is .* does not know the word 'xyzzy'"):
