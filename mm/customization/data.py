@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.nouns import counted
-from mm.core.pictures import as_mask, flattened, read_picture
+from mm.core.pictures import alpha_of, as_mask, flattened, read_picture
 from mm.customization.captions import default_caption, fill, has_trigger, names, other_word, read_caption
 from mm.customization.folders import Found, pairs_in, pictures_in
 
@@ -183,14 +183,9 @@ def _opened(path: Path) -> Image.Image:
 def _read(path: Path) -> tuple[Image.Image, Image.Image | None]:
     """A picture as RGB, and its alpha channel where that hides anything."""
     picture = _opened(path)
-    if picture.mode == "I;16":  # grey of 16 bits, whose whole range counts
-        values = np.asarray(picture)
-        return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8)).convert("RGB"), None
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return flattened(picture), None
-    alpha = picture.convert("RGBA").getchannel("A")
-    hidden = np.asarray(alpha).min() < 255
-    return flattened(picture), alpha if hidden else None
+    alpha = alpha_of(picture)
+    hides = alpha is not None and np.asarray(alpha).min() < 255
+    return flattened(picture), alpha if hides else None
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 
 from mm.core.errors import UserError, shown
 from mm.core.files import check_new, open_regular, read_regular, write_bytes
-from mm.core.pictures import MAX_PIXELS, as_mask, read_picture
+from mm.core.pictures import MAX_PIXELS, alpha_of, as_mask, flattened, read_picture
 from mm.core.safe_json import Fields, parse_json, read_json, read_json_lines
 from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors, tensor_bytes
 
@@ -302,6 +302,17 @@ def test_a_mask_is_white_where_something_white_was_painted() -> None:
     assert as_mask(layer.convert("P", palette=Image.Palette.ADAPTIVE)).mode == "L"
     assert list(as_mask(deep).tobytes()) == [0, 127, 255]
     assert as_mask(Image.new("1", (2, 2), 1)).tobytes() == bytes([255] * 4)
+
+
+def test_greys_of_16_bits_count_over_their_whole_range(tmp_path: Path) -> None:
+    """Spread between their darkest and lightest, a dim picture would become a bright one."""
+    dim = Image.fromarray(np.array([[0, 257 * 40, 257 * 80]], np.uint16))
+    dim.save(tmp_path / "a.png", transparency=257 * 40)
+    read = read_picture(tmp_path / "a.png")
+    assert list(flattened(dim).getchannel(0).tobytes()) == [0, 40, 80]
+    assert list(flattened(read).getchannel(0).tobytes()) == [0, 255, 80]
+    alpha = alpha_of(read)
+    assert alpha is not None and list(alpha.tobytes()) == [255, 0, 255] and alpha_of(dim) is None
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
