@@ -145,7 +145,7 @@ def _edited(request: Edit, takes: Mapping[str, Any]) -> dict[str, Any]:
     elif request.size is not None:
         given["image"] = scaled(given["image"], request.size)
     if request.mask is not None:
-        given["mask_image"] = request.mask
+        given["mask_image"] = as_mask(request.mask)
     return given
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mm.core.checks import MAX_SEED, MAX_SIDE, number, shown, whole
 from mm.core.errors import UserError
 from mm.core.nouns import with_article
+from mm.core.pictures import as_mask
 from mm.engine.prompts import LORA_TAG
 
 MAX_COUNT = 10_000
@@ -165,6 +166,7 @@ class Draw(Sampling):
             raise UserError("mask is given without image; a mask says which part of a picture is drawn anew")
         if self.mask is not None and self.image is not None:
             _check_shapes(self.mask.size, self.image.size)
+            _check_white(self.mask)
         if self.strength is not None:
             number("strength", self.strength, 0, 1)
             if self.image is None:
@@ -189,6 +191,12 @@ def _check_shapes(mask: tuple[int, int], image: tuple[int, int]) -> None:
         raise UserError(
             f"the mask is {mask[0]} x {mask[1]} and the picture {image[0]} x {image[1]}; give both the same shape"
         )
+
+
+def _check_white(mask: Image.Image) -> None:
+    """Raises UserError where a mask lets nothing change."""
+    if as_mask(mask).getbbox() is None:
+        raise UserError("the mask is black everywhere, so nothing may change; paint white where it may")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +228,7 @@ class Edit(Sampling):
             text("negative", self.negative, empty=True)
         if self.mask is not None:
             picture("mask", self.mask)
+            _check_white(self.mask)
         if self.image_guidance is not None:
             number("image_guidance", self.image_guidance, 0, MAX_GUIDANCE)
 
