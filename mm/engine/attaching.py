@@ -9,13 +9,16 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm.core.adapter_files import adapter_file, adapter_label, adapter_name
 from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.core.paths import expanded
+
+if TYPE_CHECKING:
+    from mm.adapters.patch import Patch
 
 Adapter = tuple[str | Path, float]
 
@@ -82,15 +85,23 @@ def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
     path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
     file = adapter_file(path)
     try:
-        name, layers = _applied(pipe, file, scale)
+        patch, layers = _applied(pipe, file, scale)
     except UserError as error:
         said = str(error)
         raise UserError(said if str(file) in said else f"{file}: {said}") from error
-    return name, f"{adapter_label(file)}: {layers} of {counted(layers, 'layer')}, scale {scale:g}"
+    words = "".join(f", word {word}" for word in _words(patch.settings))
+    return patch.name, f"{adapter_label(file)}: {layers} of {counted(layers, 'layer')}, scale {scale:g}{words}"
 
 
-def _applied(pipe: Any, file: Path, scale: float) -> tuple[str, int]:
-    """Applies what a file holds: its name on the model, and how many layers it changes."""
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """The words that a patch brings, as prompts have them: one of several rows also has tokens WORD_1, WORD_2."""
+    tokens = dict.fromkeys(str(item["token"]) for item in settings.get("tokens", ()))
+    stems = {token: token.rpartition("_") for token in tokens}
+    return [token for token, (stem, _, end) in stems.items() if not (stem in tokens and end.isdecimal())]
+
+
+def _applied(pipe: Any, file: Path, scale: float) -> tuple[Patch, int]:
+    """Applies what a file holds; and how many layers that changes."""
     from mm.adapters.formats import read_lora
     from mm.adapters.patch import Patch
     from mm.adapters.patch_file import META
@@ -102,7 +113,7 @@ def _applied(pipe: Any, file: Path, scale: float) -> tuple[str, int]:
         patch = dataclasses.replace(patch, name=free_name(stack_of(pipe).names(), patch.name))
     else:
         patch = read_lora(file, pipe, name=free_name(stack_of(pipe).names(), adapter_name(file)))
-    return patch.name, patch.apply(pipe, scale).layers
+    return patch, patch.apply(pipe, scale).layers
 
 
 def attach_all(pipe: Any, adapters: Sequence[str | Path | Adapter]) -> tuple[list[str], list[str]]:
