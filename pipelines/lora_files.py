@@ -152,9 +152,8 @@ def _write_tensors(
     """Tensors of the trunk under its name, written as a whole or not at all."""
     import json
 
-    from safetensors.torch import save
-
     from mm.core.files import write_bytes
+    from mm.core.safe_tensors import tensor_bytes
 
     named = {
         key if key.startswith("trunk.") else f"trunk.{key}": t.detach().cpu().contiguous() for key, t in layers.items()
@@ -165,7 +164,7 @@ def _write_tensors(
         return path
     kept = {f"trunk.{key}": value for key, value in (metadata or {}).items()}
     header = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(kept, sort_keys=True)} if kept else {})
-    write_bytes(path, save(named, metadata=header))
+    write_bytes(path, tensor_bytes(named, header))
     return path
 
 

@@ -55,7 +55,9 @@ class TrunkObjective(FlowObjective):
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptCache:
         # Without the padding that sampling adds: it is masked, and would cost a fifth of a step.
-        words = self.pipe.text_tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.device)
+        # A long prompt is cut where drawing cuts it.
+        given: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        words = self.pipe.text_tokenizer(list(prompts), **given).to(self.device)
         return self.pipe.trunk.encode_text(words.input_ids, words.attention_mask.bool())
 
     @property

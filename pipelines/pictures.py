@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mm.core.errors import UserError
-from mm.core.pictures import flattened, read_picture
+from mm.core.pictures import as_mask, flattened, read_picture
 
 
 def open_picture(source: Any) -> Image.Image:
     """RGB from a path or a PIL picture of any mode. Raises UserError for what is no picture."""
+    return _open(source, flattened)
+
+
+def _open(source: Any, made: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else read_picture(source)
-        return flattened(picture)
+        return made(picture)
     except UserError:
         raise
     except (OSError, UnidentifiedImageError, ValueError, TypeError, Image.DecompressionBombError) as error:
@@ -43,7 +48,7 @@ def as_pictures(source: Any, *, mask: bool = False) -> list[Any]:
     if isinstance(source, (list, tuple)):
         return [picture for one in source for picture in as_pictures(one, mask=mask)]
     if not isinstance(source, (np.ndarray, torch.Tensor)):
-        return [open_picture(source)] if mask else [source]
+        return [_open(source, as_mask)] if mask else [source]
     tensor, kind = isinstance(source, torch.Tensor), type(source).__name__
     if isinstance(source, torch.Tensor):
         values = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()

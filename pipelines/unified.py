@@ -25,6 +25,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from mm.core.errors import UserError
 from mm.core.model_files import check_loaded
 from mm.core.nouns import with_article
+from mm.core.paths import expanded
 from mm.families import model_types
 from mm.families.folders import unified_type
 from mm.pipelines.answers import UnderstandingOutput, paired
@@ -42,7 +43,7 @@ FAMILIES: dict[str, Any] = {"emu3": Emu3, "janus": Janus}
 
 def kind_at(where: str | Path, options: Mapping[str, Any] | None = None) -> str | None:
     """The family of the model in a folder or under a hub name (fetched with `options`); None for any other."""
-    if isinstance(where, Path) or Path(where).expanduser().is_dir():
+    if isinstance(where, Path) or expanded(where).is_dir():
         return unified_type(where)
     from transformers import PretrainedConfig
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mm.adapters.entry import PARTS, Entry
@@ -26,7 +25,7 @@ from mm.core.errors import UserError, shown
 from mm.core.files import write_bytes
 from mm.core.nouns import with_article
 from mm.core.safe_json import Fields, parse_json
-from mm.core.safe_tensors import FLOATS, TensorFile, check_seal, read_tensors, sealed
+from mm.core.safe_tensors import FLOATS, TensorFile, check_seal, read_tensors, sealed, tensor_bytes
 from mm.layers.linear import Scope
 
 META = "mm_patch"
@@ -51,10 +50,10 @@ def write_patch(path: str | Path, entries: Mapping[str, Entry], fields: Mapping[
         entries: by module path.
         fields: a value for each of `FIELDS`, JSON-ready.
     """
-    tensors = {f"{p}|{k}": t.contiguous().cpu() for p, e in entries.items() for k, t in e.tensors.items()}
+    tensors = {f"{p}|{k}": t for p, e in entries.items() for k, t in e.tensors.items()}
     kinds = {p: {"kind": e.kind, "scale": e.scale, "scope": e.scope} for p, e in entries.items()}
     meta = json.dumps({"version": VERSION, "entries": kinds} | dict(fields))
-    write_bytes(Path(path), sealed(save(tensors, metadata={META: meta}), CHECKSUM))
+    write_bytes(Path(path), sealed(tensor_bytes(tensors, {META: meta}), CHECKSUM))
 
 
 def read_patch(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:

@@ -21,9 +21,11 @@ from typing import Any
 from mm.batch.checks import check_options
 from mm.batch.jobs import Row
 from mm.batch.store import Picture
+from mm.core.adapter_files import adapter_file
 from mm.core.checks import MAX_SEED
 from mm.core.errors import UserError
-from mm.core.paths import embedded_models, resolve_model
+from mm.core.files import open_regular
+from mm.core.paths import embedded_models, expanded, resolve_model
 from mm.core.pictures import read_picture
 from mm.engine.arguments import call_key
 from mm.engine.capabilities import Capabilities
@@ -166,7 +168,7 @@ class Plan:
     def about(self, model: str) -> Known:
         """What is known of a model by its files."""
         if model not in self._known:
-            found = None if Path(model).expanduser().is_file() else resolve_model(model)
+            found = None if expanded(model).is_file() else resolve_model(model)
             folder = found if isinstance(found, Path) else None
             can = None if folder is None else capabilities_at(folder, model)
             self._known[model] = Known(folder=folder, weights=model_hash(model), can=can)
@@ -175,8 +177,9 @@ class Plan:
     def _adapter(self, text: str) -> tuple[Path, float]:
         from mm.engine.attaching import parsed
 
-        file, scale = parsed(text)
-        return self.inside(str(file), "lora"), scale
+        given, scale = parsed(text)
+        file = adapter_file(self.inside(str(given), "lora"))
+        return self.inside(str(file), "lora"), scale  # a link in a folder may lead out of the root
 
     def _file(self, given: str | None) -> Path | None:
         return None if given is None else self.inside(given, "picture")
@@ -193,7 +196,7 @@ class Plan:
 
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self._hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._hashes[path]
 
@@ -209,8 +212,8 @@ def picture_seed(row: Row, index: int, run_seed: int) -> int:
 
 def model_hash(model: str) -> str | None:
     """A hash of a model's configs and weights; None for a hub name, whose files may not be here."""
-    if Path(model).expanduser().is_file():
-        with Path(model).expanduser().open("rb") as file:
+    if expanded(model).is_file():
+        with expanded(model).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     folder = resolve_model(model)
     if not isinstance(folder, Path):

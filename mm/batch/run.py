@@ -26,8 +26,10 @@ from mm.batch.checks import PromptCheck, warn_of_words
 from mm.batch.jobs import BadRow, Row, read_jobs
 from mm.batch.plan import Adapters, Plan, Planned
 from mm.batch.store import Picture, Store
+from mm.core.adapter_files import adapter_file
 from mm.core.checks import check_path
 from mm.core.errors import UserError
+from mm.core.paths import expanded
 from mm.core.png_settings import png_bytes
 from mm.engine.attaching import Adapter, listed
 from mm.engine.events import CancelToken, Event, Notice, Step
@@ -156,7 +158,7 @@ def run_jobs(
 
 def _root(root: str | Path | None, jobs: str | Path) -> Path:
     """The folder under which files lie that rows name."""
-    found = Path(jobs).resolve().parent if root is None else Path(root).expanduser().resolve()
+    found = Path(jobs).resolve().parent if root is None else expanded(root).resolve()
     if not found.is_dir():
         raise UserError(f"root is {root}, which is no folder")
     return found
@@ -167,10 +169,7 @@ def _files(adapters: str | Path | Adapter | Sequence[str | Path | Adapter]) -> A
     found = []
     for one in listed(adapters):
         path, scale = (one, 1.0) if isinstance(one, str | Path) else one
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise UserError(f"there is no adapter file {path}")
-        found.append((file, scale))
+        found.append((adapter_file(path), scale))
     return tuple(found)
 
 

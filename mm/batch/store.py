@@ -28,6 +28,7 @@ from typing import Any
 from mm.batch.jobs import BadRow
 from mm.core.errors import UserError
 from mm.core.files import open_regular, write_bytes, write_json, write_text
+from mm.core.paths import expanded
 from mm.core.safe_json import read_object
 
 SHARD = 1000  # lines of the job file
@@ -62,7 +63,7 @@ class Store:
     """A folder of results. Made where it is missing, but only once something is written."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser().resolve()
+        self.root = expanded(root).resolve()
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; give a folder for the results")
         self._records: dict[tuple[str, int], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)

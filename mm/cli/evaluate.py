@@ -257,12 +257,8 @@ def reconstruct(
     """PSNR, SSIM and bits per picture of a model's tokenizers, by style, on held-out renders."""
     from mm.core.paths import resolve_model
     from mm.evaluation.reconstruct import evaluate_reconstruct
-    from mm.evaluation.report import write_report
 
-    grid = json.with_suffix(".png") if json else None
-    report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, grid=grid)
-    if json:
-        write_report(json, report)
+    report = evaluate_reconstruct(resolve_model(model), extra=extra, seed=seed, limit=limit, json_file=json)
     tables.show(tables.reconstruct(report))
 
 

@@ -41,6 +41,7 @@ def merge(
     force: shared.ForceOption = False,
 ) -> None:
     """Merges adapters, so that one file draws all their subjects."""
+    from mm.core.adapter_files import adapter_file
     from mm.core.files import check_new
 
     check_new(out, force=force)
@@ -54,6 +55,7 @@ def merge(
         count=len(files), method=method, weights=weight, density=density, rank=rank, words=word,
         with_model=model is not None, updates=updates,
     )  # fmt: skip
+    files = [adapter_file(file) for file in files]
     check_files(files)
     target = None
     if model is not None:

@@ -20,6 +20,7 @@ import typer
 
 from mm.core.errors import UserError
 from mm.core.files import check_new
+from mm.core.paths import expanded, resolve_model
 
 
 class DrawingMode(StrEnum):
@@ -173,10 +174,9 @@ class Loading:
             UserError: for a wrong adapter, before anything is loaded; or a model that cannot be loaded.
         """
         from mm.cli.running import loaded
-        from mm.core.paths import resolve_model
 
         files = [adapter(text) for text in self.adapters or ()] or adapters or []
-        if not Path(self.model).expanduser().is_file():
+        if not expanded(self.model).is_file():
             resolve_model(self.model)  # a wrong name fails before seconds of imports
         return loaded(
             self.model,
@@ -190,10 +190,9 @@ class Loading:
 
 def family_of_model(model: str) -> Any:
     """The family of a model that lies here, before it is loaded; None for one that is not known by its folder."""
-    from mm.core.paths import resolve_model
     from mm.families.folders import family_at
 
-    if Path(model).expanduser().is_file():
+    if expanded(model).is_file():
         return None
     where = resolve_model(model)
     return family_at(where) if isinstance(where, Path) else None
@@ -209,17 +208,16 @@ def check_world(model: str, modes: Sequence[str]) -> None:
 
 
 def adapter(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE as file and scale.
+    """FILE or FILE:SCALE as file and scale; a folder stands for the file that peft or diffusers saved in it.
 
     Raises:
         UserError: where there is no such file, or the scale is no finite number.
     """
+    from mm.core.adapter_files import adapter_file
     from mm.engine.attaching import parsed
 
     path, scale = parsed(text)
-    if not path.is_file():
-        raise UserError(f"there is no LoRA or patch file {path}")
-    return path, scale
+    return adapter_file(path), scale
 
 
 def size(text: str | None) -> tuple[int, int] | None:

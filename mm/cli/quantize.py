@@ -12,6 +12,7 @@ import typer
 from mm.cli import options as shared
 from mm.core.checks import MAX_SEED
 from mm.core.nouns import counted
+from mm.core.paths import expanded, resolve_model
 
 if TYPE_CHECKING:
     from mm.quantization.report import Report
@@ -49,7 +50,6 @@ def quantize(
 ) -> None:
     """Writes a 4-bit copy of a model, with a report of what it cost."""
     from mm.core.errors import UserError
-    from mm.core.paths import resolve_model
     from mm.engine.notices import no_loading_bars
     from mm.quantization.config import SVDQuantConfig
     from mm.quantization.folders import quantize_folder
@@ -57,7 +57,7 @@ def quantize(
     drawn = [name for name, count in (("pictures", pictures), ("compose", compose)) if count]
     if data_free and (unused := shared.given(context, "prompts", "steps", "size", *drawn)):
         raise UserError(f"--data-free draws nothing, so {unused[0]} has no effect; leave one of the two out")
-    is_file = Path(model).expanduser().is_file()
+    is_file = expanded(model).is_file()
     if not is_file:
         resolve_model(model)
     if base is not None and not is_file:
@@ -69,7 +69,7 @@ def quantize(
     )  # fmt: skip
     lines = None if prompts is None else _prompts(prompts)
     no_loading_bars()
-    with _folder(Path(model).expanduser(), base, out) if is_file else nullcontext(model) as where:
+    with _folder(expanded(model), base, out) if is_file else nullcontext(model) as where:
         report = quantize_folder(
             where,
             out,

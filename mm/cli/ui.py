@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mm.cli import options as shared
+from mm.core.adapter_files import adapter_label
 
 app = typer.Typer(add_completion=False)
 
@@ -39,7 +40,7 @@ def ui(
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways to stop it remove the folder
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's & had switched it off
-        names = [(file.name, scale) for file, scale in adapters]
+        names = [(adapter_label(file), scale) for file, scale in adapters]
         try:
             page = launch(engine, Path(folder), adapters=names, host=host, port=port, block=False)
             print(f"mm is at http://{_shown(host)}:{port} (stop with Ctrl+C)", flush=True)

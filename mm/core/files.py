@@ -17,6 +17,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 
@@ -31,23 +32,54 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         UserError: where the path is a folder or a device, or lies in something that is no folder.
         OSError: for a file system that refuses it, with the file's own name.
     """
-    target = Path(path)
-    check_place(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    write_files({Path(path): data})
+
+
+def write_files(files: Mapping[str, bytes] | Mapping[Path, bytes]) -> None:
+    """Writes files that belong together: each whole, and all of them or none. Those that are there are replaced.
+
+    All are written under temporary names before the first gets its own, so that a full disk leaves what was there.
+
+    Args:
+        files: bytes by path. Folders are made where they are missing.
+
+    Raises:
+        UserError: where a path is a folder or a device, or lies in something that is no folder.
+        OSError: for a file system that refuses one, with the file's own name.
+    """
+    targets = {Path(path): data for path, data in files.items()}
+    parts = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in targets}
+    for target in targets:
+        check_place(target)
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except OSError as error:
-        error.filename = str(target)  # a user did not name the hidden one
-        error.filename2 = None
-        raise
+        for target, data in targets.items():
+            with _naming(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _write_through(parts[target], data)
+        for target, part in parts.items():
+            with _naming(target):
+                part.replace(target)
     finally:
-        with contextlib.suppress(OSError):  # of a name that the system refuses
-            part.unlink(missing_ok=True)
+        for part in parts.values():
+            with contextlib.suppress(OSError):  # of a name that the system refuses
+                part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Gives errors the name of a file: a user did not name the hidden one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(target), None
+        raise
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -122,7 +154,12 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
     A NaN raises: it is no JSON, and a result with one is none.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """Indented JSON in UTF-8, as `write_json` writes it. A NaN raises ValueError."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def open_regular(path: str | os.PathLike[str], what: str = "file", *, most: int | None = None) -> BufferedReader:

@@ -9,6 +9,7 @@ Design choices:
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from mm.core.safe_json import read_object
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model_index.json"
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~NAME` in front as home folders; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError there
 
 
 def weights_dir() -> Path:
@@ -39,7 +45,7 @@ def resolve_model(name_or_folder: str | Path) -> Path | str:
     embedded = weights_dir() / name
     if re.fullmatch(r"[\w.-]*\w", name) and embedded.is_dir():
         return _checked(embedded)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if name and folder.is_dir():
         return _checked(folder)
     if name and folder.exists():
@@ -54,7 +60,7 @@ def resolve_model(name_or_folder: str | Path) -> Path | str:
 
 def model_type(folder: str | Path) -> str | None:
     """The type of a model in transformers' layout, by its config.json; None for a folder of another layout."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if (folder / _INDEX).is_file():
         return None
     try:

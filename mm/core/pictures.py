@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from mm.core.errors import UserError, shown
@@ -81,16 +82,49 @@ def read_picture(path: str | os.PathLike[str], *, formats: tuple[str, ...] = FOR
 
 
 def flattened(picture: Image.Image) -> Image.Image:
-    """The picture in RGB: transparency lies on white, and values of other ranges are spread over 0 to 255."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        clear = picture.convert("RGBA")
-        white = Image.new("RGBA", clear.size, "white")
-        return Image.alpha_composite(white, clear).convert("RGB")
-    if picture.mode in ("I", "I;16", "F"):
+    """The picture in RGB: transparency lies on white, greys of 16 bits count over their whole range, and values of
+    other ranges are spread over 0 to 255."""
+    picture = _of_8_bits(picture)
+    if _has_alpha(picture):
+        return _laid_on("white", picture)
+    if picture.mode in ("I", "F"):
         low, high = (float(value) for value in picture.convert("F").getextrema())  # type: ignore[arg-type]
         factor = 255 / max(high - low, 1e-9)
         picture = picture.convert("F").point(lambda value: value * factor - low * factor).convert("L")
     return picture.convert("RGB")
+
+
+def as_mask(picture: Image.Image) -> Image.Image:
+    """A mask in grey: white counts, and what is transparent does not, since nothing was painted there."""
+    picture = _of_8_bits(picture)
+    return (_laid_on("black", picture) if _has_alpha(picture) else picture).convert("L")
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits as greys of 8, which Pillow would clip; any other picture as it is."""
+    if picture.mode != "I;16":
+        return picture
+    values = np.asarray(picture).astype(np.uint32)
+    made = Image.fromarray((values // 257).astype(np.uint8))
+    clear = picture.info.get("transparency")  # the one value that is transparent
+    if isinstance(clear, int):
+        made.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return made
+
+
+def alpha_of(picture: Image.Image) -> Image.Image | None:
+    """The alpha channel in grey; None for a picture without transparency."""
+    picture = _of_8_bits(picture)
+    return picture.convert("RGBA").getchannel("A") if _has_alpha(picture) else None
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+
+
+def _laid_on(colour: str, picture: Image.Image) -> Image.Image:
+    clear = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, colour), clear).convert("RGB")
 
 
 def _check_pixels(size: tuple[int, int], where: Path) -> None:

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.nouns import counted
 from mm.core.safe_json import Fields, read_object
-from mm.core.safe_tensors import LIMITS, check_finite, load_tensors, read_header
+from mm.core.safe_tensors import LIMITS, check_finite, load_tensors, read_header, tensor_bytes
 
 COUNT = "tensors"  # in the metadata
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError)
@@ -98,8 +97,7 @@ def write_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], met
         tensors: by name.
         metadata: texts by key.
     """
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(ready, metadata={**metadata, COUNT: str(len(ready))}))
+    write_bytes(path, tensor_bytes(tensors, {**metadata, COUNT: str(len(tensors))}))
 
 
 def read_state(path: str | os.PathLike[str], what: str, advice: str, *, finite: bool = True) -> State:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mm.core.errors import UserError, shown
@@ -33,6 +34,16 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
 _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "C64": 8}
+_PICKLED = "pickled, as torch.save writes, and can run code; convert it with a program that you trust"
+_OTHERS = {  # how files begin that are taken for safetensors: what they are
+    b"PK\x03\x04": _PICKLED,
+    b"\x80\x02": _PICKLED,
+    b"GGUF": "a GGUF file",
+    b"version ": "a pointer of Git LFS; download the file itself (git lfs pull)",
+    b"<!DOCTYP": "a web page; download the file itself",
+    b"<!doctyp": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
 _CHUNK = 1 << 24  # values converted at once
 _BLOCK = 4096  # bytes of a sum
 
@@ -191,6 +202,22 @@ def check_finite(tensor: Tensor, name: str, source: object, most: float = math.i
         raise UserError(f"{source}: {shown(name)} holds values up to {size:.3g}; no sound weights exceed {most:.0g}")
 
 
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file.
+
+    Args:
+        tensors: by name; of any device and strides, and several may share memory, which the library refuses.
+        metadata: texts by key.
+    """
+    ready, taken = {}, set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        ready[name] = own.clone() if place in taken else own
+        taken.add(place)
+    return save(ready, metadata=None if metadata is None else dict(metadata))
+
+
 def ordered(data: bytes, more: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a safetensors file with its metadata in alphabetical order, which safetensors leaves to chance.
 
@@ -265,6 +292,9 @@ def _raw_header(file: BinaryIO, where: Path, size: int, limits: Limits) -> tuple
     """The header's JSON object, and where the tensors' bytes begin."""
     head = file.read(8)
     length = int.from_bytes(head, "little")
+    other = next((kind for start, kind in _OTHERS.items() if head.startswith(start)), "")
+    if other and not 2 <= length <= min(size - 8, limits.header):  # a length may begin like another kind of file
+        raise UserError(f"{where} is no safetensors file: it is {other}")
     if len(head) < 8 or length < 2 or length > size - 8:
         raise UserError(f"{where} is no safetensors file (it has no header that fits its {size} bytes)")
     if length > limits.header:

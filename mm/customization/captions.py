@@ -8,6 +8,7 @@ Design choices
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 from mm.core.errors import UserError
@@ -61,7 +62,7 @@ def read_caption(path: Path, default: str) -> str:
     """The caption in a text file, on one line; `default` where there is no file, or no word in it.
 
     Raises:
-        UserError: where the file is no UTF-8 text, or too long.
+        UserError: where the file is no UTF-8 text, holds control characters, or is too long.
     """
     if not path.is_file():
         return default
@@ -69,7 +70,10 @@ def read_caption(path: Path, default: str) -> str:
         text = read_regular(path, "caption", most=_MOST).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text (byte {error.start}); save the caption as UTF-8") from error
-    return " ".join(text.split()) or default
+    line = " ".join(text.split())
+    if strange := next((letter for letter in line if unicodedata.category(letter) == "Cc"), ""):
+        raise UserError(f"{path} holds {strange!r}, which no caption does (UTF-16?); save the caption as UTF-8")
+    return line or default
 
 
 def other_word(caption: str, name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mm.customization.captions import pattern_of
 from mm.customization.config import MAX_SETTING, TrainingConfig
 from mm.customization.data import KINDS, Example
 from mm.customization.estimate import Estimate
+from mm.customization.folders import is_read
 from mm.customization.methods.protocol import sites_of
 from mm.customization.objectives.protocol import Objective
 from mm.customization.pieces import branched_width
@@ -27,6 +29,7 @@ from mm.layers.surgery import roots_of
 
 GUARD_FORMS = ("{}", "a {}", "a photo of a {}", "a {} on grass", "a small {}", "two {}")
 _LOWEST = {"rank": 1, "factor": -1, "block": 2, "alpha": 1e-6}  # of methods' numbers, where that is not 0
+_SIGNS = re.compile(r"[()\[\]{}|\\]|__(?=.+__)|[+-]+(?=$|[\s,.;])")  # that `mm.engine.prompts` does not read as text
 _ENLARGED = 4  # times that a picture may be enlarged without a warning
 _STATE_BYTES = 16  # of a trained value: as it is, the best one, and two moments of the optimizer
 _STATES = 2  # a state is written whole before it takes the place of the last one
@@ -45,6 +48,7 @@ def check_call(
         check_kind("prompts", prompts, SliderPrompts, "mm.SliderPrompts(positive=..., negative=...)")
     if work is not None:
         check_folder(work)
+        _check_work(Path(work), folder, regularization)
     if any(not sample.strip() for sample in samples or ()):
         raise UserError("a sample prompt is empty; say what is drawn at each preview, or leave it out")
     if kind not in KINDS:
@@ -59,14 +63,30 @@ def check_call(
         raise UserError(f"two prompts make a slider, and the kind is {kind!r}; give kind='slider'")
     if folder is None:
         raise UserError(f"the kind {kind} is learned from pictures; give a folder with a few")
+    if regularization is not None and Path(folder).resolve() == Path(regularization).resolve():
+        raise UserError(
+            f"regularization is {regularization}, the folder of what is learned, and its pictures would be learned as "
+            "others of the class, too; give a folder of other pictures"
+        )
     if not name:
         raise UserError(f"the name is ''; give a word for the {kind}, for example '<mug>'")
 
 
+def _check_work(work: Path, folder: str | Path | None, regularization: str | Path | None) -> None:
+    """Raises UserError where the plots and samples of a run would be read as pictures when it goes on."""
+    for place in (folder, regularization):
+        if place is not None and is_read(Path(place), work):
+            raise UserError(
+                f"{work} is a folder of pictures that are learned, and the run's own would be among them; give another "
+                "folder for its state (--work)"
+            )
+
+
 def check_name(name: str, objective: Objective) -> None:
     """Raises UserError where a name cannot stand for a new subject; warns where it is a common word already."""
-    if not name.strip() or name != name.strip() or "\n" in name:
+    if not name.strip() or name != name.strip() or not name.isprintable():
         raise UserError(f"the name is {shown(name)}; give a word, for example '<mug>'")
+    _check_word("name", name, "<mug>")
     if objective.open_vocabulary:
         for table in objective.tables:
             if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
@@ -80,10 +100,30 @@ def check_name(name: str, objective: Objective) -> None:
     if not re.fullmatch(r"<[a-z0-9_]+>", name):
         known = any(own_row(objective.pipe, table, name) is not None for table in objective.tables)
         what = "a word of the model already" if known else "no new word"
-        raise UserError(f"the name {shown(name)} is {what}; give one in angle brackets, such as '<mug>'")
+        raise UserError(
+            f"the name {shown(name)} is {what}; give one of a-z, 0-9 and _ in angle brackets, such as '<mug>'"
+        )
     for table in objective.tables:
         if own_row(objective.pipe, table, name) is not None:
             raise UserError(f"the name {shown(name)} is a word of the model already; choose another one")
+
+
+def check_noun(noun: str) -> None:
+    """Raises UserError where a class cannot stand in captions and prompts; "" is none."""
+    if noun:
+        if not noun.strip() or noun != noun.strip() or not noun.isprintable():
+            raise UserError(f"noun is {shown(noun)}; give a class that the model knows, for example 'mug'")
+        _check_word("noun", noun, "mug")
+
+
+def _check_word(what: str, word: str, such_as: str) -> None:
+    if not any(letter.isalnum() or unicodedata.category(letter) == "So" for letter in word):
+        raise UserError(f"the {what} {shown(word)} has no letter or digit; give a word, for example {such_as!r}")
+    if sign := _SIGNS.search(word):
+        raise UserError(
+            f"the {what} {shown(word)} holds {sign[0]!r}, which prompts read as a weight, an alternative or a "
+            "wildcard; leave it out"
+        )
 
 
 def check_words(
@@ -126,20 +166,36 @@ def warn_of_captions(objective: Objective, name: str, captions: Sequence[str]) -
 
 def check_names_read(objective: Objective, name: str, captions: Sequence[str]) -> None:
     """Raises UserError where every text encoder cuts a caption off before the name in it."""
-    if not objective.open_vocabulary:
-        return
-    tokenizers = [objective.pipe.components[table.tokenizer] for table in objective.tables]
     for caption in dict.fromkeys(captions):
         found = pattern_of(name).search(caption)
-        if found is None or len(caption) < 64 or not tokenizers:  # each token has a letter at least
-            continue
-        head = caption[: found.end()]
-        if all(len(one(head, verbose=False).input_ids) > one.model_max_length for one in tokenizers):
-            most = max(one.model_max_length for one in tokenizers)
+        if found is not None and (most := _cut_at(objective, caption[: found.end()])):
             raise UserError(
                 f"the caption {shown(caption)} names {shown(name)} behind the {most} tokens that the model reads; "
                 "shorten it, or put the name in front"
             )
+
+
+def warn_of_long(objective: Objective, captions: Sequence[str]) -> None:
+    """Warns once of captions that are longer than what every text encoder reads."""
+    long = {caption: most for caption in dict.fromkeys(captions) if (most := _cut_at(objective, caption))}
+    if long:
+        first, most = next(iter(long.items()))
+        more = f" (and {counted(len(long) - 1, 'more', 'more')})" if len(long) > 1 else ""
+        warnings.warn(
+            f"the caption {shown(first)}{more} is longer than the {most} tokens that the model reads; what is behind "
+            "them is not learned",
+            stacklevel=3,
+        )
+
+
+def _cut_at(objective: Objective, text: str) -> int:
+    """After how many tokens every text encoder cuts a text off; 0 where one reads all of it."""
+    tokenizers = [objective.pipe.components[table.tokenizer] for table in objective.tables]
+    if len(text) < min((one.model_max_length for one in tokenizers), default=0) - 2:  # each token has a letter at least
+        return 0
+    if not all(len(one(text, verbose=False).input_ids) > one.model_max_length for one in tokenizers):
+        return 0
+    return max((one.model_max_length for one in tokenizers), default=0)
 
 
 def warn_of_small(examples: Sequence[Example], side: int) -> None:

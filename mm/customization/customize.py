@@ -25,6 +25,7 @@ from mm.customization.batches import Batches
 from mm.customization.checks import (
     check_call,
     check_name,
+    check_noun,
     check_rank,
     check_resources,
     check_words,
@@ -161,6 +162,7 @@ def _check(
     """Raises UserError for what does not fit the model, before pictures are read."""
     if kind != "slider":
         check_name(name, objective)
+    check_noun(noun)
     check_effects(
         method, kind, settings, drawn=folder is None, guard=guard, regularization=regularization, noun=noun,
     )  # fmt: skip

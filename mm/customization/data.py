@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.core.nouns import counted
-from mm.core.pictures import flattened, read_picture
+from mm.core.pictures import alpha_of, as_mask, flattened, read_picture
 from mm.customization.captions import default_caption, fill, has_trigger, names, other_word, read_caption
 from mm.customization.folders import Found, pairs_in, pictures_in
 
@@ -147,7 +147,7 @@ def _example(found: Found, default: str) -> Example:
     """A picture with its mask and source; the caption is as the file has it."""
     picture, mask = _read(found.picture)
     if found.mask is not None:
-        mask = _read(found.mask)[0].convert("L")
+        mask = as_mask(_opened(found.mask))
         if mask.size != picture.size:
             raise UserError(
                 f"{found.mask} is {mask.size[0]} x {mask.size[1]} and its picture {picture.size[0]} x "
@@ -173,20 +173,19 @@ def _shape(picture: Image.Image) -> float:
     return picture.width / picture.height
 
 
-def _read(path: Path) -> tuple[Image.Image, Image.Image | None]:
-    """A picture as RGB, and its alpha channel where that hides anything."""
+def _opened(path: Path) -> Image.Image:
     try:
-        picture = read_picture(path)
+        return read_picture(path)
     except UserError as error:
         raise _UnreadableError(str(error)) from error
-    if picture.mode == "I;16":  # grey of 16 bits, whose whole range counts
-        values = np.asarray(picture)
-        return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8)).convert("RGB"), None
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return flattened(picture), None
-    alpha = picture.convert("RGBA").getchannel("A")
-    hidden = np.asarray(alpha).min() < 255
-    return flattened(picture), alpha if hidden else None
+
+
+def _read(path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """A picture as RGB, and its alpha channel where that hides anything."""
+    picture = _opened(path)
+    alpha = alpha_of(picture)
+    hides = alpha is not None and np.asarray(alpha).min() < 255
+    return flattened(picture), alpha if hides else None
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -88,6 +88,13 @@ def pairs_in(root: Path) -> list[Found]:
     return made
 
 
+def is_read(root: Path, place: Path) -> bool:
+    """Whether pictures that lie in a place, which may not be there yet, are among those of a folder."""
+    root, place = root.resolve(), place.resolve()
+    inside = place.name in _SIDES or _REPEATS.fullmatch(place.name) is not None
+    return place == root or (place.parent == root and inside)
+
+
 def _places(root: Path) -> list[tuple[Path, int]]:
     """The folders that hold pictures, each with its repeats."""
     places = [(root, 1)] if _pictures(root) else []
@@ -170,6 +177,8 @@ def _warn_of_unused(place: Path, used: Collection[Path], skipped: Collection[str
             why = "holds pictures that are not used; move them beside the others, or call the folder 1_NAME"
             if not inner:
                 continue
+        elif path.stem.endswith(_MASK) and path.suffix != ".png":
+            why = f"is not used; masks are called NAME{_MASK}.png"
         elif path.suffix.lower() in CAPTIONS or path.stem.endswith(_MASK):
             why = stray or "has no picture of the same name and is not used"
         else:

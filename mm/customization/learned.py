@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
 from mm.core.checks import check_path
 from mm.core.errors import UserError
-from mm.core.files import check_place, write_bytes
-from mm.core.safe_tensors import ordered
+from mm.core.files import write_bytes, write_files
+from mm.core.safe_tensors import ordered, tensor_bytes
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
 READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
@@ -114,11 +113,10 @@ class Learned(Patch):
             tensors = self.native
         else:
             tensors, config = lora_tensors(self, chosen, target)  # type: ignore[arg-type]
-        ready = {key: value.contiguous().cpu() for key, value in tensors.items()}
         meta = self.metadata(chosen)
         if config is not None:  # which says the same, by peft's names
             meta.pop("lora_adapter_metadata", None)
-        write_adapter(path, ordered(save(ready, metadata=meta)), config)
+        write_adapter(path, ordered(tensor_bytes(tensors, meta)), config)
 
     def _own(self) -> bool:
         """Whether there are peft's own tensors, which mm reads again."""
@@ -191,7 +189,7 @@ def write_textual_inversion(
     Args:
         patch: with words.
         path: the file. In diffusers' layout each text encoder has its own, with the tokenizer's number in its name.
-            Files that are there are replaced, each as a whole.
+            Files that are there are replaced, all of them or none.
         layout: "diffusers", which `load_textual_inversion` reads: the word is the key. "a1111", which A1111's web UI
             and ComfyUI read: one file, whose name is the word in prompts there.
 
@@ -218,10 +216,8 @@ def write_textual_inversion(
             tensors[item["token"]] = _row_1D(patch, item)
         suffix = tokenizer.removeprefix("tokenizer")
         file = target if not suffix else target.with_name(f"{target.stem}{suffix}{target.suffix}")
-        check_place(file)
-        files[file] = save(tensors, metadata={"format": "pt"})
-    for file, data in files.items():
-        write_bytes(file, data)
+        files[file] = tensor_bytes(tensors, {"format": "pt"})
+    write_files(files)
     return list(files)
 
 
@@ -244,5 +240,5 @@ def _write_a1111(patch: Patch, tokens: list[dict[str, Any]], path: Path) -> Path
         )
     rows = {_CLIPS[item["tokenizer"]]: _row_1D(patch, item) for item in tokens}
     tensors = rows if len(rows) > 1 else {"emb_params": next(iter(rows.values()))}
-    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    write_bytes(path, tensor_bytes(tensors, {"format": "pt"}))
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.customization.captions import renamed
-from mm.customization.checks import check_names_read, warn_of_captions, warn_of_small
+from mm.customization.checks import check_names_read, warn_of_captions, warn_of_long, warn_of_small
 from mm.customization.companions import companions
 from mm.customization.config import TrainingConfig
 from mm.customization.data import Example, Kind, read_folder, read_regularization
@@ -54,6 +54,7 @@ def gathered(
     own = _examples(objective, folder, name, kind, noun, prompts, config, steps, progress)
     warn_of_captions(objective, name, [one.caption for one in (*own, *(of_class or ()))])
     check_names_read(objective, name, [one.caption for one in own])
+    warn_of_long(objective, [one.caption for one in (*own, *(of_class or ()))])
     warn_of_small(own, objective.side)
     beside, plain = _companions(objective, own, name, noun, kind, config, steps, progress)
     return Pictures(own=own, beside=beside, plain=plain, of_class=of_class)

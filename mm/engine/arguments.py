@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from mm.core.pictures import flattened
+from mm.core.pictures import as_mask, flattened
 from mm.engine.capabilities import Capabilities
 from mm.engine.requests import Draw, Edit
 from mm.families.sizes import exact_size
@@ -137,7 +137,7 @@ def _drawn_from(request: Draw, can: Capabilities, takes: Mapping[str, Any]) -> d
             warnings.warn(text, stacklevel=2)
         given["image"] = scaled(flattened(request.image), size)
     if request.mask is not None:
-        given["mask_image"] = scaled(request.mask.convert("L"), size or (request.image or request.mask).size)
+        given["mask_image"] = scaled(as_mask(request.mask), size or (request.image or request.mask).size)
     return given
 
 
@@ -150,7 +150,7 @@ def _edited(request: Edit, takes: Mapping[str, Any]) -> dict[str, Any]:
     elif "max_area" in takes:  # Kontext draws this area in the proportions that it is given, and squares without
         given |= {"width": request.image.width, "height": request.image.height}
     if request.mask is not None:
-        given["mask_image"] = request.mask
+        given["mask_image"] = as_mask(request.mask)
     return given
 
 

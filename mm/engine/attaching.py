@@ -7,36 +7,41 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mm.core.adapter_files import adapter_file, adapter_label, adapter_name
 from mm.core.checks import shown
 from mm.core.errors import UserError
 from mm.core.nouns import counted
+from mm.core.paths import expanded
+
+if TYPE_CHECKING:
+    from mm.adapters.patch import Patch
 
 Adapter = tuple[str | Path, float]
 
 
 def parsed(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE as file and scale; a file whose whole name is given wins.
+    """FILE or FILE:SCALE as file and scale; a file or folder whose whole name is given wins.
 
     Raises:
         UserError: where the scale is no finite number.
     """
     file, colon, scale = text.rpartition(":")
-    if not colon or Path(text).expanduser().is_file():
-        return Path(text).expanduser(), 1.0
+    if not colon or expanded(text).exists():
+        return expanded(text), 1.0
     try:
         value = float(scale)
     except ValueError:
         value = math.nan
     if math.isfinite(value):
-        return Path(file).expanduser(), value
-    if Path(file).expanduser().is_file():
+        return expanded(file), value
+    if expanded(file).exists():
         name = Path(file).name
         raise UserError(f"the scale of {name} is {scale!r}; give a number, for example {name}:0.8")
-    return Path(text).expanduser(), 1.0
+    return expanded(text), 1.0
 
 
 def listed(adapters: str | Path | Adapter | Sequence[str | Path | Adapter]) -> list[str | Path | Adapter]:
@@ -47,6 +52,8 @@ def listed(adapters: str | Path | Adapter | Sequence[str | Path | Adapter]) -> l
     """
     if isinstance(adapters, str | Path) or _is_pair(adapters):
         return [adapters]  # type: ignore[list-item]
+    if isinstance(adapters, Mapping | Set):  # a list of its keys would lose the scales, and a set has no order
+        raise UserError(f"the adapters are {shown(adapters)}; give a list of files, or of (file, scale)")
     found = list(adapters) if isinstance(adapters, Iterable) else [adapters]
     for one in found:
         if not isinstance(one, str | Path) and not _is_pair(one):
@@ -67,31 +74,46 @@ def attach(pipe: Any, adapter: str | Path | Adapter) -> tuple[str, str]:
 
     Args:
         pipe: the pipeline.
-        adapter: a file, or a file and how strongly it acts.
+        adapter: a file or a folder that peft or diffusers saved, or one of them and how strongly it acts.
 
     Returns:
         The name by which it comes off, and a line that says what was applied.
 
     Raises:
-        UserError: where there is no such file, or it does not fit in full; nothing is applied then.
+        UserError: where there is no such file, or it does not fit in full, with the file; nothing is applied then.
     """
+    path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
+    file = adapter_file(path)
+    try:
+        patch, layers = _applied(pipe, file, scale)
+    except UserError as error:
+        said = str(error)
+        raise UserError(said if str(file) in said else f"{file}: {said}") from error
+    words = "".join(f", word {word}" for word in _words(patch.settings))
+    return patch.name, f"{adapter_label(file)}: {layers} of {counted(layers, 'layer')}, scale {scale:g}{words}"
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """The words that a patch brings, as prompts have them: one of several rows also has tokens WORD_1, WORD_2."""
+    tokens = dict.fromkeys(str(item["token"]) for item in settings.get("tokens", ()))
+    stems = {token: token.rpartition("_") for token in tokens}
+    return [token for token, (stem, _, end) in stems.items() if not (stem in tokens and end.isdecimal())]
+
+
+def _applied(pipe: Any, file: Path, scale: float) -> tuple[Patch, int]:
+    """Applies what a file holds; and how many layers that changes."""
     from mm.adapters.formats import read_lora
     from mm.adapters.patch import Patch
     from mm.adapters.patch_file import META
     from mm.adapters.stack import stack_of
     from mm.core.safe_tensors import read_header
 
-    path, scale = (adapter, 1.0) if isinstance(adapter, str | Path) else adapter
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"there is no adapter file {path}")
     if META in read_header(file, "adapter").metadata:
         patch = Patch.load(file)
         patch = dataclasses.replace(patch, name=free_name(stack_of(pipe).names(), patch.name))
     else:
-        patch = read_lora(file, pipe, name=free_name(stack_of(pipe).names(), file.stem))
-    layers = patch.apply(pipe, scale).layers
-    return patch.name, f"{file.name}: {layers} of {counted(layers, 'layer')}, scale {scale:g}"
+        patch = read_lora(file, pipe, name=free_name(stack_of(pipe).names(), adapter_name(file)))
+    return patch, patch.apply(pipe, scale).layers
 
 
 def attach_all(pipe: Any, adapters: Sequence[str | Path | Adapter]) -> tuple[list[str], list[str]]:
@@ -99,7 +121,7 @@ def attach_all(pipe: Any, adapters: Sequence[str | Path | Adapter]) -> tuple[lis
 
     Args:
         pipe: the pipeline.
-        adapters: a file or several, each alone or with its scale.
+        adapters: files or folders as `attach` takes them, each alone or with its scale.
 
     Returns:
         Names and lines as `attach` gives them.
@@ -125,7 +147,7 @@ def _check_twice(files: Sequence[str | Path]) -> None:
     """Raises UserError where two of the files are one."""
     seen: dict[Path, str | Path] = {}
     for file in files:
-        where = Path(file).expanduser().resolve()
+        where = adapter_file(file).resolve()
         if where in seen:
             raise UserError(f"the adapter {file} is given twice; give it once, with a scale ({file}:2) to act more")
         seen[where] = file

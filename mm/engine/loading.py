@@ -16,7 +16,7 @@ from typing import Any
 from mm.core import devices
 from mm.core.checks import check_path
 from mm.core.errors import UserError
-from mm.core.paths import resolve_model
+from mm.core.paths import expanded, resolve_model
 from mm.core.threads import release_team
 from mm.engine import memory
 from mm.engine.attaching import Adapter, attach_all, listed
@@ -77,7 +77,7 @@ def load(
     if _is_file(model):
         folder: Path | None = None
         kind = _dtype(dtype, None, None, choice)
-        pipe = single_file(Path(model).expanduser(), base, kind)
+        pipe = single_file(expanded(model), base, kind)
     else:
         folder = where = local_folder(model)
         family = family_at(where)
@@ -141,7 +141,7 @@ def _dtype(dtype: str, folder: Path | None, family: Family | None, choice: devic
 
 
 def _is_file(model: str | Path) -> bool:
-    return Path(model).expanduser().is_file()
+    return expanded(model).is_file()
 
 
 def local_folder(model: str | Path) -> Path:
@@ -172,4 +172,4 @@ def _quantized(model: str | Path, bits: int, base: Path | None) -> Path:
 
     if not _is_file(model):
         return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))
-    return quantized_file(Path(model).expanduser(), base, SVDQuantConfig(bits=bits))
+    return quantized_file(expanded(model), base, SVDQuantConfig(bits=bits))

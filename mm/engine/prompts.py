@@ -21,6 +21,7 @@ from mm.core.errors import UserError
 
 MAX_ALTERNATIVES = 100_000
 MAX_WEIGHT = 10.0
+LORA_TAG = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200}):?([^<>]{0,40})>")  # of A1111 and those that follow it
 MAX_LENGTH = 20_000  # characters of an expanded prompt
 _INNERMOST = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)

@@ -18,23 +18,32 @@ from PIL import Image
 from mm.core.checks import MAX_SEED, MAX_SIDE, number, shown, whole
 from mm.core.errors import UserError
 from mm.core.nouns import with_article
+from mm.core.pictures import as_mask
+from mm.engine.prompts import LORA_TAG
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_TRIES = 64
 MAX_BATCH = 256  # pictures of a call
 MAX_GUIDANCE = 100.0
+_SHAPES = 0.05  # by which a mask and its picture may differ
 MAX_PROMPT = 20_000  # characters; longer texts only keep the tokenizer busy
 
 
 def text(name: str, value: object, *, empty: bool = False) -> None:
-    """Raises UserError unless `value` is a text of bounded length that is not blank, or may be with `empty`."""
+    """Raises UserError unless `value` is a text of bounded length that is not blank, or may be with `empty`, and names
+    no LoRA file."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {shown(value)}; give a text")
     if len(value) > MAX_PROMPT:
         raise UserError(f"{name} has {len(value)} characters; give at most {MAX_PROMPT}")
     if not empty and not value.strip():
         raise UserError(f"{name} is empty; say in words what is wanted")
+    if tag := LORA_TAG.search(value):
+        raise UserError(
+            f"{name} holds {tag[0].strip()}, which only A1111 and programs like it read; leave it out, and give the "
+            "file as an adapter (--lora FILE:SCALE)"
+        )
 
 
 def picture(name: str, value: object) -> None:
@@ -155,6 +164,9 @@ class Draw(Sampling):
                 picture(name, getattr(self, name))
         if self.mask is not None and self.image is None:
             raise UserError("mask is given without image; a mask says which part of a picture is drawn anew")
+        if self.mask is not None and self.image is not None:
+            _check_shapes(self.mask.size, self.image.size)
+            _check_white(self.mask)
         if self.strength is not None:
             number("strength", self.strength, 0, 1)
             if self.image is None:
@@ -171,6 +183,20 @@ class Draw(Sampling):
         for name, there in (("image", self.image is not None), ("best_of", self.best_of > 1)):
             if there:
                 raise UserError(f"{name} is given, and adapters cannot be kept apart with it; leave one of them out")
+
+
+def _check_shapes(mask: tuple[int, int], image: tuple[int, int]) -> None:
+    """Raises UserError where a mask would be stretched over its picture, and cover other things in it."""
+    if abs(mask[0] * image[1] / (mask[1] * image[0]) - 1) > _SHAPES:
+        raise UserError(
+            f"the mask is {mask[0]} x {mask[1]} and the picture {image[0]} x {image[1]}; give both the same shape"
+        )
+
+
+def _check_white(mask: Image.Image) -> None:
+    """Raises UserError where a mask lets nothing change."""
+    if as_mask(mask).getbbox() is None:
+        raise UserError("the mask is black everywhere, so nothing may change; paint white where it may")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +228,7 @@ class Edit(Sampling):
             text("negative", self.negative, empty=True)
         if self.mask is not None:
             picture("mask", self.mask)
+            _check_white(self.mask)
         if self.image_guidance is not None:
             number("image_guidance", self.image_guidance, 0, MAX_GUIDANCE)
 

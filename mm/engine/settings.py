@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image
 
 from mm.core.errors import UserError
 from mm.engine.capabilities import Capabilities
+from mm.engine.prompts import LORA_TAG
 from mm.engine.requests import MAX_BATCH, Draw, Edit, Turn
 
 # Samplers of A1111, ComfyUI and others -> diffusers' class, and further settings of its config.
@@ -40,7 +40,6 @@ _SAMPLERS: Mapping[str, str] = {
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
 }
-_LORA_TAG = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200}):?([^<>]{0,40})>")
 
 
 def settings_of(request: Draw | Edit | Turn, can: Capabilities, model: str, seed: int, image: Any) -> dict[str, Any]:
@@ -144,6 +143,8 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
     same |= {"strength": "strength", "options": "options", "best_of": "best_of", "fast": "fast"}
     same |= {"strict": "strict", "apart": "apart"}
     given |= {field: settings[key] for key, field in same.items() if settings.get(key) is not None}
+    if isinstance(given.get("negative"), str):
+        given["negative"] = without_lora_tags(given["negative"])[0]
     if settings.get("mode") in can.modes:
         given["mode"] = settings["mode"]
     scheduler = settings.get("scheduler") if settings.get("scheduler") in can.schedulers else settings.get("sampler")
@@ -194,8 +195,8 @@ def _fit(given: dict[str, Any], can: Capabilities, notes: list[str]) -> None:
 
 def without_lora_tags(prompt: str) -> tuple[str, list[tuple[str, str]]]:
     """A prompt without A1111's `<lora:name:scale>`, and the names and scales."""
-    tags = [(name, scale.split(":")[0] or "1") for name, scale in _LORA_TAG.findall(prompt)]
-    return _LORA_TAG.sub("", prompt).strip(), tags
+    tags = [(name, scale.split(":")[0] or "1") for name, scale in LORA_TAG.findall(prompt)]
+    return LORA_TAG.sub("", prompt).strip(), tags
 
 
 def scheduler_named(name: str, can: Capabilities) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mm.core.errors import UserError
 from mm.core.files import read_text_lines
 from mm.core.nouns import counted
+from mm.core.paths import expanded
 from mm.engine import prompts
 from mm.engine.requests import MAX_COUNT, Draw
 
@@ -54,7 +55,7 @@ def wildcard_files(folder: Path) -> Callable[[str], list[str]]:
     Raises:
         UserError: where there is no such folder; the function raises it where a file is missing or leads out of it.
     """
-    root = folder.expanduser().resolve()
+    root = expanded(folder).resolve()
     if not root.is_dir():
         raise UserError(f"there is no folder {folder} with wildcard files")
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw
-
-from mm.core.files import write_bytes
 
 GAP, LINE = 6, 28
 
 
-def before_after(path: str | Path, rows: Sequence[tuple[str, Image.Image, Image.Image]], side: int = 128) -> None:
-    """Writes one PNG: a column for each prompt, the picture before the erasure above the one after it.
+def before_after_png(rows: Sequence[tuple[str, Image.Image, Image.Image]], side: int = 128) -> bytes:
+    """One PNG: a column for each prompt, the picture before the erasure above the one after it.
 
     Args:
-        path: the file; replaced as a whole.
         rows: prompt, picture before and picture after.
         side: pixels a picture.
     """
@@ -30,4 +26,4 @@ def before_after(path: str | Path, rows: Sequence[tuple[str, Image.Image, Image.
         pen.text((x, 2 * (side + GAP) + 2), prompt[:24] + "\n" + prompt[24:48], fill="black", font_size=10)
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
-    write_bytes(Path(path), out.getvalue())
+    return out.getvalue()

@@ -33,7 +33,7 @@ from mm.core.safe_json import parse_object
 from mm.core.statistics import share
 from mm.evaluation.compose import true_scene
 from mm.evaluation.prompts import FOLDER, Prompt, group_of, one_of
-from mm.evaluation.report import save_grid, write_report
+from mm.evaluation.report import grid_png, write_report
 from mm.world import vocabulary as v
 from mm.world.judge import Judge, Reading
 from mm.world.render import render
@@ -241,9 +241,8 @@ def evaluate_chat(
         "settings": {"seed": seed, "best_of": best_of, "scripts": [path.name for path in scripts]} | (settings or {}),
     }
     if json_file is not None:
-        write_report(json_file, report)
         pictures, labels, marks = zip(*cells, strict=True)
-        save_grid(json_file.with_suffix(".png"), torch.stack(pictures), labels, marks)
+        write_report(json_file, report, grid_png(torch.stack(pictures), labels, marks))
     return report
 
 

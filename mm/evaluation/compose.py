@@ -23,7 +23,7 @@ import torch
 from mm.core.errors import UserError
 from mm.core.statistics import share
 from mm.evaluation.prompts import COMPOSE, Prompt, load_prompts
-from mm.evaluation.report import save_grid, write_report
+from mm.evaluation.report import grid_png, write_report
 from mm.families.mm_tiny import GUIDANCE, steps_for
 from mm.world import vocabulary as v
 from mm.world.judge import Judge
@@ -195,8 +195,7 @@ def evaluate_compose(
         "settings": asdict(config) | {"prompts": str(prompts)} | (settings or {}),
     }
     if json_file is not None:
-        write_report(json_file, report)
         shown = torch.linspace(0, len(asked) - 1, min(len(asked), 48)).long()
         labels, marks = [asked[i].text for i in shown], [verdicts[i].ok for i in shown]
-        save_grid(json_file.with_suffix(".png"), pictures[shown], labels, marks)
+        write_report(json_file, report, grid_png(pictures[shown], labels, marks))
     return report

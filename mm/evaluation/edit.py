@@ -26,7 +26,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from mm.core.statistics import share
-from mm.evaluation.report import save_grid, write_report
+from mm.evaluation.report import grid_png, write_report
 from mm.evaluation.understand import to_pictures
 from mm.world import vocabulary as v
 from mm.world.edits import KINDS, Edit, sample_edit
@@ -187,10 +187,9 @@ def evaluate_edit(
         "settings": asdict(config) | (settings or {}),
     }
     if json_file is not None:
-        write_report(json_file, report)
         shown = torch.linspace(0, len(edits) - 1, min(len(edits), 28)).long().tolist()
         pairs = torch.stack([t for i in shown for t in (pil_to_tensor(sources[i]), pictures[i])])
         labels = [text for i in shown for text in ("", edits[i].instruction)]
         marks: list[bool | None] = [m for i in shown for m in (None, successes[i])]
-        save_grid(json_file.with_suffix(".png"), pairs, labels, marks)
+        write_report(json_file, report, grid_png(pairs, labels, marks))
     return report

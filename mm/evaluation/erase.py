@@ -27,7 +27,7 @@ from mm.erasure.certificate import Certificate, harmonic, over
 from mm.erasure.certify import certify
 from mm.erasure.concepts import contexts_of, parse
 from mm.erasure.erase import DEFAULT, erase
-from mm.erasure.grid import before_after
+from mm.erasure.grid import before_after_png
 from mm.erasure.margin import one_warning
 from mm.erasure.measure import Labels, Measurer, seed_of
 from mm.erasure.probes import Split, probes_of
@@ -172,9 +172,8 @@ def evaluate_erase(
     report = summary(found) | {"settings": _plain(config) | dict(settings or {})}
     report |= {"undone": undone} if undone else {}
     if json_file is not None:
-        write_report(json_file, report)
         rows = [row for c in found.values() for row in c.pictures]
-        before_after(json_file.with_suffix(".png"), rows[:: max(1, len(rows) // 12)][:12])
+        write_report(json_file, report, before_after_png(rows[:: max(1, len(rows) // 12)][:12]))
     return report
 
 

@@ -23,7 +23,7 @@ import torch
 
 from mm.evaluation.compose import ComposeConfig, ProgressCallback, draw, limited, picture_seed, reconstruct, true_scene
 from mm.evaluation.prompts import COMPOSE, load_prompts
-from mm.evaluation.report import save_grid, write_report
+from mm.evaluation.report import grid_png, write_report
 from mm.world.judge import Judge
 from mm.world.render import render
 
@@ -151,10 +151,8 @@ def compared(
         "settings": settings | {"metric": "gradient energy as a share of renders'"},
     }
     if json_file is not None:
-        write_report(json_file, report)
         shown = sorted(random.Random("fidelity").sample(range(len(drawn)), min(24, len(drawn))))
         sheet = torch.stack([x for i in shown for x in (drawn[i], true[i])])
-        save_grid(
-            json_file.with_suffix(".png"), sheet, [labels[i] for i in shown for _ in range(2)], [None] * len(sheet)
-        )
+        names = [labels[i] for i in shown for _ in range(2)]
+        write_report(json_file, report, grid_png(sheet, names, [None] * len(sheet)))
     return report

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from mm.core.errors import UserError
+from mm.core.files import write_bytes
 from mm.core.picture_metrics import psnr
 from mm.core.safe_json import read_object
+from mm.evaluation.report import write_report
 from mm.tokenizers.bridge import Bridge
 from mm.world.render import render
 from mm.world.scene import sample_scene
@@ -128,13 +130,13 @@ def evaluate_reconstruct(
     extra: str | Path | None = None,
     seed: int = 0,
     limit: int | None = None,
-    grid: Path | None = None,
+    json_file: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """PSNR, SSIM and bits of every tokenizer in the folders `model` and `extra`; `limit` is pictures per style.
 
-    `overall` is the mean PSNR of the first tokenizer (the autoencoder that draws); `grid`, where given, is the path of
-    a PNG with originals above each tokenizer's reconstructions, a block per style.
+    `overall` is the mean PSNR of the first tokenizer (the autoencoder that draws). With `json_file`, writes the report
+    and a grid PNG beside it: originals above each tokenizer's reconstructions, a block per style.
     """
     folder, count = Path(model), limit or PICTURES_PER_STYLE
     if limit is not None and limit < 1:
@@ -149,11 +151,12 @@ def evaluate_reconstruct(
             tasks[candidate.name] = _line(candidate, pictures, rows)
     if not tasks:
         raise UserError(f"{folder} holds no tokenizer (no config.json of an autoencoder or a quantized tokenizer)")
-    if grid is not None:
-        save_grid(rows, grid)
     first = next(iter(tasks.values()))
     settings = {"model": str(model), "seed": seed, "pictures_per_style": count, "metric": "PSNR in dB"}
-    return {"overall": first["score"], "ceiling": None, "n": first["n"], "tasks": tasks, "settings": settings}
+    report = {"overall": first["score"], "ceiling": None, "n": first["n"], "tasks": tasks, "settings": settings}
+    if json_file is not None:
+        write_report(json_file, report, _png(rows))
+    return report
 
 
 def _line(candidate: Candidate, pictures: dict[str, Tensor], rows: dict[str, list[Tensor]]) -> dict[str, Any]:
@@ -171,15 +174,17 @@ def _line(candidate: Candidate, pictures: dict[str, Tensor], rows: dict[str, lis
 
 def save_grid(rows: dict[str, list[Tensor]], path: Path) -> None:
     """Writes originals and reconstructions, one block of rows per style; a file that is there is replaced."""
+    write_bytes(path, _png(rows))
+
+
+def _png(rows: dict[str, list[Tensor]]) -> bytes:
     import io
 
     from PIL import Image
-
-    from mm.core.files import write_bytes
 
     strips = [torch.cat(list(strip), 2) for block in rows.values() for strip in block]
     width = max(strip.shape[2] for strip in strips)
     sheet = torch.cat([torch.nn.functional.pad(strip, (0, width - strip.shape[2])) for strip in strips], 1)
     buffer = io.BytesIO()
     Image.fromarray(sheet.permute(1, 2, 0).cpu().contiguous().numpy()).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -12,35 +12,43 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from mm.core.files import write_bytes, write_json
+from mm.core.files import json_bytes, write_bytes, write_files
 
 _FRAMES = {True: (40, 160, 70), False: (205, 50, 45), None: (190, 190, 190)}
 
 
-def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Writes a report as JSON; a file that is there is replaced.
+def write_report(path: str | Path, report: Mapping[str, Any], grid: bytes | None = None) -> None:
+    """Writes a report as JSON and its picture grid beside it, both or neither; files that are there are replaced.
 
     Where that fails the report is printed, since what it holds may have taken hours.
 
+    Args:
+        path: the JSON file.
+        report: plain values.
+        grid: a PNG, whose file has the name of the report with the suffix `.png`.
+
     Raises:
-        OSError: for a file system that refuses it.
+        OSError: for a file system that refuses one of them.
     """
+    grids = {} if grid is None else {Path(path).with_suffix(".png"): grid}
     try:
-        write_json(path, report)
+        write_files({Path(path): json_bytes(report), **grids})
     except OSError:
         print(json.dumps(report, ensure_ascii=False), flush=True)
         raise
 
 
 def save_grid(
-    path: str | Path,
-    pictures_BCHW: torch.Tensor,
-    labels: Sequence[str],
-    verdicts: Sequence[bool | None],
-    columns: int = 8,
+    path: str | Path, pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool | None]
 ) -> None:
-    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG,
-    whole or not at all. A file that is there is replaced."""
+    """Writes a grid as `grid_png` makes it, whole or not at all. A file that is there is replaced."""
+    write_bytes(path, grid_png(pictures_BCHW, labels, verdicts))
+
+
+def grid_png(
+    pictures_BCHW: torch.Tensor, labels: Sequence[str], verdicts: Sequence[bool | None], columns: int = 8
+) -> bytes:
+    """uint8 pictures with their prompt below and a green or red frame (grey: not judged), as one PNG."""
     side, line = pictures_BCHW.shape[-1], 26
     rows = math.ceil(len(labels) / columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 8 + line)), "white")
@@ -52,4 +60,4 @@ def save_grid(
         pen.text((x + 4, y + side + 8), label[:24] + "\n" + label[24:48], fill="black", font_size=10)
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
-    write_bytes(path, out.getvalue())
+    return out.getvalue()

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from mm.core.statistics import share
-from mm.evaluation.report import save_grid, write_report
+from mm.evaluation.report import grid_png, write_report
 from mm.world import captions as c
 from mm.world import vocabulary as v
 from mm.world.facts import Facts, read_caption
@@ -137,13 +137,11 @@ def evaluate_understand(
         "settings": asdict(config) | (settings or {}),
     }
     if json_file is not None:
-        write_report(json_file, report)
         shown = list(range(min(48, len(scenes))))
         marks: list[bool | None] = []
         for i in shown:
             holds, said, recalled, there = judge_facts(read_caption(captions[i]), scenes[i])
             marks.append(holds == said and recalled == there)
-        save_grid(
-            json_file.with_suffix(".png"), render([scenes[i] for i in shown]), [captions[i] for i in shown], marks
-        )
+        drawn = render([scenes[i] for i in shown])
+        write_report(json_file, report, grid_png(drawn, [captions[i] for i in shown], marks))
     return report

@@ -31,7 +31,7 @@ from mm.evaluation.compose import (
     true_scene,
 )
 from mm.evaluation.prompts import COMPOSE, FOLDER, Prompt, load_prompts
-from mm.evaluation.report import save_grid, write_report
+from mm.evaluation.report import grid_png, write_report
 from mm.world import lexicon
 from mm.world import vocabulary as v
 from mm.world.demand import Demand, demand_of
@@ -152,12 +152,9 @@ def evaluate_wording(
         "settings": asdict(config) | {"prompts": str(prompts)} | (settings or {}),
     }
     if json_file is not None:
-        write_report(json_file, report)
         shown = torch.linspace(0, len(asked) - 1, min(len(asked), 48)).long()
-        save_grid(
-            json_file.with_suffix(".png"), pictures[shown], [asked[i].text for i in shown],
-            [verdicts[i].ok for i in shown],
-        )  # fmt: skip
+        labels, marks = [asked[i].text for i in shown], [verdicts[i].ok for i in shown]
+        write_report(json_file, report, grid_png(pictures[shown], labels, marks))
     return report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mm.core.errors import UserError
-from mm.core.paths import model_type
+from mm.core.paths import expanded, model_type
 from mm.core.safe_json import read_object
 from mm.families.family import Family
 from mm.families.registry import family_of, model_types
@@ -26,12 +26,12 @@ def family_at(folder: str | Path) -> Family | None:
     kind = unified_type(folder)
     if kind is not None:
         return family_of(kind)
-    index = _json(Path(folder).expanduser() / "model_index.json")
+    index = _json(expanded(folder) / "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str):
         return None
     configs = [
-        _json(Path(folder).expanduser() / part / "config.json")
+        _json(expanded(folder) / part / "config.json")
         for part, classes in index.items()
         if isinstance(classes, list) and part.split("_")[0] in ("transformer", "unet")
     ]

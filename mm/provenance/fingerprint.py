@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mm.core.checks import texts
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
 from mm.core.nouns import counted, with_article
-from mm.core.safe_tensors import read_tensors
+from mm.core.safe_tensors import read_tensors, tensor_bytes
 from mm.provenance.readers import NetworkReader, TileReader
 
 FORMAT = "mm-fingerprint-2"
@@ -208,7 +207,7 @@ class Fingerprint(nn.Module):
         tensors: dict[str, Tensor] = {}
         for name, value in self.state_dict().items():
             tensors |= _packed(name, value.detach().cpu().float())
-        write_bytes(path, save(tensors, metadata=meta))
+        write_bytes(path, tensor_bytes(tensors, meta))
 
     @classmethod
     def load(cls, path: str | Path) -> Fingerprint:

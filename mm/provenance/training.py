@@ -26,13 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mm.core.devices import lacks_bfloat16
 from mm.core.errors import UserError
 from mm.core.files import write_bytes
-from mm.core.safe_tensors import read_tensors
+from mm.core.safe_tensors import read_tensors, tensor_bytes
 from mm.provenance.fingerprint import Fingerprint
 from mm.provenance.losses import quality_lost, reading_losses
 
@@ -285,8 +284,7 @@ class _Run:
             "number": str(self.number), "spent": repr(self.spent), "strength": repr(self.strength),
             "shapes": json.dumps(self.fingerprint.shapes),
         }  # fmt: skip
-        ready = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        write_bytes(self.file, save(ready, metadata=meta))
+        write_bytes(self.file, tensor_bytes(tensors, meta))
 
     def _resume(self, file: Path) -> None:
         read = read_tensors(file, "state of a fingerprint")

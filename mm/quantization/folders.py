@@ -27,7 +27,7 @@ from mm.core.checks import check_path, texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
 from mm.core.model_parts import bring_the_rest
-from mm.core.paths import model_type, resolve_model
+from mm.core.paths import expanded, model_type, resolve_model
 from mm.families import family_of, quantizable_parts
 from mm.families.family import resolve
 from mm.families.folders import family_at
@@ -227,7 +227,7 @@ def judged_change(before: list[bool], after: list[bool], each: int = 2) -> dict[
 def cache_dir() -> Path:
     """Where things are kept that can be made again: MM_CACHE, or the user's cache folder."""
     base = os.environ.get("MM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mm")
-    return Path(base).expanduser()
+    return expanded(base)
 
 
 def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, progress: bool = True) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from mm.core.files import write_bytes, write_text
+from mm.core.files import write_files
 from mm.tokenizers import Autoencoder
 from mm.training.latents import encode_scenes, read_shard, scene_from_json, scene_to_json
 from mm.world.edits import KINDS, TRAINING_WEIGHTS, Edit, sample_edit
@@ -28,8 +28,8 @@ def write_edit_shard(folder: Path, k: int, autoencoder: Autoencoder, *, seed: in
     edits = [sample_edit(rng, kind) for kind in kinds]
     latents = {"source": encode_scenes([e.source for e in edits], autoencoder)}
     latents["target"] = encode_scenes([e.target for e in edits], autoencoder)
-    write_text(path.with_suffix(".jsonl"), "".join(_to_json(edit) + "\n" for edit in edits))
-    write_bytes(path, save(latents))
+    lines = "".join(_to_json(edit) + "\n" for edit in edits)
+    write_files({path.with_suffix(".jsonl"): lines.encode(), path: save(latents)})
 
 
 def _to_json(edit: Edit) -> str:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from mm.core.errors import UserError
-from mm.core.files import read_text_lines, write_bytes, write_text
+from mm.core.files import read_text_lines, write_files
 from mm.core.run_files import taking
 from mm.core.safe_tensors import load_tensors, read_header
 from mm.tokenizers import Autoencoder
@@ -81,8 +81,8 @@ def write_shard(
     rng = random.Random(f"drawing {seed} {k}")
     scenes = [sample_scene(rng, default_weight=8, **(scene_shares or {})) for _ in range(size)]
     latents = encode_scenes(scenes, autoencoder)
-    write_text(path.with_suffix(".jsonl"), "\n".join(map(scene_to_json, scenes)) + "\n")
-    write_bytes(path, save({"latents": latents}))
+    lines = "\n".join(map(scene_to_json, scenes)) + "\n"
+    write_files({path.with_suffix(".jsonl"): lines.encode(), path: save({"latents": latents})})
 
 
 def read_shard(path: Path, names: Sequence[str], of_line: Callable[[str], Row]) -> tuple[list[torch.Tensor], list[Row]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from mm.core.files import write_bytes, write_text
+from mm.core.files import write_files
 from mm.pipelines.guidance import text_branches
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.training.latents import scene_to_json
@@ -88,5 +88,5 @@ def write_redrawn(folder: Path, k: int, pipe: TextToImagePipeline, *, seed: int 
         redrawn.append(redraw(pipe, latents, words, generator, start=rng.choice(STARTS)))
         scenes += now
     tensors = {"encoded": torch.cat(encoded).half(), "redrawn": torch.cat(redrawn).half()}
-    write_text(path.with_suffix(".jsonl"), "\n".join(map(scene_to_json, scenes)) + "\n")
-    write_bytes(path, save(tensors))
+    lines = "\n".join(map(scene_to_json, scenes)) + "\n"
+    write_files({path.with_suffix(".jsonl"): lines.encode(), path: save(tensors)})

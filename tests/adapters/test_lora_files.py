@@ -153,6 +153,11 @@ def test_tucker_forms_of_convolutions():
     )
     got = mm.read_lora({f"{path}.{k}": t for k, t in core.items()}, unet).entries[path].tensors["delta"]
     torch.testing.assert_close(got, first * second)
+    core = {"lokr_t2": noise(2, 2, 3, 3), "lokr_w2_a": noise(2, 4), "lokr_w2_b": noise(2, 2, seed=3)}
+    second = torch.einsum("rskl,rn,sc->nckl", *core.values()).contiguous()
+    tensors = {f"{path}.{k}": t for k, t in (core | {"lokr_w1": noise(2, 4, seed=4)}).items()}
+    got = mm.read_lora(tensors, unet).entries[path].tensors["delta"]
+    torch.testing.assert_close(got, torch.kron(noise(2, 4, seed=4)[..., None, None], second))
 
 
 def test_matrices_go_onto_1x1_convolutions_and_these_onto_linears():
@@ -219,6 +224,10 @@ _BAD = {
     "no LoRA layout": {"odd.key": torch.zeros(1)},
     r"'.*boft_R' is an orthogonal adapter": pair(TO_Q) | {f"{TO_K}.boft_R": torch.ones(2, 2)},
     r"\(IA\)3": {f"{TO_K}.on_input": torch.ones(1), f"{TO_K}.weight": torch.ones(32)},
+    r"on_input.* is of an \(IA\)3 adapter": {f"{TO_K}.on_input": torch.tensor(True), f"{TO_K}.weight": torch.ones(32)},
+    r"reshape_weight.* is of a replaced weight of ComfyUI": {f"{TO_K}.reshape_weight": torch.tensor([32, 64])},
+    "is a norm in full, as the control LoRAs": {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(16)},
+    "is of a BOFT of LyCORIS": {f"{TO_K}.oft_blocks": noise(2, 4, 8, 8)},
     "textual inversion": pair(TO_Q) | {"bundle_emb.word.string_to_param": torch.ones(4)},
     "2 adapters .a, b.": {f"{TO_Q}.lora_A.a.weight": noise(2, 32), f"{TO_Q}.lora_B.a.weight": noise(32, 2),
                           f"{TO_K}.lora_A.b.weight": noise(2, 32), f"{TO_K}.lora_B.b.weight": noise(32, 2)},
@@ -253,9 +262,9 @@ def test_what_cannot_be_applied_is_named(model, message):
 
 
 def test_files_that_are_none(model, tmp_path):
-    with pytest.raises(UserError, match="no LoRA at"):
+    with pytest.raises(UserError, match="there is no adapter file"):
         mm.read_lora(tmp_path / "none.safetensors", model)
-    with pytest.raises(UserError, match="no LoRA in the folder"):
+    with pytest.raises(UserError, match="there is no adapter in the folder"):
         mm.read_lora(tmp_path, model)
     (tmp_path / "text.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(UserError, match=r"text\.safetensors"):
@@ -310,12 +319,25 @@ def test_a_patch_is_called_as_its_file_or_folder(model, tmp_path, monkeypatch):
         save_file(pair(TO_Q), file)
     assert mm.read_lora(tmp_path / "night style.v1.safetensors", model).name == "night style.v1"
     assert mm.read_lora(folder, model).name == "of-peft.v2"
+    assert mm.read_lora(folder / "adapter_model.safetensors", model).name == "of-peft.v2"
     monkeypatch.chdir(folder)
     assert mm.read_lora(".", model).name == "of-peft.v2"
     assert mm.read_lora(pair(TO_Q), model).name == "lora"
     assert mm.read_lora(folder, model, name="mine").name == "mine"
     with pytest.raises(UserError, match="name is 3; give a text"):
         mm.read_lora(folder, model, name=3)
+    save_file(pair(TO_Q), folder / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="give one of the two files"):
+        mm.read_lora(folder, model)
+
+
+def test_what_is_wrong_with_a_file_names_it(model, tmp_path):
+    save_file({"odd.key": torch.ones(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"odd\.safetensors: the key 'odd\.key'"):
+        mm.read_lora(tmp_path / "odd.safetensors", model)
+    torch.save({"w": torch.ones(1)}, tmp_path / "old.pt")
+    with pytest.raises(UserError, match=r"old\.pt is no safetensors file: it is pickled"):
+        mm.read_lora(tmp_path / "old.pt", model)
 
 
 def test_two_files_without_names_go_onto_one_model(model, tmp_path):

@@ -28,6 +28,23 @@ def read_with(tmp_path, model, **settings):
     return mm.read_lora(tmp_path, model).entries[TO_Q].scale
 
 
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lycoris_", "transformer.", "lora_unet_"])
+def test_settings_of_another_adapter_in_the_folder(model, tmp_path, prefix):
+    """A folder of downloads: peft's settings belong to peft's file, and give no other one a strength."""
+    stem = prefix + (TO_Q.replace(".", "_") if prefix.endswith("_") else TO_Q)
+    save_file(pair(stem), tmp_path / "style.safetensors")
+    save_file(pair(f"base_model.model.{TO_Q}"), tmp_path / "renamed.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 32, "r": 2}))
+    assert mm.read_lora(tmp_path / "style.safetensors", model).entries[TO_Q].scale == 1
+    assert mm.read_lora(tmp_path / "renamed.safetensors", model).entries[TO_Q].scale == 16
+
+
+def test_a_file_of_peft_without_its_settings_warns(model, tmp_path):
+    save_file(pair(TO_Q), tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"has no adapter_config\.json beside it, .* it acts in full"):
+        assert mm.read_lora(tmp_path, model).entries[TO_Q].scale == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [

@@ -62,6 +62,27 @@ def test_the_base_of_a_patch_is_written(layout, tmp_path):
     assert mm.read_lora(file, pipe).base == patch.base
 
 
+@pytest.mark.parametrize("layout", ["mm", *LAYOUTS])
+def test_a_lora_on_a_fused_layer_is_written(layout, tmp_path):
+    """Its parts share one half in memory, which safetensors refuses to write."""
+    pipe = pipeline_of("FLUX", fresh("FLUX"))
+    halves = {"down": noise(2, 32), "up": noise(96, 2, seed=1)}
+    patch = mm.read_lora(
+        {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{k}.weight": t for k, t in halves.items()}, pipe
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    if layout == "mm":
+        patch.save(file)
+    else:
+        mm.write_lora(patch, file, layout, target=pipe)
+    again = Patch.load(file) if layout == "mm" else mm.read_lora(file, pipe)
+    assert len(again.entries) == 3
+    for number, name in enumerate(("to_q", "to_k", "to_v")):
+        entry = again.entries[f"transformer.transformer_blocks.0.attn.{name}"]
+        made = entry.scale * entry.tensors["up"] @ entry.tensors["down"]
+        torch.testing.assert_close(made, (halves["up"] @ halves["down"])[32 * number : 32 * (number + 1)])
+
+
 def test_names_of_the_original_code_are_written(tmp_path):
     model = fresh("FLUX")
     patch = mm.read_lora({"double_blocks.0.img_attn.qkv.lora_down.weight": noise(2, 32),

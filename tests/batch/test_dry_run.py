@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -62,6 +63,25 @@ def test_a_dry_run_knows_the_words_of_a_rows_adapter(tmp_path, folder):
     report = run_jobs(write(tmp_path / "j", *rows), tmp_path / "out", model=str(folder), dry_run=True)
     assert (report.missing, report.failed) == (2, 1) and "line 3" in report.errors[0], report.errors
     assert run_jobs(tmp_path / "j", tmp_path / "out", model=str(folder)).errors == report.errors
+
+
+def test_rows_name_folders_of_adapters_and_what_is_no_file(tmp_path, folder):
+    """A folder of diffusers is an adapter; other folders, pipes and links that lead out are their row's own failure."""
+    pipe = load(folder).pipeline
+    path, layer = next((n, m) for n, m in pipe.trunk.named_modules() if isinstance(m, torch.nn.Linear))
+    halves = {"lora_A": torch.ones(1, layer.in_features), "lora_B": torch.ones(layer.out_features, 1)}
+    jobs = tmp_path / "jobs"
+    for name in ("saved", "empty", "out"):
+        (jobs / name).mkdir(parents=True)
+    save_file({f"{path}.{k}.weight": t for k, t in halves.items()}, jobs / "saved" / "adapter_model.safetensors")
+    save_file({f"{path}.{k}.weight": t for k, t in halves.items()}, tmp_path / "secret.safetensors")
+    (jobs / "out" / "adapter_model.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    os.mkfifo(jobs / "pipe")
+    rows = [row(name, lora=name) for name in ("saved", "empty", "out", "pipe")]
+    report = run_jobs(write(jobs / "j", *rows), tmp_path / "made", model=str(folder))
+    assert (report.drawn, report.failed) == (1, 3), report.errors
+    says = ("no adapter in the folder", "leads out of", "no adapter file")
+    assert all(text in error for text, error in zip(says, report.errors, strict=True)), report.errors
 
 
 def subjects(folder, pipe):

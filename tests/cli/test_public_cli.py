@@ -82,7 +82,13 @@ def test_a_picture_is_drawn_again_from_its_settings(xl, tmp_path):
 
 
 def test_settings_of_other_programs_draw(xl, tmp_path):
-    settings = {"prompt": "a fox <lora:style:0.5>", "negative_prompt": "bad", "seed": 7, "steps": 2, "guidance": 4.0}
+    settings = {
+        "prompt": "a fox <lora:style:0.5>",
+        "negative_prompt": "bad <lora:x:1>",
+        "seed": 7,
+        "steps": 2,
+        "guidance": 4.0,
+    }
     theirs = tmp_path / "theirs.png"
     text = to_a1111(settings).replace("Steps: 2", "Steps: 2, Sampler: Euler a, Size: 32x32")
     chunks = Image.new("RGB", (8, 8))
@@ -157,7 +163,8 @@ def test_wildcards_and_matrix(xl, tmp_path):
         (("x", "--scheduler", "magic"), "scheduler is 'magic'; "),
         (("x", "--mode", "codes"), "has no modes; leave it out"),
         (("x", "--best-of", "3"), "does not read what it drew"),
-        (("x", "--lora", "none.safetensors:0.5"), "there is no LoRA or patch file none.safetensors"),
+        (("x", "--lora", "none.safetensors:0.5"), "there is no adapter file none.safetensors"),
+        (("x", "--lora", "~nobody-of-this-name/x:0.5"), "there is no adapter file ~nobody-of-this-name/x"),
         (("x", "--set", "clip_skip"), "give NAME=VALUE"),
         (("x", "--set", "nothing=1"), "takes no nothing; it takes"),
         (("x", "--mask", "MASK"), "mask is given without image"),

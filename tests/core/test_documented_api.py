@@ -70,7 +70,7 @@ def test_a_path_may_be_a_text() -> None:
 
 
 def test_what_writes_a_file_says_whether_one_is_replaced() -> None:
-    verbs = re.compile(r"(save|write|export|before_after|to_json_file)(_|$)")
+    verbs = re.compile(r"(save|write|export|to_json_file)(_|$)")
     writers = {
         name: inspect.getdoc(call) or ""
         for name, call in _all().items()

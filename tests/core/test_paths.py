@@ -46,7 +46,10 @@ def test_an_embedded_name_a_folder_and_a_hub_name(weights):
     assert embedded_models() == ["mm-tiny"]
 
 
-@pytest.mark.parametrize("name", ["mm-tinny", "", "./nowhere", "/nowhere/at/all", "owner/name/more", "https://x.y/z"])
+@pytest.mark.parametrize(
+    "name",
+    ["mm-tinny", "", "~nobody-of-this-name/x", "./nowhere", "/nowhere/at/all", "owner/name/more", "https://x.y/z"],
+)
 def test_what_is_no_model_says_what_there_is(weights, name):
     with pytest.raises(UserError, match=r"embedded are mm-tiny"):
         resolve_model(name)

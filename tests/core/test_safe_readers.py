@@ -9,6 +9,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,9 +17,9 @@ from safetensors.torch import save, save_file
 
 from mm.core.errors import UserError, shown
 from mm.core.files import check_new, open_regular, read_regular, write_bytes
-from mm.core.pictures import MAX_PIXELS, read_picture
+from mm.core.pictures import MAX_PIXELS, alpha_of, as_mask, flattened, read_picture
 from mm.core.safe_json import Fields, parse_json, read_json, read_json_lines
-from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors
+from mm.core.safe_tensors import Limits, is_finite, read_header, read_tensors, tensor_bytes
 
 
 def _packed(header: object, data: bytes = b"") -> bytes:
@@ -176,6 +177,9 @@ def test_sound_tensors_are_read(tmp_path: Path) -> None:
         (b"", "no header"),
         (b"\x05\0\0\0\0\0\0\0ab", "no header"),
         ((1 << 62).to_bytes(8, "little") + b"{}", "no header"),
+        (b"PK\x03\x04" + bytes(99), "it is pickled"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a pointer of Git LFS; download"),
+        (b"<!DOCTYPE html><html></html>", "it is a web page; download"),
         (_packed(b"[1, 2]   "), "no JSON object"),
         (_packed(b'{"a":' * 9000), "nested too deeply|no JSON"),
         (_packed(b'{"w": 1, "w": 2}'), 'the key "w" twice'),
@@ -204,6 +208,14 @@ def test_damaged_tensor_files_are_refused(tmp_path: Path, content: bytes, why: s
     with pytest.raises(UserError, match=why) as caught:
         read_tensors(tmp_path / "a")
     assert str(caught.value).startswith(str(tmp_path / "a")) and "\n" not in str(caught.value)
+
+
+def test_tensors_of_any_memory_are_written(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    given = {"a": whole, "again": whole, "turned": whole.T, "row": whole[1], "rows": whole[1:]}
+    (tmp_path / "a").write_bytes(tensor_bytes(given, {"key": "text"}))
+    read = read_tensors(tmp_path / "a")
+    assert read.metadata == {"key": "text"} and all(torch.equal(read.tensors[k], given[k]) for k in given)
 
 
 def test_limits_hold_before_anything_is_read(tmp_path: Path) -> None:
@@ -279,6 +291,28 @@ def test_other_formats_are_refused_and_first_frames_taken(tmp_path: Path) -> Non
     (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot be read as a picture"):
         read_picture(tmp_path / "d")
+
+
+def test_a_mask_is_white_where_something_white_was_painted() -> None:
+    layer = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (2, 2, 4, 4))
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    assert as_mask(layer).getbbox() == (2, 2, 4, 4) and as_mask(layer).mode == "L"
+    assert as_mask(layer.convert("LA")).getbbox() == (2, 2, 4, 4)
+    assert as_mask(layer.convert("P", palette=Image.Palette.ADAPTIVE)).mode == "L"
+    assert list(as_mask(deep).tobytes()) == [0, 127, 255]
+    assert as_mask(Image.new("1", (2, 2), 1)).tobytes() == bytes([255] * 4)
+
+
+def test_greys_of_16_bits_count_over_their_whole_range(tmp_path: Path) -> None:
+    """Spread between their darkest and lightest, a dim picture would become a bright one."""
+    dim = Image.fromarray(np.array([[0, 257 * 40, 257 * 80]], np.uint16))
+    dim.save(tmp_path / "a.png", transparency=257 * 40)
+    read = read_picture(tmp_path / "a.png")
+    assert list(flattened(dim).getchannel(0).tobytes()) == [0, 40, 80]
+    assert list(flattened(read).getchannel(0).tobytes()) == [0, 255, 80]
+    alpha = alpha_of(read)
+    assert alpha is not None and list(alpha.tobytes()) == [255, 0, 255] and alpha_of(dim) is None
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:

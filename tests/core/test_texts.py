@@ -113,6 +113,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "load_nunchaku": (lambda: mm.load_nunchaku(None), "the Nunchaku file is None; give the path"),
     "quantize_folder": (lambda: quantize_folder("x", None, None), "the folder of the copy is None; give the path"),
     "run_jobs": (lambda: run_jobs("x", None), "the folder of results is None; give the path"),
+    "load with adapters by name": (lambda: mm.load("mm-tiny", adapters={"a": 0.5}), "the adapters are .* give a list"),  # type: ignore
     "run_jobs with an adapter": (lambda: run_jobs("x", "y", adapters="none"), "there is no adapter file none"),
     "read_nunchaku": (lambda: mm.read_nunchaku("x", None), "model is None; give the model of diffusers"),
     "config rank": (lambda: mm.SVDQuantConfig(rank="32"), "rank is '32'; give a whole number"),

@@ -15,11 +15,12 @@ import mm
 from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
-from mm.customization.checks import warn_of_captions
+from mm.customization.checks import check_name, warn_of_captions
 from mm.customization.customize import customize
 from mm.customization.merging.merge import merge
 from mm.customization.objectives.protocol import objective_of
 from mm.customization.sliders import SliderPrompts
+from mm.engine.prompts import expand, weighted
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,55 @@ def test_it_is_refused_before_work(
         customize(ours, photos, name="<mug>", work=work, **{"steps": 1, **given})
     assert message in str(error.value)
     assert not work.exists()
+
+
+ODD = (
+    "!!!",
+    ",",
+    "<>",
+    "_",
+    "a\tb",
+    "\x1b[31m",
+    "a\u200bb",
+    "(mug)",
+    "[trigger]",
+    "{mug}",
+    "a|b",
+    "__mug__",
+    "mug+",
+    "my mug--",
+)
+FINE = ("sks", "<mug>", "My Mug", "it's", "snow-man", "a/b", "\u732b", "\u2615", "m\u00e4g", "sks_dog", "mug 2.0")
+
+
+@pytest.mark.parametrize("name", [*ODD, *FINE])
+def test_a_name_is_read_in_prompts_as_it_is(name: str) -> None:
+    """Prompts have weights, alternatives and wildcards: what was learned under such a name would never be asked for."""
+    objective = objective_of(tiny_pipeline_of("stable-diffusion-xl"))
+    if name in ODD:
+        with pytest.raises(UserError, match="the name "):
+            check_name(name, objective)
+        return
+    check_name(name, objective)
+    prompt = f"a {name}, on grass"
+    assert expand(prompt, 0) == prompt and weighted(prompt) == [(prompt, 1.0)]
+
+
+@pytest.mark.parametrize("noun", [" ", "a\nb", "(mug:1.2)", "!"])
+def test_a_class_that_prompts_do_not_read(noun: str, ours: Any, photos: Path) -> None:
+    with pytest.raises(UserError, match="noun"):
+        customize(ours, photos, name="<mug>", noun=noun, steps=1)
+
+
+def test_a_run_does_not_work_among_the_pictures(ours: Any, tmp_path: Path) -> None:
+    """Its plot would be learned when the run goes on, or with the next one."""
+    photos = subject_folder(tmp_path / "p", 2)
+    for work in (photos, photos / "10_mug.work", tmp_path / "p" / ".." / "p"):
+        with pytest.raises(UserError, match="the run's own would be among them; give another folder"):
+            customize(ours, photos, name="<mug>", steps=1, work=work)
+    with pytest.raises(UserError, match=r"regularization is .*, the folder of what is learned"):
+        customize(ours, photos, name="<mug>", noun="cat", regularization=tmp_path / "p" / "." / "", steps=1)
+    assert sorted(path.name for path in photos.iterdir()) == ["0.png", "0.txt", "1.png", "1.txt"]
 
 
 def test_a_slider_and_a_file_for_a_folder(ours: Any, photos: Path, tmp_path: Path) -> None:

@@ -188,3 +188,24 @@ def test_regularization_pictures_do_not_name_the_subject(tmp_path: Path) -> None
             read_regularization(folder, noun="cup", name="<mug>")
     (folder / "0.txt").write_text("a photo of a cup")
     assert read_regularization(folder, noun="", name="<mug>")[0].caption == "a photo of a cup"
+
+
+def test_a_mask_painted_on_a_transparent_layer(tmp_path: Path) -> None:
+    """Nothing is painted where it is transparent, so that the loss does not count there."""
+    folder = subject_folder(tmp_path / "p", 1)
+    layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (8, 8, 24, 24))
+    layer.save(folder / "0-masklabel.png")
+    (example,) = read_folder(folder, name="<mug>")
+    assert example.mask is not None and example.mask.getbbox() == (8, 8, 24, 24)
+    (folder / "0-masklabel.png").rename(folder / "0-masklabel.webp")
+    assert any("masks are called NAME-masklabel.png" in line for line in _warned(folder))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_caption_in_utf_16_without_a_mark(encoding: str, tmp_path: Path) -> None:
+    """It is valid UTF-8 with a NUL behind each letter, of which no word is left."""
+    folder = subject_folder(tmp_path / "p", 1)
+    (folder / "0.txt").write_bytes("a [trigger] on grass".encode(encoding))
+    with pytest.raises(UserError, match=r"0\.txt holds '\\x00'.*UTF-16.*; save the caption as UTF-8"):
+        read_folder(folder, name="<mug>")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from subject_pictures import subject_folder
+from tiny import tiny_pipeline
 from tiny_pipelines import SIDE, tiny_pipeline_of
 
 from mm.core.errors import UserError
-from mm.customization.checks import check_names_read
+from mm.customization.checks import check_names_read, warn_of_long
 from mm.customization.customize import customize
 from mm.customization.data import read_folder
 from mm.customization.effects import check_effects
@@ -108,7 +109,22 @@ def test_captions_that_are_cut_off_before_the_name(pipe: Any, tmp_path: Path) ->
         customize(pipe, folder, name="<mug>", **FAST)
     (folder / "0.txt").write_text("a [trigger] and " + "a long word " * 9)
     objective = objective_of(pipe, SIDE)
-    check_names_read(objective, "<mug>", [example.caption for example in read_folder(folder, name="<mug>")])
+    captions = [example.caption for example in read_folder(folder, name="<mug>")]
+    check_names_read(objective, "<mug>", captions)
+    with pytest.warns(UserWarning, match='the caption "a <mug> and a long .* is longer than the 77 tokens') as caught:
+        warn_of_long(objective, captions)
+    assert len(caught) == 1
+
+
+def test_long_captions_of_ours_are_cut_as_prompts_are(tmp_path: Path) -> None:
+    """The trunk reads 128 tokens and prompts 64; a caption of more ended in an error of the trunk."""
+    ours, folder = tiny_pipeline(), subject_folder(tmp_path, 2)
+    (folder / "0.txt").write_text("a [trigger] on grass " + "and a red cat " * 60)
+    with pytest.warns(UserWarning, match="is longer than the 64 tokens that the model reads"):
+        customize(ours, folder, name="<mug>", steps=1, batch_size=1, companions=0)
+    (folder / "0.txt").write_text("and a red cat " * 60 + "beside a [trigger]")
+    with pytest.raises(UserError, match="behind the 64 tokens that the model reads"):
+        customize(ours, folder, name="<mug>", steps=1, batch_size=1, companions=0)
 
 
 def test_what_a_run_warns_of(pipe: Any, tmp_path: Path) -> None:

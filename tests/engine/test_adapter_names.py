@@ -14,7 +14,7 @@ from mm.adapters.entry import Entry
 from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
-from mm.engine.attaching import attach_all, detach
+from mm.engine.attaching import attach_all, detach, parsed
 
 pytestmark = pytest.mark.filterwarnings("ignore:patch .* does not say")
 
@@ -53,4 +53,29 @@ def test_one_file_twice_is_refused(pipe: Any, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"x\.safetensors is given twice; give it once, with a scale"):
         attach_all(pipe, [file, ("a/x.safetensors", 0.5)])
+    assert not stack_of(pipe).names()
+
+
+def test_a_folder_of_diffusers_is_an_adapter(pipe: Any, tmp_path: Path) -> None:
+    """`save_lora_weights` writes a folder; its name is the adapter's, and the file in it is the same adapter."""
+    file = written(pipe, tmp_path / "night", "lora", 1)
+    saved = file.rename(file.with_name("pytorch_lora_weights.safetensors"))
+    names, lines = attach_all(pipe, [(saved.parent, 0.5)])
+    detach(pipe, names)
+    assert (names, lines) == (["night"], ["night/pytorch_lora_weights.safetensors: 1 of 1 layer, scale 0.5"])
+    with pytest.raises(UserError, match="given twice"):
+        attach_all(pipe, [saved.parent, saved])
+    assert parsed(f"{saved.parent}:0.5") == (saved.parent, 0.5)
+    with pytest.raises(UserError, match="the scale of night is 'x'"):
+        parsed(f"{saved.parent}:x")
+
+
+def test_an_error_names_the_file(pipe: Any, tmp_path: Path) -> None:
+    """One of several files, and the user must know which."""
+    good, bad = (written(pipe, tmp_path / name, "mm", 1) for name in ("good", "bad"))
+    patch = Patch.load(bad)
+    patch.entries = {"trunk.nowhere": next(iter(patch.entries.values()))}
+    patch.save(bad)
+    with pytest.raises(UserError, match=r"bad/x\.safetensors: 0 of 1 layer"):
+        attach_all(pipe, [good, bad])
     assert not stack_of(pipe).names()

@@ -49,6 +49,16 @@ def test_samplers_of_other_programs_are_known(sdxl, name, kind):
         ({"prompt": "x" * 30_000}, "has 30000 characters"),
         ({"prompt": "x", "strength": 0.5}, "without image"),
         ({"prompt": "x", "mask": Image.new("L", (8, 8))}, "without image"),
+        (
+            {"prompt": "x", "mask": Image.new("L", (8, 16)), "image": Image.new("RGB", (16, 8))},
+            "the mask is 8 x 16 and the picture 16 x 8; give both the same shape",
+        ),
+        (
+            {"prompt": "x", "mask": Image.new("RGBA", (8, 8), (255, 255, 255, 0)), "image": Image.new("RGB", (8, 8))},
+            "the mask is black everywhere, so nothing may change",
+        ),
+        ({"prompt": "a fox <lora:style:0.8>"}, "prompt holds <lora:style:0.8>, which only A1111 .*--lora FILE:SCALE"),
+        ({"prompt": "x", "negative": "<lyco:bad>"}, "negative holds <lyco:bad>"),
         ({"prompt": 7}, "prompt is 7; give a text"),
         ({"prompt": "x", "options": {"prompt": "y"}}, "options hold prompt = 'y', which the request's prompt decides"),
         ({"prompt": "x", "options": {"num_images_per_prompt": 2}}, "the request's count decides"),

@@ -12,8 +12,9 @@ from PIL import Image
 from mm.core.errors import UserError
 from mm.evaluation import customize_claims as claims_module
 from mm.evaluation.customize_bench import GROUND, SUBJECTS, Bench
-from mm.evaluation.customize_cells import Cell, ground, plan
+from mm.evaluation.customize_cells import Cell, plan
 from mm.evaluation.customize_claims import fill, main
+from mm.evaluation.customize_measures import ground
 from mm.evaluation.customize_pages import claims
 from mm.evaluation.customize_styles import (
     ASKED,

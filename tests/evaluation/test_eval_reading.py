@@ -10,8 +10,10 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
+from mm.core import files
 from mm.evaluation import edit as edits
 from mm.evaluation import report as reports
 from mm.evaluation import understand as u
@@ -176,7 +178,28 @@ def test_a_report_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsy
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "x.json"))
 
-    monkeypatch.setattr(reports, "write_json", full)
+    monkeypatch.setattr(reports, "write_files", full)
     with pytest.raises(OSError, match="No space left"):
         reports.write_report(tmp_path / "x.json", {"overall": 0.5})
     assert json.loads(capsys.readouterr().out) == {"overall": 0.5}
+
+
+def test_a_report_and_its_grid_are_written_together(tmp_path, monkeypatch):
+    """On a disk that gets full in between, neither is there; the older ones stay."""
+    grid = reports.grid_png(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"], [None])
+    reports.write_report(tmp_path / "x.json", {"overall": 0.5}, grid)
+    assert (tmp_path / "x.png").read_bytes() == grid
+    wrote = []
+
+    def full(path, data):
+        wrote.append(path)
+        if len(wrote) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        path.write_bytes(data)
+
+    monkeypatch.setattr(files, "_write_through", full)
+    with pytest.raises(OSError, match="No space left"):
+        reports.write_report(tmp_path / "x.json", {"overall": 0.9}, b"another grid")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"overall": 0.5}
+    assert (tmp_path / "x.png").read_bytes() == grid
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.png"]

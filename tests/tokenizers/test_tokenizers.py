@@ -162,7 +162,7 @@ def test_reconstruct_report_of_a_folder(tmp_path: Path) -> None:
     tiny("autoencoder").save_pretrained(tmp_path / "autoencoder")
     Bridge().save_pretrained(tmp_path / "bridge")
     tiny("fsq").save_pretrained(tmp_path / "fsq")
-    report = evaluate_reconstruct(tmp_path, seed=3, limit=2, grid=tmp_path / "grid.png")
+    report = evaluate_reconstruct(tmp_path, seed=3, limit=2, json_file=tmp_path / "grid.json")
     json.dumps(report, allow_nan=False)
     names = ["autoencoder", "autoencoder + bridge (gaussian, 64 levels)", "fsq (fsq, 16 x 64)"]
     assert list(report["tasks"]) == names

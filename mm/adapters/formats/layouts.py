@@ -49,6 +49,7 @@ _FOREIGN = {  # pattern in a key: what it stands for, which mm does not apply
     r"vera_lambda|\.vera_": "a VeRA adapter",
     r"\.scalar$": "an unfolded scalar of LyCORIS",
     r"lora_controlnet|\.zero_conv|control_": "a control LoRA",
+    r"\.(?:query|key)_norm\.scale$": "a norm in full, as the control LoRAs of FLUX.1 have",
 }
 
 
@@ -99,6 +100,11 @@ def is_lora(key: str) -> bool:
     return _split(key) is not None
 
 
+def foreign(key: str) -> str:
+    """What a key stands for that mm does not apply; empty for other keys."""
+    return next((what for pattern, what in _FOREIGN.items() if re.search(pattern, key[:LONGEST_KEY])), "")
+
+
 def _split(key: str) -> tuple[str, str, str] | None:
     """Module, part and adapter name of a key; None where no ending matches."""
     if len(key) > LONGEST_KEY:
@@ -113,7 +119,7 @@ def _split(key: str) -> tuple[str, str, str] | None:
 
 def _why_odd(odd: list[str], total: int) -> str:
     first = odd[0] if len(odd[0]) <= LONGEST_KEY else odd[0][:60] + "..."
-    what = next((what for pattern, what in _FOREIGN.items() if re.search(pattern, first[:LONGEST_KEY])), "")
+    what = foreign(first)
     said = f"is {what}, which mm does not apply" if what else "is in no LoRA layout that mm reads"
     more = f"; {len(odd)} of the file's {total} keys are like it or unknown" if len(odd) > 1 else ""
     return f"the key {first!r} {said} (peft, diffusers, kohya, LyCORIS, ComfyUI, XLabs){more}"

@@ -126,4 +126,5 @@ def _lokr(module: str, parts: Parts, shape: Shape) -> Tensor:
         w2 = t["lokr_w2"]
     else:
         w2 = _tucker(module, parts, core, None) if "lokr_t2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2).reshape(shape)
+    # torch.kron views its result, which the strides of a product in Tucker form do not allow
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous()).reshape(shape)

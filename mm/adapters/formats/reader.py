@@ -13,10 +13,11 @@ from mm.adapters.formats.kinds import change_of
 from mm.adapters.formats.layouts import Parts, grouped, is_lora
 from mm.adapters.formats.names import Names, Piece
 from mm.adapters.formats.settings import Strengths
-from mm.adapters.formats.source import load
+from mm.adapters.formats.source import Source, load
 from mm.adapters.formats.words import split_words, word_entries
 from mm.adapters.patch import Entry, Patch
 from mm.adapters.patch_file import META
+from mm.core.adapter_files import adapter_name
 from mm.core.checks import check_path, check_text, whole
 from mm.core.errors import UserError
 from mm.core.nouns import counted
@@ -52,7 +53,16 @@ def read_lora(
     """
     _check_call(source, target, name, truncate_to)
     given = load(source)
-    name = given.name if name is None else name
+    try:
+        return _patch(given, target, given.name if name is None else name, truncate_to)
+    except UserError as error:
+        if isinstance(source, Mapping):
+            raise
+        raise UserError(f"{given.label}: {error}") from error  # one of several files, perhaps
+
+
+def _patch(given: Source, target: Any, name: str, truncate_to: int | None) -> Patch:
+    """All tensors of a source as a patch."""
     odd = not any(map(is_lora, given.tensors))
     words, tensors = split_words(given.tensors, given.word or name, odd)
     modules = grouped(tensors)
@@ -118,7 +128,7 @@ def subject_of_file(path: str | Path) -> tuple[str, str]:
     if META in read_header(path, "adapter").metadata:
         patch = Patch.load(path)
         return patch.name, str(patch.settings.get("name") or "")
-    return Path(path).stem, load(path).trigger
+    return adapter_name(Path(path)), load(path).trigger
 
 
 def _check_call(source: object, target: Any, name: object, truncate_to: int | None) -> None:
@@ -132,7 +142,7 @@ def _check_call(source: object, target: Any, name: object, truncate_to: int | No
     roots_of(target)  # raises for what is no model
 
 
-def _has_alpha(given: Any) -> bool:
+def _has_alpha(given: Source) -> bool:
     return any(key.endswith("alpha") for key in (*given.tensors, *given.settings))
 
 
@@ -157,7 +167,8 @@ def _check_bits(module: str, kind: str, delta: Tensor | None, pieces: Sequence[P
         if isinstance(piece.layer, BranchedLinear) and piece.layer.bits != 16:
             raise UserError(
                 f"{module} is {kind}: it changes the whole weight of {piece.path}, which has {piece.layer.bits}-bit "
-                "weights here; give truncate_to=RANK to take the nearest LoRA (what is lost is printed)"
+                "weights here; give truncate_to=RANK to take the nearest LoRA (what is lost is printed). The commands "
+                "take the patch that mm.read_lora(FILE, MODEL, truncate_to=RANK).save(...) writes"
             )
 
 

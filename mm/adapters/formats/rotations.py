@@ -95,6 +95,8 @@ def _series(skew: Tensor, terms: int) -> Tensor:
 
 def _outputs_turned(module: str, parts: Parts, flat_NK: Tensor) -> Tensor:
     blocks, key, outputs = parts.tensors["oft_blocks"].float(), parts.keys["oft_blocks"], len(flat_NK)
+    if blocks.ndim == 4:
+        raise UserError(f"{key!r} is of a BOFT of LyCORIS (shape {tuple(blocks.shape)}), which mm does not apply")
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[0] * blocks.shape[1] != outputs:
         raise UserError(f"{key!r} has shape {tuple(blocks.shape)}, and {module} has {outputs} outputs here")
     skew = blocks - blocks.transpose(1, 2)

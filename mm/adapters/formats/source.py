@@ -5,11 +5,12 @@ Design choices
 - Every tensor is floating point and finite. fp8 becomes bf16, which holds all of its values. Only alpha may be an
   integer, since kohya's scripts save it so.
 - Settings are diffusers' `lora_adapter_metadata` inside the file, else peft's `adapter_config.json` beside it,
-  which belongs to a file whose names have no component in front.
+  which belongs to a file that has the name or the layout of peft's.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.adapters.formats.layouts import foreign
 from mm.adapters.formats.words import unpacked, word_of
+from mm.core.adapter_files import PEFT_FILE, adapter_file, adapter_name
 from mm.core.errors import UserError, shown
 from mm.core.nouns import with_article
 from mm.core.safe_json import parse_object, read_object
 from mm.core.safe_tensors import FLOATS, INTEGERS, read_tensors
 
-_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _LONGEST_JSON = 4 << 20
 _LONGEST_NAME = 200
-_COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "lora_unet_", "lora_te", "oft_unet_")
+_OF_PEFT = "base_model.model."  # names in peft's files begin so
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -64,8 +66,8 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
         word = named if isinstance(named, str) else ""
         tensors, label = unpacked(source), "the LoRA"
     else:
-        path = _file(Path(source))
-        word, name = word_of(path), _name_of(Path(source))
+        path = adapter_file(source)
+        word, name = word_of(path), adapter_name(path)
         tensors, settings, said = _read(path)
         label = str(path)
     if not tensors:
@@ -76,25 +78,11 @@ def load(source: str | Path | Mapping[str, Tensor]) -> Source:
     )  # fmt: skip
 
 
-def _file(path: Path) -> Path:
-    if path.is_dir():
-        found = [path / name for name in _FILES if (path / name).is_file()]
-        if not found:
-            raise UserError(f"no LoRA in the folder {path}; it should hold {' or '.join(_FILES)}")
-        return found[0]
-    if not path.is_file():
-        raise UserError(f"no LoRA at {path}; give a .safetensors file (pickled adapters are not read)")
-    return path
-
-
-def _name_of(path: Path) -> str:
-    """What a file or folder is called, without a file's suffix; "." is the folder that it stands for."""
-    return path.resolve().name if path.is_dir() else path.stem
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """Tensors, settings of peft, and metadata."""
-    read = read_tensors(path, "LoRA", types=(*FLOATS, *INTEGERS), finite=False)  # `_checked` says it of each by name
+    read = read_tensors(
+        path, "LoRA", types=(*FLOATS, *INTEGERS, "BOOL"), finite=False
+    )  # `_checked` says it of each by name
     if "mm_patch" in read.metadata:
         raise UserError(f"{path} is a patch of mm; read it with mm.adapters.patch.Patch.load")
     inside = read.metadata.get("lora_adapter_metadata")
@@ -102,8 +90,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
         settings = parse_object(inside, f"{path}: lora_adapter_metadata", most=_LONGEST_JSON)
         return read.tensors, settings, read.metadata
     beside = path.parent / "adapter_config.json"
-    # Files of diffusers and kohya name the component; settings that lie beside one are another adapter's.
-    mine = not any(key.startswith(_COMPONENTS) for key in read.tensors) and beside.exists()
+    # Beside other programs' files they are another adapter's, which would give these a wrong strength.
+    mine = beside.exists() and (path.name == PEFT_FILE or any(key.startswith(_OF_PEFT) for key in read.tensors))
+    if path.name == PEFT_FILE and not mine and not any(key.endswith("alpha") for key in read.tensors):
+        warnings.warn(
+            f"{path} has no adapter_config.json beside it, which says how strongly it acts; it acts in full",
+            stacklevel=4,
+        )
     return read.tensors, read_object(beside, "adapter config", most=_LONGEST_JSON) if mine else {}, read.metadata
 
 
@@ -121,7 +114,10 @@ def _checked(key: str, tensor: Tensor, label: str) -> Tensor:
     if tensor.dtype not in _PLAIN:
         kind = str(tensor.dtype).removeprefix("torch.")
         if not kind.startswith("float8"):
-            raise UserError(f"{name} is {kind}, not floating point")
+            what = foreign(key)
+            raise UserError(
+                f"{name} is {f'of {what}, which mm does not apply' if what else f'{kind}, not floating point'}"
+            )
         tensor = tensor.to(torch.bfloat16)
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{name} has NaN or infinity among its values")

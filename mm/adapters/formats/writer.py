@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mm.adapters.formats.family_names import TABLES
@@ -28,7 +27,8 @@ from mm.adapters.formats.names import DENOISERS, Names, Piece
 from mm.adapters.patch import Entry, Patch
 from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError
-from mm.core.files import read_regular, write_bytes
+from mm.core.files import read_regular, write_bytes, write_files
+from mm.core.safe_tensors import tensor_bytes
 from mm.layers.surgery import roots_of
 
 Layout = Literal["peft", "diffusers", "kohya", "comfyui"]
@@ -58,8 +58,7 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
     check_path("path", path)
     tensors, config = lora_tensors(patch, layout, target)
     said = {"format": "pt"} | ({"mm_base": patch.base} if patch.base else {})  # which `read_lora` compares
-    data = save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata=said)
-    write_adapter(path, data, config)
+    write_adapter(path, tensor_bytes(tensors, said), config)
 
 
 def lora_tensors(patch: Patch, layout: Layout, target: Any = None) -> tuple[dict[str, Tensor], str | None]:
@@ -101,15 +100,7 @@ def write_adapter(path: str | Path, data: bytes, config: str | None) -> None:
             f"{beside} holds the settings of another adapter ({others[0]}); peft reads one a folder, so give a folder "
             "of its own"
         )
-    write_bytes(beside, config.encode())
-    try:
-        write_bytes(target, data)
-    except BaseException:
-        if before is None:
-            beside.unlink(missing_ok=True)
-        else:
-            write_bytes(beside, before)
-        raise
+    write_files({beside: config.encode(), target: data})
 
 
 def _split(where: str) -> tuple[str, str]:
