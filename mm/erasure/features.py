@@ -26,8 +26,8 @@ from mm.families.sources import plain_sources
 
 CHUNK = 64  # prompts in one call
 SMALL = 64  # pixels a side, or the nearest that the family draws
-# Arguments of some pipelines that would put words around the prompt (SANA) or take some out (PixArt), choose another size
-# (both), ask for two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
+# Arguments of some pipelines that would put words around the prompt (SANA) or take some out (PixArt), choose another
+# size (both), ask for two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
 PLAIN: dict[str, Any] = {
     "complex_human_instruction": None, "clean_caption": False, "use_resolution_binning": False,
     "intermediate_timesteps": None, "strict": False,
