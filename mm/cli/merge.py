@@ -35,7 +35,7 @@ def merge(
         typer.Option(help="What an adapter's subject is called in prompts, once for each, where files do not say it."),
     ] = None,
     updates: Annotated[
-        int | None, typer.Option(min=1, help="Of training for each adapter, by distill; default: 100.")
+        int | None, typer.Option(min=1, help="Of training for each adapter, by distill; default: 250.")
     ] = None,
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
     force: shared.ForceOption = False,
