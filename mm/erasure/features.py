@@ -22,9 +22,10 @@ from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.families import family_of
 from mm.families.sizes import exact_size
-from mm.families.sources import plain_sources
+from mm.families.sources import draws_from_text, plain_sources
 
 CHUNK = 64  # prompts in one call
+_WITH_SOURCES = 4  # of a pipeline that brings a source picture a prompt to a size of its own, such as a megapixel
 SMALL = 64  # pixels a side, or the nearest that the family draws
 # Arguments of some pipelines that would put words around the prompt (SANA) or take some out (PixArt), choose another
 # size (both), ask for two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
@@ -72,8 +73,9 @@ def record(
     """
     texts = list(prompts) if pictures else list(dict.fromkeys(prompts))  # many targets share anchors and neighbours
     found: dict[str, list[Tensor]] = {path: [] for path in layers}
-    for start in range(0, len(texts), CHUNK):
-        part = slice(start, start + CHUNK)
+    size = CHUNK if draws_from_text(pipe) else _WITH_SOURCES
+    for start in range(0, len(texts), size):
+        part = slice(start, start + size)
         if watch is not None:
             watch.begin()
         for path, x_BTD in _seen(pipe, layers, texts[part], list(pictures[part]), watch).items():

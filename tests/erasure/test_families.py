@@ -9,6 +9,7 @@ from tiny_pipelines import draw_with, tiny_pipeline_of
 import mm
 from mm.adapters import Patch
 from mm.core.errors import UserError
+from mm.erasure import features
 from mm.erasure.concepts import PlainContexts
 from mm.erasure.erase import effective
 from mm.erasure.features import SMALL, record
@@ -150,6 +151,18 @@ def test_prompts_are_read_with_a_small_picture(family):
     handle.remove()
     side = SMALL // 2 if family == "sana" else SMALL // 4  # its autoencoder is no smaller here
     assert 0 < max(seen) <= 2 * side**2 * (64 if family == "flux-fill" else 16)
+
+
+def test_few_prompts_with_source_pictures_share_a_call(monkeypatch):
+    """Qwen-Image-Edit brings each to a megapixel: 64 of them would not fit into memory."""
+    pipe, seen = tiny_pipeline_of("qwen-image-edit"), []
+    before = features.draw_once
+    monkeypatch.setattr(
+        features, "draw_once", lambda pipe, prompts, *more: seen.append(len(prompts)) or before(pipe, prompts, *more)
+    )
+    found = record(pipe, text_layers(pipe), [f"a fox {number}" for number in range(6)])
+    assert {len(rows) for rows in found.values()} == {6}
+    assert max(seen) <= 4
 
 
 def test_a_patch_of_another_model_changes_nothing():
