@@ -70,6 +70,12 @@ def _check_effect(model: Model, engine: Any, prompt: str, *files: Path) -> None:
     assert apart(before, drawn(engine, request)[0]) == 0
 
 
+def _check_both(model: Model, prompt: str, *files: Path) -> None:
+    """`_check_effect` on the 16-bit model and on its 4-bit copy."""
+    for engine in (model.engine, model.small_engine):
+        _check_effect(model, engine, prompt, *files)
+
+
 def _untrained(model: Model) -> bool:
     family = family_of(model.engine.pipeline)
     return family is None or family.objective is None
@@ -77,9 +83,7 @@ def _untrained(model: Model) -> bool:
 
 def erase(model: Model) -> str | None:
     """An erasure of the 16-bit model, on it and on its 4-bit copy."""
-    file = _erasure(model, model.engine, "erased")
-    _check_effect(model, model.engine, f"a {TARGET}", file)
-    _check_effect(model, model.small_engine, f"a {TARGET}", file)
+    _check_both(model, f"a {TARGET}", _erasure(model, model.engine, "erased"))
     return None
 
 
@@ -87,9 +91,7 @@ def customize(model: Model) -> str | None:
     """An adapter that was learned on the 16-bit model, on it and on its 4-bit copy."""
     if _untrained(model):
         return NO_OBJECTIVE
-    file = _adapter(model, model.engine, "learned")
-    _check_effect(model, model.engine, f"a {NAME}", file)
-    _check_effect(model, model.small_engine, f"a {NAME}", file)
+    _check_both(model, f"a {NAME}", _adapter(model, model.engine, "learned"))
     return None
 
 
@@ -98,8 +100,7 @@ def both_four_bits(model: Model) -> str | None:
     if _untrained(model):
         return NO_OBJECTIVE
     both = (_erasure(model, model.small_engine, "erased-4"), _adapter(model, model.small_engine, "learned-4"))
-    for engine in (model.small_engine, model.engine):
-        _check_effect(model, engine, f"a {NAME} and a {TARGET}", *both)
+    _check_both(model, f"a {NAME} and a {TARGET}", *both)
     return None
 
 
