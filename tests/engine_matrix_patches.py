@@ -20,7 +20,7 @@ SHORT: dict[str, Any] = {
     "steps": 2, "batch_size": 1, "size": SIDE, "preview_every": 2, "preserve_batch": 1, "learning_rate": 5e-2,
     "preserved": (), "samples": (), "rank": 4,
 }  # fmt: skip
-NO_OBJECTIVE = "mm cannot train the family yet; adapters of other programs load"
+NO_OBJECTIVE = "its training is not in mm yet; adapters of other programs load"
 NO_CALLBACK = "the family's pipeline in diffusers has no step callback"
 
 
