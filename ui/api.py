@@ -75,17 +75,19 @@ def _draw(parts: Parts) -> Callable[..., Iterator[Pictures]]:
         best_of: int = 1,
         strict: bool = False,
         apart: bool | dict[str, str] = False,
+        refine: float | None = None,
     ) -> Iterator[Pictures]:
         """Draws pictures from a prompt; what is left out is the model's default.
 
         apart: true, or known things by the words in whose place they are drawn first, such as {"<mug>": "cup"}.
+        refine: share of the noise from which subjects that are drawn apart are drawn again; 0: not at all.
 
         Returns the files so far, and "settings" of each, "notices" and the "state".
         """
         values = {
             "prompt": prompt, "seed": seed, "count": count, "steps": steps, "mode": mode, "guidance": guidance,
             "negative": negative, "width": width, "height": height, "scheduler": scheduler, "fast": fast,
-            "best_of": best_of, "strict": strict, "apart": apart,
+            "best_of": best_of, "strict": strict, "apart": apart, "refine": refine,
         }  # fmt: skip
         yield from _pictures(parts, lambda: forms.draw_request(values, can), request)
 

@@ -163,6 +163,7 @@ def draw_request(values: Mapping[str, Any], can: Capabilities) -> Draw:
         negative=negative or None,
         size=size(values.get("width"), values.get("height"), can),
         apart=apart(values.get("apart"), values.get("stand_ins")),
+        refine=number("refine", values.get("refine")),
         **_sampling(values),
     )
 

@@ -17,7 +17,7 @@ from mm.ui.orders import Progress
 
 _SHOWN = (
     "seed", "steps", "guidance", "image_guidance", "strength", "mode", "scheduler", "width", "height",
-    "best_of", "strict", "apart", "negative_prompt", "bits", "model",
+    "best_of", "strict", "apart", "refine", "negative_prompt", "bits", "model",
 )  # fmt: skip
 _MOST_NOTICES = 5
 

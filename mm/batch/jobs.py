@@ -54,6 +54,7 @@ class Generate:
         fast: less work a picture: true, or an object of single settings (docs/fast.md).
         best_of: the most times that a picture is drawn, until the model reads in it what was asked for (mm-tiny).
         apart: each adapter draws its subject in a place of its own: true, or an object of known things by word.
+        refine: share of the noise from which subjects that are drawn apart are drawn again; 0 leaves that out.
         strict: true refuses words that the model does not know, false refuses nothing.
         options: further arguments of the pipeline's call, by name.
     """
@@ -75,6 +76,7 @@ class Generate:
     fast: bool | dict[str, Any] = False
     best_of: int = 1
     apart: bool | dict[str, Any] = False
+    refine: float | None = None
     strict: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -95,6 +97,7 @@ class Generate:
             _text(name, getattr(self, name))
         _number("guidance", self.guidance, 100)
         _number("strength", self.strength, 1)
+        _number("refine", self.refine, 1)
         object.__setattr__(self, "size", _size(self.size))
         object.__setattr__(self, "lora", _files(self.lora))
         if not isinstance(self.options, dict) or not all(name.isidentifier() for name in self.options):

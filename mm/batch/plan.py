@@ -133,7 +133,7 @@ class Plan:
         return Draw(
             prompt=body.prompt, negative=body.negative, steps=body.steps, mode=body.mode, guidance=body.guidance,
             size=body.size, scheduler=scheduler, strength=body.strength, options=body.options,
-            fast=body.fast, best_of=body.best_of, strict=body.strict, apart=body.apart,
+            fast=body.fast, best_of=body.best_of, strict=body.strict, apart=body.apart, refine=body.refine,
             image=self.opened(self._file(body.image)), mask=self.opened(self._file(body.mask)),
         )  # fmt: skip
 

@@ -35,6 +35,7 @@ def generate(
     strict: shared.StrictOption = None,
     apart: shared.ApartOption = False,
     stand_in: shared.StandInOption = None,
+    refine: shared.RefineOption = None,
     fast: shared.FastOption = False,
     fast_set: shared.FastSetOption = None,
     like: Annotated[
@@ -67,7 +68,7 @@ def generate(
         "count": count, "seed": seed, "steps": steps, "mode": mode.value if mode else None, "guidance": guidance,
         "negative": negative, "size": shared.size(size), "strength": strength, "best_of": best_of, "prompt": prompt,
         "options": shared.settings(more) or None, "strict": strict, "fast": shared.fast(fast, fast_set),
-        "apart": shared.apart(apart, stand_in),
+        "apart": shared.apart(apart, stand_in), "refine": refine,
     }  # fmt: skip
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     run(

@@ -144,6 +144,14 @@ StandInOption = Annotated[
         help="What the base draws in the place of an adapter's subject, for --apart; may be repeated.",
     ),
 ]  # fmt: skip
+RefineOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1,
+        help="Share of the noise from which subjects that are drawn --apart are drawn again at the picture's size; "
+        "0: not at all. Default: 0.6.",
+    ),
+]  # fmt: skip
 FastOption = Annotated[bool, typer.Option("--fast", help="Leave out work that changes a picture little: docs/fast.md.")]
 FastSetOption = Annotated[
     list[str] | None,

@@ -5,11 +5,12 @@ subject of another one: the base draws the picture with known things in the plac
 draws its subject over one of them, in a run of its own in which the other things are still those of the base. Outside
 the subject's place, this run takes the base's latents after every step (as the known part of a picture is kept in
 Lugmayr et al. 2022, RePaint, arXiv 2201.09865). That each adapter draws a region of its own is from Gu et al. 2023,
-Mix-of-Show, arXiv 2305.18292, where the adapters are merged, and share one run.
+Mix-of-Show, arXiv 2305.18292, where the adapters are merged, and share one run. At last each adapter draws its subject
+again in full size (`mm.customization.refining`).
 
 Design choices
 - Only the step callback of diffusers is used, so that every pipeline that gives its latents to it can draw so, with any
-  scheduler. N subjects cost N + 1 pictures; nothing is trained or merged.
+  scheduler. N subjects cost 2 N + 1 pictures; nothing is trained or merged.
 - Places are found in the base's picture by its predictions (`mm.customization.places`). Where two things would share a
   place, the base draws again, other things from another seed. Words of the prompt say where subjects are ("left of").
 - Patches whose word is not in the prompt (styles, erasures) act in every run.
@@ -32,11 +33,13 @@ from torch import Tensor
 
 from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
-from mm.core.checks import shown
+from mm.core.checks import MAX_SEED, number, shown
 from mm.core.errors import UserError
 from mm.customization.apart_base import Base, Call, OnLatents, Subjects, at_size_of, base_picture, things_of
+from mm.customization.batches import hash_of
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
+from mm.customization.refining import refined
 
 # Options of a pipeline's call that have no place here, with the value that says what is done anyway.
 _OF_NO_USE = {
@@ -45,6 +48,7 @@ _OF_NO_USE = {
 }  # fmt: skip
 _TRIES = 4  # pictures of the base, until its things are apart and each subject is seen in its place
 _SEEN = 0.5  # share of a word's effect that lies in its subject's place
+REFINE = 0.6  # share of the noise from which subjects are drawn again
 
 
 class Named(Protocol):
@@ -85,7 +89,7 @@ class ApartOutput:
 
 def draw_apart(
     pipe: Any, prompt: str, *, adapters: Sequence[Patch] = (), seed: int = 0,
-    stand_ins: Mapping[str, str] | None = None, **options: Any,
+    stand_ins: Mapping[str, str] | None = None, refine: float = REFINE, **options: Any,
 ) -> ApartOutput:  # fmt: skip
     """Draws several learned subjects in one picture, each by its own adapter in a place of its own.
 
@@ -97,6 +101,8 @@ def draw_apart(
         seed: of the noise.
         stand_ins: known things, by word, that the base draws in the place of subjects, such as {"<mug>": "cup"}; those
             of other words are chosen by the seed.
+        refine: share of the noise, from 0 to 1, from which each adapter at last draws its subject again at the
+            picture's size; 0 leaves that out.
         options: of the pipeline's call.
 
     Raises:
@@ -107,6 +113,7 @@ def draw_apart(
     if "callback_on_step_end" not in takes:
         raise UserError(f"{type(pipe).__name__} has no step callback, by which adapters are kept apart")
     check_options(getattr(pipe, "modes", ()), options)
+    number("refine", refine, 0, 1)
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
@@ -120,7 +127,7 @@ def draw_apart(
             stack.callback(patch.undo, pipe)
         words = words_of(stack_of(pipe).list())
         asked = Subjects(prompt=prompt, words=tuple(words), seed=seed, stand_ins=stand_ins or {})
-        return compose(pipe, asked, call, words)
+        return compose(pipe, asked, call, words, refine=refine)
 
 
 def check_options(modes: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -174,27 +181,31 @@ def step_callback(on_latents: OnLatents) -> Callable[..., dict[str, Any]]:
     """The step callback of diffusers that passes latents on, and those that come back."""
 
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        made = on_latents(step, tensors["latents"])
+        made = on_latents(step, tensors["latents"], float(timestep))
         return {} if made is None else {"latents": made}
 
     return callback
 
 
 @contextmanager
-def _only(pipe: Any, patches: Sequence[str], name: str | None) -> Iterator[None]:
-    """Within the context, of some patches on a pipeline only one acts, as strongly as before; None: none of them."""
+def _only(pipe: Any, asked: Subjects, words: Mapping[str, str], word: str | None) -> Iterator[None]:
+    """Within the context, of the subjects' patches on a pipeline only that of `word` acts, as strongly as before; None:
+    none of them."""
     stack = stack_of(pipe)
     scales = {item.name: item.scale for item in stack.list()}
+    patches = [words[each] for each in asked.words]
     try:
         for each in patches:
-            stack.scale(each, scales[each] if each == name else 0.0)
+            stack.scale(each, scales[each] if word is not None and each == words[word] else 0.0)
         yield
     finally:
         for each in patches:
             stack.scale(each, scales[each])
 
 
-def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) -> ApartOutput:
+def compose(
+    pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str], *, refine: float = REFINE
+) -> ApartOutput:  # fmt: skip
     """The picture, by a run of the base and one of each subject's adapter; the best of several where one is not seen.
 
     Args:
@@ -202,38 +213,36 @@ def compose(pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str]) ->
         asked: what to draw.
         call: draws a picture with a seed, and passes the latents of each step on.
         words: names of the patches, by word.
+        refine: share of the noise from which subjects are drawn again; 0 leaves that out.
 
     Raises:
         UserError: as `check_apart` and `draw_apart`.
     """
     objective = objective_of(pipe)
     check_apart(objective, asked, stack_of(pipe).list())
-    patches = [words[word] for word in asked.words]
     best, shares = None, [-1.0]
-    for number in range(_TRIES):
-        with _only(pipe, patches, None):
-            base = base_picture(objective, asked, call, number)
-        if not are_apart(list(base.places.values())) and (best is not None or number + 1 < _TRIES):
+    for attempt in range(_TRIES):
+        with _only(pipe, asked, words, None):
+            base = base_picture(objective, asked, call, attempt)
+        if not are_apart(list(base.places.values())) and (best is not None or attempt + 1 < _TRIES):
             continue
         picture = _with_subjects(pipe, asked, base, call, words)
-        with _only(pipe, patches, None):
-            noised = Noised.of(at_size_of(objective, picture), picture)
-        found = [_seen(pipe, asked, base, noised, word, words) for word in asked.words]
+        found = _all_seen(pipe, asked, base, picture, words)
         if min(found) > min(shares):
-            best, shares = _output(asked, base, picture), found
+            best, shares = (base, picture), found
         if min(shares) >= _SEEN:
             break
     assert best is not None
+    base, picture = best
+    if refine:
+        picture = _refined(pipe, asked, base, picture, call, words, refine)
+        shares = _all_seen(pipe, asked, base, picture, words)
     if unseen := [word for word, share in zip(asked.words, shares, strict=True) if share < _SEEN]:
         warnings.warn(
             f"not seen in a place of its own in any of {_TRIES} tries (seed {asked.seed}): {', '.join(unseen)}; check "
             "the picture, or give another seed or other stand-ins",
             stacklevel=3,
         )
-    return best
-
-
-def _output(asked: Subjects, base: Base, picture: Image.Image) -> ApartOutput:
     places = {word: in_whole(box, *picture.size) for word, box in base.places.items()}
     return ApartOutput(picture=picture, places=places, stand_ins=base.things, plain=asked.prompt_with(base.things))
 
@@ -245,22 +254,45 @@ def _with_subjects(
     picture = base.picture
     kept: list[Tensor] = []  # each subject's own latents at the last step
     inside = base.masks(base.latents[0])
-    for number, word in enumerate(asked.words):
+    for place, word in enumerate(asked.words):
 
-        def outside_from_base(step: int, latents: Tensor, number: int = number) -> Tensor:
-            mine = torch.where(inside[number], latents, base.latents[step].to(latents))
+        def outside_from_base(step: int, latents: Tensor, timestep: float, place: int = place) -> Tensor:
+            mine = torch.where(inside[place], latents, base.latents[step].to(latents))
             if step + 1 < len(base.latents):
                 return mine
             kept.append(latents)
-            if number + 1 < len(asked.words):
+            if place + 1 < len(asked.words):
                 return mine
             for mask, each in zip(inside, kept, strict=True):  # the last run's picture is that of all
                 mine = torch.where(mask, each.to(latents), mine)
             return mine
 
-        with _only(pipe, [words[each] for each in asked.words], words[word]):
+        with _only(pipe, asked, words, word):
             picture = call(asked.prompt_with(base.without(word)), base.seed, outside_from_base)
     return picture
+
+
+def _refined(
+    pipe: Any, asked: Subjects, base: Base, picture: Image.Image, call: Call, words: Mapping[str, str], strength: float
+) -> Image.Image:  # fmt: skip
+    """The picture with each subject drawn again by its adapter, one after another."""
+    for place, word in enumerate(asked.words):
+        with _only(pipe, asked, words, word):
+            picture = refined(
+                at_size_of(objective_of(pipe), picture), picture, in_whole(base.places[word], *picture.size),
+                asked.prompt_about(word), call, seed=hash_of(base.seed, place) % (MAX_SEED + 1),
+                timesteps=base.timesteps, like=base.latents[-1], strength=strength,
+            )  # fmt: skip
+    return picture
+
+
+def _all_seen(
+    pipe: Any, asked: Subjects, base: Base, picture: Image.Image, words: Mapping[str, str]
+) -> list[float]:  # fmt: skip
+    """`_seen` of each subject."""
+    with _only(pipe, asked, words, None):
+        noised = Noised.of(at_size_of(objective_of(pipe), picture), picture)
+    return [_seen(pipe, asked, base, noised, word, words) for word in asked.words]
 
 
 def _seen(
@@ -268,7 +300,7 @@ def _seen(
 ) -> float:  # fmt: skip
     """Share of what a subject's word makes its adapter predict otherwise that lies in the subject's place."""
     others = base.without(word)
-    with _only(pipe, [words[each] for each in asked.words], words[word]):
+    with _only(pipe, asked, words, word):
         found_HW = between(
             noised.predictions(asked.read_with(others)),
             noised.predictions(asked.read_with(others | {word: base.other})),

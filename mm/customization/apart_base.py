@@ -23,7 +23,7 @@ from mm.customization.captions import names, pattern_of
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.places import Box, Noised, between, box_of, cells_of, in_whole
 
-OnLatents = Callable[[int, Tensor], Tensor | None]  # step from 0 and latents; gives those to go on with
+OnLatents = Callable[[int, Tensor, float], Tensor | None]  # step from 0, latents, timestep; gives those to go on with
 Call = Callable[[str, int, OnLatents], Image.Image]  # prompt, seed
 
 
@@ -89,6 +89,12 @@ class Subjects:
         """`prompt_with`, as the model reads it."""
         return self.read(self.prompt_with(things))
 
+    def prompt_about(self, word: str) -> str:
+        """The prompt, as the model reads it, without what lies between its subjects: one of them alone."""
+        text = self.read(self.prompt)
+        spots = sorted(found.span() for each in self.words for found in pattern_of(each).finditer(text))
+        return f"{text[: spots[0][0]]}{word}{text[spots[-1][1] :]}"
+
     def prompt_with(self, things: Mapping[str, str]) -> str:
         """The prompt with known things in the place of words, each with the article that it takes."""
         text = self.prompt
@@ -100,11 +106,12 @@ class Subjects:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """The base's picture: its latents after each step, what stands in for each word and where that is in the middle
-    square, and one more thing that it knows."""
+    """The base's picture: its latents after each step and the steps' timesteps, what stands in for each word and where
+    that is in the middle square, and one more thing that it knows."""
 
     picture: Image.Image
     latents: list[Tensor]
+    timesteps: list[float]
     seed: int
     things: dict[str, str]
     other: str
@@ -139,13 +146,21 @@ def base_picture(objective: Objective, asked: Subjects, call: Call, number: int)
     seed = asked.seed if not number else hash_of(asked.seed, number) % (MAX_SEED + 1)
     things, other = things_of(objective, asked, number)
     latents: list[Tensor] = []
-    picture = call(asked.prompt_with(things), seed, lambda step, given: latents.append(given.clone()))
+    timesteps: list[float] = []
+
+    def keep(step: int, given: Tensor, timestep: float) -> None:
+        latents.append(given.clone())
+        timesteps.append(timestep)
+
+    picture = call(asked.prompt_with(things), seed, keep)
     if not latents:
         raise UserError(
             f"{type(objective.pipe).__name__} gives no latents to a step callback; adapters cannot be kept apart"
         )
     places = _places(at_size_of(objective, picture), asked, picture, things, other)
-    return Base(picture=picture, latents=latents, seed=seed, things=things, other=other, places=places)
+    return Base(
+        picture=picture, latents=latents, timesteps=timesteps, seed=seed, things=things, other=other, places=places
+    )  # fmt: skip
 
 
 def at_size_of(objective: Objective, picture: Image.Image) -> Objective:

@@ -21,11 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter
-
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.customization.captions import renamed as replaced
+from mm.customization.cutouts import pasted
 from mm.customization.data import Example
 from mm.customization.objectives.protocol import Objective
 from mm.customization.places import Box, are_apart, drawn_box, fitted, subject_box
@@ -33,7 +32,6 @@ from mm.customization.previews import draw
 
 _TRIES = 4  # drawings for each picture, until the two things are apart
 _WORDS = 3
-_EDGE = 0.02  # of the side, over which a box fades
 
 
 def companions(
@@ -130,20 +128,3 @@ def renamed(caption: str, name: str, noun: str, other: str) -> str:
     """A caption with another word in the subject's place."""
     whole = f"{name} {noun}" if noun and f"{name} {noun}" in caption else name
     return replaced(caption, whole, other)
-
-
-def pasted(onto: Image.Image, picture: Image.Image, box: Box, place: Box) -> Image.Image:
-    """A picture in which the box of another one is at a place, with soft edges."""
-    left, top, right, bottom = _pixels(place, *onto.size)
-    cut = picture.convert("RGB").crop(_pixels(box, *picture.size))
-    above = onto.copy()
-    above.paste(cut.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
-    mask = Image.new("L", onto.size, 0)
-    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
-    return Image.composite(above, onto, mask.filter(ImageFilter.GaussianBlur(_EDGE * onto.width)))
-
-
-def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    sides = (box.left * width, box.top * height, box.right * width, box.bottom * height)
-    left, top, right, bottom = (round(x) for x in sides)
-    return left, top, max(right, left + 1), max(bottom, top + 1)

@@ -200,8 +200,12 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 def to_tensor(picture: Image.Image, side: int) -> Tensor:
     """The middle square of a picture, in [-1, 1]: (3, S, S), or (1, S, S) of a grey one."""
-    made = square(picture).resize((side, side), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.asarray(made, dtype=np.float32).copy()) / 127.5 - 1
+    return whole_tensor(square(picture).resize((side, side), Image.Resampling.LANCZOS))
+
+
+def whole_tensor(picture: Image.Image) -> Tensor:
+    """A picture in [-1, 1]: (3, H, W), or (1, H, W) of a grey one."""
+    values = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy()) / 127.5 - 1
     return values[None] if values.ndim == 2 else values.movedim(-1, 0)
 
 

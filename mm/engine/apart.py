@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mm.adapters.stack import stack_of
-from mm.customization.apart import compose, step_callback, words_of
+from mm.customization.apart import REFINE, compose, step_callback, words_of
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.engine import calls
 from mm.engine.events import CancelToken
@@ -49,7 +49,8 @@ def draw_apart(
         prompt=request.prompt, words=tuple(words), seed=request.seed or 0, stand_ins=stand_ins_of(request),
         read=plain_text,
     )  # fmt: skip
-    runs = 1 + len(asked.words)
+    refine = REFINE if request.refine is None else request.refine
+    runs = 1 + len(asked.words) * (2 if refine else 1)
     done = 0
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Any:
@@ -66,4 +67,4 @@ def draw_apart(
         done = number + 1
         return picture
 
-    return compose(view, asked, call, words).picture
+    return compose(view, asked, call, words, refine=refine).picture

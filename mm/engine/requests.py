@@ -143,6 +143,8 @@ class Draw(Sampling):
         strength: share of the steps that image-to-image redraws, 0 to 1; None is the pipeline's default.
         apart: True has each adapter draw its subject in a place of its own (`mm.customization.apart`); a mapping names
             known things, by word, that the base draws there first.
+        refine: share of the noise, 0 to 1, from which each subject that is drawn apart is drawn again at the picture's
+            size; 0 leaves that out, None is the usual share.
     """
 
     prompt: str
@@ -152,6 +154,7 @@ class Draw(Sampling):
     mask: Image.Image | None = None
     strength: float | None = None
     apart: bool | Mapping[str, str] = False
+    refine: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +179,10 @@ class Draw(Sampling):
     def _check_apart(self) -> None:
         if not isinstance(self.apart, bool | Mapping):
             raise UserError(f"apart is {shown(self.apart)}; give true, false or known things by word")
+        if self.refine is not None:
+            number("refine", self.refine, 0, 1)
+            if self.apart is False:
+                raise UserError(f"refine is {self.refine:g} without apart; it acts on subjects that are drawn apart")
         if self.apart is False:
             return
         for word, thing in self.apart.items() if isinstance(self.apart, Mapping) else ():

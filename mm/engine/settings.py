@@ -58,6 +58,7 @@ def settings_of(request: Draw | Edit | Turn, can: Capabilities, model: str, seed
         "scheduler": request.scheduler,
         "best_of": best_of if best_of > 1 else None,
         "apart": _apart_of(request),
+        "refine": _refine_of(request),
         "fast": can.fast_of(request),
         "strict": request.strict,
         "options": _writable(request.options) or None,
@@ -82,6 +83,15 @@ def _apart_of(request: Draw | Edit | Turn) -> bool | dict[str, str] | None:
     """`Draw.apart` as JSON holds it; None where adapters act together."""
     apart = getattr(request, "apart", False)
     return dict(apart) if isinstance(apart, Mapping) else apart or None
+
+
+def _refine_of(request: Draw | Edit | Turn) -> float | None:
+    """The share of the noise from which subjects are drawn again; None where they are not drawn apart."""
+    if _apart_of(request) is None or not isinstance(request, Draw):
+        return None
+    from mm.customization.apart import REFINE  # with torch, which settings need for nothing else
+
+    return REFINE if request.refine is None else request.refine
 
 
 def _writable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +153,8 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
     same |= {"strength": "strength", "options": "options", "best_of": "best_of", "fast": "fast"}
     same |= {"strict": "strict", "apart": "apart"}
     given |= {field: settings[key] for key, field in same.items() if settings.get(key) is not None}
+    if given.get("apart"):  # files of before there was `refine` do not hold it
+        given["refine"] = settings.get("refine", 0)
     if isinstance(given.get("negative"), str):
         given["negative"] = without_lora_tags(given["negative"])[0]
     if settings.get("mode") in can.modes:

@@ -85,7 +85,7 @@ def test_each_adapter_draws_in_its_place_and_nothing_else_changes(family: str, h
     pipe.set_progress_bar_config(disable=True)
     adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
     seen, options = spied(pipe), options_for(family)
-    first = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    first = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, refine=0, **options)
     assert len(seen) == 3 and stack_of(pipe).names() == ()
     base, one, both = (latents.squeeze(2) if latents.ndim == 5 else latents for latents in seen)
     height, width = base.shape[-2:]
@@ -93,7 +93,7 @@ def test_each_adapter_draws_in_its_place_and_nothing_else_changes(family: str, h
     assert torch.equal(base[..., ~left], one[..., ~left]) and not torch.allclose(base[..., left], one[..., left])
     assert torch.equal(one[..., ~right], both[..., ~right])
     assert not torch.allclose(base[..., right], both[..., right])
-    again = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    again = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, refine=0, **options)
     assert list(again.picture.getdata()) == list(first.picture.getdata())
     assert list(first.places) == list(WORDS) and first.plain != PROMPT
     assert all(thing in first.plain for thing in first.stand_ins.values())
@@ -105,10 +105,10 @@ def test_an_adapter_without_a_word_in_the_prompt_acts_in_every_run(held_places: 
     pipe.set_progress_bar_config(disable=True)
     adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
     seen, options = spied(pipe), options_for("stable-diffusion")
-    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, refine=0, **options)
     plain = seen[0]
     adapter_of(pipe, "", 9).apply(pipe, 0.5)
-    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options)
+    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, refine=0, **options)
     assert not torch.allclose(plain, seen[3])
     assert [(item.name, item.scale) for item in stack_of(pipe).list()] == [("adapter-", 0.5)]
 
@@ -128,13 +128,13 @@ def test_the_picture_has_each_subject_of_its_own_run(packed: bool, held_places: 
         for step in range(steps):
             value = 10.0 * len(runs) + step
             latents = torch.full(shape, value)
-            made = on_latents(step, latents)
+            made = on_latents(step, latents, 1000.0 * (1 - step / steps))
             came.append(latents if made is None else made)
         runs.append((words, came))
         return Image.new("RGB", (64, 32))
 
     words = {word: f"adapter-{word}" for word in WORDS}
-    apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=0), call, words)
+    apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=0), call, words, refine=0)
     assert [words for words, _ in runs] == [[], [0], [1]]
     one, two = runs[1][1], runs[2][1]
 
@@ -180,17 +180,17 @@ def test_a_subject_that_is_not_seen_is_drawn_again(monkeypatch: pytest.MonkeyPat
     seeds = []
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
-        on_latents(0, torch.zeros(1, 4, 2, 2))
+        on_latents(0, torch.zeros(1, 4, 2, 2), 999.0)
         seeds.append(seed)
         return Image.new("RGB", (SIDE, SIDE), (len(seeds), 0, 0))
 
     words = {word: f"adapter-{word}" for word in WORDS}
-    made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words)
+    made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words, refine=0)
     assert len(seeds) == 6 and seeds[:3] == [3] * 3 and len(set(seeds[3:])) == 1 and seeds[3] != 3
     assert made.picture.getpixel((0, 0)) == (6, 0, 0)
     monkeypatch.setattr(apart, "share_inside", lambda *_: 0.1)
     with pytest.warns(UserWarning, match=r"not seen in a place of its own in any of 4 tries \(seed 3\): sks, zwx"):
-        made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words)
+        made = apart.compose(pipe, Subjects(prompt=PROMPT, words=WORDS, seed=3), call, words, refine=0)
     assert made.picture.getpixel((0, 0)) == (9, 0, 0)  # of equal ones the first
 
 
@@ -277,7 +277,7 @@ def test_what_serves_all_words_is_computed_once(monkeypatch: pytest.MonkeyPatch,
     counted(kind, "encode_pictures", "encode")
     counted(kind, "predict", "predict")
     counted(apart_base, "cells_of", "masks")
-    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options_for("stable-diffusion"))
+    draw_apart(pipe, PROMPT, adapters=adapters, seed=5, refine=0, **options_for("stable-diffusion"))
     noises, words = 2, len(WORDS)
     places, seen = noises * (1 + words), noises * 2 * words
     assert counts == {"encode": 2, "predict": places + seen, "masks": 1}
@@ -325,6 +325,6 @@ def test_weights_act_once_in_each_run(held_places: None, monkeypatch: pytest.Mon
     predictions = Noised.predictions
     monkeypatch.setattr(Noised, "predictions", lambda self, caption: read.append(caption) or predictions(self, caption))
     prompt = PROMPT.replace(WORDS[0], f"({WORDS[0]}:1.5)")
-    engine.draw(prompt, negative="(grey:2)", seed=5, apart=True, **sampling_of("stable-diffusion"))
+    engine.draw(prompt, negative="(grey:2)", seed=5, apart=True, refine=0, **sampling_of("stable-diffusion"))
     assert sorted(weight for weight in seen if weight) == [1.5] * 3 + [2.0] * 3
     assert read and not any(mark in text for text in read for mark in "(:")

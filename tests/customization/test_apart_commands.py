@@ -63,6 +63,27 @@ def test_the_command_draws_apart_and_again(files: list[Path], tmp_path: Path, on
     assert read_file_settings(first)["apart"] == {"<catcar>": "dog"}
     assert CliRunner().invoke(app, ["--like", str(first), "-o", str(second)]).exit_code == 0
     assert first.read_bytes() == second.read_bytes()
+    assert read_file_settings(first)["refine"] == 0.6
+
+
+def test_a_file_of_before_subjects_were_drawn_again_draws_the_same(
+    files: list[Path], tmp_path: Path, one_try: None
+) -> None:
+    from mm.core.png_settings import save_png
+    from mm.provenance.file_settings import read_file_settings
+
+    given = ["a <catcar> and an <owlclock> on grass", "--seed", "3", "--steps", "4", "--apart"]
+    given += [part for file in files for part in ("--lora", str(file))]
+    plain, usual, old, again = (tmp_path / f"{name}.png" for name in ("plain", "usual", "old", "again"))
+    for file, more in ((plain, ["--refine", "0"]), (usual, [])):
+        made = CliRunner().invoke(app, [*given, *more, "-o", str(file)])
+        assert made.exit_code == 0, made.output
+    settings = read_file_settings(plain)
+    assert settings.pop("refine") == 0
+    save_png(old, Image.open(plain), settings)
+    assert CliRunner().invoke(app, ["--like", str(old), "-o", str(again)]).exit_code == 0
+    pixels = [Image.open(file).tobytes() for file in (plain, again, usual)]
+    assert pixels[0] == pixels[1] != pixels[2]
 
 
 def test_the_engine_counts_the_steps_of_all_runs(files: list[Path], one_try: None) -> None:
@@ -74,7 +95,7 @@ def test_the_engine_counts_the_steps_of_all_runs(files: list[Path], one_try: Non
     request = Draw(prompt="a <catcar> and an <owlclock>", seed=1, steps=2, apart=True, count=2, batch_size=2)
     engine.run(request).each(events.append)
     steps = [(event.step, event.steps) for event in events if isinstance(event, Step)]
-    assert steps[-1] == (6, 6) and {total for _, total in steps} == {6}
+    assert steps[-1] == (10, 10) and {total for _, total in steps} == {10}
     pictures = [event for event in events if isinstance(event, Picture)]
     assert [picture.settings["apart"] for picture in pictures] == [True, True]
     alone = engine.draw("a <catcar> and an <owlclock>", seed=2, steps=2, apart=True)[0]
@@ -90,6 +111,8 @@ def test_the_engine_counts_the_steps_of_all_runs(files: list[Path], one_try: Non
         ({"apart": "left"}, "apart is 'left'"),
         ({"options": {"output_type": "pt"}}, "output_type is of no use for pictures that are drawn apart"),
         ({"options": {"mode": "codes"}}, "mode is 'codes'"),
+        ({"refine": 2}, "refine is 2; give a number from 0 to 1"),
+        ({"refine": 0.5, "apart": False}, "refine is 0.5 without apart"),
         ({"apart": {"<catcar>": 3}}, "what stands in for <catcar> is 3"),
     ],
 )
@@ -108,7 +131,7 @@ def test_a_batch_row_is_drawn_apart(files: list[Path], tmp_path: Path, one_try: 
         "custom_id": "both", "task": "generate",
         "body": {
             "prompt": "a <catcar> and an <owlclock>", "lora": [file.name for file in files], "steps": 2, "seed": 1,
-            "apart": True,
+            "apart": True, "refine": 0.5,
         },
     }  # fmt: skip
     jobs = tmp_path / "jobs.jsonl"

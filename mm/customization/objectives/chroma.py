@@ -23,9 +23,9 @@ class Chroma(Flux):
         return {"encoder_hidden_states": text, "txt_ids": ids, "mask": mask}
 
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
-        batch, channels, height, width = noisy_BCHW.shape
+        batch, _, height, width = noisy_BCHW.shape
         pipe, dtype = self.pipe, self.dtype
-        packed = pipe._pack_latents(noisy_BCHW.to(dtype), batch, channels, height, width)
+        packed = self.packed(noisy_BCHW.to(dtype))
         mask = pipe._prepare_attention_mask(
             batch_size=batch, sequence_length=packed.shape[1], dtype=dtype, attention_mask=condition["mask"]
         )

@@ -50,14 +50,18 @@ class Flux2(FlowObjective):
     def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
         return self.encode_prompts(instructions) | {"source": latents_BCHW}
 
+    def packed(self, latents_BCHW: Tensor) -> Tensor:
+        packed: Tensor = self.pipe._pack_latents(latents_BCHW)
+        return packed
+
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         batch, _, height, width = noisy_BCHW.shape
         pipe, dtype, device = self.pipe, self.dtype, noisy_BCHW.device
-        packed, ids = pipe._pack_latents(noisy_BCHW.to(dtype)), pipe._prepare_latent_ids(noisy_BCHW)
+        packed, ids = self.packed(noisy_BCHW.to(dtype)), pipe._prepare_latent_ids(noisy_BCHW)
         length = packed.shape[1]
         if "source" in condition:
             source = condition["source"].to(dtype)
-            packed = torch.cat([packed, pipe._pack_latents(source)], 1)
+            packed = torch.cat([packed, self.packed(source)], 1)
             behind = pipe._prepare_image_ids([source[:1]]).expand(batch, -1, -1)
             ids = torch.cat([ids.to(device), behind.to(device)], 1)
         guided = pipe.transformer.config.guidance_embeds

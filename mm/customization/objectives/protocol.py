@@ -130,6 +130,20 @@ class Objective(ABC):
     def target(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         """What is to be predicted."""
 
+    # ---- what the pipeline's own call holds -------------------------------------------------------------------------
+
+    @abstractmethod
+    def level_of(self, timestep: float) -> Tensor:
+        """The noise level (1,) of a timestep of the pipeline's scheduler."""
+
+    def packed(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents in the layout that the pipeline's call gives to its step callback."""
+        return latents_BCHW
+
+    def noised_in_call(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        """Latents at a noise level, in the layout and at the scale that the step callback gets."""
+        return self.packed(self.noised(clean, noise, level_B))
+
     # ---- prompts, encoded once each ---------------------------------------------------------------------------------
 
     @contextmanager
@@ -214,6 +228,9 @@ class FlowObjective(Objective):
     def louder(self, level_B: Tensor) -> Tensor:
         return 0.5 + level_B / 2
 
+    def level_of(self, timestep: float) -> Tensor:
+        return torch.tensor([timestep / self.pipe.scheduler.config.num_train_timesteps])
+
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         level = level_B.view(-1, *[1] * (clean.ndim - 1))
         return (1 - level) * clean + level * noise
@@ -251,6 +268,16 @@ class DiffusionObjective(Objective):
 
     def louder(self, level_B: Tensor) -> Tensor:
         return (len(self._alphas) + level_B) // 2
+
+    def level_of(self, timestep: float) -> Tensor:
+        return torch.tensor([float(timestep)])
+
+    def noised_in_call(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        noisy = super().noised_in_call(clean, noise, level_B)
+        if getattr(self.pipe.scheduler, "init_noise_sigma", 1) == 1:
+            return noisy
+        signal = self._signal_B(level_B).view(-1, 1, 1, 1)
+        return noisy / signal.sqrt()  # Euler and others keep clean + sigma x noise, whose signal stays at 1
 
     def noised(self, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         signal = self._signal_B(level_B).view(-1, 1, 1, 1)

@@ -54,15 +54,18 @@ class Flux(StableDiffusion3):
     def joined(self, conditions: Sequence[Any]) -> Any:
         return stacked(conditions) | {"txt_ids": conditions[0]["txt_ids"]}  # the same for all prompts
 
+    def packed(self, latents_BCHW: Tensor) -> Tensor:
+        packed: Tensor = self.pipe._pack_latents(latents_BCHW, *latents_BCHW.shape)
+        return packed
+
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
-        batch, channels, height, width = noisy_BCHW.shape
+        batch, _, height, width = noisy_BCHW.shape
         pipe, dtype = self.pipe, self.dtype
-        packed = pipe._pack_latents(noisy_BCHW.to(dtype), batch, channels, height, width)
+        packed = self.packed(noisy_BCHW.to(dtype))
         ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy_BCHW.device, dtype)
         length = packed.shape[1]
         if "source" in condition:  # clean latents behind the noisy ones, with 1 as their first coordinate
-            source = condition["source"].to(dtype)
-            packed = torch.cat([packed, pipe._pack_latents(source, batch, channels, height, width)], 1)
+            packed = torch.cat([packed, self.packed(condition["source"].to(dtype))], 1)
             behind = ids.clone()
             behind[..., 0] = 1
             ids = torch.cat([ids, behind])
@@ -119,13 +122,16 @@ class QwenImage(FlowObjective):
         more = {"source": torch.cat(sources)} if sources else {}
         return {"encoder_hidden_states": text, "mask": mask} | more
 
+    def packed(self, latents_BCHW: Tensor) -> Tensor:
+        packed: Tensor = self.pipe._pack_latents(latents_BCHW, *latents_BCHW.shape)
+        return packed
+
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
-        batch, channels, height, width = noisy_BCHW.shape
-        packed = self.pipe._pack_latents(noisy_BCHW.to(self.dtype), batch, channels, height, width)
+        batch, _, height, width = noisy_BCHW.shape
+        packed = self.packed(noisy_BCHW.to(self.dtype))
         length, shapes = packed.shape[1], [(1, height // 2, width // 2)]
         if "source" in condition:
-            source = condition["source"].to(self.dtype)
-            packed = torch.cat([packed, self.pipe._pack_latents(source, batch, channels, height, width)], 1)
+            packed = torch.cat([packed, self.packed(condition["source"].to(self.dtype))], 1)
             shapes = shapes * 2
         out = self.pipe.transformer(
             hidden_states=packed, timestep=level_B.to(self.dtype), guidance=None,

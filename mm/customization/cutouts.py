@@ -1,0 +1,31 @@
+"""Parts of pictures, cut out and put elsewhere with soft edges."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw, ImageFilter
+
+from mm.customization.places import Box
+
+_EDGE = 0.02  # of the picture's width, over which a box fades
+
+
+def cut(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """The part of a picture in a box, in RGB, scaled to `size` (width, height in pixels)."""
+    part = picture.convert("RGB").crop(_pixels(box, *picture.size))
+    return part.resize(size, Image.Resampling.LANCZOS)
+
+
+def pasted(onto: Image.Image, picture: Image.Image, box: Box, place: Box) -> Image.Image:
+    """A picture in which the box of another one is at a place, with soft edges."""
+    left, top, right, bottom = _pixels(place, *onto.size)
+    above = onto.copy()
+    above.paste(cut(picture, box, (right - left, bottom - top)), (left, top))
+    mask = Image.new("L", onto.size, 0)
+    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return Image.composite(above, onto, mask.filter(ImageFilter.GaussianBlur(_EDGE * onto.width)))
+
+
+def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    sides = (box.left * width, box.top * height, box.right * width, box.bottom * height)
+    left, top, right, bottom = (round(x) for x in sides)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
