@@ -1,4 +1,4 @@
-"""Subjects that are drawn again at the picture's size: noise levels as diffusers' own, and what of a picture changes."""
+"""Subjects that are drawn again at the picture's size: noise levels as diffusers' own, and what changes."""
 
 from __future__ import annotations
 
@@ -137,5 +137,5 @@ def test_each_subject_is_asked_for_alone() -> None:
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "much", True])
 def test_a_share_lies_between_0_and_1(value: Any) -> None:
     pipe = tiny_pipeline_of("stable-diffusion")
-    with pytest.raises(UserError, match="refine is .*; give a number from 0 to 1"):
+    with pytest.raises(UserError, match=r"refine is .*; give a number from 0 to 1"):
         draw_apart(pipe, PROMPT, refine=value)
