@@ -227,7 +227,9 @@ def compose(
         if not are_apart(list(base.places.values())) and (best is not None or attempt + 1 < _TRIES):
             continue
         picture = _with_subjects(pipe, asked, base, call, words)
-        found = _all_seen(pipe, asked, base, picture, words)
+        with _only(pipe, asked, words, None):
+            noised = Noised.of(at_size_of(objective, picture), picture)
+        found = [_seen(pipe, asked, base, noised, word, words) for word in asked.words]
         if min(found) > min(shares):
             best, shares = (base, picture), found
         if min(shares) >= _SEEN:
@@ -236,7 +238,6 @@ def compose(
     base, picture = best
     if refine:
         picture = _refined(pipe, asked, base, picture, call, words, refine)
-        shares = _all_seen(pipe, asked, base, picture, words)
     if unseen := [word for word, share in zip(asked.words, shares, strict=True) if share < _SEEN]:
         warnings.warn(
             f"not seen in a place of its own in any of {_TRIES} tries (seed {asked.seed}): {', '.join(unseen)}; check "
@@ -284,15 +285,6 @@ def _refined(
                 timesteps=base.timesteps, like=base.latents[-1], strength=strength,
             )  # fmt: skip
     return picture
-
-
-def _all_seen(
-    pipe: Any, asked: Subjects, base: Base, picture: Image.Image, words: Mapping[str, str]
-) -> list[float]:  # fmt: skip
-    """`_seen` of each subject."""
-    with _only(pipe, asked, words, None):
-        noised = Noised.of(at_size_of(objective_of(pipe), picture), picture)
-    return [_seen(pipe, asked, base, noised, word, words) for word in asked.words]
 
 
 def _seen(
