@@ -277,12 +277,13 @@ def _refined(
     pipe: Any, asked: Subjects, base: Base, picture: Image.Image, call: Call, words: Mapping[str, str], strength: float
 ) -> Image.Image:  # fmt: skip
     """The picture with each subject drawn again by its adapter, one after another."""
+    places = [in_whole(base.places[word], *picture.size) for word in asked.words]
     for place, word in enumerate(asked.words):
         with _only(pipe, asked, words, word):
             picture = refined(
-                at_size_of(objective_of(pipe), picture), picture, in_whole(base.places[word], *picture.size),
-                asked.prompt_about(word), call, seed=hash_of(base.seed, place) % (MAX_SEED + 1),
-                timesteps=base.timesteps, like=base.latents[-1], strength=strength,
+                at_size_of(objective_of(pipe), picture), picture, places, place, asked.prompt_about(word), call,
+                seed=hash_of(base.seed, place) % (MAX_SEED + 1), timesteps=base.timesteps, like=base.latents[-1],
+                strength=strength,
             )  # fmt: skip
     return picture
 

@@ -123,21 +123,29 @@ class Base:
 
     def masks(self, latents: Tensor) -> list[Tensor]:
         """Where each subject is, for latents (B, C, H, W) or packed ones (B, L, C)."""
-        height, width = _grid(latents, self.picture)
-        inside = cells_of([in_whole(box, *self.picture.size) for box in self.places.values()], height, width)
-        if latents.ndim == 3:
-            return [mask_HW.reshape(1, -1, 1).to(latents.device) for mask_HW in inside]
-        return [mask_HW.to(latents.device) for mask_HW in inside]
+        boxes = [in_whole(box, *self.picture.size) for box in self.places.values()]
+        return latent_masks(boxes, latents, self.picture.size)
 
 
-def _grid(latents: Tensor, picture: Image.Image) -> tuple[int, int]:
+def latent_masks(boxes: Sequence[Box], latents: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """The cells of each box, for latents (B, C, H, W) or packed ones (B, L, C) of a picture of this width and height.
+
+    A cell that several boxes cover belongs to the nearest centre.
+    """
+    inside = cells_of(boxes, *_grid(latents, *size))
+    if latents.ndim == 3:
+        return [mask_HW.reshape(1, -1, 1).to(latents.device) for mask_HW in inside]
+    return [mask_HW.to(latents.device) for mask_HW in inside]
+
+
+def _grid(latents: Tensor, width: int, height: int) -> tuple[int, int]:
     """Rows and columns of latents; packed ones have the picture's proportions."""
     if latents.ndim != 3:
         return latents.shape[-2], latents.shape[-1]
     tokens = latents.shape[1]
-    rows = max(1, round((tokens * picture.height / picture.width) ** 0.5))
+    rows = max(1, round((tokens * height / width) ** 0.5))
     if tokens % rows:
-        raise UserError(f"{tokens} tokens of latents are no grid of a picture of {picture.width} x {picture.height}")
+        raise UserError(f"{tokens} tokens of latents are no grid of a picture of {width} x {height}")
     return rows, tokens // rows
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PIL import Image, ImageDraw, ImageFilter
 
-from mm.customization.places import Box
+from mm.customization.places import Box, cells_of
 
 _EDGE = 0.02  # of the picture's width, over which a box fades
 
@@ -22,6 +24,24 @@ def pasted(onto: Image.Image, picture: Image.Image, box: Box, place: Box) -> Ima
     above.paste(cut(picture, box, (right - left, bottom - top)), (left, top))
     mask = Image.new("L", onto.size, 0)
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return Image.composite(above, onto, mask.filter(ImageFilter.GaussianBlur(_EDGE * onto.width)))
+
+
+def covered(onto: Image.Image, picture: Image.Image, part: Box, boxes: Sequence[Box]) -> Image.Image:
+    """A picture that shows another one in the first of some boxes, with soft edges.
+
+    Args:
+        onto: the picture.
+        picture: of a part of it, at any size.
+        part: which one.
+        boxes: of the part. What is nearer to the centre of a further box is not covered.
+    """
+    left, top, right, bottom = _pixels(part, *onto.size)
+    size = (right - left, bottom - top)
+    inside_HW = cells_of(boxes, size[1], size[0])[0]
+    above, mask = onto.copy(), Image.new("L", onto.size, 0)
+    above.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, top))
+    mask.paste(Image.fromarray((inside_HW * 255).byte().numpy()), (left, top))
     return Image.composite(above, onto, mask.filter(ImageFilter.GaussianBlur(_EDGE * onto.width)))
 
 

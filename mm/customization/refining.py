@@ -6,8 +6,9 @@ and drawn again by its adapter (Meng et al. 2021, SDEdit, arXiv 2108.01073), the
 
 Design choices
 - The pipeline's own call draws, so that guidance, scheduler, negative prompt and size are those of the user's call. As
-  long as the noise is above the strength, its latents are replaced by those of the enlarged part at that noise level.
-- Only the subject's place is put back, with soft edges. What is around it is context.
+  long as the noise is above the strength, its latents are replaced by those of the enlarged part at that noise level;
+  from then on outside the subject's place alone, so that it stays there (Lugmayr et al. 2022, RePaint, 2201.09865).
+- Only the subject's place is put back, with soft edges, and without what is nearer to another subject.
 
 Legend: B pictures, C channels, H x W latents, L tokens of packed latents.
 """
@@ -20,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm.customization.apart_base import Call
-from mm.customization.cutouts import cut, pasted
+from mm.customization.apart_base import Call, latent_masks
+from mm.customization.cutouts import covered, cut
 from mm.customization.data import whole_tensor
 from mm.customization.objectives.protocol import Objective
 from mm.customization.places import Box
@@ -31,15 +32,16 @@ _EDGE = 0.016  # of the picture, by which a place is larger than the cells in wh
 
 
 def refined(
-    objective: Objective, picture: Image.Image, place: Box, prompt: str, call: Call, *, seed: int,
-    timesteps: Sequence[float], like: Tensor, strength: float,
+    objective: Objective, picture: Image.Image, places: Sequence[Box], which: int, prompt: str, call: Call, *,
+    seed: int, timesteps: Sequence[float], like: Tensor, strength: float,
 ) -> Image.Image:  # fmt: skip
     """The picture with one subject drawn again.
 
     Args:
         objective: of the pipeline.
         picture: in RGB.
-        place: of the subject, in the whole picture.
+        places: of all subjects, in the whole picture.
+        which: of them is drawn again.
         prompt: that names the subject.
         call: draws a picture of the same size with the subject's adapter, and passes the latents of each step on.
         seed: of the noise.
@@ -54,18 +56,21 @@ def refined(
     replaced = sum(float(objective.strength(level)) > strength for level in levels[1:])
     if replaced == len(levels) - 1:
         return picture
-    around = surroundings(place)
+    around = surroundings(places[which])
     clean = _latents_of(objective, cut(picture, around, picture.size), like)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
+    boxes = [inside(_grown(places[which]), around)]
+    boxes += [inside(place, around) for k, place in enumerate(places) if k != which and place.overlap(around) > 0]
+    mine = latent_masks(boxes, like, picture.size)[0]
 
-    def from_the_part(step: int, latents: Tensor, timestep: float) -> Tensor | None:
-        if step >= replaced:
-            return None
-        return objective.noised_in_call(clean, noise, levels[step + 1].to(clean.device)).to(latents)
+    def outside_as_it_is(step: int, latents: Tensor, timestep: float) -> Tensor:
+        last = step + 1 == len(levels)
+        level_B = levels[step if last else step + 1].to(clean.device)
+        known = objective.packed(clean) if last else objective.noised_in_call(clean, noise, level_B)
+        return known.to(latents) if step < replaced else torch.where(mine, latents, known.to(latents))
 
-    drawn = call(prompt, seed, from_the_part)
-    whole = _grown(place)
-    return pasted(picture, drawn, inside(whole, around), whole)
+    drawn = call(prompt, seed, outside_as_it_is)
+    return covered(picture, drawn, around, boxes)
 
 
 def surroundings(place: Box) -> Box:

@@ -106,17 +106,19 @@ def test_only_the_last_steps_are_free() -> None:
 
     def call(text: str, seed: int, on_latents: Any) -> Image.Image:
         asked.append((text, seed))
-        given.extend(on_latents(step, torch.zeros_like(like), timestep) for step, timestep in enumerate(timesteps))
+        given.extend(on_latents(step, torch.full_like(like, 50.0), timestep) for step, timestep in enumerate(timesteps))
         return Image.new("RGB", (SIDE, SIDE), "red")
 
-    place = Box(left=0.25, top=0.25, right=0.5, bottom=0.5)
+    place, other = Box(left=0.25, top=0.25, right=0.5, bottom=0.5), Box(left=0.4, top=0.25, right=0.6, bottom=0.5)
     arguments: dict[str, Any] = {"seed": 7, "timesteps": timesteps, "like": like}
-    made = refined(objective, picture, place, "a sks", call, strength=0.6, **arguments)
+    made = refined(objective, picture, [place, other], 0, "a sks", call, strength=0.6, **arguments)
     assert asked == [("a sks", 7)]
-    assert [isinstance(each, Tensor) for each in given] == [True, False, False, False]
-    assert made.getpixel((12, 12)) == (255, 0, 0)
+    free = [(each == 50).all(1)[0] for each in given]  # of 8 x 8 cells, the part being a little more than half of them
+    assert not free[0].any() and free[1].any() and not free[1].all()
+    assert all(torch.equal(free[1], each) for each in free[2:])
+    assert made.getpixel((10, 12)) == (255, 0, 0) != made.getpixel((16, 12))  # which is nearer to the other's centre
     assert made.crop((24, 24, SIDE, SIDE)).tobytes() == picture.crop((24, 24, SIDE, SIDE)).tobytes()
-    same = refined(objective, picture, place, "a sks", call, strength=0.1, **arguments)
+    same = refined(objective, picture, [place, other], 0, "a sks", call, strength=0.1, **arguments)
     assert same is picture and len(asked) == 1  # no noise level after the first step is as low
 
 
