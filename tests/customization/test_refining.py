@@ -14,7 +14,6 @@ from subject_pictures import WORDS
 from test_apart import PROMPT, options_for, spied
 from test_apart import held_places as held_places
 from tiny_pipelines import SIDE, tiny_pipeline_of
-from torch import Tensor
 
 from mm.core.errors import UserError
 from mm.customization.apart import draw_apart
