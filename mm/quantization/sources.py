@@ -24,6 +24,7 @@ from mm.core.safe_tensors import read_header
 from mm.layers.linear import BranchedLinear
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TYPES |= {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}  # nothing computes with them as they are
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
