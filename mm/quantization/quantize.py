@@ -204,7 +204,7 @@ def _quantize(
     with tqdm(total=len(groups), desc="quantizing", unit="group", disable=not progress) as bar:
         for number, batch in enumerate(batches, 1):
             seen: dict[str, Seen] = {}
-            # what is done comes back in its place among the others, so that they see the model as in a run without a stop
+            # what is done comes back in its place, so that the others see the model as in a run without a stop
             todo = [group for group in batch if not parts.is_done(folder, group)]
             if runs and todo:
                 title = f"calibrating, pass {number} of {len(batches)}"
