@@ -22,12 +22,13 @@ from mm.engine import memory
 from mm.engine.attaching import Adapter, attach_all, listed
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
-from mm.engine.opening import open_pipeline, quantized_file, single_file
+from mm.engine.opening import quantized_file, single_file
 from mm.engine.pipelines import Pipelines
 from mm.engine.placement import Offload, place
 from mm.engine.previews import previewer
 from mm.families.family import Family
 from mm.families.folders import family_at
+from mm.families.loading import open_folder
 from mm.families.registry import family_of
 
 BITS = (None, 4, 8, 16)
@@ -82,7 +83,7 @@ def load(
         folder = where = local_folder(model)
         family = family_at(where)
         kind = _dtype(dtype, folder, family, choice)
-        pipe = open_pipeline(where, family, kind)
+        pipe = open_folder(where, dtype=kind)
     family = family or family_of(pipe)
     if family is None:
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")

@@ -1,4 +1,4 @@
-"""Opens a model as a diffusers pipeline: folders and hub names, and checkpoints in a single file."""
+"""Opens a checkpoint in a single file as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm.core.model_files import check_loaded
 from mm.core.nouns import counted
 from mm.core.safe_tensors import Header, read_header
 from mm.engine.checkpoints import PREFIX, check_plain, read_weights, scaled
-from mm.families.family import Family, resolve
+from mm.families.loading import open_folder
 
 if TYPE_CHECKING:
     from mm.quantization.config import SVDQuantConfig
@@ -40,19 +40,6 @@ _WEIGHT = re.compile(r"[\w.]+\.weight\b")
 _OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
 
 
-def open_pipeline(where: str | Path, family: Family | None, dtype: Any) -> Any:
-    """The text-to-image pipeline of a family of its own classes, or diffusers' choice for the folder."""
-    from diffusers import DiffusionPipeline
-
-    own = family.pipelines.get("text_to_image", "") if family is not None else ""
-    if ":" in own:
-        return resolve(own).from_pretrained(where, dtype=dtype)
-    try:
-        return DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-
-
 def single_file(path: Path, base: Path | None, dtype: Any) -> Any:
     """The pipeline of a checkpoint in one file.
 
@@ -67,7 +54,7 @@ def single_file(path: Path, base: Path | None, dtype: Any) -> Any:
     """
     header = read_header(path, "checkpoint")
     if base is not None:
-        return _on_base(header, open_pipeline(base, None, dtype), base, dtype)
+        return _on_base(header, open_folder(base, dtype=dtype), base, dtype)
     _check_whole(header)
     if _is_nunchaku(header):
         raise UserError(f"{path} is a denoiser alone, of Nunchaku; give the model that it belongs to as base (--base)")
@@ -176,9 +163,9 @@ def quantized_file(path: Path, base: Path | None, config: SVDQuantConfig) -> Pat
     Raises:
         UserError: as `single_file` and `mm.quantization.folders.make_copy` do.
     """
-    from mm.quantization.folders import copy_folder, is_whole, make_copy
+    from mm.quantization.folders import copy_folder, is_whole, make_copy, model_files
 
-    folder = copy_folder(path.stem, [path, *sorted(base.rglob("*.safetensors") if base else ())], config)
+    folder = copy_folder(path.stem, [path, *(model_files(base) if base else ())], config)
     if is_whole(folder):
         return folder
     with as_folder(path, base, folder.with_name(f"{folder.name}-16-bit")) as plain:

@@ -27,10 +27,12 @@ from mm.core.checks import check_path, texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
 from mm.core.model_parts import bring_the_rest
+from mm.core.part_files import packed_parts
 from mm.core.paths import expanded, model_type, resolve_model
 from mm.families import family_of, quantizable_parts
 from mm.families.family import resolve
 from mm.families.folders import family_at
+from mm.families.loading import open_folder, packed_line
 from mm.families.prompts import PROMPTS
 from mm.families.sizes import check_side
 
@@ -41,18 +43,6 @@ if TYPE_CHECKING:
     from mm.quantization.sources import Stored
 
 _MARK = "of.json"
-
-
-def load_any(model: str | Path, **options: Any) -> Any:
-    """A pipeline by embedded name, folder or hub name: of the class that its family names, or else of diffusers'."""
-    where = resolve_model(model)
-    family = family_at(where) if isinstance(where, Path) else None
-    own = family.pipelines.get("text_to_image", "") if family else ""
-    if ":" in own:
-        return resolve(own).from_pretrained(where, **options)
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(where, **options)
 
 
 def quantize_folder(
@@ -131,9 +121,18 @@ def _opened(model: str | Path, variant: str | None) -> tuple[Any, dict[str, Stor
 
     where = resolve_model(model)
     family = family_at(where) if isinstance(where, Path) else None
+    if isinstance(where, Path):
+        _refuse_packed(where)
     wide = family is not None and family.dtype == "float32"
-    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
+    pipe, stored = sources.load(where, variant, open_folder, typed=not wide)
     return pipe, stored, family or family_of(pipe)
+
+
+def _refuse_packed(folder: Path) -> None:
+    """Raises UserError where another library has quantized what would be quantized here."""
+    others = ("text_encoder", "vae", "image_encoder", "safety_checker")
+    if packed := {name: method for name, method in packed_parts(folder).items() if not name.startswith(others)}:
+        raise UserError(f"{folder} cannot be quantized: {packed_line(packed)}; give the model with weights of 16 bits")
 
 
 def _compared(
@@ -239,7 +238,7 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
         raise UserError(f"{model!r} is a name on the hub; download it, and give its folder")
     config = config or SVDQuantConfig()
     name = where.parent.parent.name if where.parent.name == "snapshots" else where.name  # the hub's cache
-    folder = copy_folder(name, sorted(where.rglob("*.safetensors")), config)
+    folder = copy_folder(name, model_files(where), config)
     make_copy(model, folder, config, progress=progress)
     return folder
 
@@ -260,8 +259,14 @@ def make_copy(model: str | Path, folder: str | Path, config: SVDQuantConfig, *, 
         quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files that make a model what it is: weights, and settings of all its parts."""
+    kinds = (".safetensors", ".json", ".txt", ".model", ".jinja")
+    return sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file())
+
+
 def copy_folder(name: str, files: Iterable[str | Path], config: SVDQuantConfig) -> Path:
-    """Where the cache keeps the copy of weights with certain bytes, made with certain settings."""
+    """Where the cache keeps the copy of a model whose files have certain bytes, made with certain settings."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for path in files:
         with Path(path).open("rb") as file:  # models are larger than memory
