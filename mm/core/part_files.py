@@ -3,7 +3,7 @@
 Design choices
 - Weights in pickles (.bin, .pt, .ckpt) are refused: reading them may run code.
 - Many folders hold one variant only, mostly fp16, as they were downloaded. It is found here, since diffusers loads the
-  plain files, or those of a variant that it is told.
+  plain files, or those of the variant that it is given.
 """
 
 from __future__ import annotations
