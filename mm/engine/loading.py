@@ -169,7 +169,7 @@ def local_folder(model: str | Path) -> Path:
 
 def _quantized(model: str | Path, bits: int, base: Path | None) -> Path:
     from mm.quantization.config import SVDQuantConfig
-    from mm.quantization.folders import quantized_copy
+    from mm.quantization.copies import quantized_copy
 
     if not _is_file(model):
         return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))

@@ -161,15 +161,16 @@ def quantized_file(path: Path, base: Path | None, config: SVDQuantConfig) -> Pat
         The copy's folder.
 
     Raises:
-        UserError: as `single_file` and `mm.quantization.folders.make_copy` do.
+        UserError: as `single_file` and `mm.quantization.copies.make_copy` do.
     """
-    from mm.quantization.folders import copy_folder, is_whole, make_copy, model_files
+    from mm.quantization.copies import copy_folder, is_whole, make_copy, making, model_files
 
     folder = copy_folder(path.stem, [path, *(model_files(base) if base else ())], config)
-    if is_whole(folder):
-        return folder
-    with as_folder(path, base, folder.with_name(f"{folder.name}-16-bit")) as plain:
-        make_copy(plain, folder, config)
+    with making(folder):
+        if is_whole(folder):
+            return folder
+        with as_folder(path, base, folder.with_name(f"{folder.name}-16-bit")) as plain:
+            make_copy(plain, folder, config)
     return folder
 
 

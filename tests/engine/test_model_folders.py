@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import mm
 from mm.core.errors import UserError
 from mm.core.part_files import only_variant
 from mm.engine.advice import advice
-from mm.quantization.folders import quantize_folder, quantized_copy
+from mm.quantization import folders
+from mm.quantization.copies import quantized_copy
+from mm.quantization.folders import quantize_folder
 
 QUICK = mm.SVDQuantConfig(rank=4, data_free=True)
 ASKED: dict[str, Any] = {"seed": 1, "steps": 1, "size": (SIDE, SIDE)}
@@ -132,3 +137,49 @@ def test_a_copy_belongs_to_the_settings_of_its_source_too(plain: Path, tmp_path:
     second = quantized_copy(folder, QUICK, progress=False)
     assert second != first
     assert mm.load(second).pipeline.scheduler.config.shift == 3.0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no flock")
+def test_two_processes_make_one_copy(plain: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, mm\n"
+        "from mm.quantization.copies import quantized_copy\n"
+        "config = mm.SVDQuantConfig(rank=4, data_free=True)\n"
+        "print(quantized_copy(sys.argv[1], config, progress=False))\n"
+    )
+    environment = os.environ | {"MM_CACHE": str(tmp_path / "cache")}
+    made = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(plain)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    done = [process.communicate(timeout=300) for process in made]
+    assert [process.returncode for process in made] == [0, 0, 0], done
+    assert len({out for out, _ in done}) == 1
+    copies = [path.name for path in (tmp_path / "cache" / "quantized").iterdir()]
+    assert len(copies) == 1  # and no lock is left
+    assert any("another process makes" in err for _, err in done)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no flock")
+def test_a_folder_that_another_process_writes_is_refused(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    from mm.core.locks import locked
+
+    out = tmp_path / "small"
+    with locked(out / ".parts" / ".running"), pytest.raises(UserError, match="another process writes"):
+        quantize_folder(plain, out, QUICK, progress=False)
+    (out / ".parts").rmdir()
+    opened = folders._opened
+
+    def slow(*arguments: Any) -> Any:  # another process begins and ends while this one loads the model
+        monkeypatch.setattr(folders, "_opened", opened)
+        quantize_folder(plain, out, QUICK, progress=False)
+        return opened(*arguments)
+
+    monkeypatch.setattr(folders, "_opened", slow)
+    with pytest.raises(UserError, match="was written by another process meanwhile"):
+        quantize_folder(plain, out, QUICK, progress=False)
+    assert not (out / ".parts").exists()
+    assert mm.load(out).draw("a fox", **ASKED)
