@@ -9,7 +9,8 @@ Design choices
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def load(
     else:
         folder = where = local_folder(model)
         family = family_at(where)
-        kind = _dtype(dtype, folder, family, choice)
-        pipe = open_folder(where, dtype=kind)
+        with _advice_on_copies(where if bits in (4, 8) else None):
+            kind = _dtype(dtype, folder, family, choice)
+            pipe = open_folder(where, dtype=kind)
     family = family or family_of(pipe)
     if family is None:
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
@@ -165,6 +167,17 @@ def local_folder(model: str | Path) -> Path:
             return Path(snapshot_download(where, local_files_only=True))
         except Exception:
             raise UserError(f"{where} is neither in the cache nor can it be downloaded: {why}") from error
+
+
+@contextmanager
+def _advice_on_copies(copy: Path | None) -> Iterator[None]:
+    """Adds to errors of a quantized copy in the cache what to do with it."""
+    try:
+        yield
+    except UserError as error:
+        if copy is None:
+            raise
+        raise UserError(f"{error}; remove the folder {copy}, and the next call makes this copy again") from error
 
 
 def _quantized(model: str | Path, bits: int, base: Path | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm.core.errors import UserError
+from mm.core.logged import warnings_of
 from mm.core.model_files import check_loaded
 from mm.core.nouns import counted
 from mm.core.safe_tensors import Header, read_header
 from mm.engine.checkpoints import PREFIX, check_plain, read_weights, scaled
-from mm.families.loading import open_folder
+from mm.families.loading import check_parts, open_folder
 
 if TYPE_CHECKING:
     from mm.quantization.config import SVDQuantConfig
@@ -68,7 +68,7 @@ def single_file(path: Path, base: Path | None, dtype: Any) -> Any:
             f"{path} is a checkpoint of type {kind!r}, which mm cannot load alone; give the model that it belongs to "
             "as base (--base FOLDER), or load its folder instead"
         )
-    return _read(getattr(diffusers, class_name), path, dtype=dtype)
+    return check_parts(_read(getattr(diffusers, class_name), path, dtype=dtype), path)
 
 
 def _check_whole(header: Header) -> None:
@@ -100,7 +100,7 @@ def _on_base(header: Header, pipe: Any, base: Path, dtype: Any) -> Any:
         return pipe
     if any(name.startswith(_OTHER_PARTS) for name in header.tensors):
         _check_whole(header)
-        return _read(type(pipe), path, config=str(base), dtype=dtype)
+        return check_parts(_read(type(pipe), path, config=str(base), dtype=dtype), path)
     kind = type(getattr(pipe, part))
     if not hasattr(kind, "from_single_file"):
         raise UserError(f"diffusers reads no single-file checkpoint of {kind.__name__}; load a folder instead")
@@ -117,7 +117,7 @@ def _read(kind: Any, path: Path, source: Any = None, *, dtype: Any, **options: A
     """diffusers' reading of a file, or of the tensors in it, with its errors in one line."""
     said: list[str] = []
     try:
-        with _warnings_of("diffusers.loaders.single_file_model", said):
+        with warnings_of("diffusers.loaders.single_file_model", said):
             made = kind.from_single_file(source or str(path), dtype=dtype, **options)
     except NotImplementedError as error:  # a weight that was in no file cannot be converted
         raise UserError(f"{path} lacks weights that {kind.__name__} has by the config of its base") from error
@@ -131,22 +131,6 @@ def _read(kind: Any, path: Path, source: Any = None, *, dtype: Any, **options: A
             f"its base ({', '.join(unused[:3])}); give the base that the file belongs to"
         )
     return made
-
-
-@contextmanager
-def _warnings_of(name: str, said: list[str]) -> Iterator[None]:
-    """Adds to `said` what a logger warns of, whatever level its library is set to; the level still counts elsewhere."""
-    logger = logging.getLogger(name)
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
 
 
 def quantized_file(path: Path, base: Path | None, config: SVDQuantConfig) -> Path:

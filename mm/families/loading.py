@@ -1,14 +1,26 @@
-"""A model folder as a pipeline, of the class that its family names or else of diffusers' choice."""
+"""A model folder as a pipeline, of the class that its family names or else of diffusers' choice.
+
+Design choices
+- What the libraries fill in silence is an error here: transformers gives random values to weights that no file holds,
+  and diffusers leaves them without memory. NaN among weights would draw black pictures.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mm.core.errors import UserError
+from mm.core.logged import warnings_of
+from mm.core.model_files import check_loaded
 from mm.core.part_files import check_no_pickles, only_variant, packed_parts
 from mm.families.family import resolve
 from mm.families.folders import family_at
+
+_LOST = re.compile(r"^([\w.]+) *\| *MISSING", re.MULTILINE)  # in transformers' report of a model that it loaded
 
 
 def open_folder(where: Path, **options: Any) -> Any:
@@ -31,8 +43,10 @@ def open_folder(where: Path, **options: Any) -> Any:
     check_no_pickles(where)
     if variant := only_variant(where):
         options.setdefault("variant", variant)
+    said: list[str] = []
     try:
-        return DiffusionPipeline.from_pretrained(where, use_safetensors=True, **options)
+        with warnings_of("transformers.modeling_utils", said):
+            pipe = DiffusionPipeline.from_pretrained(where, use_safetensors=True, **options)
     except UserError:
         raise
     except Exception as error:  # of many types: files, names, shapes, libraries of other quantization methods
@@ -40,6 +54,22 @@ def open_folder(where: Path, **options: Any) -> Any:
         if packed := packed_parts(where):
             raise UserError(f"{where} cannot be loaded: {packed_line(packed)}, and its library says: {why}") from error
         raise UserError(f"{where} cannot be loaded ({why})") from error
+    if lost := [match for text in said for match in _LOST.findall(text)]:  # transformers fills them with random values
+        raise UserError(f"{where}: {lost[0]} of a text encoder is in no file; copy or save the model again")
+    return check_parts(pipe, where)
+
+
+def check_parts(pipe: Any, source: Path) -> Any:
+    """The pipeline itself. Raises UserError where a part lacks a weight, or holds NaN or infinity.
+
+    Args:
+        pipe: a loaded pipeline.
+        source: where it was read from.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            check_loaded(part, f"{source}: {name}")
+    return pipe
 
 
 def packed_line(packed: dict[str, str]) -> str:

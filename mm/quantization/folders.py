@@ -114,7 +114,7 @@ def quantize_folder(
 
 @contextmanager
 def _writing(out: Path, parts: Path, there: bool) -> Iterator[None]:
-    """Within the context no other process writes the copy. An error of the user's leaves nothing of a run without parts.
+    """Within the context no other process writes the copy. A UserError leaves nothing of a run without parts.
 
     Raises:
         UserError: where another process writes the copy, or has done so since `out` was checked.

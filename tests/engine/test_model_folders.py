@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import SIDE, tiny_pipeline_of
 
 import mm
@@ -183,3 +184,35 @@ def test_a_folder_that_another_process_writes_is_refused(plain: Path, tmp_path: 
         quantize_folder(plain, out, QUICK, progress=False)
     assert not (out / ".parts").exists()
     assert mm.load(out).draw("a fox", **ASKED)
+
+
+def _first(tensors: dict[str, torch.Tensor]) -> str:
+    return min(name for name in tensors if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_missing_weights_and_nan_are_named_at_every_door(plain: Path, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(plain, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = _first(tensors)
+    kept = {key: tensor for key, tensor in tensors.items() if key != name}
+    bad = tensors[name].clone()
+    bad.view(-1)[0] = torch.nan
+    for change, why in ((kept, "is in no file|of a text encoder is in no file"), (kept | {name: bad}, "holds NaN")):
+        save_file(change, file, {"format": "pt"})
+        for make in (lambda: mm.load(folder), lambda: quantize_folder(folder, tmp_path / "small", QUICK)):
+            with pytest.raises(UserError, match=why):
+                make()
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_damaged_copy_in_the_cache_says_how_to_make_it_again(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mm.engine.loading._quantized", lambda *_: quantized_copy(plain, QUICK, progress=False))
+    mm.load(plain, bits=4)
+    (file,) = (tmp_path / "cache").rglob("transformer/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"copy it again; remove the folder .*cache.*, and the next call makes"):
+        mm.load(plain, bits=4)
