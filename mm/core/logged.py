@@ -16,13 +16,13 @@ def warnings_of(name: str, said: list[str]) -> Iterator[None]:
         said: gets the messages.
     """
     logger = logging.getLogger(name)
-    shown = logger.isEnabledFor(logging.WARNING)
+    level, passed = logger.level, logger.propagate
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    level, passed = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = passed and shown
+    if not logger.isEnabledFor(logging.WARNING):
+        logger.propagate = False
+        logger.setLevel(logging.WARNING - 1)  # at WARNING transformers would look for more to warn of
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mm.core.errors import UserError
 from mm.core.logged import warnings_of
 from mm.core.model_files import check_loaded
+from mm.core.model_parts import save_pipeline
 from mm.core.nouns import counted
 from mm.core.safe_tensors import Header, read_header
 from mm.engine.checkpoints import PREFIX, check_plain, read_weights, scaled
@@ -174,6 +175,6 @@ def as_folder(path: Path, base: Path | None, folder: Path) -> Iterator[Path]:
 
     if not (folder / "model_index.json").is_file():  # written last
         shutil.rmtree(folder, ignore_errors=True)
-        single_file(path, base, main_type(path)).save_pretrained(folder)
+        save_pipeline(single_file(path, base, main_type(path)), folder)
     yield folder
     shutil.rmtree(folder)

@@ -25,7 +25,7 @@ from mm.core.checks import check_path, texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
 from mm.core.locks import locked
-from mm.core.model_parts import bring_the_rest
+from mm.core.model_parts import bring_the_rest, save_pipeline
 from mm.core.part_files import packed_parts
 from mm.core.paths import model_type, resolve_model
 from mm.families import family_of, quantizable_parts
@@ -103,7 +103,7 @@ def quantize_folder(
         )
         report.whole |= compared()
         sources.as_stored(pipe, stored)
-        pipe.save_pretrained(out)
+        save_pipeline(pipe, out)
         _bring_the_rest(model, out)
         report.whole["folder_before"] = sum(part.bytes for part in stored.values())
         report.whole["folder_after"] = sources.folder_bytes(out)

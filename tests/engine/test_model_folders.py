@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from tiny_pipelines import SIDE, tiny_pipeline_of
 
 import mm
 from mm.core.errors import UserError
+from mm.core.logged import warnings_of
+from mm.core.model_parts import save_pipeline
 from mm.core.part_files import only_variant
 from mm.engine.advice import advice
 from mm.quantization import folders
@@ -216,3 +219,24 @@ def test_a_damaged_copy_in_the_cache_says_how_to_make_it_again(plain: Path, tmp_
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"copy it again; remove the folder .*cache.*, and the next call makes"):
         mm.load(plain, bits=4)
+
+
+def test_a_full_disk_is_one_line_whatever_library_meets_it(tmp_path: Path) -> None:
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match=r"cannot be written \(No space left .* make room"):
+        save_pipeline(Full(), tmp_path)
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
+def test_warnings_of_a_library_are_heard_and_its_level_stays(level: int, caplog: pytest.LogCaptureFixture) -> None:
+    logger, said = logging.getLogger("mm.tests.a_library"), list[str]()
+    logger.setLevel(level)
+    with warnings_of(logger.name, said):
+        assert logger.level < logging.WARNING or level == logging.NOTSET
+        logger.warning("lost")
+    assert said == ["lost"]
+    assert logger.level == level
+    assert [record.getMessage() for record in caplog.records] == (["lost"] if level == logging.NOTSET else [])
