@@ -16,7 +16,8 @@ from torch import nn
 from mm.core.errors import UserError
 from mm.core.logged import warnings_of
 from mm.core.model_files import check_loaded
-from mm.core.part_files import check_no_pickles, only_variant, packed_parts
+from mm.core.part_files import check_no_pickles, only_variant, packed_parts, places
+from mm.core.safe_tensors import read_header
 from mm.families.family import resolve
 from mm.families.folders import family_at
 
@@ -56,7 +57,20 @@ def open_folder(where: Path, **options: Any) -> Any:
         raise UserError(f"{where} cannot be loaded ({why})") from error
     if lost := [match for text in said for match in _LOST.findall(text)]:  # transformers fills them with random values
         raise UserError(f"{where}: {lost[0]} of a text encoder is in no file; copy or save the model again")
-    return check_parts(pipe, where)
+    try:
+        return check_parts(pipe, where)
+    except UserError as error:
+        if not _saved_with_peft(where):
+            raise
+        raise UserError(
+            f"{where} was saved while adapters of peft were attached, and diffusers cannot load what that writes: load "
+            "the model that it was made from, and save it after pipe.fuse_lora() and pipe.unload_lora_weights()"
+        ) from error
+
+
+def _saved_with_peft(folder: Path) -> bool:
+    files = [path for place in places(folder).values() for path in place.glob("*.safetensors")]
+    return any(".base_layer." in name for path in files for name in read_header(path).tensors)
 
 
 def check_parts(pipe: Any, source: Path) -> Any:
