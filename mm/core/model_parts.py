@@ -22,7 +22,7 @@ def save_pipeline(pipe: Any, folder: Path) -> None:
     except Exception as error:  # libraries in Rust name the system's errors in words alone
         if "os error" not in str(error):
             raise
-        raise UserError(f"{folder} cannot be written ({error}); make room, and run the command again") from error
+        raise UserError(f"{folder} cannot be written ({error}); free some space, and run the command again") from error
 
 
 def bring_the_rest(source: Path, copy: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_whatever_library_meets_it(tmp_path: Path) -> No
         def save_pretrained(self, folder: Path) -> None:
             raise Exception("No space left on device (os error 28)")
 
-    with pytest.raises(UserError, match=r"cannot be written \(No space left .* make room"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left .* free some space"):
         save_pipeline(Full(), tmp_path)
 
 
