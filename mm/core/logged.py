@@ -22,7 +22,7 @@ def warnings_of(name: str, said: list[str]) -> Iterator[None]:
     logger.addHandler(handler)
     if not logger.isEnabledFor(logging.WARNING):
         logger.propagate = False
-        logger.setLevel(logging.WARNING - 1)  # at WARNING transformers would look for more to warn of
+        logger.setLevel(logging.WARNING - 1)  # at WARNING itself transformers warns of more
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,17 @@ def check_model(name: str, root: nn.Module) -> None:
         raise UserError(
             f"{name} ({type(root).__name__}) has fused projections ({fused[0]}): its to_q, to_k and to_v are copies "
             "that nothing uses. Call unfuse_qkv_projections() first"
+        )
+
+
+def warn_of_keep(roots: Mapping[str, nn.Module], keep: Sequence[str]) -> None:
+    """Warns of patterns that no linear layer of the parts matches: they would have no effect."""
+    paths = [path for root in roots.values() for path, _ in linears(root)]
+    if lost := [pattern for pattern in keep if not any(re.search(pattern, path) for path in paths)]:
+        warnings.warn(
+            f"keep holds {', '.join(map(repr, lost))}, which no linear layer of {', '.join(roots)} matches; its paths are "
+            f"such as {', '.join(paths[:2]) or 'none'}",
+            stacklevel=3,
         )
 
 

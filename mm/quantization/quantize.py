@@ -95,6 +95,7 @@ def quantize(
     for name, root in roots.items():
         checks.check_model(name, root)
         refuse_patched(root, name)
+    checks.warn_of_keep(roots, config.keep)
     if calibration is not None and not callable(calibration):
         one = isinstance(calibration, str | Mapping)
         calibration = cast("Calibration", [calibration] if one else list(calibration))  # read more than once

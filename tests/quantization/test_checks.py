@@ -115,6 +115,16 @@ def test_damaged_weights_and_inputs_are_named():
         mm.quantize(block(), SMALL, calibration=bad, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:mm.families")
+def test_a_pattern_to_keep_that_matches_nothing_is_named():
+    config = mm.SVDQuantConfig(rank=4, data_free=True, keep=(r"^up$", "no_such_layer"))
+    with pytest.warns(
+        UserWarning, match=r"keep holds 'no_such_layer', which no linear layer of model matches.* attn\.to_q"
+    ):
+        report = mm.quantize(block(), config, progress=False)
+    assert "model.up" not in [layer.path for layer in report.layers]
+
+
 class _Packed(nn.Linear):
     """Packs two weights a byte, as other libraries do."""
 
