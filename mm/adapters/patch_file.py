@@ -25,7 +25,8 @@ from mm.core.errors import UserError, shown
 from mm.core.files import write_bytes
 from mm.core.nouns import with_article
 from mm.core.safe_json import Fields, parse_json
-from mm.core.safe_tensors import FLOATS, TensorFile, check_seal, read_tensors, sealed, tensor_bytes
+from mm.core.safe_tensors import FLOATS, TensorFile, read_tensors, tensor_bytes
+from mm.core.tensor_seals import check_seal, sealed
 from mm.layers.linear import Scope
 
 META = "mm_patch"

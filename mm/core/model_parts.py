@@ -1,14 +1,28 @@
-"""Parts of a model folder that a copy of it still lacks."""
+"""Copies of model folders: saving a pipeline, and parts of its source that a copy still lacks."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+from mm.core.errors import UserError
 from mm.core.files import write_bytes
 
 INDEX = "model_index.json"
+
+
+def save_pipeline(pipe: Any, folder: Path) -> None:
+    """Saves a pipeline of diffusers. Raises UserError where the disk is full or cannot be written."""
+    try:
+        pipe.save_pretrained(folder)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # libraries in Rust name the system's errors in words alone
+        if "os error" not in str(error):
+            raise
+        raise UserError(f"{folder} cannot be written ({error}); free some space, and run the command again") from error
 
 
 def bring_the_rest(source: Path, copy: Path) -> None:

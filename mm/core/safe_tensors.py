@@ -4,13 +4,11 @@ Design choices
 - The header is read and checked here before the library maps the file: names, types, shapes, and that the tensors
   fill the file without holes. So nothing is allocated by what a header only claims.
 - Types are those that the caller names. Weights of int32 or bool, which torch would convert in silence, are refused.
-- A file can carry a checksum of all of it (`sealed`), which finds what was damaged on its way.
 - Values are checked for NaN and infinity by the smallest and largest value: one pass, no copy, and both carry NaN.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -45,7 +42,6 @@ _OTHERS = {  # how files begin that are taken for safetensors: what they are
     b"<html": "a web page; download the file itself",
 }
 _CHUNK = 1 << 24  # values converted at once
-_BLOCK = 4096  # bytes of a sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +112,7 @@ def read_header(path: str | os.PathLike[str], what: str = "safetensors file", *,
     try:
         with open_regular(where, what) as file:
             size = os.fstat(file.fileno()).st_size
-            raw, start = _raw_header(file, where, size, limits)
+            raw, start = raw_header(file, where, size, limits)
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
     metadata = _metadata(raw.pop("__metadata__", {}), where)
@@ -225,61 +221,17 @@ def ordered(data: bytes, more: Mapping[str, str] | None = None) -> bytes:
         data: the file.
         more: metadata that are added.
     """
-    header, values = _parts(data)
+    header, values = parts(data)
     header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **(more or {})}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + values
 
 
-def sealed(data: bytes, key: str) -> bytes:
-    """The bytes of a safetensors file with a checksum of all of it in its metadata, which `check_seal` compares."""
-    header, values = _parts(data)
-    header.setdefault("__metadata__", {})
-    return ordered(data, {key: _checksum(header, np.frombuffer(values, np.uint8))})
-
-
-def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
+def parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
     """The header of a safetensors file, and the bytes of its tensors."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
-
-
-def check_seal(path: str | os.PathLike[str], key: str, what: str, *, limits: Limits = ADAPTER_LIMITS) -> None:
-    """Raises UserError where a file is not what was sealed; one without a checksum is not compared.
-
-    Args:
-        path: a safetensors file that was read and found whole.
-        key: of the checksum in the metadata.
-        what: what the file is, for the error message.
-        limits: as in `read_header`.
-    """
-    where = Path(path)
-    with open_regular(where, what) as file:
-        header, start = _raw_header(file, where, os.fstat(file.fileno()).st_size, limits)
-        metadata = header.get("__metadata__", {})
-        wanted = metadata.pop(key, None)
-        if wanted is None:
-            return
-        values = np.memmap(file, np.uint8, "r", offset=start) if len(header) > 1 else np.zeros(0, np.uint8)
-        if wanted != _checksum(header, values):
-            raise UserError(
-                f"{where} is damaged: what it holds is not what was written (its checksum differs); copy or download "
-                "it again, or make it again"
-            )
-
-
-def _checksum(header: Mapping[str, Any], values: np.ndarray[Any, Any]) -> str:
-    """SHA-256 of a header and of the sums of its data's blocks of 4 KiB, as 64-bit numbers modulo 2^64.
-
-    A changed byte always changes its block's sum, and sums cost a fiftieth of SHA-256 of all bytes. That finds damage,
-    and no forgery.
-    """
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    whole = len(values) // _BLOCK * _BLOCK
-    digest.update(values[:whole].view("<u8").reshape(-1, _BLOCK // 8).sum(1, dtype="<u8").tobytes())
-    digest.update(values[whole:].tobytes())
-    return digest.hexdigest()
 
 
 def stored_sizes(headers: Collection[Header]) -> tuple[int, int]:
@@ -288,21 +240,31 @@ def stored_sizes(headers: Collection[Header]) -> tuple[int, int]:
     return len(tensors), sum(tensor.numel for tensor in tensors)
 
 
-def _raw_header(file: BinaryIO, where: Path, size: int, limits: Limits) -> tuple[dict[str, Any], int]:
-    """The header's JSON object, and where the tensors' bytes begin."""
+def raw_header(file: BinaryIO, source: object, size: int, limits: Limits) -> tuple[dict[str, Any], int]:
+    """The header's JSON object, not yet checked, and where the tensors' bytes begin.
+
+    Args:
+        file: at its beginning.
+        source: the file's name, for error messages.
+        size: the file's bytes.
+        limits: what it may hold at most.
+
+    Raises:
+        UserError: where the file does not begin with a header of its format.
+    """
     head = file.read(8)
     length = int.from_bytes(head, "little")
     other = next((kind for start, kind in _OTHERS.items() if head.startswith(start)), "")
     if other and not 2 <= length <= min(size - 8, limits.header):  # a length may begin like another kind of file
-        raise UserError(f"{where} is no safetensors file: it is {other}")
+        raise UserError(f"{source} is no safetensors file: it is {other}")
     if len(head) < 8 or length < 2 or length > size - 8:
-        raise UserError(f"{where} is no safetensors file (it has no header that fits its {size} bytes)")
+        raise UserError(f"{source} is no safetensors file (it has no header that fits its {size} bytes)")
     if length > limits.header:
-        raise UserError(f"{where} has a header of {length} bytes; at most {limits.header} are read")
+        raise UserError(f"{source} has a header of {length} bytes; at most {limits.header} are read")
     text = file.read(length)
     if not text.startswith(b"{"):
-        raise UserError(f"{where} is no safetensors file (its header is no JSON object)")
-    return parse_object(text, f"{where}: its header", most=limits.header), 8 + length
+        raise UserError(f"{source} is no safetensors file (its header is no JSON object)")
+    return parse_object(text, f"{source}: its header", most=limits.header), 8 + length
 
 
 def _metadata(raw: object, where: Path) -> dict[str, str]:

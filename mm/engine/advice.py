@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mm.core import devices
 from mm.core.errors import UserError
+from mm.core.part_files import check_no_pickles, packed_parts
 from mm.core.paths import resolve_model
 from mm.engine import memory
 from mm.engine.outline import capabilities_at
 from mm.families.folders import family_at
+from mm.families.loading import packed_line
 
 GIB = 1 << 30
 
@@ -36,6 +38,7 @@ class Advice:
         offload: that would be chosen.
         offload_why: the reason.
         fits: whether the weights fit.
+        packed: the parts that another library has quantized, with its name.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Advice:
     offload: str
     offload_why: str
     fits: bool
+    packed: dict[str, str]
 
     def lines(self) -> Iterator[str]:
         """The advice for a reader."""
@@ -60,12 +64,16 @@ class Advice:
         yield f"tasks     {', '.join(task.replace('_', ' ') for task in self.tasks) or 'not known'}"
         yield f"files     {_size(self.stored)} of weights"
         yield f"16 bits   about {_size(self.sixteen)}"
-        yield f"4 bits    about {_size(self.four)}, the denoiser's linear layers at 4 bits (--bits 4)"
+        if not self.packed:
+            yield f"4 bits    about {_size(self.four)}, the denoiser's linear layers at 4 bits (--bits 4)"
         yield f"type      {self.dtype}: {self.dtype_why}"
         yield f"memory    {_size(self.loaded)} in {self.dtype} on {self.device}, {_size(self.free)} free"
         yield f"offload   {self.offload}: {self.offload_why}"
+        if self.packed:
+            yield f"note      {packed_line(self.packed)}: only with that library can it be loaded"
         if not self.fits:
-            smaller = "--bits 4 makes it fit" if self.four < 0.8 * self.free else "take a machine with more memory"
+            small = self.four < 0.8 * self.free and not self.packed
+            smaller = "--bits 4 makes it fit" if small else "take a machine with more memory"
             yield f"note      the weights do not fit into the memory that is free; {smaller}"
 
 
@@ -83,6 +91,7 @@ def advice(model: str | Path) -> Advice:
         UserError: where there is no such model here, or its files are damaged.
     """
     folder = _folder(model)
+    check_no_pickles(folder)
     family, choice = family_at(folder), devices.choose()
     estimate, stored = memory.estimate(folder), memory.stored_type(folder)
     wide, why = _type(stored, family is not None and family.dtype == "float32", choice)
@@ -99,6 +108,7 @@ def advice(model: str | Path) -> Advice:
         stored=estimate.stored, sixteen=estimate.sixteen, four=estimate.four, loaded=needed, largest=largest, free=free,
         device=choice.device, dtype=wide, dtype_why=why, offload=offload, offload_why=reason,
         fits=needed <= (free if choice.device == "cpu" else memory.free_memory() + free),
+        packed=packed_parts(folder),
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ Design choices
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from mm.engine import memory
 from mm.engine.attaching import Adapter, attach_all, listed
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
-from mm.engine.opening import open_pipeline, quantized_file, single_file
+from mm.engine.opening import quantized_file, single_file
 from mm.engine.pipelines import Pipelines
 from mm.engine.placement import Offload, place
 from mm.engine.previews import previewer
 from mm.families.family import Family
 from mm.families.folders import family_at
+from mm.families.loading import open_folder
 from mm.families.registry import family_of
 
 BITS = (None, 4, 8, 16)
@@ -81,8 +83,9 @@ def load(
     else:
         folder = where = local_folder(model)
         family = family_at(where)
-        kind = _dtype(dtype, folder, family, choice)
-        pipe = open_pipeline(where, family, kind)
+        with _advice_on_copies(where if bits in (4, 8) else None):
+            kind = _dtype(dtype, folder, family, choice)
+            pipe = open_folder(where, dtype=kind)
     family = family or family_of(pipe)
     if family is None:
         notes.append(f"no family is known for {type(pipe).__name__}; its call's own defaults are used")
@@ -166,9 +169,20 @@ def local_folder(model: str | Path) -> Path:
             raise UserError(f"{where} is neither in the cache nor can it be downloaded: {why}") from error
 
 
+@contextmanager
+def _advice_on_copies(copy: Path | None) -> Iterator[None]:
+    """Adds to errors of a quantized copy in the cache what to do with it."""
+    try:
+        yield
+    except UserError as error:
+        if copy is None:
+            raise
+        raise UserError(f"{error}; remove the folder {copy}, and the next call makes this copy again") from error
+
+
 def _quantized(model: str | Path, bits: int, base: Path | None) -> Path:
     from mm.quantization.config import SVDQuantConfig
-    from mm.quantization.folders import quantized_copy
+    from mm.quantization.copies import quantized_copy
 
     if not _is_file(model):
         return quantized_copy(local_folder(model), SVDQuantConfig(bits=bits))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mm.layers.offloading import stored
 from mm.layers.originals import kept_bias, original_weight
-from mm.layers.surgery import clean, unwrapped
+from mm.layers.surgery import clean, of_tuner, tuner_paths, unwrapped
 
 
 def base_hash(root: nn.Module) -> str:
@@ -44,17 +44,12 @@ def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if (original := kept(module)) is not None and (tensor := stored(module, name)) is not None
     }
     state = root.state_dict()
-    # A layer that peft wraps holds its own weights under base_layer, and the tuner's beside them.
-    wrapped = [f"{path}." for path, module in root.named_modules() if hasattr(module, "adapter_layer_names")]
+    wrapped = tuner_paths(root)
     for path, module in root.named_modules(remove_duplicate=False):
         for own in (*module._parameters, *module._buffers):
             name = f"{path}.{own}".strip(".")
-            if name not in state or ".lora_" in name or _of_tuner(name, wrapped):
+            if name not in state or ".lora_" in name or of_tuner(name, wrapped):
                 continue
             tensor = stored(module, own) if state[name].device.type == "meta" else state[name]
             assert tensor is not None
             yield clean(name), originals.get(tensor.data_ptr(), tensor)
-
-
-def _of_tuner(name: str, wrapped: Sequence[str]) -> bool:
-    return any(name.startswith(path) and not name.startswith(f"{path}base_layer.") for path in wrapped)

@@ -10,7 +10,7 @@ Design choices
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def clean(path: str) -> str:
     """A path of `named_modules` as it is in the plain model."""
     return re.sub(r"(^|\.)(?:_orig_mod|base_layer|base_model\.model)(?=\.|$)", "", path).strip(".")
+
+
+def tuner_paths(root: nn.Module) -> list[str]:
+    """The paths of layers that peft has wrapped: each holds its own tensors under `base_layer`, and adapters beside."""
+    return [path for path, module in root.named_modules() if hasattr(module, "adapter_layer_names")]
+
+
+def of_tuner(name: str, wrapped: Iterable[str]) -> bool:
+    """Whether a tensor is an adapter's, of a layer at one of the paths that `tuner_paths` gave."""
+    return any(name.startswith(f"{path}.") and not name.startswith(f"{path}.base_layer.") for path in wrapped)
+
+
+def plain_names(state: Mapping[str, Tensor], wrapped: Collection[str]) -> dict[str, Tensor]:
+    """A state_dict as that of the model without peft: its names, and no adapters.
+
+    Args:
+        state: of a model whose layers peft has wrapped.
+        wrapped: as `tuner_paths` gives them.
+    """
+    return {clean(name): tensor for name, tensor in state.items() if not of_tuner(name, wrapped)}
 
 
 def linears(root: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.core.errors import UserError
-from mm.core.model_parts import bring_the_rest
+from mm.core.model_parts import bring_the_rest, save_pipeline
 from mm.provenance.fingerprint import PRESENT, Fingerprint
 
 _DECODED = 8  # pictures by which a decoder is known that marks them already
@@ -59,7 +59,7 @@ def stamped_copy(
     place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fingerprint.stamp(module, number)
-        pipe.save_pretrained(place)
+        save_pipeline(pipe, place)
         if source is not None:
             bring_the_rest(source, place)
         place.chmod(0o777 & ~_umask())

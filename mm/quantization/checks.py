@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from mm.core.errors import UserError
 from mm.layers.linear import BranchedLinear
 from mm.layers.sites import Site
-from mm.layers.surgery import linears
+from mm.layers.surgery import linears, no_branches
 
 SMALLEST = 64  # of both sides of a matrix, for it to count as weights that could have been quantized
 
@@ -43,10 +44,26 @@ def check_model(name: str, root: nn.Module) -> None:
         )
 
 
+def warn_of_keep(roots: Mapping[str, nn.Module], keep: Sequence[str]) -> None:
+    """Warns of patterns that no linear layer of the parts matches: they would have no effect."""
+    paths = [path for root in roots.values() for path, _ in linears(root)]
+    if lost := [pattern for pattern in keep if not any(re.search(pattern, path) for path in paths)]:
+        warnings.warn(
+            f"keep holds {', '.join(map(repr, lost))}, which no linear layer of {', '.join(roots)} matches; its paths are "
+            f"such as {', '.join(paths[:2]) or 'none'}",
+            stacklevel=3,
+        )
+
+
 def check_weights(name: str, root: nn.Module, sites: Sequence[Site]) -> None:
-    """Raises UserError where a weight that will be quantized holds NaN or infinity."""
+    """Raises UserError where a weight that will be quantized is none of 16 or 32 bits, or holds NaN or infinity."""
     for site in sites:
         layer = root.get_submodule(site.path)
+        if why := no_branches(layer):
+            raise UserError(
+                f"{name}.{site.path} is {why}; torch's own linear layers with weights of 16 or 32 bits are quantized: "
+                "load the model so, without another program's quantization or casts"
+            )
         assert isinstance(layer, nn.Linear)
         if layer.weight.device.type != "meta" and not bool(layer.weight.isfinite().all()):
             wrong = int((~layer.weight.isfinite()).sum())

@@ -1,4 +1,4 @@
-"""4-bit copies of model folders: what `mm quantize` does, and the 4-bit model of `mm generate --bits 4`.
+"""4-bit copies of model folders: what `mm quantize` does.
 
 Design choices
 - Any model folder or hub name of a known family, and any other diffusers pipeline. The family says by which class it is
@@ -7,18 +7,16 @@ Design choices
 - Pictures of a few prompts are drawn before and after, from the same seeds; their PSNR is the report's headline. Where
   the family names a score, it also judges pictures before and after, one by one.
 - Finished layers are kept beside the target until all is done, so that a stopped run goes on where it was.
-- The embedded 4-bit model is made once and kept in the user's cache, under the hash of what it was made from: shipping
-  it would cost more megabytes than making it costs seconds.
+- Two processes never write one copy: the second is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,14 @@ from typing import TYPE_CHECKING, Any
 from mm.core.checks import check_path, texts
 from mm.core.errors import UserError
 from mm.core.files import check_folder, write_bytes
-from mm.core.model_parts import bring_the_rest
-from mm.core.paths import expanded, model_type, resolve_model
+from mm.core.locks import locked
+from mm.core.model_parts import bring_the_rest, save_pipeline
+from mm.core.part_files import packed_parts
+from mm.core.paths import model_type, resolve_model
 from mm.families import family_of, quantizable_parts
 from mm.families.family import resolve
 from mm.families.folders import family_at
+from mm.families.loading import open_folder, packed_line
 from mm.families.prompts import PROMPTS
 from mm.families.sizes import check_side
 
@@ -41,18 +42,7 @@ if TYPE_CHECKING:
     from mm.quantization.sources import Stored
 
 _MARK = "of.json"
-
-
-def load_any(model: str | Path, **options: Any) -> Any:
-    """A pipeline by embedded name, folder or hub name: of the class that its family names, or else of diffusers'."""
-    where = resolve_model(model)
-    family = family_at(where) if isinstance(where, Path) else None
-    own = family.pipelines.get("text_to_image", "") if family else ""
-    if ":" in own:
-        return resolve(own).from_pretrained(where, **options)
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(where, **options)
+_LOCK = ".running"
 
 
 def quantize_folder(
@@ -100,8 +90,8 @@ def quantize_folder(
         check_side(pipe, config.size)
     chosen = list(texts("prompts", prompts)) if prompts else _prompts(family, config.seed)
     compared = _compared(pipe, family, chosen[:pictures], compose, config, progress)
-    write_bytes(parts / _MARK, mark)  # from here on the run can be gone on with
-    try:
+    with _writing(out, parts, there):
+        write_bytes(parts / _MARK, mark)  # from here on the run can be gone on with
         report = quantize(
             pipe,
             config,
@@ -111,18 +101,33 @@ def quantize_folder(
             resume=parts,
             dtypes={name: part.main for name, part in stored.items()},
         )
-    except UserError:
-        _clear(parts, there)
-        raise
-    report.whole |= compared()
-    sources.as_stored(pipe, stored)
-    pipe.save_pretrained(out)
-    _bring_the_rest(model, out)
-    report.whole["folder_before"] = sum(part.bytes for part in stored.values())
-    report.whole["folder_after"] = sources.folder_bytes(out)
-    _save_report(report, out)
-    shutil.rmtree(parts)
+        report.whole |= compared()
+        sources.as_stored(pipe, stored)
+        save_pipeline(pipe, out)
+        _bring_the_rest(model, out)
+        report.whole["folder_before"] = sum(part.bytes for part in stored.values())
+        report.whole["folder_after"] = sources.folder_bytes(out)
+        _save_report(report, out)
+        shutil.rmtree(parts)
     return report
+
+
+@contextmanager
+def _writing(out: Path, parts: Path, there: bool) -> Iterator[None]:
+    """Within the context no other process writes the copy. A UserError leaves nothing of a run without parts.
+
+    Raises:
+        UserError: where another process writes the copy, or has done so since `out` was checked.
+    """
+    busy = f"another process writes {out}; wait until it ends, or choose a new folder"
+    with locked(parts / _LOCK, refusal=busy):
+        try:
+            if (out / "report.json").exists() and not (parts / _MARK).exists():
+                raise UserError(f"{out} was written by another process meanwhile; choose a new folder")
+            yield
+        except UserError:
+            _clear(parts, there or any(path != parts for path in out.iterdir()))
+            raise
 
 
 def _opened(model: str | Path, variant: str | None) -> tuple[Any, dict[str, Stored], Family | None]:
@@ -131,9 +136,18 @@ def _opened(model: str | Path, variant: str | None) -> tuple[Any, dict[str, Stor
 
     where = resolve_model(model)
     family = family_at(where) if isinstance(where, Path) else None
+    if isinstance(where, Path):
+        _refuse_packed(where)
     wide = family is not None and family.dtype == "float32"
-    pipe, stored = sources.load(where, variant, load_any, typed=not wide)
+    pipe, stored = sources.load(where, variant, open_folder, typed=not wide)
     return pipe, stored, family or family_of(pipe)
+
+
+def _refuse_packed(folder: Path) -> None:
+    """Raises UserError where another library has quantized what would be quantized here."""
+    others = ("text_encoder", "vae", "image_encoder", "safety_checker")
+    if packed := {name: method for name, method in packed_parts(folder).items() if not name.startswith(others)}:
+        raise UserError(f"{folder} cannot be quantized: {packed_line(packed)}; give the model with weights of 16 bits")
 
 
 def _compared(
@@ -222,60 +236,3 @@ def judged_change(before: list[bool], after: list[bool], each: int = 2) -> dict[
     change, low, high = paired_change(before, after, [i // each for i in range(len(before))])
     shares = {"before": sum(before) / len(before), "after": sum(after) / len(after)}
     return shares | {"change": change, "low": low, "high": high, "pictures": len(before)}
-
-
-def cache_dir() -> Path:
-    """Where things are kept that can be made again: MM_CACHE, or the user's cache folder."""
-    base = os.environ.get("MM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mm")
-    return expanded(base)
-
-
-def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, progress: bool = True) -> Path:
-    """The folder of a model's 4-bit copy in the cache, made now if it is not there."""
-    from mm.quantization.config import SVDQuantConfig
-
-    where = resolve_model(model)
-    if not isinstance(where, Path):
-        raise UserError(f"{model!r} is a name on the hub; download it, and give its folder")
-    config = config or SVDQuantConfig()
-    name = where.parent.parent.name if where.parent.name == "snapshots" else where.name  # the hub's cache
-    folder = copy_folder(name, sorted(where.rglob("*.safetensors")), config)
-    make_copy(model, folder, config, progress=progress)
-    return folder
-
-
-def make_copy(model: str | Path, folder: str | Path, config: SVDQuantConfig, *, progress: bool = True) -> None:
-    """Quantizes a model into a folder of the cache, or goes on where an earlier run ended; nothing where it is done."""
-    folder = Path(folder)
-    if is_whole(folder):
-        return
-    if folder.exists() and not (folder / ".parts").is_dir():  # an earlier run ended between two files
-        shutil.rmtree(folder)
-    try:
-        quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
-    except UserError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(folder)  # parts that cannot be gone on with
-        quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
-
-
-def copy_folder(name: str, files: Iterable[str | Path], config: SVDQuantConfig) -> Path:
-    """Where the cache keeps the copy of weights with certain bytes, made with certain settings."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
-    for path in files:
-        with Path(path).open("rb") as file:  # models are larger than memory
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return cache_dir() / "quantized" / f"{name}-{digest.hexdigest()[:16]}"
-
-
-def is_whole(folder: str | Path) -> bool:
-    """Whether a copy was finished and every component that its index names is there."""
-    folder = Path(folder)
-    if not (folder / "report.json").is_file() or (folder / ".parts").exists():
-        return False
-    try:
-        resolve_model(folder)
-    except UserError:
-        return False
-    return True

@@ -6,8 +6,8 @@ Design choices
   really read the same input, by which groups are split.
 - Calibration: prompts for a pipeline (it draws with them), keyword arguments for a bare module, or a callable of one's
   own that runs the model. Nothing is trained, and the 16-bit weights of a layer go as soon as it is done.
-- Groups are independent: inputs come from the 16-bit model, so the order does not matter, a run can resume from what
-  it has written, and same seed means same bytes.
+- The inputs of all groups of a pass are taken before any of them is quantized. A run that goes on takes the groups in
+  the same passes and the same order, so same seed means same bytes, with and without a stop.
 - A layer that would be no smaller stays at 16 bits: groups of 64 are padded, so that layers of few inputs grow.
 """
 
@@ -95,6 +95,7 @@ def quantize(
     for name, root in roots.items():
         checks.check_model(name, root)
         refuse_patched(root, name)
+    checks.warn_of_keep(roots, config.keep)
     if calibration is not None and not callable(calibration):
         one = isinstance(calibration, str | Mapping)
         calibration = cast("Calibration", [calibration] if one else list(calibration))  # read more than once
@@ -200,15 +201,15 @@ def _quantize(
     if config.bits == "auto":
         bits = auto.choose(whole, groups, runs, sizes, config)
     out: list[LayerReport] = []
-    todo = [group for group in groups if not parts.is_done(folder, group)]
-    batches = cal.passes(whole, todo, config, sizes.bytes)
-    done = [group for group in groups if group not in todo]
+    batches = cal.passes(whole, groups, config, sizes.bytes)
     with tqdm(total=len(groups), desc="quantizing", unit="group", disable=not progress) as bar:
-        for number, batch in enumerate([done, *batches]):
+        for number, batch in enumerate(batches, 1):
             seen: dict[str, Seen] = {}
-            if runs and number and batch:
+            # what is done comes back in its place, so that the others see the model as in a run without a stop
+            todo = [group for group in batch if not parts.is_done(folder, group)]
+            if runs and todo:
                 title = f"calibrating, pass {number} of {len(batches)}"
-                seen = cal.watch(whole, batch, _shown(runs, title, progress), len(runs), sizes, config)
+                seen = cal.watch(whole, todo, _shown(runs, title, progress), len(runs), sizes, config)
             for group in batch:
                 width = bits[group.name] if config.bits == "auto" else max(int(config.bits), group.first.bits or 0)
                 part = parts.part_of(folder, group)

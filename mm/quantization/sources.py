@@ -5,7 +5,6 @@ Design choices
   the type of most of their part. So the copy loads wherever the source did.
 - The model computes in the stored type where this machine has arithmetic for it, else in float32, which holds every
   value of the 16-bit types: what is kept at 16 bits comes back bit for bit.
-- Weights in pickles (.bin, .pt, .ckpt) are refused: reading them may run code.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from torch import nn
 
 from mm.core.devices import choose, compute_type
 from mm.core.errors import UserError
+from mm.core.part_files import check_no_pickles, only_variant, places
 from mm.core.safe_tensors import read_header
 from mm.layers.linear import BranchedLinear
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TYPES |= {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}  # nothing computes with them as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +52,16 @@ def stored_parts(folder: Path, variant: str | None = None) -> dict[str, Stored]:
     Raises:
         UserError: where a part's weights are in pickles only, or where no file is of the variant.
     """
-    places = {"": folder} | {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    check_no_pickles(folder)
     found: dict[str, Stored] = {}
     any_variant = False
-    for name, place in places.items():
+    for name, place in places(folder).items():
         every = [path for path in sorted(place.glob("*.safetensors")) if path.is_file()]
         mine = [path for path in every if variant and f".{variant}" in path.name]
         any_variant = any_variant or bool(mine)
         plain = [path for path in every if path.name.count(".") == 1]
-        files = mine or plain or every
-        pickles = [path for path in sorted(place.iterdir()) if path.suffix in _PICKLES]
-        if files:
+        if files := mine or plain or every:
             found[name] = _read(files)
-        elif pickles and place.name not in ("scheduler", "tokenizer", "tokenizer_2"):
-            raise UserError(
-                f"{pickles[0]} is a pickle, and reading one may run code: {place} holds no safetensors file. Load the "
-                "model where you trust it and save it again (pipe.save_pretrained(..., safe_serialization=True))"
-            )
     if variant and not any_variant:
         raise UserError(f"{folder} holds no file of variant {variant!r}; leave --variant out")
     return found
@@ -120,11 +113,9 @@ def load(
         from diffusers import DiffusionPipeline
 
         where = Path(DiffusionPipeline.download(where, variant=variant, use_safetensors=True))
+    variant = variant or only_variant(where)
     parts = stored_parts(where, variant)
-    if not typed:
-        return of(where), parts
-    options = {"dtype": compute_types(parts), "use_safetensors": True}
-    return of(where, **options, **({"variant": variant} if variant else {})), parts
+    return (of(where, dtype=compute_types(parts), variant=variant) if typed else of(where)), parts
 
 
 def as_stored(pipe: Any, parts: Mapping[str, Stored]) -> None:

@@ -31,10 +31,10 @@ def _no_network(*_: object) -> NoReturn:
 def _run_python(step: dict[str, Any], names: dict[str, Any]) -> None:
     """Tracebacks show the page and its line. A 4-bit copy is made without data: the search takes minutes."""
     if "bits=4" in step["text"]:
-        from mm.quantization import folders
+        from mm.quantization import copies
 
-        if not isinstance(folders.quantize_folder, partial):
-            folders.quantize_folder = partial(_without_data, folders.quantize_folder)  # type: ignore[assignment]
+        if not isinstance(copies.quantize_folder, partial):
+            copies.quantize_folder = partial(_without_data, copies.quantize_folder)  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # of a name that a library gives up
         exec(compile("\n" * (step["line"] - 1) + step["text"], step["page"], "exec"), names)

@@ -115,6 +115,40 @@ def test_damaged_weights_and_inputs_are_named():
         mm.quantize(block(), SMALL, calibration=bad, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:mm.families")
+def test_a_pattern_to_keep_that_matches_nothing_is_named():
+    config = mm.SVDQuantConfig(rank=4, data_free=True, keep=(r"^up$", "no_such_layer"))
+    with pytest.warns(
+        UserWarning, match=r"keep holds 'no_such_layer', which no linear layer of model matches.* attn\.to_q"
+    ):
+        report = mm.quantize(block(), config, progress=False)
+    assert "model.up" not in [layer.path for layer in report.layers]
+
+
+class _Packed(nn.Linear):
+    """Packs two weights a byte, as other libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__(128, 64)
+        self.weight = nn.Parameter(torch.zeros(64 * 64, 1, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:mm.families")
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda model: model.down.to(torch.float8_e4m3fn), "whose weight is float8_e4m3fn"),
+        (lambda model: setattr(model, "down", _Packed()), "whose weight is uint8"),
+    ],
+)
+def test_weights_that_another_program_packed_are_refused_before_anything_changes(change, why):
+    model = block().requires_grad_(False)
+    change(model)
+    with pytest.raises(UserError, match=rf"model\.down is .*{why}"):
+        mm.quantize(model, CONFIG, progress=False)
+    assert type(model.up) is nn.Linear
+
+
 def test_a_singular_hessian_is_damped_and_a_hopeless_one_has_no_factor():
     x = torch.randn(300, 1) @ torch.randn(1, 128) * 1e4  # one direction only
     gram = n.Gram(x)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 import transformers
+from tiny_pipelines import tiny_pipeline_of
 from tiny_public import flux, flux_inputs
 from torch import nn
 
@@ -98,3 +101,45 @@ def test_the_config_has_the_methods_of_other_quantization_configs(tmp_path: Path
     with pytest.raises(ValueError, match="bits 3"):
         config.update(bits=3)
     assert config.bits == 4
+
+
+def _with_lora(model: Any) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False)
+    model.add_adapter(config, adapter_name="style")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_a_model_with_adapters_saves_as_without_them_and_says_so(tmp_path: Path, shard: str) -> None:
+    model: Any = quantized_flux()
+    before = model(**flux_inputs()).sample
+    plain = list(model.state_dict())
+    _with_lora(model)
+    with pytest.warns(UserWarning, match="saved without what is applied to it: 'style'"):
+        model.save_pretrained(tmp_path, max_shard_size=shard)
+    again = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert list(again.state_dict()) == plain
+    assert torch.equal(again(**flux_inputs()).sample, before)
+    assert "style" in str(list(model.state_dict()))  # the adapters are still on the model
+    with pytest.warns(UserWarning, match="saved without .*'style'"):
+        copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+
+
+def test_a_fused_adapter_is_named_where_a_model_is_saved_without_it(tmp_path: Path) -> None:
+    pipe = tiny_pipeline_of("flux")
+    mm.quantize(pipe, CONFIG, progress=False)
+    _with_lora(pipe.transformer)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with pytest.warns(UserWarning, match="saved without .*'merged style'"):
+        pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="50KB")
+    assert list(tmp_path.glob("transformer/*.fp16-00001-of-*.safetensors"))  # the options of pipelines arrive
+    assert mm.load(tmp_path).pipeline
+
+
+def test_a_16_bit_model_that_was_saved_with_adapters_is_named(tmp_path: Path) -> None:
+    pipe = tiny_pipeline_of("flux")
+    _with_lora(pipe.transformer)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="was saved while adapters of peft were attached"):
+        mm.load(tmp_path)

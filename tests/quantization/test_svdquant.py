@@ -128,17 +128,20 @@ def test_what_wants_more_than_4_bits_gets_8_and_no_branch():
 
 
 @pytest.mark.filterwarnings("ignore:mm.families")
-def test_same_seed_same_bytes_and_a_stopped_run_resumes(tmp_path):
+@pytest.mark.parametrize("memory", [1, 1 << 30])  # one pass for each group, or one for all
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_same_seed_same_bytes_and_a_stopped_run_resumes(tmp_path, lost, memory):
+    config = dataclasses.replace(SMALL, memory=memory)
     first, second, third = block(), block(), block()
-    report = mm.quantize(first, SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
+    report = mm.quantize(first, config, calibration=INPUTS, progress=False, resume=tmp_path)
     parts = sorted(tmp_path.glob("*.safetensors"))
     assert len(parts) == 3  # q, k and v together; up; down
-    parts[0].unlink()
-    before = {p: p.stat().st_mtime_ns for p in parts[1:]}
-    again = mm.quantize(second, SMALL, calibration=INPUTS, progress=False, resume=tmp_path)
-    assert {p: p.stat().st_mtime_ns for p in parts[1:]} == before
+    parts.pop(lost).unlink()
+    before = {p: p.stat().st_mtime_ns for p in parts}
+    again = mm.quantize(second, config, calibration=INPUTS, progress=False, resume=tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in parts} == before
     assert again.layers == report.layers
-    mm.quantize(third, SMALL, calibration=INPUTS, progress=False)
+    mm.quantize(third, config, calibration=INPUTS, progress=False)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
         assert torch.equal(tensor, third.state_dict()[name]), name

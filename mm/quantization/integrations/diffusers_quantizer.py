@@ -75,6 +75,8 @@ class DiffusersSVDQuant(DiffusersQuantizer):
         else:
             from mm.quantization.quantize import quantize
 
+            if not self.on_disk:
+                check_loaded(model, f"the saved {type(model).__name__}")
             align(model)
             quantize(model, dataclasses.replace(self.quantization_config, data_free=True), progress=False)
             self.quantization_config = model.config.quantization_config
