@@ -49,7 +49,7 @@ def warn_of_keep(roots: Mapping[str, nn.Module], keep: Sequence[str]) -> None:
     paths = [path for root in roots.values() for path, _ in linears(root)]
     if lost := [pattern for pattern in keep if not any(re.search(pattern, path) for path in paths)]:
         warnings.warn(
-            f"keep holds {', '.join(map(repr, lost))}, which no linear layer of {', '.join(roots)} matches; its paths are "
+            f"keep holds {', '.join(map(repr, lost))}, which no linear layer of {', '.join(roots)} matches; paths are "
             f"such as {', '.join(paths[:2]) or 'none'}",
             stacklevel=3,
         )
