@@ -24,19 +24,32 @@ def places(folder: Path) -> dict[str, Path]:
     return {"": folder} | {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
-def check_no_pickles(folder: Path) -> None:
-    """Raises UserError where a part's weights are in pickles only.
+def check_weights_there(folder: Path) -> None:
+    """Raises UserError where a part has no weights: they are in pickles only, or there are none.
 
     Args:
         folder: a model in diffusers' or transformers' layout.
     """
     for name, place in places(folder).items():
+        if any(place.glob("*.safetensors")):
+            continue
         pickles = [path for path in sorted(place.iterdir()) if path.suffix in _PICKLES]
-        if pickles and not name.startswith(("scheduler", "tokenizer")) and not any(place.glob("*.safetensors")):
+        if pickles and not name.startswith(("scheduler", "tokenizer")):
             raise UserError(
                 f"{pickles[0]} is a pickle, and reading one may run code: {place} holds no safetensors file. Load the "
                 "model where you trust it and save it again (pipe.save_pretrained(..., safe_serialization=True))"
             )
+        if name and _is_model(place):
+            raise UserError(f"{place} holds the config of a model and no weights; copy or download it again")
+
+
+def _is_model(place: Path) -> bool:
+    """Whether a part is a model of a library by its config: schedulers and tokenizers have other files."""
+    try:
+        config = read_object(place / "config.json")
+    except (OSError, UserError):
+        return False
+    return "_diffusers_version" in config or "transformers_version" in config
 
 
 def only_variant(folder: Path) -> str | None:

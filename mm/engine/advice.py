@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mm.core import devices
 from mm.core.errors import UserError
-from mm.core.part_files import check_no_pickles, packed_parts
+from mm.core.part_files import check_weights_there, packed_parts
 from mm.core.paths import resolve_model
 from mm.engine import memory
 from mm.engine.outline import capabilities_at
@@ -91,7 +91,7 @@ def advice(model: str | Path) -> Advice:
         UserError: where there is no such model here, or its files are damaged.
     """
     folder = _folder(model)
-    check_no_pickles(folder)
+    check_weights_there(folder)
     family, choice = family_at(folder), devices.choose()
     estimate, stored = memory.estimate(folder), memory.stored_type(folder)
     wide, why = _type(stored, family is not None and family.dtype == "float32", choice)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mm.core.errors import UserError
 from mm.engine.capabilities import Capabilities
+from mm.engine.foreign_pictures import fitting_seed, left_out
 from mm.engine.prompts import LORA_TAG
 from mm.engine.requests import MAX_BATCH, Draw, Edit, Turn
 
@@ -155,6 +156,9 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
     given |= {field: settings[key] for key, field in same.items() if settings.get(key) is not None}
     if given.get("apart"):  # files of before there was `refine` do not hold it
         given["refine"] = settings.get("refine", 0)
+    if "seed" in given and "seed" not in changes:
+        given["seed"] = fitting_seed(given["seed"], notes)
+    notes += left_out(settings)
     if isinstance(given.get("negative"), str):
         given["negative"] = without_lora_tags(given["negative"])[0]
     if settings.get("mode") in can.modes:

@@ -16,7 +16,7 @@ from torch import nn
 from mm.core.errors import UserError
 from mm.core.logged import warnings_of
 from mm.core.model_files import check_loaded
-from mm.core.part_files import check_no_pickles, only_variant, packed_parts, places
+from mm.core.part_files import check_weights_there, only_variant, packed_parts, places
 from mm.core.safe_tensors import read_header
 from mm.families.family import resolve
 from mm.families.folders import family_at
@@ -41,7 +41,7 @@ def open_folder(where: Path, **options: Any) -> Any:
         return resolve(own).from_pretrained(where, **options)
     from diffusers import DiffusionPipeline
 
-    check_no_pickles(where)
+    check_weights_there(where)
     if variant := only_variant(where):
         options.setdefault("variant", variant)
     said: list[str] = []

@@ -44,8 +44,9 @@ def quantized_copy(model: str | Path, config: SVDQuantConfig | None = None, *, p
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[None]:
+def making(folder: str | Path) -> Iterator[None]:
     """Within the context no other process makes this copy; where one does, waits until it ends."""
+    folder = Path(folder)
 
     def say() -> None:
         print(f"mm: another process makes {folder}; waiting for it", file=sys.stderr, flush=True)
@@ -76,10 +77,10 @@ def make_copy(model: str | Path, folder: str | Path, config: SVDQuantConfig, *, 
         quantize_folder(model, folder, config, progress=progress, pictures=0, compose=0)
 
 
-def model_files(folder: Path) -> list[Path]:
+def model_files(folder: str | Path) -> list[Path]:
     """The files that make a model what it is: weights, and settings of all its parts."""
     kinds = (".safetensors", ".json", ".txt", ".model", ".jinja")
-    return sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file())
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix in kinds and path.is_file())
 
 
 def copy_folder(name: str, files: Iterable[str | Path], config: SVDQuantConfig) -> Path:

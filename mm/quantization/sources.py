@@ -19,7 +19,7 @@ from torch import nn
 
 from mm.core.devices import choose, compute_type
 from mm.core.errors import UserError
-from mm.core.part_files import check_no_pickles, only_variant, places
+from mm.core.part_files import check_weights_there, only_variant, places
 from mm.core.safe_tensors import read_header
 from mm.layers.linear import BranchedLinear
 
@@ -52,7 +52,7 @@ def stored_parts(folder: Path, variant: str | None = None) -> dict[str, Stored]:
     Raises:
         UserError: where a part's weights are in pickles only, or where no file is of the variant.
     """
-    check_no_pickles(folder)
+    check_weights_there(folder)
     found: dict[str, Stored] = {}
     any_variant = False
     for name, place in places(folder).items():

@@ -129,6 +129,21 @@ def test_pickles_are_named_at_every_door(plain: Path, tmp_path: Path) -> None:
             make()
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2"])
+def test_a_part_without_weights_is_named_at_every_door(plain: Path, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "lacking"
+    shutil.copytree(plain, folder)
+    for file in (folder / part).glob("*.safetensors"):
+        file.unlink()
+    for make in (
+        lambda: mm.load(folder),
+        lambda: advice(folder),
+        lambda: quantize_folder(folder, tmp_path / "small", QUICK),
+    ):
+        with pytest.raises(UserError, match=f"{part} holds the config of a model and no weights"):
+            make()
+
+
 def test_a_copy_belongs_to_the_settings_of_its_source_too(plain: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "flux"

@@ -112,7 +112,11 @@ def _settings(graph: Graph, source: str) -> dict[str, Any]:
         made["guidance"] = values.number(strength)
     loras = [str(node["lora_name"]) for node in _chain(graph, [ends, sampler], ("model",)) if "lora_name" in node]
     settings = {name: value for name, value in made.items() if value is not None}
-    return settings | ({"other": {"loras": loras}} if loras else {})
+    denoise = values.number(_first(graph, parts, ("denoise",)))
+    other: dict[str, Any] = {"loras": loras} if loras else {}
+    if denoise is not None and denoise < 1:
+        other |= {"denoise": denoise}
+    return settings | ({"other": other} if other else {})
 
 
 _LATENTS = ("latent_image", "latent", "samples", "pixels")
