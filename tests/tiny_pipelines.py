@@ -23,6 +23,7 @@ from tiny_text_encoders import (
     qwen3_text,
     qwen_vl_text,
     t5_text,
+    umt5_text,
 )
 from tiny_tokenizers import clip_tokenizer, gemma_tokenizer, qwen_processor, qwen_tokenizer, t5_tokenizer
 
@@ -205,6 +206,17 @@ def _lumina_2() -> Any:
     )  # fmt: skip
 
 
+def _aura_flow() -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=SIDE // 4, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=6, attention_head_dim=8, num_attention_heads=8, joint_attention_dim=WIDTH,
+        caption_projection_dim=64, pos_embed_max_size=256,
+    )  # fmt: skip
+    return diffusers.AuraFlowPipeline(
+        transformer=transformer, vae=_vae(), text_encoder=umt5_text(), tokenizer=t5_tokenizer(), scheduler=_flow()
+    )
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "stable-diffusion": _sd,
     "stable-diffusion-xl": _sdxl,
@@ -224,6 +236,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "z-image": _z_image,
     "chroma": _chroma,
     "lumina-2": _lumina_2,
+    "aura-flow": _aura_flow,
 }  # fmt: skip
 _EDITS = ("flux-kontext", "flux-fill", "qwen-image-edit")
 

@@ -33,6 +33,14 @@ def t5_text(width: int = WIDTH) -> Any:
     return transformers.T5EncoderModel(config).eval()
 
 
+def umt5_text(width: int = WIDTH) -> Any:
+    config = transformers.UMT5Config(
+        d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2, vocab_size=VOCABULARY,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return transformers.UMT5EncoderModel(config).eval()
+
+
 def gemma_text(layers: int = 2) -> Any:
     config = transformers.Gemma2Config(**_DECODER, num_hidden_layers=layers, head_dim=8, pad_token_id=0)
     return transformers.Gemma2Model(config).eval()

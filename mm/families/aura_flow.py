@@ -32,6 +32,7 @@ AURA_FLOW = Family(
     preview=previews.SDXL,
     text_sites=TEXT,
     edit_sites=TEXT,
+    objective="mm.customization.objectives.aura_flow:AuraFlow",
     lora=transformer_names(0, "AuraFlowLoraLoaderMixin"),
 )
 FAMILIES = (AURA_FLOW,)

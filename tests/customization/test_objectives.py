@@ -15,7 +15,7 @@ from mm.customization.objectives.protocol import FlowObjective, objective_of
 
 NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
-    "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma",
+    "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ SITES = {
     "qwen-image": (("txt_in", "add_k_proj", "add_v_proj"), None),
     "z-image": (("cap_embedder.1", "attention.to_k", "attention.to_v"), None),
     "chroma": (("context_embedder", "add_k_proj", "add_v_proj"), None),
+    "aura-flow": (("context_embedder", "add_k_proj", "add_v_proj"), None),
     "lumina-2": (("caption_embedder.1", "attn.to_k", "attn.to_v"), None),
 }
 TARGET, ANCHOR = "fox", "dog"
