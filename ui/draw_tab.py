@@ -273,7 +273,7 @@ def without_field(asked: Draw, can: Capabilities, fields: Collection[str]) -> li
         notes.append("it was drawn apart; start the page with its adapters (--lora) for that")
     elif isinstance(asked.apart, Mapping) and any("," in thing for thing in asked.apart.values()):
         notes.append(f"it was drawn with the stand-ins {_written(asked)}; the page's field cannot hold commas in them")
-    if asked.refine is not None and asked.refine != REFINE:
+    if "apart" in fields and asked.refine is not None and asked.refine != REFINE:
         notes.append(f"it was drawn with refine {asked.refine:g}, and the page draws with {REFINE:g}")
     if isinstance(asked.fast, Mapping) and can.fast_of(asked) != can.fast_of(replace(asked, fast=True)):
         notes.append("it was drawn with other settings of fast than those of the page")

@@ -154,7 +154,7 @@ def drawn_again(settings: dict[str, Any], can: Capabilities, **changes: Any) -> 
     same |= {"strength": "strength", "options": "options", "best_of": "best_of", "fast": "fast"}
     same |= {"strict": "strict", "apart": "apart"}
     given |= {field: settings[key] for key, field in same.items() if settings.get(key) is not None}
-    if given.get("apart"):  # files of before there was `refine` do not hold it
+    if given.get("apart", False) is not False:  # files of before there was `refine` do not hold it
         given["refine"] = settings.get("refine", 0)
     if "seed" in given and "seed" not in changes:
         given["seed"] = fitting_seed(given["seed"], notes)
