@@ -33,9 +33,10 @@ def t5_text(width: int = WIDTH) -> Any:
     return transformers.T5EncoderModel(config).eval()
 
 
-def umt5_text(width: int = WIDTH) -> Any:
+def umt5_text() -> Any:
+    """UMT5, whose layers have position tables of their own."""
     config = transformers.UMT5Config(
-        d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2, vocab_size=VOCABULARY,
+        d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=1, num_heads=2, vocab_size=VOCABULARY,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return transformers.UMT5EncoderModel(config).eval()

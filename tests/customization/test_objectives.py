@@ -17,6 +17,7 @@ NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
     "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
 )  # fmt: skip
+TOLERANCE = 1e-4  # of the largest value
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,10 +50,14 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
         latents = latents / (seen["sigma"] ** 2 + 1) ** 0.5
     latents, output = grid_of(name, latents), grid_of(name, output)
     with torch.no_grad():
-        made = objective.predict(latents.float(), level, objective.encode_prompts(["a red fox"]))
+        made, other = (
+            objective.predict(latents.float(), level, objective.encode_prompts([prompt]))
+            for prompt in ("a red fox", "a red foxx")
+        )
     assert made.shape == latents.shape
     scale = output.float().reshape(made.shape).abs().max()
-    assert float((made - output.float().reshape(made.shape)).abs().max()) < 1e-3 * float(scale)
+    assert float((made - output.float().reshape(made.shape)).abs().max()) < TOLERANCE * float(scale)
+    assert float((made - other).abs().max()) > TOLERANCE * float(scale)  # so that a wrong prompt is seen
 
 
 @pytest.mark.parametrize("name", NAMES)
