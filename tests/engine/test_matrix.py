@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_the_page_has_all_families_and_cells():
     reasons = re.findall(r"^([0-9]+)\. \S.*\.$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     asked = set(re.findall(r"no \(([0-9]+)\)", PAGE.read_text(encoding="utf-8")))
     assert asked == set(reasons)
+
+
+def test_rows_that_are_kept_are_written_as_they_were(tmp_path):
+    spec = importlib.util.spec_from_file_location("matrix", PAGE.parents[1] / "benchmarks" / "matrix.py")
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    assert matrix.page(matrix.written(PAGE, list(CELLS)), list(CELLS)) == PAGE.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="has other cells than generate; write all of it, without --only"):
+        matrix.written(PAGE, ["generate"])
 
 
 def said(name: str, cell: str) -> bool:
