@@ -14,7 +14,7 @@ from tiny_pipelines import PIPELINES
 
 CELLS = DRAWING | PATCHES
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
-QUICK = ("stable-diffusion", "flux", "flux-fill", "qwen-image", "z-image")
+QUICK = ("stable-diffusion", "flux", "flux-fill", "qwen-image")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
 _MODELS: dict[str, Model] = {}
 
