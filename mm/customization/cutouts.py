@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 from mm.customization.places import Box, cells_of
 
@@ -19,12 +19,8 @@ def cut(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
 
 def pasted(onto: Image.Image, picture: Image.Image, box: Box, place: Box) -> Image.Image:
     """A picture in which the box of another one is at a place, with soft edges."""
-    left, top, right, bottom = _pixels(place, *onto.size)
-    above = onto.copy()
-    above.paste(cut(picture, box, (right - left, bottom - top)), (left, top))
-    mask = Image.new("L", onto.size, 0)
-    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
-    return Image.composite(above, onto, mask.filter(ImageFilter.GaussianBlur(_EDGE * onto.width)))
+    whole = Box(left=0.0, top=0.0, right=1.0, bottom=1.0)
+    return covered(onto, picture.convert("RGB").crop(_pixels(box, *picture.size)), place, [whole])
 
 
 def covered(onto: Image.Image, picture: Image.Image, part: Box, boxes: Sequence[Box]) -> Image.Image:
