@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
+from mm.adapters.factors import WHOLE, factors_misfit, shape_misfit
 from mm.core.errors import UserError
 from mm.core.nouns import counted, with_article
 from mm.layers.linear import BranchedLinear
@@ -170,9 +171,10 @@ def _dense_misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:
     if why := no_plain_weight(module) or cannot_change(module, "weight"):
         return why
     shape = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
-    want = shape if entry.kind == "dense" else (shape[0], shape[0])
-    got = tuple(next(iter(entry.tensors.values())).shape)
-    if got != want:
-        return f"made for {got}, this needs {want}"
+    if entry.kind in WHOLE:
+        if why := factors_misfit(entry) or shape_misfit(entry, shape):
+            return why
+    elif (got := tuple(entry.tensors["rotation"].shape)) != (shape[0], shape[0]):
+        return f"made for {got}, this needs {(shape[0], shape[0])}"
     others = [path for path, other in _sharers(module, root) if other is not module]
     return f"its weight is also that of {others[0]}, which would change too" if others else ""

@@ -1,9 +1,9 @@
 """Patches: changes to a model that travel in one file, go on, scale, come off again, and say whether they fit.
 
 Design choices
-- Entries by module path. `lowrank` is a branch (optionally for text or picture tokens only), `rows` are embedding rows,
-  `dense` is a change of a whole weight, `rotation` multiplies a weight's outputs. The first two go onto 16-bit and
-  4-bit layers as they are; the other two change 16-bit weights, and onto a 4-bit layer only `truncated` to a rank.
+- Entries by module path (`mm.adapters.entry`). `lowrank` is a branch (optionally for text or picture tokens only),
+  `rows` are embedding rows. These two go onto 16-bit and 4-bit layers as they are; the kinds that change whole weights
+  (dense, in factors, rotations) change 16-bit weights, and onto a 4-bit layer they go only `truncated` to a rank.
 - Applying says "N of N tensors" or raises with the first names that do not match; nothing is applied in part.
 - A file carries the hash of the base it was made for, by its 16-bit tensors; a quantized model keeps that hash. Another
   base, or a foreign adapter without one, warns.
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.adapters.entry import Entry as Entry
+from mm.adapters.factors import OF_WEIGHT, WHOLE, base_weight, factors_misfit, shape_misfit, whole_change
 from mm.adapters.patch_file import FIELDS, read_patch, write_patch
 from mm.adapters.stack import Applied as Applied
 from mm.adapters.stack import Stack, stack_of
@@ -158,48 +159,83 @@ class Patch:
             return self
         return dataclasses.replace(self, entries=placed_rows(self.entries, self.settings, target, add=add))
 
-    def truncated(self, rank: int, target: Any = None) -> Patch:
-        """Dense and rotation entries as low-rank ones of at most `rank`; what is lost is in the report and printed.
+    def expanded(self, target: Any) -> Patch:
+        """The patch with DoRA and OFT entries, whose change depends on the weights, as dense ones of this model.
 
         Args:
-            rank: of the new entries.
-            target: the model, which rotations need: (R - I) W is a change of its weights as they are now, branches
-                included; 4-bit layers give what they compute with.
+            target: the model or pipeline.
 
         Raises:
-            UserError: for a rotation without a target.
+            UserError: where a layer is missing or does not fit.
+        """
+        found = {path: _whole(entry, path, target) for path, entry in self.entries.items() if entry.kind in OF_WEIGHT}
+        made = {
+            path: dataclasses.replace(self.entries[path], kind="dense", tensors={"delta": delta})
+            for path, delta in found.items()
+        }
+        return dataclasses.replace(self, entries=self.entries | made) if made else self
+
+    def truncated(self, rank: int, target: Any = None) -> Patch:
+        """Changes of whole weights as low-rank ones of at most `rank`; what is lost is in the report and printed.
+
+        Args:
+            rank: of the new entries. A LoHa of rank r is, exactly, of rank r^2 at most.
+            target: the model, which rotations need: (R - I) W is a change of its weights as they are now, branches
+                included; and DoRA and OFT, whose change is one of the weights before any patch. 4-bit layers give what
+                they compute with.
+
+        Raises:
+            UserError: where a target is needed and there is none.
         """
         whole("rank", rank, 1, MAX_RANK)
         entries, lost = dict(self.entries), {}
         for path, entry in self.entries.items():
-            if entry.kind in ("dense", "rotation"):
+            if entry.kind in (*WHOLE, "rotation"):
                 entries[path], lost[path] = _truncate(entry, rank, path, target)
         if lost:
             worst = max(lost, key=lambda p: lost[p])
-            kinds = " and ".join(sorted({self.entries[p].kind for p in lost}))
+            kinds = " and ".join(sorted({"dense" if self.entries[p].kind in WHOLE else "rotation" for p in lost}))
             print(f"truncated {len(lost)} {kinds} entries to rank {rank}; at most {lost[worst]:.1%} lost ({worst})")
         return dataclasses.replace(self, entries=entries, report=self.report | {"truncated": lost})
 
 
 def _truncate(entry: Entry, rank: int, path: str, target: Any) -> tuple[Entry, float]:
     """The best low-rank entry for another one, and the share of the change's norm that is lost (Eckart-Young)."""
-    delta_NK = entry.tensors["delta"].float() if entry.kind == "dense" else _rotation_change(entry, path, target)
+    delta_NK = _rotation_change(entry, path, target) if entry.kind == "rotation" else _whole(entry, path, target)
     left, sizes, right = torch.linalg.svd(delta_NK, full_matrices=False)
     root = sizes[:rank].sqrt()
-    made = {"up": left[:, :rank] * root, "down": root[:, None] * right[:rank]}
+    made = {"up": left[:, :rank] * (entry.scale * root), "down": root[:, None] * right[:rank]}
     lost = float(sizes[rank:].norm() / sizes.norm().clamp_min(1e-30))
-    return dataclasses.replace(entry, kind="lowrank", tensors=made), lost
+    return dataclasses.replace(entry, kind="lowrank", tensors=made, scale=1.0), lost
 
 
-def _rotation_change(entry: Entry, path: str, target: Any) -> Tensor:
-    """(R - I) W, W what the layer does now."""
+def _whole(entry: Entry, path: str, target: Any) -> Tensor:
+    """The change that an entry of a kind in `WHOLE` stands for, in fp32."""
+    if entry.kind not in OF_WEIGHT:
+        return whole_change(entry).float()
+    layer = _linear(path, target, f"{path} is a change ({entry.kind}) that depends on the model's weights")
+    weight_NK = base_weight(layer, path).float()
+    if why := factors_misfit(entry) or shape_misfit(entry, tuple(weight_NK.shape)):
+        raise UserError(f"{path} does not fit this model: {why}")
+    return whole_change(entry, weight_NK).cpu()
+
+
+def _linear(path: str, target: Any, what: str) -> nn.Linear:
+    """The linear layer at a path. Raises UserError where there is no model, or no such layer in it."""
     if target is None:
-        raise UserError(f"{path} is a rotation of the model's weights; give the model too: truncated(rank, model)")
+        raise UserError(f"{what}; give the model too: truncated(rank, model)")
     spot = locate(roots_of(target), path)
     layer = None if spot is None else submodule(*spot)
     why = "no such layer" if layer is None else no_branches(layer)
     if layer is None or why:
-        raise UserError(f"the rotation of {path} does not fit this model: {why}")
+        raise UserError(f"{path} does not fit this model: {why}")
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _rotation_change(entry: Entry, path: str, target: Any) -> Tensor:
+    """(R - I) W, W what the layer does now."""
+    layer = _linear(path, target, f"{path} is a rotation of the model's weights")
     weight = layer.effective_weight() if isinstance(layer, BranchedLinear) else stored(layer, "weight")
     assert weight is not None
     weight_NK = weight.detach().float()

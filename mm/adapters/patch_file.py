@@ -20,7 +20,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mm.adapters.entry import PARTS, Entry
+from mm.adapters.entry import DIMS, INTEGERS, PARTS, Entry
+from mm.adapters.factors import factors_misfit
 from mm.core.errors import UserError, shown
 from mm.core.files import write_bytes
 from mm.core.nouns import with_article
@@ -33,14 +34,6 @@ META = "mm_patch"
 CHECKSUM = "mm_checksum"
 FIELDS = ("method", "base", "settings", "report", "name")
 VERSION = 1
-_DIMS = {
-    "down": (2,),
-    "up": (2,),
-    "ids": (1,),
-    "rows": (2,),
-    "delta": (1, 2, 3, 4, 5),
-    "rotation": (2,),
-}  # deltas of convolutions, too
 
 
 def write_patch(path: str | Path, entries: Mapping[str, Entry], fields: Mapping[str, Any]) -> None:
@@ -100,20 +93,20 @@ def _entry(where: str, fields: Fields, read: TensorFile) -> Entry:
             )
         tensors[name] = read.tensors[key]
         _check_tensor(key, name, tensors[name], read.path)
-    why = _misfit(kind, tensors)
+    made = Entry(kind=kind, tensors=tensors, scale=fields.number("scale", -1e6, 1e6), scope=scope)
+    why = _misfit(kind, tensors) or factors_misfit(made)
     if why:
         raise UserError(f"{read.path}: {shown(where)} is {with_article(kind)} entry with {why}; the file is damaged")
-    return Entry(kind=kind, tensors=tensors, scale=fields.number("scale", -1e6, 1e6), scope=scope)
+    return made
 
 
 def _check_tensor(key: str, name: str, tensor: Tensor, path: Path) -> None:
     """Raises UserError where a tensor's type or number of dimensions is not what its part of an entry has."""
-    if (name == "ids") == tensor.is_floating_point():
-        raise UserError(
-            f"{path}: {shown(key)} is of type {tensor.dtype}; {'int64' if name == 'ids' else 'floats'} needed"
-        )
-    if tensor.ndim not in _DIMS[name]:
-        want = " or ".join(map(str, _DIMS[name]))
+    if (name in INTEGERS) == tensor.is_floating_point():
+        wanted = "int64" if name in INTEGERS else "floats"
+        raise UserError(f"{path}: {shown(key)} is of type {tensor.dtype}; {wanted} needed")
+    if tensor.ndim not in DIMS[name]:
+        want = " or ".join(map(str, DIMS[name]))
         raise UserError(f"{path}: {shown(key)} has shape {list(tensor.shape)}; {want} dimensions are needed")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.factors import whole_change
 from mm.adapters.placed import Placed
 from mm.layers import originals
 from mm.layers.offloading import stored, write
@@ -59,14 +60,15 @@ def folded(weight_NK: Tensor, placed: Sequence[Placed]) -> Tensor:
     """A weight through entries in order, in fp32 at least, rounded once at the end."""
     if not placed:
         return weight_NK
-    wide = weight_NK.detach().to(torch.promote_types(weight_NK.dtype, torch.float32))
+    original = wide = weight_NK.detach().to(torch.promote_types(weight_NK.dtype, torch.float32))
     for p in placed:
-        tensors = {k: t.to(wide.device, wide.dtype) for k, t in p.entry.tensors.items()}
         if p.entry.kind == "rotation":
             wide = rotated(wide, p)
-        elif p.strength:  # at 0 even an infinite change is none
-            change = tensors["delta"] if p.entry.kind == "dense" else tensors["up"] @ tensors["down"]
-            wide = wide + p.strength * change
+        elif p.strength and p.entry.kind == "lowrank":  # at 0 even an infinite change is none
+            down, up = (p.entry.tensors[name].to(wide) for name in ("down", "up"))
+            wide = wide + p.strength * (up @ down)
+        elif p.strength:
+            wide = wide + p.strength * whole_change(p.entry, original)
     return wide.to(weight_NK.dtype)
 
 

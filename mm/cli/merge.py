@@ -28,7 +28,10 @@ def merge(
         typer.Option(min=1, help="Of layers that are combined as whole changes; default: the sum of the ranks."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model; LoRA files of other programs, regmean and distill need it.")
+        str | None,
+        typer.Option(
+            help="The model; LoRA files of other programs, regmean and distill need it, and sums with DoRA or OFT."
+        ),
     ] = None,
     word: Annotated[
         list[str] | None,
@@ -65,9 +68,9 @@ def merge(
     patches = [read_adapter(file, target) for file in files]
     check_layout(layout, word=any(patch.settings.get("tokens") for patch in patches))
     with ProgressLine() as line:
-        drawing: dict[str, Any] = {}
+        drawing: dict[str, Any] = {"pipe": target}
         if method in DRAWING:
-            drawing = {"pipe": target, "words": word, "updates": updates, "progress": line.show}
+            drawing |= {"words": word, "updates": updates, "progress": line.show}
         merged = make(patches, method=method, weights=weight, density=density, rank=rank, name=out.stem, **drawing)
     merged.write(out, layout, target=target)  # type: ignore[arg-type]
     for pair, count in merged.report["overlap"].items():

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from mm.adapters.acting import acting
+from mm.adapters.factors import WHOLE
 from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
@@ -224,7 +225,7 @@ def _applied(patch: Patch, pipe: Any) -> dict[str, Any]:
     try:
         patch.apply(pipe)
     except UserError:
-        if all(entry.kind not in ("dense", "rotation") for entry in patch.entries.values()):
+        if all(entry.kind not in (*WHOLE, "rotation") for entry in patch.entries.values()):
             raise
     else:
         return {}

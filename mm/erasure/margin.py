@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mm.adapters.entry import Entry
+from mm.adapters.factors import WHOLE, whole_change
 from mm.erasure.methods.protocol import Job
 
 GROUP = 64  # inputs that share a scale
@@ -72,17 +73,12 @@ def half_step(weight_ND: Tensor) -> Tensor:
 
 def change_of(entry: Entry, weight_ND: Tensor) -> Tensor | None:
     """What an entry adds to a layer's weight, (N, D); None for entries of embeddings and biases."""
-    t = {
-        name: tensor.to(weight_ND.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in entry.tensors.items()
-    }
+    t = {name: tensor.to(weight_ND.dtype) for name, tensor in entry.tensors.items() if tensor.is_floating_point()}
     if entry.kind == "lowrank":
         return entry.scale * (t["up"] @ t["down"])
-    if entry.kind == "dense":
-        return entry.scale * t["delta"]
     if entry.kind == "rotation":
         return entry.scale * (t["rotation"] @ weight_ND - weight_ND)
-    return None
+    return entry.scale * whole_change(entry, weight_ND) if entry.kind in WHOLE else None
 
 
 def squares(change_ND: Tensor, weight_ND: Tensor, target_DD: Tensor) -> tuple[float, float]:

@@ -136,9 +136,7 @@ class Evaluation:
             patch, seconds = self._train(subject, folder)
             file = self.work / f"{subject}-{self.config.method}.safetensors"
             patch.save(file)
-            native = getattr(patch, "native", {})
-            size = sum(t.numel() * t.element_size() for t in native.values()) if native else file.stat().st_size
-            made = {"seconds": round(seconds, 1), "bytes": size, "training": patch.report}
+            made = {"seconds": round(seconds, 1), "bytes": file.stat().st_size, "training": patch.report}
             before = self._drift_verdicts(True)
             patch.apply(self.pipe)
             try:

@@ -16,7 +16,9 @@ from mm.customization.merging.files import read_adapter
 
 LAYOUTS = ("diffusers", "kohya", "comfyui", "peft", "auto")
 REFUSED = {
-    **{(method, "diffusers"): "an entry of kind 'dense'" for method in ("loha", "lokr", "oft")},
+    ("loha", "diffusers"): "an entry of kind 'hadamard'",
+    ("lokr", "diffusers"): "an entry of kind 'kron",
+    ("oft", "diffusers"): "an entry of kind 'input_blocks'",
 }
 AUTO = {"lora": "diffusers", "dora": "diffusers", "loha": "peft", "lokr": "peft", "oft": "peft"}
 

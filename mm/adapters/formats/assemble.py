@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm.adapters.entry import Entry
+from mm.adapters.factors import rows_of
 from mm.adapters.formats.kinds import Change
 from mm.adapters.formats.names import Piece, outputs
 from mm.core.errors import UserError
@@ -47,7 +48,7 @@ def entries_of(parts: Sequence[Part]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for path, here in layers.items():
         _check_apart(path, here)
-        weights = [p for p in here if p.change.delta is not None or p.change.down is not None]
+        weights = [p for p in here if p.change.of_weight or p.change.down is not None]
         if weights:
             entries[path] = _weight_entry(weights)
         biases = [p for p in here if p.change.bias is not None]
@@ -72,6 +73,10 @@ def _weight_entry(here: Sequence[Part]) -> Entry:
     first = here[0]
     if all(p.change.down is not None for p in here):
         return _lowrank(here)
+    if first.change.factors is not None:  # of the whole layer, so that there is no other part
+        made = rows_of(first.change.factors, first.piece.source, first.piece.count)
+        assert made is not None and len(here) == 1
+        return made
     whole = _full(first.change)
     if len(here) == 1 and first.rows == slice(0, outputs(first.piece.layer)):
         return Entry(kind="dense", tensors={"delta": first.own(whole)})

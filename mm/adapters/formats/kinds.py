@@ -3,7 +3,8 @@
 Source of DoRA: Liu et al. 2024; of the products: `products`; of rotations: `rotations`.
 
 Design choices
-- A LoRA on linear layers stays a thin product. All else is computed exactly as a change of the weight, in fp32.
+- A LoRA on linear layers stays a thin product, and LoHa, LoKr, OFT and DoRA keep their factors there where each layer
+  has rows of its own. All else is computed exactly as a change of the weight, in fp32.
 - Shapes are compared with the model's before a product is computed, so that no file makes an allocation larger than the
   weights that it changes.
 - DoRA's magnitude lies along the outputs (peft, and LyCORIS for new files) or along the inputs (LyCORIS' first files:
@@ -15,20 +16,19 @@ Legend: N outputs, K inputs, r rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.entry import Entry
+from mm.adapters.factors import base_weight, rows_of, whole_change
 from mm.adapters.formats.layouts import Parts
-from mm.adapters.formats.names import Piece
-from mm.adapters.formats.products import full_change, matrices, product
-from mm.adapters.formats.rotations import turned
+from mm.adapters.formats.names import Piece, outputs
+from mm.adapters.formats.products import factored, full_change, matrices, product
+from mm.adapters.formats.rotations import blocks_of
 from mm.adapters.formats.settings import Strengths
 from mm.core.errors import UserError
-from mm.layers.linear import BranchedLinear
-from mm.layers.offloading import stored
-from mm.layers.originals import original_weight
 
 _LORA = {"down", "up"}
 KINDS = {
@@ -43,15 +43,21 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Change:
-    """What one name in a file stands for. `down` (r, K) and `up` (N, r) with `scale`, or `delta` in the weight's shape;
-    `bias` (N,). `kind` is for messages."""
+    """What one name in a file stands for. `down` (r, K) and `up` (N, r) with `scale`, or `factors` for the rows of all
+    its layers, or `delta` in the weight's shape; `bias` (N,). `kind` is for messages."""
 
     kind: str
     scale: float = 1.0
     down: Tensor | None = None
     up: Tensor | None = None
+    factors: Entry | None = None
     delta: Tensor | None = None
     bias: Tensor | None = None
+
+    @property
+    def of_weight(self) -> bool:
+        """Whether it acts in the weight."""
+        return self.factors is not None or self.delta is not None
 
 
 def change_of(module: str, parts: Parts, pieces: Sequence[Piece], strengths: Strengths) -> Change:
@@ -70,9 +76,7 @@ def change_of(module: str, parts: Parts, pieces: Sequence[Piece], strengths: Str
     kind = next((k for mark, k in KINDS.items() if any(part.startswith(mark) for part in tensors)), "LoRA")
     shape = _shape(module, pieces)
     if kind == "OFT":
-        weight = torch.cat([_base(piece).float() for piece in pieces])
-        delta = turned(module, parts, weight.cpu(), strengths.section_of(module))
-        return Change(kind=kind, delta=delta.to(torch.promote_types(_base_dtype(pieces), torch.bfloat16)))
+        return _weighed(kind, blocks_of(module, parts, shape, strengths.section_of(module)), pieces)
     _check_complete(module, parts)
     scale = strengths.of(module, _rank(tensors), float(tensors["alpha"]) if "alpha" in tensors else None)
     bias = _bias(module, parts, shape[0], scale)
@@ -82,6 +86,9 @@ def change_of(module: str, parts: Parts, pieces: Sequence[Piece], strengths: Str
         return Change(kind=kind, scale=scale, down=down, up=up, bias=bias)
     if not named:
         return Change(kind=kind, bias=bias)
+    factors = _factors(module, parts, shape, scale)
+    if factors is not None and fit(factors, pieces):
+        return Change(kind=kind, factors=factors, bias=bias)
     made = product(module, parts, shape)
     delta = torch.zeros(shape) if made is None else scale * made
     if "diff" in tensors:
@@ -89,8 +96,42 @@ def change_of(module: str, parts: Parts, pieces: Sequence[Piece], strengths: Str
     magnitude = tensors.get("magnitude", tensors.get("dora_scale"))
     if magnitude is not None:
         delta = _dora(module, parts, magnitude, delta, pieces)
-    dtype = torch.promote_types(_base_dtype(pieces), torch.bfloat16)
-    return Change(kind=kind, delta=delta.to(dtype), bias=bias)
+    return Change(kind=kind, delta=delta.to(_dtype_of_change(pieces)), bias=bias)
+
+
+def fit(factors: Entry, pieces: Sequence[Piece]) -> bool:
+    """Whether every layer can hold its rows in factors: it is a linear one that is changed as a whole."""
+    return all(
+        isinstance(piece.layer, nn.Linear)
+        and (piece.start, piece.count) == (0, outputs(piece.layer))
+        and rows_of(factors, piece.source, piece.count) is not None
+        for piece in pieces
+    )
+
+
+def _weighed(kind: str, factors: Entry, pieces: Sequence[Piece]) -> Change:
+    """A change in factors, or where the layers cannot hold these the change of their weights."""
+    if fit(factors, pieces):
+        return Change(kind=kind, factors=factors)
+    weight = torch.cat([_base(piece).float().cpu() for piece in pieces])
+    delta = whole_change(factors, weight.flatten(1)).view(weight.shape)
+    return Change(kind=kind, delta=delta.to(_dtype_of_change(pieces)))
+
+
+def _factors(module: str, parts: Parts, shape: tuple[int, ...], scale: float) -> Entry | None:
+    """The entry that holds an adapter's factors; None where there is no kind for them."""
+    t = parts.tensors
+    magnitude = t.get("magnitude", t.get("dora_scale"))
+    if "diff" in t or "mid" in t:
+        return None
+    if magnitude is None:
+        made = factored(module, parts, shape)
+        return None if made is None else replace(made, scale=scale)
+    if "down" not in t or len(shape) != 2 or magnitude.numel() != shape[0] or _along_inputs(parts, magnitude, shape[0]):
+        return None
+    down, up = matrices(module, parts, shape)
+    tensors = {"down": down, "up": scale * up.float(), "magnitude": magnitude.flatten()}
+    return Entry(kind="dora", tensors=tensors)
 
 
 def _shape(module: str, pieces: Sequence[Piece]) -> tuple[int, ...]:
@@ -154,23 +195,21 @@ def _bias(module: str, parts: Parts, outputs: int, scale: float) -> Tensor | Non
     return sum((tensor.flatten() for tensor, _ in found), torch.zeros(outputs)) if found else None
 
 
-def _base_dtype(pieces: Sequence[Piece]) -> torch.dtype:
+def _dtype_of_change(pieces: Sequence[Piece]) -> torch.dtype:
+    """That of the layers, or bfloat16 where that is wider."""
     weight = pieces[0].layer._parameters.get("weight")
-    return weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
+    own = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
+    return torch.promote_types(own, torch.bfloat16)
 
 
 def _base(piece: Piece) -> Tensor:
-    """The rows' weight before any patch; of a quantized layer what its base computes with."""
-    layer = piece.layer
-    if isinstance(layer, BranchedLinear) and layer.bits != 16:
-        whole = layer.base_weight(torch.float32)
-    else:
-        kept = original_weight(layer)
-        found = stored(layer, "weight") if kept is None else kept
-        if found is None or not found.is_floating_point() or found.shape[1:] != _tail(layer):
-            raise UserError(f"{piece.path} has no plain weight ({type(layer).__name__}), which this adapter needs")
-        whole = found
-    return whole.detach()[piece.start : piece.start + piece.count]
+    """The rows' weight before any patch."""
+    return base_weight(piece.layer, piece.path)[piece.start : piece.start + piece.count]
+
+
+def _along_inputs(parts: Parts, magnitude: Tensor, outputs: int) -> bool:
+    """Whether a magnitude is LyCORIS' first form: a leading 1, and a value for each input."""
+    return "magnitude" not in parts.tensors and magnitude.ndim > 1 and magnitude.shape[0] == 1 and outputs != 1
 
 
 def _dora(module: str, parts: Parts, magnitude: Tensor, delta: Tensor, pieces: Sequence[Piece]) -> Tensor:
@@ -178,7 +217,7 @@ def _dora(module: str, parts: Parts, magnitude: Tensor, delta: Tensor, pieces: S
     merged = weight + delta
     part = "magnitude" if "magnitude" in parts.tensors else "dora_scale"
     outputs, inputs = merged.shape[0], merged.shape[1] if merged.ndim > 1 else 0
-    along_inputs = part == "dora_scale" and magnitude.ndim > 1 and magnitude.shape[0] == 1 and outputs != 1
+    along_inputs = _along_inputs(parts, magnitude, outputs)
     if magnitude.numel() != (inputs if along_inputs else outputs):
         raise UserError(
             f"{parts.keys[part]!r} has shape {tuple(magnitude.shape)}; {module} has {outputs} outputs and {inputs} "

@@ -12,10 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+from mm.adapters.entry import Entry
 from mm.adapters.formats.layouts import Parts
 from mm.core.errors import UserError
 
 Shape = tuple[int, ...]
+_CORE = ("lokr_t2", "lokr_w2_a", "lokr_w2_b")
 
 
 def full_change(module: str, parts: Parts, shape: Shape) -> Tensor:
@@ -70,11 +72,17 @@ def product(module: str, parts: Parts, shape: Shape) -> Tensor | None:
 
 
 def _pair(module: str, parts: Parts, stem: str, shape: Shape) -> Tensor:
+    _check_pair(module, parts, stem, shape)
+    a, b = (parts.tensors[f"{stem}_{side}"] for side in "ab")
+    return (a.float() @ b.float()).reshape(shape)
+
+
+def _check_pair(module: str, parts: Parts, stem: str, shape: Shape) -> None:
+    """Raises UserError where two matrices make no weight of that shape."""
     a, b = (parts.tensors[f"{stem}_{side}"] for side in "ab")
     if _pair_shape(parts, stem) != (shape[0], math.prod(shape[1:])):
         key = parts.keys[f"{stem}_a"]
         raise UserError(f"{key!r} {tuple(a.shape)} and {tuple(b.shape)} make no weight of {module}, {shape} here")
-    return (a.float() @ b.float()).reshape(shape)
 
 
 def _pair_shape(parts: Parts, stem: str) -> Shape:
@@ -109,22 +117,50 @@ def _tucker_shape(parts: Parts, names: tuple[str, str, str]) -> Shape:
 
 def _lokr(module: str, parts: Parts, shape: Shape) -> Tensor:
     """The Kronecker product of two factors, each whole or a product itself."""
-    core = ("lokr_t2", "lokr_w2_a", "lokr_w2_b")
+    _check_lokr(module, parts, shape)
+    t = {part: tensor.float() for part, tensor in parts.tensors.items()}
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_w2" in t:
+        w2 = t["lokr_w2"]
+    else:
+        w2 = _tucker(module, parts, _CORE, None) if "lokr_t2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
+    # torch.kron views its result, which the strides of a product in Tucker form do not allow
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous()).reshape(shape)
+
+
+def _check_lokr(module: str, parts: Parts, shape: Shape) -> None:
+    """Raises UserError where the factors make no weight of that shape."""
     have = parts.tensors
     one = tuple(have["lokr_w1"].shape) if "lokr_w1" in have else _pair_shape(parts, "lokr_w1")
     if "lokr_w2" in have:
         two = tuple(have["lokr_w2"].shape)
     else:
-        two = _tucker_shape(parts, core) if "lokr_t2" in have else _pair_shape(parts, "lokr_w2")
+        two = _tucker_shape(parts, _CORE) if "lokr_t2" in have else _pair_shape(parts, "lokr_w2")
     fits = len(one) == 2 and len(two) >= 2 and one[0] * two[0] == shape[0]
     if not fits or math.prod(one) * math.prod(two) != math.prod(shape):
         first = next(key for part, key in parts.keys.items() if part.startswith("lokr_"))
         raise UserError(f"{first!r}: factors of {one} and {two} make no weight of {module}, {shape} here")
-    t = {part: tensor.float() for part, tensor in have.items()}
-    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-    if "lokr_w2" in t:
-        w2 = t["lokr_w2"]
-    else:
-        w2 = _tucker(module, parts, core, None) if "lokr_t2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
-    # torch.kron views its result, which the strides of a product in Tucker form do not allow
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous()).reshape(shape)
+
+
+def factored(module: str, parts: Parts, shape: Shape) -> Entry | None:
+    """A LoHa or LoKr of a matrix as an entry that holds its factors; None for other adapters, and Tucker's form.
+
+    Raises:
+        UserError: where tensors do not make a change of that shape.
+    """
+    t = parts.tensors
+    if len(shape) != 2 or {"hada_t1", "lokr_t2"} & set(t):
+        return None
+    if "hada_w1_a" in t:
+        for stem in ("hada_w1", "hada_w2"):
+            _check_pair(module, parts, stem, shape)
+        return Entry(kind="hadamard", tensors={part: t[f"hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b")})
+    if not any(part.startswith("lokr_") for part in t):
+        return None
+    _check_lokr(module, parts, shape)
+    first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"].float() @ t["lokr_w1_b"].float()
+    if "lokr_w2" not in t:
+        tensors = {"first": first, "up": t["lokr_w2_a"], "down": t["lokr_w2_b"]}
+        return Entry(kind="kron_product", tensors=tensors)
+    second = t["lokr_w2"].flatten(1)
+    return Entry(kind="kron", tensors={"first": first, "second": second}) if first.ndim == 2 else None

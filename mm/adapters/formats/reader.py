@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mm.adapters.factors import WHOLE
 from mm.adapters.formats.assemble import Part, entries_of
-from mm.adapters.formats.kinds import change_of
+from mm.adapters.formats.kinds import Change, change_of
 from mm.adapters.formats.layouts import Parts, grouped, is_lora
 from mm.adapters.formats.names import Names, Piece
 from mm.adapters.formats.settings import Strengths
@@ -72,7 +73,7 @@ def _patch(given: Source, target: Any, name: str, truncate_to: int | None) -> Pa
     parts: list[Part] = []
     for module, own in modules.items():
         change = change_of(module, own, places[module], strengths)
-        _check_bits(module, change.kind, change.delta, places[module], truncate_to)
+        _check_bits(module, change, places[module], truncate_to)
         parts += [Part(module=module, piece=piece, change=change) for piece in places[module]]
     entries = entries_of(parts) | rows
     kinds = sorted({part.change.kind.lower() for part in parts} | ({"textual-inversion"} if rows else set()))
@@ -159,16 +160,17 @@ def _places(modules: Mapping[str, Parts], target: Any) -> dict[str, tuple[Piece,
     return {module: pieces for module, pieces in found.items() if pieces is not None}
 
 
-def _check_bits(module: str, kind: str, delta: Tensor | None, pieces: Sequence[Piece], truncate_to: int | None) -> None:
+def _check_bits(module: str, change: Change, pieces: Sequence[Piece], truncate_to: int | None) -> None:
     """Raises where a change of a whole weight meets a quantized one."""
-    if delta is None or truncate_to is not None:
+    if not change.of_weight or truncate_to is not None:
         return
     for piece in pieces:
         if isinstance(piece.layer, BranchedLinear) and piece.layer.bits != 16:
             raise UserError(
-                f"{module} is {kind}: it changes the whole weight of {piece.path}, which has {piece.layer.bits}-bit "
-                "weights here; give truncate_to=RANK to take the nearest LoRA (what is lost is printed). The commands "
-                "take the patch that mm.read_lora(FILE, MODEL, truncate_to=RANK).save(...) writes"
+                f"{module} is {change.kind}: it changes the whole weight of {piece.path}, which has "
+                f"{piece.layer.bits}-bit weights here; give truncate_to=RANK to take the nearest LoRA (what is lost "
+                "is printed). The commands take the patch that mm.read_lora(FILE, MODEL, truncate_to=RANK).save(...) "
+                "writes"
             )
 
 
@@ -178,12 +180,12 @@ def _truncated(patch: Patch, target: Any, rank: int) -> Patch:
 
     def linear(path: str, entry: Entry) -> bool:
         spot = locate(roots, path)
-        return entry.kind == "dense" and spot is not None and isinstance(submodule(*spot), nn.Linear)
+        return entry.kind in WHOLE and spot is not None and isinstance(submodule(*spot), nn.Linear)
 
     cut = {path: entry for path, entry in patch.entries.items() if linear(path, entry)}
     if not cut:
         return patch
-    made = Patch(entries=cut, name=patch.name).truncated(rank)
+    made = Patch(entries=cut, name=patch.name).truncated(rank, target)
     patch.entries |= made.entries
     patch.report |= made.report
     return patch

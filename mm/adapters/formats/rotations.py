@@ -1,4 +1,4 @@
-"""Weights turned by orthogonal adapters (OFT), computed in fp32 once the shapes fit.
+"""The blocks by which orthogonal adapters (OFT) turn a weight, computed in fp32 once the shapes fit.
 
 Sources: Qiu et al. 2023, OFT, arXiv 2306.07280. A block's rotation comes from a skew-symmetric matrix Q by Cayley's
 transform. Files differ in the rest:
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.adapters.entry import Entry
 from mm.adapters.formats.layouts import Parts
 from mm.core.errors import UserError
 
@@ -29,13 +30,13 @@ PARTS = {"oft_R", "oft_blocks", "rescale"}
 _TERMS = 5  # of peft's series, by default
 
 
-def turned(module: str, parts: Parts, weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """The change W' - W of a weight, in its shape.
+def blocks_of(module: str, parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]) -> Entry:
+    """The blocks of a matrix B, W' - W = W B or B W, as an entry of the kind that says which.
 
     Args:
         module: its name in the file.
         parts: its tensors.
-        weight: of the layer, before any patch.
+        shape: of the layer's weight.
         settings: peft's, for the module.
 
     Raises:
@@ -44,20 +45,16 @@ def turned(module: str, parts: Parts, weight: Tensor, settings: Mapping[str, Any
     extra = set(parts.tensors) - PARTS - {"alpha"}
     if extra or len(PARTS & set(parts.tensors) - {"rescale"}) != 1:
         raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
-    flat = weight.float().flatten(1)
     if "oft_R" in parts.tensors:
-        made = _inputs_turned(module, parts, flat, weight, settings)
-    else:
-        made = _outputs_turned(module, parts, flat)
-    return (made - flat).view(weight.shape)
+        return Entry(kind="input_blocks", tensors={"blocks": _of_inputs(module, parts, shape, settings)})
+    return Entry(kind="output_blocks", tensors={"blocks": _of_outputs(module, parts, shape[0])})
 
 
-def _inputs_turned(
-    module: str, parts: Parts, flat_NK: Tensor, weight: Tensor, settings: Mapping[str, Any]
-) -> Tensor:  # fmt: skip
+def _of_inputs(module: str, parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]) -> Tensor:
+    """R^T - I of each block of inputs."""
     if "alpha" in parts.tensors or "rescale" in parts.tensors:
         raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
-    if math.prod(weight.shape[2:]) > 1:
+    if math.prod(shape[2:]) > 1:
         raise UserError(f"{module} is a convolution over several pixels, whose inputs peft's OFT turns apart; not read")
     neumann, terms = settings.get("use_cayley_neumann"), settings.get("num_cayley_neumann_terms", _TERMS)
     if not isinstance(neumann, bool) or isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= 64:
@@ -67,20 +64,31 @@ def _inputs_turned(
         )
     rows, key = parts.tensors["oft_R"].float(), parts.keys["oft_R"]
     side = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2
-    inputs = flat_NK.shape[1]
+    inputs = math.prod(shape[1:])
     shared = rows.ndim == 2 and len(rows) == 1 and side != inputs
     if rows.ndim != 2 or side * (side - 1) // 2 != rows.shape[1] or inputs % side or (
         not shared and len(rows) * side != inputs
     ):  # fmt: skip
         raise UserError(f"{key!r} has shape {tuple(rows.shape)}, and {module} has {inputs} inputs here")
+    return turning_inputs(rows, neumann=neumann, terms=terms).expand(inputs // side, -1, -1).contiguous()
+
+
+def turning_inputs(rows: Tensor, *, neumann: bool, terms: int = _TERMS) -> Tensor:
+    """R^T - I (r, b, b) of peft's blocks: W (I + it) is the weight whose inputs are turned.
+
+    Args:
+        rows: of the upper triangles of Q, (r, b (b - 1) / 2).
+        neumann: whether R is peft's series in place of Cayley's transform.
+        terms: of the series.
+    """
+    side = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2
     upper = torch.triu_indices(side, side, 1)
     skew = torch.zeros(len(rows), side, side)
     skew[:, upper[0], upper[1]] = rows
     skew = skew - skew.transpose(1, 2)
     eye = torch.eye(side)
     rotation = _series(skew, terms) if neumann else torch.linalg.solve(eye + skew, eye - skew, left=False)
-    rotation = rotation.expand(inputs // side, -1, -1)
-    return torch.einsum("nrk,rjk->nrj", flat_NK.unflatten(1, (-1, side)), rotation).flatten(1)
+    return rotation.transpose(1, 2) - eye
 
 
 def _series(skew: Tensor, terms: int) -> Tensor:
@@ -93,8 +101,9 @@ def _series(skew: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _outputs_turned(module: str, parts: Parts, flat_NK: Tensor) -> Tensor:
-    blocks, key, outputs = parts.tensors["oft_blocks"].float(), parts.keys["oft_blocks"], len(flat_NK)
+def _of_outputs(module: str, parts: Parts, outputs: int) -> Tensor:
+    """R^T - I of each block of outputs, or with scales s of outputs s R^T - I."""
+    blocks, key = parts.tensors["oft_blocks"].float(), parts.keys["oft_blocks"]
     if blocks.ndim == 4:
         raise UserError(f"{key!r} is of a BOFT of LyCORIS (shape {tuple(blocks.shape)}), which mm does not apply")
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[0] * blocks.shape[1] != outputs:
@@ -106,12 +115,12 @@ def _outputs_turned(module: str, parts: Parts, flat_NK: Tensor) -> Tensor:
         skew = skew * (min(norm, max(0.0, alpha) * outputs) + 1e-8) / (norm + 1e-8)
     eye = torch.eye(blocks.shape[1])
     rotation = torch.linalg.solve(eye - skew, eye + skew, left=False)
-    made = torch.einsum("knm,kni->kmi", rotation, flat_NK.unflatten(0, (len(blocks), -1))).flatten(0, 1)
+    made = rotation.transpose(1, 2)
     if "rescale" not in parts.tensors:
-        return made
+        return made - eye
     scale = parts.tensors["rescale"].float()
     if scale.numel() != outputs:
         raise UserError(
             f"{parts.keys['rescale']!r} has shape {tuple(scale.shape)}; {module} has {outputs} outputs here"
         )
-    return made * scale.view(-1, 1)
+    return made * scale.view(len(blocks), -1, 1) - eye

@@ -6,8 +6,9 @@ Design choices
   differ.
 - Two files that belong together (an adapter and its settings) are written both or not at all, and settings that belong
   to another adapter are not replaced.
-- Changes of a whole weight and of a bias go into LyCORIS' `diff` and `diff_b`, which kohya's layout and ComfyUI's know;
-  the others hold a bias beside a product only. What a layout cannot hold is an error, and nothing is written then.
+- Changes of a whole weight and of a bias go into LyCORIS' keys, factors as factors and others as `diff` and `diff_b`,
+  which kohya's layout and ComfyUI's know; the others hold a bias beside a product only, and diffusers' and peft's DoRA.
+  What a layout cannot hold is an error, and nothing is written then.
 - kohya's scripts and ComfyUI call some families' layers by their original names, with q, k and v in one. The model says
   which: such a layer is written whole, rows without a change as zeros.
 """
@@ -22,8 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mm.adapters.factors import WHOLE
 from mm.adapters.formats.family_names import TABLES
-from mm.adapters.formats.names import DENOISERS, Names, Piece
+from mm.adapters.formats.lycoris import WeightOf, dense_of, lycoris_tensors, weights_of
+from mm.adapters.formats.names import DENOISERS, Names, Piece, outputs
 from mm.adapters.patch import Entry, Patch
 from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError
@@ -45,11 +48,12 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
     """Writes a patch for another program.
 
     Args:
-        patch: of low-rank entries for all tokens; kohya's and ComfyUI's layout also take dense and bias entries.
+        patch: of low-rank entries for all tokens; kohya's and ComfyUI's layout also take changes of whole weights and
+            biases, diffusers' and peft's DoRA.
         path: the file; one that is there is replaced, as a whole. Layout "peft" writes `adapter_config.json` beside it.
         layout: "diffusers", "peft", "kohya" or "comfyui".
         target: the model or pipeline of the patch. The last two layouts need it where they call a family's layers by
-            other names (FLUX, SD3, Z-Image, Wan); "comfyui" always does.
+            other names (FLUX, SD3, Z-Image, Wan), and for OFT; "comfyui" always does.
 
     Raises:
         UserError: for what the layout cannot hold; nothing is written then.
@@ -72,7 +76,7 @@ def lora_tensors(patch: Patch, layout: Layout, target: Any = None) -> tuple[dict
     if not patch.entries:
         raise UserError("the patch is empty; there is nothing to write")
     for where, entry in patch.entries.items():
-        if entry.kind not in ("lowrank", "dense", "bias") or entry.scope:
+        if entry.kind not in ("lowrank", "bias", *WHOLE) or entry.scope:
             what = f"a branch for {entry.scope} tokens only" if entry.scope else f"an entry of kind {entry.kind!r}"
             raise UserError(f"{where} is {what}, which no LoRA file holds; truncate the patch first")
     if layout == "comfyui" and target is None:
@@ -119,7 +123,8 @@ def _plain(patch: Patch, layout: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for where, entry in patch.entries.items():
         product = patch.entries.get(where.removesuffix(".bias"))
-        if entry.kind == "dense" or (entry.kind == "bias" and (product is None or product.kind != "lowrank")):
+        plain = entry.kind == "lowrank" or (entry.kind == "dora" and entry.scale == 1)
+        if not plain and not (entry.kind == "bias" and product is not None and product.kind == "lowrank"):
             raise UserError(
                 f"{where} is an entry of kind {entry.kind!r}, which {layout}'s layout does not hold; write layout "
                 "'kohya' or 'comfyui', or truncate the patch first"
@@ -131,6 +136,8 @@ def _plain(patch: Patch, layout: str) -> dict[str, Tensor]:
         else:
             out[f"{stem}.lora_A.weight"] = entry.tensors["down"]
             out[f"{stem}.lora_B.weight"] = entry.scale * entry.tensors["up"]
+            if entry.kind == "dora":
+                out[f"{stem}.lora_magnitude_vector"] = entry.tensors["magnitude"]
     return out
 
 
@@ -143,6 +150,8 @@ def _config(tensors: Mapping[str, Tensor]) -> str:
     others = {f"^{name}": rank for name, rank in ranks.items() if rank != most}
     config = {"peft_type": "LORA", "r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
     config |= {"target_modules": sorted(ranks), "lora_bias": any(k.endswith(".lora_B.bias") for k in tensors)}
+    if any(k.endswith(".lora_magnitude_vector") for k in tensors):
+        config["use_dora"] = True
     return json.dumps(config, indent=2)
 
 
@@ -151,17 +160,20 @@ def _config(tensors: Mapping[str, Tensor]) -> str:
 
 def _flat(patch: Patch, layout: str, target: Any) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    named = list(_named(patch, target))
-    most = max((len(entry.tensors["down"]) for _, _, entry in named if entry.kind == "lowrank"), default=1)
-    for component, name, entry in named:
+    weight_of = weights_of(target)
+    named = list(_named(patch, target, weight_of))
+    most = max((len(entry.tensors["down"]) for *_, entry in named if entry.kind == "lowrank"), default=1)
+    for component, name, where, entry in named:
         stem = _stem(component, name, layout)
         if entry.kind == "lowrank":
             rank = len(entry.tensors["down"])
             out[f"{stem}.lora_down.weight"] = entry.tensors["down"]
             out[f"{stem}.lora_up.weight"] = entry.scale * rank / most * entry.tensors["up"]
             out[f"{stem}.alpha"] = torch.tensor(float(most))
+        elif entry.kind == "bias":
+            out[f"{stem}.diff_b"] = entry.scale * entry.tensors["delta"]
         else:
-            out[f"{stem}.{'diff_b' if entry.kind == 'bias' else 'diff'}"] = entry.scale * entry.tensors["delta"]
+            out |= {f"{stem}.{end}": tensor for end, tensor in lycoris_tensors(entry, where, weight_of).items()}
     return out
 
 
@@ -176,8 +188,8 @@ def _stem(component: str, name: str, layout: str) -> str:
     return _COMFYUI.get(component, "diffusion_model.") + name
 
 
-def _named(patch: Patch, target: Any) -> Iterator[tuple[str, str, Entry]]:
-    """Component, name in the original code and entry; layers that are one there are joined."""
+def _named(patch: Patch, target: Any, weight_of: WeightOf) -> Iterator[tuple[str, str, str, Entry]]:
+    """Component, name in the original code, path here and entry; layers that are one there are joined."""
     originals = {} if target is None else _originals(target)
     names = None if target is None else Names(target)
     done: set[tuple[str, str, str]] = set()
@@ -186,14 +198,15 @@ def _named(patch: Patch, target: Any) -> Iterator[tuple[str, str, Entry]]:
         component, below = _split(where.removesuffix(".bias") if bias else where)
         foreign = originals.get((component, below))
         if foreign is None or names is None:
-            yield component, below, entry
+            yield component, below, where, entry
             continue
         key = (component, foreign, "bias" if bias else "weight")
         if key in done:
             continue
         done.add(key)
         pieces = names.find(f"{component}.{foreign}".strip(".")) or ()
-        yield component, foreign, _joined(patch, pieces, bias, foreign)
+        alone = len(pieces) == 1 and pieces[0].count == outputs(pieces[0].layer)
+        yield component, foreign, where, entry if alone else _joined(patch, pieces, bias, foreign, weight_of)
 
 
 def _originals(target: Any) -> dict[tuple[str, str], str]:
@@ -210,7 +223,7 @@ def _originals(target: Any) -> dict[tuple[str, str], str]:
     return found
 
 
-def _joined(patch: Patch, pieces: tuple[Piece, ...], bias: bool, foreign: str) -> Entry:
+def _joined(patch: Patch, pieces: tuple[Piece, ...], bias: bool, foreign: str, weight_of: WeightOf) -> Entry:
     """One entry for a layer of the original code from those of the layers it stands for here."""
     suffix = ".bias" if bias else ""
     here = [
@@ -220,14 +233,16 @@ def _joined(patch: Patch, pieces: tuple[Piece, ...], bias: bool, foreign: str) -
     kinds = {entry.kind for _, entry in here}
     if kinds == {"lowrank"}:
         return _joined_product(here, total)
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not kinds <= set(WHOLE):
         raise UserError(f"{foreign} is one layer in this layout, and its parts have entries of kinds {sorted(kinds)}")
-    first = here[0][1].tensors["delta"]
-    delta = torch.zeros(total, *first.shape[1:], dtype=first.dtype)
+    delta: Tensor | None = None
     for piece, entry in here:
-        rows = slice(piece.start, piece.start + piece.count)
-        delta[piece.source : piece.source + piece.count] = entry.scale * entry.tensors["delta"][rows]
-    return Entry(kind=here[0][1].kind, tensors={"delta": delta})
+        own = entry.scale * entry.tensors["delta"] if bias else dense_of(entry, piece.path, weight_of)
+        if delta is None:
+            delta = torch.zeros(total, *own.shape[1:], dtype=own.dtype)
+        delta[piece.source : piece.source + piece.count] = own[piece.start : piece.start + piece.count]
+    assert delta is not None
+    return Entry(kind="bias" if bias else "dense", tensors={"delta": delta})
 
 
 def _joined_product(here: list[tuple[Piece, Entry]], total: int) -> Entry:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mm.adapters.entry import Entry
+from mm.adapters.factors import FACTORED, OF_WEIGHT, WHOLE, whole_change
 from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.checks import check_kind, given
@@ -56,8 +57,8 @@ def merge(
             keep the sum of the ranks, and take none.
         seed: of DARE's choice, and of what "regmean" and "distill" draw.
         name: of the result.
-        pipe: the model, which "regmean" and "distill" draw with; it is unchanged afterwards. The other methods take
-            none.
+        pipe: the model, which "regmean" and "distill" draw with; it is unchanged afterwards. The other methods need it
+            only where two adapters change a layer and one is a DoRA or OFT, whose change depends on the weights.
         words: what each adapter's subject is called in prompts; None takes what the adapters say. For "regmean" and
             "distill" alone.
         steps: of sampling for these; None takes the pipeline's own.
@@ -76,6 +77,8 @@ def merge(
         with_model=pipe is not None, updates=updates,
     )  # fmt: skip
     _check_patches(patches, config)
+    if pipe is not None:
+        patches = [patch.expanded(pipe) for patch in patches]
     if method == "orthogonal":
         _check_orthogonal(patches)
     called: Sequence[str] = ()
@@ -211,7 +214,7 @@ def _changes(entry: Entry) -> bool:
     if entry.kind == "rotation":
         rotation = entry.tensors["rotation"]
         return not torch.equal(rotation, torch.eye(len(rotation)).to(rotation))
-    return all(bool(tensor.any()) for tensor in entry.tensors.values())
+    return all(bool(tensor.any()) for tensor in entry.tensors.values() if tensor.is_floating_point())
 
 
 def _same(one: Mapping[str, Entry], other: Mapping[str, Entry]) -> bool:
@@ -232,7 +235,7 @@ def _regressed(
         raise UserError(f"{path} has changes of shapes {sorted(shapes)}; the adapters are for different models")
     deltas = [None if e is None else weight * _delta(e) for e, weight in zip(here, config.each, strict=True)]
     low = [len(entry.tensors["down"]) for entry in here if entry is not None and entry.kind == "lowrank"]
-    dense = any(entry is not None and entry.kind == "dense" for entry in here)
+    dense = any(entry is not None and entry.kind in WHOLE for entry in here)
     made = moments.merged(path, deltas, config.rank or (None if dense else sum(low)))
     tensors = {"down": made.down.to(torch.float16), "up": made.up.to(torch.float16)}
     return Entry(kind="lowrank", tensors=tensors), round(made.lost, 4), round(made.error, 4)
@@ -244,6 +247,11 @@ def _combined(path: str, here: Sequence[tuple[Entry, float]], config: MergeConfi
     kinds, scopes = {entry.kind for entry, _ in here}, {entry.scope for entry, _ in here}
     if "rotation" in kinds and len(here) > 1:
         raise UserError(f"{path} is a rotation, which no sum holds; truncate that patch first")
+    if len(here) > 1 and (found := kinds & set(OF_WEIGHT)):
+        raise UserError(
+            f"{path} is changed by several adapters, and one is of a kind ({min(found)}) whose change depends on the "
+            "model's weights; give the model (pipe=..., --model)"
+        )
     if len(scopes) > 1:
         raise UserError(f"{path} is changed for all tokens by one adapter and for some by another; they do not add up")
     if kinds == {"rows"}:
@@ -255,7 +263,7 @@ def _combined(path: str, here: Sequence[tuple[Entry, float]], config: MergeConfi
                 "out"
             )
         return Entry(kind="rows", tensors=tensors), 0.0
-    if kinds == {"rotation"}:
+    if len(here) == 1 and first.kind in ("rotation", *FACTORED):
         return replace(first, scale=first.scale * here[0][1]), 0.0
     if kinds == {"lowrank"} and (config.method not in CUTTING or len(here) == 1):
         return _stacked([(e, w) for e, w in here]), 0.0
@@ -288,7 +296,9 @@ def _stacked(here: Sequence[tuple[Entry, float]]) -> Entry:
 def _delta(entry: Entry) -> Tensor:
     if entry.kind == "lowrank":
         return entry.scale * entry.tensors["up"].float() @ entry.tensors["down"].float()
-    return entry.scale * entry.tensors["delta"].float()
+    if entry.kind == "bias":
+        return entry.scale * entry.tensors["delta"].float()
+    return entry.scale * whole_change(entry).float()
 
 
 def _check_orthogonal(patches: Sequence[Patch]) -> None:

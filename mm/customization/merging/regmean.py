@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mm.adapters.acting import acting
 from mm.adapters.entry import Entry
+from mm.adapters.factors import WHOLE, shape_of
 from mm.adapters.patch import Patch
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective, objective_of
@@ -122,7 +123,9 @@ class Moments:
 
 def mergeable(entry: Entry) -> bool:
     """Whether an entry is a change of a linear layer's weight for all tokens."""
-    return entry.kind in ("lowrank", "dense") and not entry.scope and all(t.ndim == 2 for t in entry.tensors.values())
+    if entry.kind in WHOLE:
+        return len(shape_of(entry)) == 2
+    return entry.kind == "lowrank" and not entry.scope
 
 
 def cut_in(delta_NK: Tensor, metric_KK: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

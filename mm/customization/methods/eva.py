@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,11 +61,13 @@ def directions(job: Job) -> dict[str, Tensor]:
         config = LoraConfig(
             r=s["rank"], target_modules=mine, init_lora_weights="eva", eva_config=EvaConfig(rho=s["rho"], tau=s["tau"])
         )
-        made = get_eva_state_dict(
-            roots_of(objective.pipe).get(part, root), batches, peft_config=config,
-            forward_fn=lambda _, batch: _predicted(objective, batch),
-            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=_inputs, show_progress_bar=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "input of type .* could not be moved")  # captions need no device
+            made = get_eva_state_dict(
+                roots_of(objective.pipe).get(part, root), batches, peft_config=config,
+                forward_fn=lambda _, batch: _predicted(objective, batch),
+                prepare_model_inputs_fn=None, prepare_layer_inputs_fn=_inputs, show_progress_bar=False,
+            )  # fmt: skip
         for below, rows in made.items():
             if len(rows):
                 found[f"{part}.{below}"] = rows.float().cpu()

@@ -4,9 +4,8 @@ Sources: Hu et al. 2021 (arXiv 2106.09685), Liu et al. 2024 (2402.09353, DoRA), 
 et al. 2023 (2309.14859, LyCORIS' LoKr and LoHa), Bhardwaj et al. 2024 (2406.13175, SHiRA).
 
 Design choices
-- What was learned is read off the layers themselves, as the change of the map that they compute: exact for every tuner.
-  LoRA becomes products; the others change whole weights, and go onto 16-bit layers as they are.
-- Tensors in peft's own form are kept beside that: of LoKr and LoHa they are a hundredth of the size.
+- LoRA becomes products. The others change whole weights, in their own factors, and go onto 16-bit layers as they are.
+- Tensors by peft's own names are kept beside that, for its layout.
 
 Legend: N outputs, K inputs.
 """
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
+from mm.customization.methods.peft_factors import ADAPTER, FACTORS
 from mm.customization.methods.protocol import Job, Learner, sites_of, with_word
 from mm.customization.pieces import check_whole
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import branched, roots_of, submodule, swap
 
-ADAPTER = "mm_training"
 _PRODUCTS = ("lora", "adalora")  # the others change whole weights
 
 
@@ -46,6 +45,7 @@ class PeftAdapters:
             check_whole(self.roots, self.paths, "a method of products (dreambooth, lora), or learn on the 16-bit model")
         if kind == "shira":
             _check_sparse(self.roots, self.paths, job.settings["rank"])
+            torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns where this is not set
         try:
             self._wrap(job)
         except BaseException:
@@ -98,28 +98,13 @@ class PeftAdapters:
         out = {}
         for path in self.paths:
             layer = self._layer(path)
-            if self.kind == "lora":
+            if self.kind in _PRODUCTS:
                 down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
                 tensors = {"down": down.cpu().half().clone(), "up": up.cpu().half().clone()}
                 out[path] = Entry(kind="lowrank", tensors=tensors, scale=float(layer.scaling[ADAPTER]))
             else:
-                out[path] = Entry(kind="dense", tensors={"delta": self._change(layer).cpu()})
+                out[path] = FACTORS[self.kind](layer)
         return out
-
-    def _change(self, layer: Any) -> Tensor:
-        """W' - W, from what the layer makes of the unit vectors with and without the adapter."""
-        base = layer.get_base_layer()
-        if self.kind == "shira":  # peft's layer takes inputs of the weight's own type alone
-            sparse: Tensor = layer.get_delta_weight(ADAPTER)
-            return sparse.to_dense().float()
-        unit = torch.eye(base.in_features, device=base.weight.device)
-        with_it = layer(unit).float()
-        layer._disable_adapters = True
-        try:
-            without = layer(unit).float()
-        finally:
-            layer._disable_adapters = False
-        return (with_it - without).T.contiguous()
 
     def native(self) -> dict[str, Tensor]:
         """Tensors in peft's layout, by component."""
