@@ -15,7 +15,7 @@ from mm.layers.linear import Scope
 
 Kind = Literal[
     "lowrank", "rows", "dense", "rotation", "bias", "hadamard", "kron", "kron_product", "sparse", "dora",
-    "input_blocks", "output_blocks",
+    "oft", "output_blocks",
 ]  # fmt: skip
 PARTS: dict[str, tuple[str, ...]] = {
     "lowrank": ("down", "up"),
@@ -28,14 +28,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "kron_product": ("first", "up", "down"),
     "sparse": ("indices", "values", "size"),
     "dora": ("down", "up", "magnitude"),
-    "input_blocks": ("blocks",),
+    "oft": ("skew", "terms"),
     "output_blocks": ("blocks",),
 }
-INTEGERS = ("ids", "indices", "size")  # tensors of whole numbers
+INTEGERS = ("ids", "indices", "size", "terms")  # tensors of whole numbers
 DIMS: dict[str, tuple[int, ...]] = {  # of tensors, by name
-    **dict.fromkeys(("down", "up", "rows", "rotation"), (2,)),
+    **dict.fromkeys(("down", "up", "rows", "rotation", "skew"), (2,)),
     **dict.fromkeys(("w1_a", "w1_b", "w2_a", "w2_b", "first", "second"), (2,)),
-    **dict.fromkeys(("ids", "indices", "values", "size", "magnitude"), (1,)),
+    **dict.fromkeys(("ids", "indices", "values", "size", "terms", "magnitude"), (1,)),
     "blocks": (3,),
     "delta": (1, 2, 3, 4, 5),  # of convolutions, too
 }
@@ -56,7 +56,9 @@ class Entry:
     - kron (LoKr): first, second; their Kronecker product. kron_product: the second one is up down
     - sparse (SHiRA): values (n,) at indices (n,) of the flattened weight, whose size (2,) is N, K
     - dora: down, up, magnitude (N,); W becomes magnitude (W + up down) / its rows' norms
-    - input_blocks, output_blocks (OFT): blocks (g, b, b) on the diagonal of a matrix B; the change is W B, or B W
+    - oft: skew (g, b (b - 1) / 2), the upper triangle of each block of inputs' Q, or one row for all blocks; terms (1,)
+      of the series that gives R, 0 for Cayley's transform (`mm.adapters.cayley`); W becomes W R^T
+    - output_blocks (OFT of outputs): blocks (g, b, b) on the diagonal of a matrix B; the change is B W
 
     The last three depend on W before any patch (`mm.adapters.factors`).
     """

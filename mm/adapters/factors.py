@@ -21,13 +21,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.cayley import side_of, turning
 from mm.adapters.entry import DIMS, Entry
 from mm.core.errors import UserError
 from mm.layers.linear import BranchedLinear
 from mm.layers.offloading import stored
 from mm.layers.originals import original_weight
 
-OF_WEIGHT = ("dora", "input_blocks", "output_blocks")  # kinds whose change depends on the weight
+OF_WEIGHT = ("dora", "oft", "output_blocks")  # kinds whose change depends on the weight
+MOST_TERMS = 64  # of a series for OFT
 FACTORED = ("hadamard", "kron", "kron_product", "sparse", *OF_WEIGHT)
 _PRODUCTS = {  # matrices that are multiplied, by kind
     "hadamard": (("w1_a", "w1_b"), ("w2_a", "w2_b")), "kron_product": (("up", "down"),), "dora": (("up", "down"),),
@@ -66,9 +68,11 @@ def whole_change(entry: Entry, weight: Tensor | None = None) -> Tensor:
         merged_NK = weight + t["up"] @ t["down"]
         norm_N1 = torch.linalg.vector_norm(merged_NK, dim=1, keepdim=True)
         return merged_NK * (t["magnitude"][:, None] / (norm_N1 + torch.finfo(dtype).tiny)) - weight
-    blocks = t["blocks"]
-    if entry.kind == "input_blocks":
+    if entry.kind == "oft":
+        blocks = turning(t["skew"], int(t["terms"]))
+        blocks = blocks.expand(weight.shape[1] // blocks.shape[1], -1, -1)
         return torch.einsum("ngk,gkj->ngj", weight.unflatten(1, (len(blocks), -1)), blocks).flatten(1)
+    blocks = t["blocks"]
     return torch.einsum("gmn,gnk->gmk", blocks, weight.unflatten(0, (len(blocks), -1))).flatten(0, 1)
 
 
@@ -87,15 +91,17 @@ def shape_of(entry: Entry) -> tuple[int | None, ...]:
         return tuple(entry.tensors["size"].tolist())
     if entry.kind == "dora":
         return (s["up"][0], s["down"][1])
-    side = s["blocks"][0] * s["blocks"][1]
-    return (None, side) if entry.kind == "input_blocks" else (side, None)
+    if entry.kind == "oft":  # one row stands for any number of blocks
+        return (None, None if s["skew"][0] == 1 else s["skew"][0] * side_of(s["skew"][1]))
+    return (s["blocks"][0] * s["blocks"][1], None)
 
 
 def shape_misfit(entry: Entry, shape: tuple[int, ...]) -> str:
     """Why an entry of a kind in `WHOLE` does not fit a weight of a shape; empty where it does."""
     got = shape_of(entry)
     if len(got) == len(shape) and all(one in (None, other) for one, other in zip(got, shape, strict=True)):
-        return ""
+        side = side_of(entry.tensors["skew"].shape[1]) if entry.kind == "oft" else 1
+        return f"blocks of {side} inputs, and the layer has {shape[1]}" if shape[-1] % side else ""
     return f"made for {tuple('any' if side is None else side for side in got)}, this needs {shape}"
 
 
@@ -114,8 +120,12 @@ def factors_misfit(entry: Entry) -> str:
         return f"factors of {(s['w1_a'][0], s['w1_b'][1])} and {(s['w2_a'][0], s['w2_b'][1])}, which are not multiplied"
     if entry.kind == "dora" and s["magnitude"][0] != s["up"][0]:
         return f"{s['magnitude'][0]} magnitudes for {s['up'][0]} outputs"
-    if entry.kind in ("input_blocks", "output_blocks") and s["blocks"][1] != s["blocks"][2]:
+    if entry.kind == "output_blocks" and s["blocks"][1] != s["blocks"][2]:
         return f"blocks of shape {s['blocks']}, which are not square"
+    if entry.kind == "oft" and not side_of(s["skew"][1]):
+        return f"{s['skew'][1]} values a block, which are no triangle of a square"
+    if entry.kind == "oft" and (s["terms"] != [1] or not 0 <= int(entry.tensors["terms"]) <= MOST_TERMS):
+        return f"terms {entry.tensors['terms'].tolist()[:4]}, not one number from 0 to {MOST_TERMS}"
     return _sparse_misfit(entry) if entry.kind == "sparse" else ""
 
 
@@ -143,7 +153,7 @@ def rows_of(entry: Entry, start: int, count: int) -> Entry | None:
         made = t | {"w1_a": t["w1_a"][rows], "w2_a": t["w2_a"][rows]}
     elif entry.kind == "dora":
         made = t | {"up": t["up"][rows], "magnitude": t["magnitude"][rows]}
-    elif entry.kind == "input_blocks":
+    elif entry.kind == "oft":
         made = t
     elif entry.kind in ("kron", "kron_product"):
         each = len(t["second" if entry.kind == "kron" else "up"])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from mm.core.checks import texts
 from mm.customization.batches import Batches
@@ -41,7 +40,6 @@ from mm.customization.goals import goal_of
 from mm.customization.learned import Learned
 from mm.customization.methods.protocol import Job, Learner
 from mm.customization.methods.registry import method_of
-from mm.customization.methods.through_peft import PeftAdapters
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.only_run import only_run
 from mm.customization.pictures import OnProgress, Pictures, gathered, preserved_prompts
@@ -281,12 +279,8 @@ def _learned(
     tokens = learner.tokens()
     if tokens:
         settings["tokens"] = tokens
-    native: dict[str, Tensor] = {}
-    for piece in learner.pieces:
-        if isinstance(piece, PeftAdapters) and method != "lora":
-            native |= piece.native()
     return Learned(
-        native=native, entries=learner.entries(), method=method, base=base, settings=settings, report=report,
+        entries=learner.entries(), method=method, base=base, settings=settings, report=report,
         name=re.sub(r"[^A-Za-z0-9_-]+", "-", job.name).strip("-") or "subject",
         family=family.name if family is not None else "",
     )  # fmt: skip

@@ -10,13 +10,15 @@ Design choices
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mm.adapters.entry import Entry
+from mm.adapters.formats.peft_layout import factors_of_peft, peft_type
 from mm.adapters.formats.writer import lora_tensors, write_adapter
 from mm.adapters.patch import Patch
 from mm.core.checks import check_path
@@ -25,8 +27,6 @@ from mm.core.files import write_bytes, write_files
 from mm.core.safe_tensors import ordered, tensor_bytes
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
-READABLE = ("dora", "loha", "lokr", "oft")  # peft's own tensors that `mm.read_lora` reads
-OFT_SETTINGS = {"peft_type": "OFT", "use_cayley_neumann": False}  # as `methods.through_peft` trains it
 BRINGING_WORDS = ("textual-inversion", "custom-diffusion", "class-diffusion", "detex", "stydeco")
 WHOLE = {"loha": ("diffusers",), "lokr": ("diffusers",), "oft": ("diffusers",), "shira": ("diffusers", "peft")}
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
@@ -71,18 +71,23 @@ class Learned(Patch):
     """What was learned.
 
     Attributes:
-        native: tensors in peft's layout, where the method's own form is smaller than the entries (LoHa, LoKr).
         family: of the model; empty where it is not known, as of files of mm that were merged.
     """
 
-    native: dict[str, Tensor] = field(default_factory=dict)
     family: str = ""
 
     def layout(self) -> Layout:
         """The layout that `write` takes by itself: diffusers' where it holds all that was learned."""
-        if self._own() and not self.settings.get("tokens"):
-            return "diffusers" if self.method == "dora" else "peft"
-        plain = all(entry.kind == "lowrank" and not entry.scope for entry in self.entries.values())
+        kinds = {entry.kind for entry in self.entries.values()}
+        if not self.settings.get("tokens") and peft_type(self.entries):
+            try:
+                self._in_one_file()
+            except UserError:  # a form of it that is none of peft's
+                return "mm"
+            return "peft"
+        if not self.settings.get("tokens") and kinds == {"dora"} and {e.scale for e in self.entries.values()} == {1.0}:
+            return "diffusers"
+        plain = kinds == {"lowrank"} and not any(entry.scope for entry in self.entries.values())
         return "diffusers" if plain and self.family not in ("", "mm-tiny") else "mm"
 
     def write(self, path: str | Path, layout: Layout = "auto", *, target: Any = None) -> None:
@@ -107,36 +112,29 @@ class Learned(Patch):
                 "write layout 'mm', or the word with write_textual_inversion"
             )
         config: str | None = None
-        if self._own() and layout == "peft":
-            tensors, config = self._of_peft()
-        elif self._own() and (layout == "auto" or (chosen == "diffusers" and self.method == "dora")):
-            tensors = self.native
+        meta = self.metadata(chosen)
+        if layout == "auto" and chosen == "peft":
+            tensors, said = self._in_one_file()
+            meta["lora_adapter_metadata"] = json.dumps(said, indent=2, sort_keys=True)
         else:
             tensors, config = lora_tensors(self, chosen, target)  # type: ignore[arg-type]
-        meta = self.metadata(chosen)
         if config is not None:  # which says the same, by peft's names
             meta.pop("lora_adapter_metadata", None)
         write_adapter(path, ordered(tensor_bytes(tensors, meta)), config)
 
-    def _own(self) -> bool:
-        """Whether there are peft's own tensors, which mm reads again."""
-        return bool(self.native) and self.method in READABLE
-
-    def _of_peft(self) -> tuple[dict[str, Tensor], str]:
-        """peft's own tensors by peft's names, and its settings."""
-        parts = {key.partition(".")[0] for key in self.native}
-        if len(parts) > 1:
-            raise UserError(f"a file of peft holds one model's adapter, this one changes {', '.join(sorted(parts))}")
-        tensors = {f"base_model.model.{key.partition('.')[2]}": value for key, value in self.native.items()}
-        s, paths = self.settings, sorted(path.partition(".")[2] for path in self.entries)
-        kinds: dict[str, dict[str, Any]] = {
-            "dora": {"peft_type": "LORA", "r": s.get("rank"), "lora_alpha": s.get("rank"), "use_dora": True},
-            "loha": {"peft_type": "LOHA", "r": s.get("rank"), "alpha": s.get("rank")},
-            "lokr": {"peft_type": "LOKR", "r": s.get("rank"), "alpha": s.get("rank"),
-                     "decompose_factor": s.get("factor")},
-            "oft": OFT_SETTINGS | {"r": 0, "oft_block_size": s.get("block")},
-        }  # fmt: skip
-        return tensors, json.dumps(kinds[self.method] | {"target_modules": paths}, indent=2)
+    def _in_one_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by peft's names with the component before them, and peft's settings by component."""
+        parts: dict[str, dict[str, Entry]] = {}
+        for path, entry in self.entries.items():
+            component, _, below = path.partition(".")
+            parts.setdefault(component, {})[below] = entry
+        tensors: dict[str, Tensor] = {}
+        settings: dict[str, Any] = {}
+        for component, entries in parts.items():
+            made, said = factors_of_peft(entries)
+            tensors |= {f"{component}.{name}": tensor for name, tensor in made.items()}
+            settings |= {f"{component}.{key}": value for key, value in said.items()}
+        return tensors, settings
 
     def metadata(self, layout: str = "diffusers") -> dict[str, str]:
         """Metadata of a LoRA file. Settings of peft stand in diffusers' layout alone: beside alphas it refuses them."""
@@ -163,7 +161,7 @@ class Learned(Patch):
             "format": "pt",
         }
         meta = {key: value for key, value in written.items() if value}  # of a merged adapter, some say nothing
-        if rank and len(ranks) == 1 and not self.native and layout == "diffusers":
+        if rank and len(ranks) == 1 and layout == "diffusers":
             parts: dict[str, list[str]] = {}
             for path in self.entries:
                 component, _, below = path.partition(".")
@@ -173,10 +171,6 @@ class Learned(Patch):
                 for part, paths in parts.items()
                 for key, value in {"r": rank, "lora_alpha": rank, "target_modules": sorted(paths)}.items()
             }
-            meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
-        if self.native and self.method == "oft":
-            parts_of = dict.fromkeys(path.partition(".")[0] for path in self.entries)
-            config = {f"{part}.{key}": value for part in parts_of for key, value in OFT_SETTINGS.items()}
             meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
         return meta
 

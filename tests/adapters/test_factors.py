@@ -25,7 +25,7 @@ CONFIGS = {
     "lokr": LoKrConfig(r=2, alpha=4, target_modules=["to_q", "to_k"], init_weights=False, decompose_factor=4),
     "oft": OFTConfig(r=0, oft_block_size=8, target_modules=["to_q", "to_k"], use_cayley_neumann=False),
 }
-KINDS = {"dora": "dora", "loha": "hadamard", "lokr": "kron_product", "oft": "input_blocks"}
+KINDS = {"dora": "dora", "loha": "hadamard", "lokr": "kron_product", "oft": "oft"}
 
 
 def entry_of(kind: str) -> Entry:
@@ -34,11 +34,13 @@ def entry_of(kind: str) -> Entry:
         "hadamard": {"w1_a": (N, 2), "w1_b": (2, K), "w2_a": (N, 3), "w2_b": (3, K)},
         "kron": {"first": (4, 8), "second": (6, 4)}, "kron_product": {"first": (4, 8), "up": (6, 2), "down": (2, 4)},
         "sparse": {"values": (5,)}, "dora": {"down": (2, K), "up": (N, 2), "magnitude": (N,)},
-        "input_blocks": {"blocks": (4, 8, 8)}, "output_blocks": {"blocks": (3, 8, 8)},
+        "oft": {"skew": (4, 28)}, "output_blocks": {"blocks": (3, 8, 8)},
     }[kind]  # fmt: skip
     tensors = {name: noise(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
     if kind == "sparse":
         tensors |= {"indices": torch.tensor([0, 40, 41, 700, N * K - 1]), "size": torch.tensor([N, K])}
+    if kind == "oft":
+        tensors |= {"terms": torch.tensor([0])}
     return Entry(kind=kind, tensors=tensors)  # type: ignore[arg-type]
 
 
@@ -59,11 +61,18 @@ def by_hand(entry: Entry, weight: torch.Tensor) -> torch.Tensor:
     if entry.kind == "dora":
         merged = weight + t["up"] @ t["down"]
         return torch.stack([m * row / row.norm() for m, row in zip(t["magnitude"], merged, strict=True)]) - weight
-    square = torch.block_diag(*t["blocks"])
-    return weight @ square if entry.kind == "input_blocks" else square @ weight
+    if entry.kind == "output_blocks":
+        return torch.block_diag(*t["blocks"]) @ weight
+    upper = torch.zeros(K, K)
+    for g, row in enumerate(t["skew"].tolist()):
+        for i in range(8):
+            for j in range(i + 1, 8):
+                upper[8 * g + i, 8 * g + j] = row.pop(0)
+    q, eye = upper - upper.T, torch.eye(K)
+    return weight @ ((eye - q) @ torch.linalg.inv(eye + q)).T - weight
 
 
-WHOLE_KINDS = ("hadamard", "kron", "kron_product", "sparse", "dora", "input_blocks", "output_blocks")
+WHOLE_KINDS = ("hadamard", "kron", "kron_product", "sparse", "dora", "oft", "output_blocks")
 
 
 @pytest.mark.parametrize("kind", WHOLE_KINDS)
@@ -116,7 +125,10 @@ def test_a_file_holds_the_factors(kind: str, tmp_path) -> None:
         ("hadamard", {"w2_a": torch.ones(N + 1, 3)}, "which are not multiplied"),
         ("kron_product", {"down": torch.ones(3, 4)}, "rank 2 in up"),
         ("dora", {"magnitude": torch.ones(N - 1)}, "23 magnitudes for 24 outputs"),
-        ("input_blocks", {"blocks": torch.ones(4, 8, 7)}, "not square"),
+        ("output_blocks", {"blocks": torch.ones(3, 8, 7)}, "not square"),
+        ("oft", {"skew": torch.ones(4, 27)}, "27 values a block"),
+        ("oft", {"terms": torch.tensor([65])}, "terms"),
+        ("oft", {"terms": torch.tensor([0, 0])}, "terms"),
         ("sparse", {"indices": torch.tensor([0, 1, 2, 3, N * K])}, "indices 0 to 768 in a weight of"),
         ("sparse", {"indices": torch.tensor([0, 1, 2, 3, 3])}, "the same index twice"),
         ("sparse", {"values": torch.ones(4)}, "5 indices for 4 values"),
@@ -227,7 +239,7 @@ def test_a_loha_is_exactly_a_product_of_its_rank_squared() -> None:
     assert cut.report["truncated"]["0"] < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dora", "input_blocks", "output_blocks"])
+@pytest.mark.parametrize("kind", ["dora", "oft", "output_blocks"])
 def test_a_change_of_the_weights_asks_for_the_model(kind: str) -> None:
     root = torch.nn.Sequential(torch.nn.Linear(K, N))
     patch = Patch(entries={"0": entry_of(kind)})

@@ -18,7 +18,7 @@ LAYOUTS = ("diffusers", "kohya", "comfyui", "peft", "auto")
 REFUSED = {
     ("loha", "diffusers"): "an entry of kind 'hadamard'",
     ("lokr", "diffusers"): "an entry of kind 'kron",
-    ("oft", "diffusers"): "an entry of kind 'input_blocks'",
+    ("oft", "diffusers"): "an entry of kind 'oft'",
 }
 AUTO = {"lora": "diffusers", "dora": "diffusers", "loha": "peft", "lokr": "peft", "oft": "peft"}
 

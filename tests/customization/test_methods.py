@@ -31,7 +31,7 @@ KINDS: dict[str, set[str]] = {
     "textual-inversion": {"rows"}, "detex": {"rows"}, "orthogonal": {"lowrank"}, "lora": {"lowrank"}, "dora": {"dora"},
     "paca": {"lowrank"}, "s2ft": {"lowrank"}, "eva": {"lowrank"}, "adalora": {"lowrank"},
     "stydeco": {"lowrank", "rows"},
-    "oft": {"input_blocks"}, "lokr": {"kron", "kron_product"}, "loha": {"hadamard"}, "shira": {"sparse"},
+    "oft": {"oft"}, "lokr": {"kron", "kron_product"}, "loha": {"hadamard"}, "shira": {"sparse"},
 }  # fmt: skip
 
 

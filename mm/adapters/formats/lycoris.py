@@ -77,7 +77,22 @@ def lycoris_tensors(entry: Entry, path: str, weight_of: WeightOf) -> dict[str, T
     if entry.kind == "dora" and entry.scale == 1:
         factors = {"lora_down.weight": t["down"], "lora_up.weight": t["up"], "dora_scale": t["magnitude"][:, None]}
         return factors | _alpha(len(t["down"]))
+    if entry.kind == "output_blocks" and entry.scale == 1 and (upper := _skew_of(t["blocks"])) is not None:
+        return {"oft_blocks": upper}
     return {"diff": dense_of(entry, path, weight_of)}
+
+
+def _skew_of(blocks: Tensor) -> Tensor | None:
+    """The upper triangles of Q, by whose Cayley transform R blocks R^T - I are made; None where they are no rotations.
+
+    Blocks of LyCORIS with `rescale` scale the outputs, too, and are none.
+    """
+    eye = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    rotation = blocks.transpose(1, 2) + eye
+    if not torch.allclose(rotation @ rotation.transpose(1, 2), eye.expand_as(rotation), rtol=0, atol=1e-5):
+        return None
+    solved, info = torch.linalg.solve_ex(rotation + eye, rotation - eye, left=False)
+    return None if bool(info.any()) else solved.triu(1)
 
 
 def _alpha(value: float) -> dict[str, Tensor]:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.adapters.cayley import side_of
 from mm.adapters.entry import Entry
+from mm.adapters.factors import MOST_TERMS
 from mm.adapters.formats.layouts import Parts
 from mm.core.errors import UserError
 
@@ -46,59 +48,36 @@ def blocks_of(module: str, parts: Parts, shape: tuple[int, ...], settings: Mappi
     if extra or len(PARTS & set(parts.tensors) - {"rescale"}) != 1:
         raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
     if "oft_R" in parts.tensors:
-        return Entry(kind="input_blocks", tensors={"blocks": _of_inputs(module, parts, shape, settings)})
+        return _of_inputs(module, parts, shape, settings)
     return Entry(kind="output_blocks", tensors={"blocks": _of_outputs(module, parts, shape[0])})
 
 
-def _of_inputs(module: str, parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]) -> Tensor:
-    """R^T - I of each block of inputs."""
+def _of_inputs(module: str, parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]) -> Entry:
+    """peft's, of a layer's inputs."""
     if "alpha" in parts.tensors or "rescale" in parts.tensors:
         raise UserError(f"{module} has tensors of several adapters at once: {', '.join(parts.keys.values())}")
     if math.prod(shape[2:]) > 1:
         raise UserError(f"{module} is a convolution over several pixels, whose inputs peft's OFT turns apart; not read")
     neumann, terms = settings.get("use_cayley_neumann"), settings.get("num_cayley_neumann_terms", _TERMS)
-    if not isinstance(neumann, bool) or isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= 64:
+    if (
+        not isinstance(neumann, bool)
+        or isinstance(terms, bool)
+        or not isinstance(terms, int)
+        or not 1 <= terms <= MOST_TERMS
+    ):
         raise UserError(
             f"{parts.keys['oft_R']!r} is an OFT of peft whose settings do not say how it is meant (use_cayley_neumann, "
             "num_cayley_neumann_terms); keep adapter_config.json beside the file"
         )
-    rows, key = parts.tensors["oft_R"].float(), parts.keys["oft_R"]
-    side = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2
+    rows, key = parts.tensors["oft_R"], parts.keys["oft_R"]
+    side = side_of(rows.shape[-1])
     inputs = math.prod(shape[1:])
     shared = rows.ndim == 2 and len(rows) == 1 and side != inputs
-    if rows.ndim != 2 or side * (side - 1) // 2 != rows.shape[1] or inputs % side or (
+    if rows.ndim != 2 or not side or inputs % side or (
         not shared and len(rows) * side != inputs
     ):  # fmt: skip
         raise UserError(f"{key!r} has shape {tuple(rows.shape)}, and {module} has {inputs} inputs here")
-    return turning_inputs(rows, neumann=neumann, terms=terms).expand(inputs // side, -1, -1).contiguous()
-
-
-def turning_inputs(rows: Tensor, *, neumann: bool, terms: int = _TERMS) -> Tensor:
-    """R^T - I (r, b, b) of peft's blocks: W (I + it) is the weight whose inputs are turned.
-
-    Args:
-        rows: of the upper triangles of Q, (r, b (b - 1) / 2).
-        neumann: whether R is peft's series in place of Cayley's transform.
-        terms: of the series.
-    """
-    side = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2
-    upper = torch.triu_indices(side, side, 1)
-    skew = torch.zeros(len(rows), side, side)
-    skew[:, upper[0], upper[1]] = rows
-    skew = skew - skew.transpose(1, 2)
-    eye = torch.eye(side)
-    rotation = _series(skew, terms) if neumann else torch.linalg.solve(eye + skew, eye - skew, left=False)
-    return rotation.transpose(1, 2) - eye
-
-
-def _series(skew: Tensor, terms: int) -> Tensor:
-    """peft's: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), whose last term counts once; 3 terms are 4."""
-    terms = 4 if terms == 3 else terms
-    total, power = torch.eye(skew.shape[-1]).expand_as(skew).clone(), skew
-    for number in range(1, terms):
-        total = total + power * (1.0 if number == terms - 1 and terms > 2 else 2.0)
-        power = power @ skew
-    return total
+    return Entry(kind="oft", tensors={"skew": rows, "terms": torch.tensor([terms if neumann else 0])})
 
 
 def _of_outputs(module: str, parts: Parts, outputs: int) -> Tensor:

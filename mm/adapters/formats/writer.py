@@ -7,7 +7,8 @@ Design choices
 - Two files that belong together (an adapter and its settings) are written both or not at all, and settings that belong
   to another adapter are not replaced.
 - Changes of a whole weight and of a bias go into LyCORIS' keys, factors as factors and others as `diff` and `diff_b`,
-  which kohya's layout and ComfyUI's know; the others hold a bias beside a product only, and diffusers' and peft's DoRA.
+  which kohya's layout and ComfyUI's know; the others hold a bias beside a product only, and diffusers' and peft's DoRA;
+  peft's holds LoHa, LoKr and OFT by its own names.
   What a layout cannot hold is an error, and nothing is written then.
 - kohya's scripts and ComfyUI call some families' layers by their original names, with q, k and v in one. The model says
   which: such a layer is written whole, rows without a change as zeros.
@@ -27,6 +28,7 @@ from mm.adapters.factors import WHOLE
 from mm.adapters.formats.family_names import TABLES
 from mm.adapters.formats.lycoris import WeightOf, dense_of, lycoris_tensors, weights_of
 from mm.adapters.formats.names import DENOISERS, Names, Piece, outputs
+from mm.adapters.formats.peft_layout import factors_of_peft, peft_type
 from mm.adapters.patch import Entry, Patch
 from mm.core.checks import check_kind, check_path
 from mm.core.errors import UserError
@@ -49,7 +51,7 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
 
     Args:
         patch: of low-rank entries for all tokens; kohya's and ComfyUI's layout also take changes of whole weights and
-            biases, diffusers' and peft's DoRA.
+            biases, diffusers' and peft's DoRA, peft's LoHa, LoKr and OFT.
         path: the file; one that is there is replaced, as a whole. Layout "peft" writes `adapter_config.json` beside it.
         layout: "diffusers", "peft", "kohya" or "comfyui".
         target: the model or pipeline of the patch. The last two layouts need it where they call a family's layers by
@@ -81,6 +83,8 @@ def lora_tensors(patch: Patch, layout: Layout, target: Any = None) -> tuple[dict
             raise UserError(f"{where} is {what}, which no LoRA file holds; truncate the patch first")
     if layout == "comfyui" and target is None:
         raise UserError("ComfyUI's names depend on the model; give target=")
+    if layout == "peft" and peft_type(patch.entries):
+        return _by_peft(patch)
     flat = layout in ("kohya", "comfyui")
     tensors = _flat(patch, layout, target) if flat else _plain(patch, layout)
     return tensors, _config(tensors) if layout == "peft" else None
@@ -116,10 +120,23 @@ def _split(where: str) -> tuple[str, str]:
 # ---- peft and diffusers ---------------------------------------------------------------------------------------------
 
 
-def _plain(patch: Patch, layout: str) -> dict[str, Tensor]:
+def _check_one(patch: Patch) -> None:
+    """Raises UserError for a patch of several models, of which a file of peft holds one."""
     components = {_split(where)[0] for where in patch.entries}
-    if layout == "peft" and len(components) > 1:
+    if len(components) > 1:
         raise UserError(f"a file of peft holds one model's adapter, this patch changes {', '.join(sorted(components))}")
+
+
+def _by_peft(patch: Patch) -> tuple[dict[str, Tensor], str]:
+    """LoHa, LoKr and OFT, with peft's settings."""
+    _check_one(patch)
+    tensors, settings = factors_of_peft({_split(where)[1]: entry for where, entry in patch.entries.items()})
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, json.dumps(settings, indent=2)
+
+
+def _plain(patch: Patch, layout: str) -> dict[str, Tensor]:
+    if layout == "peft":
+        _check_one(patch)
     out: dict[str, Tensor] = {}
     for where, entry in patch.entries.items():
         product = patch.entries.get(where.removesuffix(".bias"))

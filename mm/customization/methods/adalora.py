@@ -57,10 +57,6 @@ class _Adapters(PeftAdapters):
             out[path] = Entry(kind="lowrank", tensors=tensors, scale=scale)
         return out
 
-    def native(self) -> dict[str, Tensor]:
-        """Products need no form of their own."""
-        return {}
-
     def unorthogonal(self) -> Tensor:
         """How far rows of Q and columns of P are from orthonormal, a mean over all of them."""
         found = []

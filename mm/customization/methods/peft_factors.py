@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mm.adapters.entry import Entry
-from mm.adapters.formats.rotations import turning_inputs
 
 ADAPTER = "mm_training"  # peft's name of what is trained
 
@@ -52,11 +51,8 @@ def _lokr(layer: Any) -> Entry:
 
 def _oft(layer: Any) -> Entry:
     module = layer.oft_R[ADAPTER]
-    neumann = bool(module.use_cayley_neumann)
-    blocks = turning_inputs(
-        module.weight.detach().cpu().float(), neumann=neumann, terms=int(module.num_cayley_neumann_terms)
-    )
-    return Entry(kind="input_blocks", tensors={"blocks": _half(blocks)})
+    terms = int(module.num_cayley_neumann_terms) if module.use_cayley_neumann else 0
+    return Entry(kind="oft", tensors={"skew": _half(module.weight), "terms": torch.tensor([terms])})
 
 
 def _shira(layer: Any) -> Entry:

@@ -5,7 +5,6 @@ et al. 2023 (2309.14859, LyCORIS' LoKr and LoHa), Bhardwaj et al. 2024 (2406.131
 
 Design choices
 - LoRA becomes products. The others change whole weights, in their own factors, and go onto 16-bit layers as they are.
-- Tensors by peft's own names are kept beside that, for its layout.
 
 Legend: N outputs, K inputs.
 """
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mm.adapters.entry import Entry
 from mm.core.errors import UserError
@@ -105,16 +104,6 @@ class PeftAdapters:
             else:
                 out[path] = FACTORS[self.kind](layer)
         return out
-
-    def native(self) -> dict[str, Tensor]:
-        """Tensors in peft's layout, by component."""
-        from peft import get_peft_model_state_dict
-
-        found = {}
-        for name in self.components:
-            for key, tensor in get_peft_model_state_dict(self.roots[name], adapter_name=ADAPTER).items():
-                found[f"{name}.{key}"] = tensor.detach().cpu().half().contiguous()
-        return found
 
     def remove(self) -> None:
         for path in self.paths:
