@@ -73,7 +73,9 @@ def record(
     """
     texts = list(prompts) if pictures else list(dict.fromkeys(prompts))  # many targets share anchors and neighbours
     found: dict[str, list[Tensor]] = {path: [] for path in layers}
+    family = family_of(pipe)
     size = CHUNK if draws_from_text(pipe) else _WITH_SOURCES
+    size = size if family is None or family.mixed else 1
     for start in range(0, len(texts), size):
         part = slice(start, start + size)
         if watch is not None:
