@@ -30,6 +30,8 @@ from tiny_text_encoders import (
 )
 from tiny_tokenizers import clip_tokenizer, gemma_tokenizer, qwen_processor, qwen_tokenizer, t5_tokenizer
 
+from mm.families.frames import pictures_of
+
 
 def _unet(cross: int, *, xl: bool) -> Any:
     more: dict[str, Any] = {"addition_embed_type": None}
@@ -267,10 +269,11 @@ def options_of(name: str) -> dict[str, Any]:
         made["complex_human_instruction"] = None
     if name.startswith(("sana", "pixart")):
         made["use_resolution_binning"] = False
+    if name == "wan":
+        made["num_frames"] = 1
     return made
 
 
 def draw_with(name: str, pipe: Any, **more: Any) -> torch.Tensor:
     """The picture (1, 3, 32, 32) of a call with `arguments_of`."""
-    images = pipe(**arguments_of(name, **more)).images
-    return torch.as_tensor(images).float()
+    return torch.stack([torch.as_tensor(one) for one in pictures_of(pipe(**arguments_of(name, **more)))]).float()

@@ -12,11 +12,12 @@ from latent_grids import grid_of
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 
 from mm.customization.objectives.protocol import FlowObjective, objective_of
+from mm.families.frames import pictures_of
 
 NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
     "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
-    "cogview-4",
+    "cogview-4", "wan",
 )  # fmt: skip
 TOLERANCE = 1e-4  # of the largest value
 
@@ -66,6 +67,25 @@ def _same_prediction(
     assert float((made - other).abs().max()) > TOLERANCE * float(scale)  # so that a wrong prompt is seen
 
 
+def test_wan_with_a_timestep_for_each_token_predicts_what_sampling_does() -> None:
+    """As Wan 2.2 TI2V-5B does; here all tokens have the same, so that the plain prediction is that of sampling."""
+    pipe = tiny_pipeline_of("wan")
+    shapes: list[torch.Size] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["timestep"].shape), with_kwargs=True
+    )
+    made = []
+    for each in (False, True):
+        pipe.register_to_config(expand_timesteps=each)
+        pipe(**arguments_of("wan", guidance_scale=1.0, num_inference_steps=1))
+        objective = objective_of(pipe, SIDE)
+        noisy = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made.append(objective.predict(noisy, torch.tensor([0.5]), objective.encode_prompts(["a red fox"])))
+    assert shapes == [(1,), (1,), (1, 64), (1, 64)]
+    assert torch.allclose(made[0], made[1], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
     """The last latents of the pipeline's own loop give its picture."""
@@ -83,7 +103,7 @@ def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
     if name == "sana":
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
-    pictures = torch.as_tensor(pipe(**arguments_of(name, **more)).images)
+    pictures = torch.stack(list(pictures_of(pipe(**arguments_of(name, **more)))))
     with torch.no_grad():
         made = objective_of(pipe, SIDE).decode_latents(grid_of(name, last[0])) / 2 + 0.5
     assert made.shape == pictures.shape

@@ -24,7 +24,7 @@ from mm.customization.refining import inside, refined, surroundings
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-2", "chroma", "lumina-2",
-    "aura-flow", "qwen-image", "sana", "z-image", "cogview-4",
+    "aura-flow", "qwen-image", "sana", "z-image", "cogview-4", "wan",
 )  # fmt: skip
 
 

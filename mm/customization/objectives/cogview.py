@@ -55,10 +55,10 @@ class CogView4(FlowObjective):
         for row, text in enumerate(texts):
             rows.setdefault(len(text), []).append(row)
         made = [
-            self._predicted(noisy_BCHW[alike], level_B[alike], torch.stack([texts[row] for row in alike]))
-            for alike in rows.values()
+            self._predicted(noisy_BCHW[group], level_B[group], torch.stack([texts[row] for row in group]))
+            for group in rows.values()
         ]
-        order = torch.tensor([row for alike in rows.values() for row in alike])
+        order = torch.tensor([row for group in rows.values() for row in group])
         return torch.cat(made)[order.argsort().to(noisy_BCHW.device)]
 
     def _predicted(self, noisy_BCHW: Tensor, level_B: Tensor, text_BTD: Tensor) -> Tensor:
