@@ -18,6 +18,8 @@ def grid_of(name: str, latents: Tensor, side: int = SIDE) -> Tensor:
     """
     if latents.ndim == 4:
         return latents.float()
+    if latents.ndim == 5:  # a video of one frame
+        return latents[:, :, 0].float()
     if name.startswith("flux-2"):  # rows of patches, whose channels lie as in the grid
         return latents.float().transpose(1, 2).unflatten(2, (side // 8, side // 8))
     cells = side // (2 if name.startswith("qwen-image") else 4)

@@ -15,6 +15,9 @@ import diffusers
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint
 from PIL import Image
+from tiny_more_pipelines import MORE
+from tiny_parts import SIDE as SIDE
+from tiny_parts import flow, kl_vae, qwen_vae
 from tiny_text_encoders import (
     WIDTH,
     clip_text,
@@ -27,29 +30,7 @@ from tiny_text_encoders import (
 )
 from tiny_tokenizers import clip_tokenizer, gemma_tokenizer, qwen_processor, qwen_tokenizer, t5_tokenizer
 
-SIDE = 32  # pixels of pictures that are drawn, and of sources
-
-
-def _flow(**options: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
-
-
-def _vae(channels: int = 4, blocks: int = 3, *, shifted: bool = False) -> Any:
-    """AutoencoderKL that makes pictures 2 ** (blocks - 1) times smaller; those for flow matching shift latents."""
-    flow: dict[str, Any] = {}
-    if shifted or channels == 16:
-        flow = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1}
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16, 16)[:blocks], latent_channels=channels, norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **flow,
-    )  # fmt: skip
-
-
-def _qwen_vae() -> Any:
-    return diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )  # fmt: skip
+from mm.families.frames import pictures_of
 
 
 def _unet(cross: int, *, xl: bool) -> Any:
@@ -68,7 +49,7 @@ def _unet(cross: int, *, xl: bool) -> Any:
 
 def _sd() -> Any:
     return diffusers.StableDiffusionPipeline(
-        vae=_vae(), text_encoder=clip_text(), tokenizer=clip_tokenizer(), unet=_unet(WIDTH, xl=False),
+        vae=kl_vae(), text_encoder=clip_text(), tokenizer=clip_tokenizer(), unet=_unet(WIDTH, xl=False),
         scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
@@ -76,7 +57,7 @@ def _sd() -> Any:
 
 def _sdxl() -> Any:
     return diffusers.StableDiffusionXLPipeline(
-        vae=_vae(), text_encoder=clip_text(), text_encoder_2=clip_text(projection=True), tokenizer=clip_tokenizer(),
+        vae=kl_vae(), text_encoder=clip_text(), text_encoder_2=clip_text(projection=True), tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(), unet=_unet(2 * WIDTH, xl=True), scheduler=diffusers.EulerDiscreteScheduler(),
         add_watermarker=False,
     )  # fmt: skip
@@ -90,7 +71,7 @@ def _sd3() -> Any:
         dual_attention_layers=(0,),
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=_flow(), vae=_vae(16), text_encoder=clip_text(projection=True),
+        transformer=transformer, scheduler=flow(), vae=kl_vae(16), text_encoder=clip_text(projection=True),
         tokenizer=clip_tokenizer(), text_encoder_2=clip_text(projection=True), tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5_text(2 * WIDTH), tokenizer_3=t5_tokenizer(),
     )  # fmt: skip
@@ -103,8 +84,8 @@ def _flux_parts(channels: int = 64, out: int | None = None, *, guided: bool = Tr
         guidance_embeds=guided,
     )  # fmt: skip
     return {
-        "transformer": transformer, "vae": _vae(16), "text_encoder": clip_text(), "tokenizer": clip_tokenizer(),
-        "text_encoder_2": t5_text(), "tokenizer_2": t5_tokenizer(), "scheduler": _flow(use_dynamic_shifting=True),
+        "transformer": transformer, "vae": kl_vae(16), "text_encoder": clip_text(), "tokenizer": clip_tokenizer(),
+        "text_encoder_2": t5_text(), "tokenizer_2": t5_tokenizer(), "scheduler": flow(use_dynamic_shifting=True),
     }  # fmt: skip
 
 
@@ -121,7 +102,7 @@ def _flux_2_parts(kind: str) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "transformer": transformer, "vae": vae, "text_encoder": text, "tokenizer": qwen_tokenizer(),
-        "scheduler": _flow(use_dynamic_shifting=True),
+        "scheduler": flow(use_dynamic_shifting=True),
     }  # fmt: skip
 
 
@@ -131,8 +112,8 @@ def _qwen_parts() -> dict[str, Any]:
         joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     return {
-        "transformer": transformer, "vae": _qwen_vae(), "text_encoder": qwen_vl_text(),
-        "tokenizer": qwen_tokenizer(), "scheduler": _flow(use_dynamic_shifting=True),
+        "transformer": transformer, "vae": qwen_vae(), "text_encoder": qwen_vl_text(),
+        "tokenizer": qwen_tokenizer(), "scheduler": flow(use_dynamic_shifting=True),
     }  # fmt: skip
 
 
@@ -150,7 +131,7 @@ def _pixart() -> Any:
         use_additional_conditions=False,
     )  # fmt: skip
     return diffusers.PixArtSigmaPipeline(
-        transformer=transformer, vae=_vae(), text_encoder=t5_text(), tokenizer=t5_tokenizer(),
+        transformer=transformer, vae=kl_vae(), text_encoder=t5_text(), tokenizer=t5_tokenizer(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )  # fmt: skip
 
@@ -178,8 +159,8 @@ def _z_image() -> Any:
         n_kv_heads=4, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[1024, 32, 32],
     )  # fmt: skip
     return diffusers.ZImagePipeline(
-        transformer=transformer, vae=_vae(16), text_encoder=qwen3_text(), tokenizer=qwen_tokenizer(),
-        scheduler=_flow(use_dynamic_shifting=True),
+        transformer=transformer, vae=kl_vae(16), text_encoder=qwen3_text(), tokenizer=qwen_tokenizer(),
+        scheduler=flow(use_dynamic_shifting=True),
     )  # fmt: skip
 
 
@@ -190,7 +171,7 @@ def _chroma() -> Any:
         approximator_layers=1,
     )  # fmt: skip
     return diffusers.ChromaPipeline(
-        transformer=transformer, vae=_vae(16), text_encoder=t5_text(), tokenizer=t5_tokenizer(), scheduler=_flow()
+        transformer=transformer, vae=kl_vae(16), text_encoder=t5_text(), tokenizer=t5_tokenizer(), scheduler=flow()
     )
 
 
@@ -201,8 +182,8 @@ def _lumina_2() -> Any:
         axes_lens=(512, 32, 32), cap_feat_dim=WIDTH,
     )  # fmt: skip
     return diffusers.Lumina2Pipeline(
-        transformer=transformer, vae=_vae(4, 4, shifted=True), text_encoder=gemma_text(), tokenizer=gemma_tokenizer(),
-        scheduler=_flow(),
+        transformer=transformer, vae=kl_vae(4, 4, shifted=True), text_encoder=gemma_text(), tokenizer=gemma_tokenizer(),
+        scheduler=flow(),
     )  # fmt: skip
 
 
@@ -214,7 +195,7 @@ def _aura_flow() -> Any:
     )  # fmt: skip
     transformer.time_step_proj.linear_2.weight.data *= 10  # open gates: text is a few of 256 tokens, the rest zeros
     return diffusers.AuraFlowPipeline(
-        transformer=transformer, vae=_vae(), text_encoder=umt5_text(), tokenizer=t5_tokenizer(), scheduler=_flow()
+        transformer=transformer, vae=kl_vae(), text_encoder=umt5_text(), tokenizer=t5_tokenizer(), scheduler=flow()
     )
 
 
@@ -231,13 +212,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "qwen-image": lambda: diffusers.QwenImagePipeline(**_qwen_parts()),
     "qwen-image-edit": _qwen_edit,
     "pixart-sigma": _pixart,
-    "sana": lambda: _sana(diffusers.SanaPipeline, _flow()),
+    "sana": lambda: _sana(diffusers.SanaPipeline, flow()),
     "sana-sprint": lambda: _sana(diffusers.SanaSprintPipeline, diffusers.SCMScheduler(), guidance_embeds=True,
                                  qk_norm="rms_norm_across_heads"),
     "z-image": _z_image,
     "chroma": _chroma,
     "lumina-2": _lumina_2,
     "aura-flow": _aura_flow,
+    **MORE,
 }  # fmt: skip
 _EDITS = ("flux-kontext", "flux-fill", "qwen-image-edit")
 
@@ -287,10 +269,11 @@ def options_of(name: str) -> dict[str, Any]:
         made["complex_human_instruction"] = None
     if name.startswith(("sana", "pixart")):
         made["use_resolution_binning"] = False
+    if name == "wan":
+        made["num_frames"] = 1
     return made
 
 
 def draw_with(name: str, pipe: Any, **more: Any) -> torch.Tensor:
     """The picture (1, 3, 32, 32) of a call with `arguments_of`."""
-    images = pipe(**arguments_of(name, **more)).images
-    return torch.as_tensor(images).float()
+    return torch.stack([torch.as_tensor(one) for one in pictures_of(pipe(**arguments_of(name, **more)))]).float()

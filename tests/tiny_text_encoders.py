@@ -47,6 +47,11 @@ def gemma_text(layers: int = 2) -> Any:
     return transformers.Gemma2Model(config).eval()
 
 
+def glm_text(layers: int = 2) -> Any:
+    config = transformers.GlmConfig(**_DECODER, num_hidden_layers=layers, head_dim=8, pad_token_id=0)
+    return transformers.GlmModel(config).eval()
+
+
 def qwen3_text(layers: int = 2, *, causal: bool = False) -> Any:
     config = transformers.Qwen3Config(**_DECODER, num_hidden_layers=layers, head_dim=8)
     return (transformers.Qwen3ForCausalLM if causal else transformers.Qwen3Model)(config).eval()

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 BYTES = sorted(ByteLevel.alphabet())
 QWEN_SPECIAL = (
@@ -60,3 +64,18 @@ def qwen_processor() -> Any:
     return transformers.Qwen2VLProcessor(
         image_processor=pictures, tokenizer=qwen_tokenizer(), video_processor=videos, chat_template=CHAT
     )
+
+
+def glm_tokenizer() -> Any:
+    """GLM-4's, which begins texts with two marks and pads them on the left."""
+    special = ("<|endoftext|>", "[gMASK]", "<sop>")
+    words = {word: k for k, word in enumerate((*BYTES, *special))}
+    raw = Tokenizer(BPE(vocab=words, merges=[]))
+    raw.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    raw.decoder = ByteLevelDecoder()
+    marks = [(word, words[word]) for word in special[1:]]
+    raw.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", pair=None, special_tokens=marks)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=special[0], eos_token=special[0], padding_side="left", model_max_length=1024,
+        additional_special_tokens=list(special[1:]), model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from mm.core.files import write_bytes
 from mm.customization.run_state import Progress
+from mm.families.frames import one_frame, pictures_of
 from mm.families.sizes import exact_size
 
 _SIZE = (640, 320)
@@ -62,6 +63,7 @@ def draw(
     """A picture of a prompt, or of an instruction and a source, drawn by the pipeline as the model is now."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"output_type": "pil", "clean_caption": False} | exact_size(takes, side, side)
+    given |= one_frame(takes)
     if steps is not None:
         given["num_inference_steps"] = steps
     if source is not None:
@@ -69,12 +71,13 @@ def draw(
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        picture = pipe(
+        made = pipe(
             prompt=prompt, generator=torch.Generator().manual_seed(seed),
             **{key: value for key, value in given.items() if key in takes},
-        ).images[0]  # fmt: skip
+        )  # fmt: skip
     finally:
         pipe.set_progress_bar_config(**quiet)
+    picture = pictures_of(made)[0]
     assert isinstance(picture, Image.Image)
     return picture
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mm.core.pictures import as_mask, flattened
 from mm.engine.capabilities import Capabilities
 from mm.engine.requests import Draw, Edit
+from mm.families.frames import one_frame
 from mm.families.sizes import exact_size
 
 _OWN = ("prompt", "negative", "seed", "count", "batch_size")  # of a picture; everything else is shared in a call
@@ -68,7 +69,7 @@ def arguments_of(
         one_negative: whether a call takes one negative prompt for all pictures, and no list.
     """
     first = requests[0]
-    given: dict[str, Any] = {}
+    given = one_frame(takes)
     if can.modes:
         given["mode"] = can.mode(first)
     if can.guidance_name:

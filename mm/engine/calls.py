@@ -20,10 +20,11 @@ import torch
 
 from mm.core.checks import shown
 from mm.core.errors import UserError
-from mm.core.nouns import counted, with_article
+from mm.core.nouns import counted
 from mm.core.self_check import lacking, unchecked
 from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
+from mm.families.frames import pictures_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +80,7 @@ def draw(
     _watch(view, takes, given, cancel, on_step)
     output = _called(view, given)
     _warn_of_missing(output, given, seeds)
-    pictures = list(images_of(output))
+    pictures = list(pictures_of(output))
     steps_of_each = getattr(output, "steps", None) or [None] * len(pictures)
     return [Made(picture=one, steps=own) for one, own in zip(pictures, steps_of_each, strict=True)]
 
@@ -181,15 +182,3 @@ def _watch(view: Any, takes: Mapping[str, Any], given: dict[str, Any], cancel: C
             return made
 
         view.scheduler.step = step
-
-
-def images_of(output: Any) -> Any:
-    """The pictures of a pipeline's output, whatever its class calls them; a video's first frames are not pictures."""
-    for name in ("images", "image"):
-        if hasattr(output, name):
-            return getattr(output, name)
-    if isinstance(output, tuple) and output:
-        return output[0]
-    raise UserError(
-        f"the pipeline returned {with_article(type(output).__name__)} without pictures; mm draws pictures, no videos"
-    )

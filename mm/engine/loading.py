@@ -105,6 +105,7 @@ def load(
         facts={"bits": bits} if bits in (4, 8) else {},
         adapters=adapters,
         attached=names,
+        mixed=family is None or family.mixed,
         own_batches=family is not None and any(":" in name for name in family.pipelines.values()),
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mm.core.errors import UserError
 from mm.core.nouns import counted
 from mm.families import family_of
+from mm.families.frames import one_frame
 from mm.families.sizes import exact_size
 from mm.families.sources import draws_from_text, plain_sources
 
@@ -73,7 +74,9 @@ def record(
     """
     texts = list(prompts) if pictures else list(dict.fromkeys(prompts))  # many targets share anchors and neighbours
     found: dict[str, list[Tensor]] = {path: [] for path in layers}
+    family = family_of(pipe)
     size = CHUNK if draws_from_text(pipe) else _WITH_SOURCES
+    size = size if family is None or family.mixed else 1
     for start in range(0, len(texts), size):
         part = slice(start, start + size)
         if watch is not None:
@@ -135,6 +138,7 @@ def draw_once(pipe: Any, prompts: list[str], pictures: Sequence[Any] = ()) -> An
     if family is not None and family.size is not None:  # text does not depend on the picture's size
         side = family.size.nearest(SMALL)
         given |= exact_size(takes, side, side)
+    given |= one_frame(takes) | {"output_type": "latent"}
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

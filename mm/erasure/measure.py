@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from mm.families import family_of
+from mm.families.frames import one_frame, pictures_of
 
 Labels = frozenset[str] | None
 Judge = Callable[[Sequence[Image.Image]], Sequence[Labels]]
@@ -84,7 +85,7 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[torch.Generator], **
     takes = inspect.signature(type(pipe).__call__).parameters
     family = family_of(pipe)
     given: dict[str, Any] = {"prompt": list(prompts), "generator": list(seeds), "output_type": "pil"}
-    given["clean_caption"] = False
+    given |= {"clean_caption": False} | one_frame(takes)
     if family is not None:
         given["num_inference_steps"] = family.steps_for(call.get("mode"))
         if family.guidance is not None:
@@ -95,6 +96,6 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[torch.Generator], **
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the words: the prompts are not the user's
-            return list(pipe(**{key: value for key, value in given.items() if key in takes}).images)
+            return list(pictures_of(pipe(**{key: value for key, value in given.items() if key in takes})))
     finally:
         pipe.set_progress_bar_config(**quiet)

@@ -31,6 +31,8 @@ COGVIEW_4 = Family(
     no_preview=previews.NONE_KNOWN,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.cogview:CogView4",
+    mixed=False,
     lora=transformer_names(0, "CogView4LoraLoaderMixin"),
 )
 COGVIEW_3 = replace(
@@ -39,6 +41,8 @@ COGVIEW_3 = replace(
     pipelines={"text_to_image": "CogView3PlusPipeline"},
     denoisers={"CogView3PlusTransformer2DModel": RULES},
     text_encoders=T5,
+    objective=None,
+    mixed=True,
     lora=transformer_names(1),
 )
 GLM_IMAGE = replace(
@@ -50,6 +54,7 @@ GLM_IMAGE = replace(
     guidance=1.5,
     text_sites=(r"glyph_projector\.net\.0\.proj",),
     edit_sites=(r"glyph_projector\.net\.0\.proj",),
+    objective=None,
     lora=transformer_names(1),
 )
 COGVIDEO = replace(
@@ -66,6 +71,8 @@ COGVIDEO = replace(
     guidance=6.0,
     size=SizeRule(default=480, multiple=16, maximum=1360),
     no_preview=previews.VIDEO,
+    objective=None,
+    mixed=True,
     lora=transformer_names(1, "CogVideoXLoraLoaderMixin"),
 )
 FAMILIES = (COGVIEW_4, COGVIEW_3, GLM_IMAGE, COGVIDEO)

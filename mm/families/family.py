@@ -134,6 +134,7 @@ class Family:
         score: "module:function" called with (pipe, limit), which gives a list of booleans, one a picture; or None.
         fast: "module:function" called with (mode, settings): all settings of less work a picture, the measured mix
             where none are given. Empty: those of Adaptive Guidance, for pipelines of diffusers (`mm.fast`).
+        mixed: whether prompts of different lengths can share a call without changing; not where nothing hides padding.
         dtype: "float32" for models that are small enough not to be loaded in 16 bits.
     """
 
@@ -161,6 +162,7 @@ class Family:
     objective: str | None = None
     score: str | None = None
     fast: str = ""
+    mixed: bool = True
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:

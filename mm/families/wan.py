@@ -61,6 +61,7 @@ WAN = Family(
     no_preview=previews.VIDEO,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.wan:Wan",
     lora=transformer_names(1, "WanLoraLoaderMixin"),
 )  # fmt: skip
 FAMILIES = (WAN,)

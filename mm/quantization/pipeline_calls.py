@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.families import family_of
+from mm.families.frames import FRAMES as FRAME_NAMES
 from mm.families.sizes import exact_size, native_side
 from mm.families.sources import EDGES, MASKS, PICTURES, VIDEOS
 from mm.quantization import pictures
@@ -33,7 +34,6 @@ FRAMES = 9  # fits video autoencoders that compress time by 4 and by 8: 4k + 1 a
 NEGATIVE = "blurry, low quality"
 LEAST_STEPS = 8  # of pictures that are compared
 _FALLBACK = 512  # pixels a side where neither caller nor model says
-_FRAME_NAMES = ("num_frames", "frames", "video_length")
 # These draw from text alone as well as from a picture: both are calibrated in turns.
 _EITHER = ("Flux2", "FluxKontext", "ZImageOmni")
 
@@ -135,7 +135,7 @@ def _guidance(pipe: Any, takes: Mapping[str, inspect.Parameter], number: int) ->
 
 
 def _sizes(pipe: Any, takes: Mapping[str, inspect.Parameter], config: SVDQuantConfig) -> dict[str, Any]:
-    made: dict[str, Any] = {name: FRAMES for name in _FRAME_NAMES if name in takes}
+    made: dict[str, Any] = {name: FRAMES for name in FRAME_NAMES if name in takes}
     side = config.size or native_side(pipe)
     if side and {"height", "width"} <= set(takes):
         made |= exact_size(takes, side, side)

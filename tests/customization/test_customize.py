@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from damaged import damaged_states
@@ -24,7 +25,7 @@ from mm.customization.run_state import STATE
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image", "flux-2",
-    "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
+    "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow", "cogview-4", "wan",
 )  # fmt: skip
 OTHERS = (
     ("stable-diffusion-3", "eva"), ("stable-diffusion", "paca"), ("flux", "s2ft"), ("qwen-image", "adalora"),
@@ -280,6 +281,13 @@ def test_names_and_calls_that_do_not_fit(tmp_path: Path) -> None:
         customize(pipe, folder, name="sks", method="magic", **FAST)
     with pytest.raises(UserError, match="cannot be customized yet"):
         customize(tiny_pipeline_of("sana-sprint"), folder, name="sks", **FAST)
+    control = diffusers.CogView4ControlPipeline(**tiny_pipeline_of("cogview-4").components)
+    with pytest.raises(UserError, match=r"CogView4ControlPipeline cannot .* family cogview-4, CogView4Pipeline can"):
+        customize(control, folder, name="sks", **FAST)
+    wan = tiny_pipeline_of("wan")
+    wan.register_modules(transformer_2=wan.transformer)
+    with pytest.raises(UserError, match=r"a transformer for high noise and one for low noise cannot be customized yet"):
+        customize(wan, folder, name="sks", **FAST)
     assert not any(hasattr(m, "branches") for m in pipe.unet.modules())
 
 

@@ -12,42 +12,49 @@ from latent_grids import grid_of
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 
 from mm.customization.objectives.protocol import FlowObjective, objective_of
+from mm.families.frames import pictures_of
 
 NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
     "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
+    "cogview-4", "wan",
 )  # fmt: skip
 TOLERANCE = 1e-4  # of the largest value
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prediction_is_that_of_sampling(name: str) -> None:
-    """The first step of the pipeline's own loop, without guidance, is compared with `predict`."""
+    """Each step of the pipeline's own loop, without guidance, is compared with `predict`."""
     pipe = tiny_pipeline_of(name)
-    seen: dict[str, Any] = {}
+    seen: list[dict[str, Any]] = []
     before = pipe.scheduler.step
 
     def step(output: torch.Tensor, timestep: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not seen:
-            sigma = pipe.scheduler.sigmas[0] if hasattr(pipe.scheduler, "sigmas") else None
-            seen.update(output=output.clone(), timestep=timestep, latents=latents.clone(), sigma=sigma)
+        sigma = pipe.scheduler.sigmas[len(seen)] if hasattr(pipe.scheduler, "sigmas") else None
+        seen.append({"output": output.clone(), "timestep": timestep, "latents": latents.clone(), "sigma": sigma})
         return before(output, timestep, latents, *args, **kwargs)
 
     pipe.scheduler.step = step
-    more: dict[str, Any] = {"guidance_scale": 0.0 if name == "z-image" else 1.0}
+    more: dict[str, Any] = {"guidance_scale": 0.0 if name == "z-image" else 1.0, "num_inference_steps": 3}
     if name == "qwen-image":
         more = {"true_cfg_scale": 1.0}
     if name == "sana":
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
     pipe(**arguments_of(name, **more))
+    for one in seen:
+        _same_prediction(name, pipe, **one)
+
+
+def _same_prediction(
+    name: str, pipe: Any, output: torch.Tensor, timestep: Any, latents: torch.Tensor, sigma: torch.Tensor | None
+) -> None:
     objective = objective_of(pipe, SIDE)
-    latents, output = seen["latents"], seen["output"]
-    level = torch.as_tensor(seen["timestep"]).float().reshape(1)
+    level = torch.as_tensor(timestep).float().reshape(1)
     if isinstance(objective, FlowObjective):
-        level = level / 1000
+        level = torch.as_tensor(sigma).float().reshape(1)
     elif isinstance(pipe.scheduler, EulerDiscreteScheduler):
-        latents = latents / (seen["sigma"] ** 2 + 1) ** 0.5
+        latents = latents / (torch.as_tensor(sigma) ** 2 + 1) ** 0.5
     latents, output = grid_of(name, latents), grid_of(name, output)
     with torch.no_grad():
         made, other = (
@@ -58,6 +65,25 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
     scale = output.float().reshape(made.shape).abs().max()
     assert float((made - output.float().reshape(made.shape)).abs().max()) < TOLERANCE * float(scale)
     assert float((made - other).abs().max()) > TOLERANCE * float(scale)  # so that a wrong prompt is seen
+
+
+def test_wan_with_a_timestep_for_each_token_predicts_what_sampling_does() -> None:
+    """As Wan 2.2 TI2V-5B does; here all tokens have the same, so that the plain prediction is that of sampling."""
+    pipe = tiny_pipeline_of("wan")
+    shapes: list[torch.Size] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["timestep"].shape), with_kwargs=True
+    )
+    made = []
+    for each in (False, True):
+        pipe.register_to_config(expand_timesteps=each)
+        pipe(**arguments_of("wan", guidance_scale=1.0, num_inference_steps=1))
+        objective = objective_of(pipe, SIDE)
+        noisy = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made.append(objective.predict(noisy, torch.tensor([0.5]), objective.encode_prompts(["a red fox"])))
+    assert shapes == [(1,), (1,), (1, 64), (1, 64)]
+    assert torch.allclose(made[0], made[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,8 +103,25 @@ def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
     if name == "sana":
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
-    pictures = torch.as_tensor(pipe(**arguments_of(name, **more)).images)
+    pictures = torch.stack(list(pictures_of(pipe(**arguments_of(name, **more)))))
     with torch.no_grad():
         made = objective_of(pipe, SIDE).decode_latents(grid_of(name, last[0])) / 2 + 0.5
     assert made.shape == pictures.shape
     assert float((made.clamp(0, 1) - pictures).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_of_other_lengths_beside_it_change_no_prediction(name: str) -> None:
+    """Prompts that are remembered are put together to batches of any mix."""
+    pipe = tiny_pipeline_of(name)
+    objective = objective_of(pipe, SIDE)
+    prompts = ["a red fox", "a blue dog at night on a hill beside a lake, and a cat", "a red fox"]
+    with torch.no_grad(), objective.remembering():
+        clean = objective.encode_pictures(torch.rand(3, 3, SIDE, SIDE) * 2 - 1).float()
+        noise, levels = torch.randn(clean.shape), objective.fixed_levels(3)
+        noisy = objective.noised(clean, noise, levels)
+        made = objective.predict(noisy, levels, objective.conditions(prompts))
+        for k, prompt in enumerate(prompts):
+            row = slice(k, k + 1)
+            alone = objective.predict(noisy[row], levels[row], objective.encode_prompts([prompt]))
+            assert float((made[row] - alone).abs().max()) < TOLERANCE * float(alone.abs().max())

@@ -24,7 +24,7 @@ from mm.customization.refining import inside, refined, surroundings
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-2", "chroma", "lumina-2",
-    "aura-flow", "qwen-image", "sana", "z-image",
+    "aura-flow", "qwen-image", "sana", "z-image", "cogview-4", "wan",
 )  # fmt: skip
 
 
@@ -65,7 +65,9 @@ def _same_levels(pipe: Any, family: str) -> None:
             wanted = noised(packed, following, packed_noise)
         else:
             wanted = scheduler.add_noise(packed, packed_noise, following)
-        found = objective.noised_in_call(clean, noise, objective.level_of(float(following)))
+        given_levels = scheduler.sigmas if family == "cogview-4" else scheduler.timesteps  # what callbacks get
+        assert float(timestep) == float(given_levels[step])
+        found = objective.noised_in_call(clean, noise, objective.level_of(float(given_levels[step + 1])))
         assert found.shape == latents.shape == wanted.shape
         assert torch.allclose(found, wanted.float(), rtol=1e-4, atol=1e-4)
         compared += 1

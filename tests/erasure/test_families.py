@@ -31,6 +31,8 @@ SITES = {
     "z-image": (("cap_embedder.1", "attention.to_k", "attention.to_v"), None),
     "chroma": (("context_embedder", "add_k_proj", "add_v_proj"), None),
     "aura-flow": (("context_embedder", "add_k_proj", "add_v_proj"), None),
+    "cogview-4": (("patch_embed.text_proj",), 1),
+    "wan": (("text_embedder.linear_1", "attn2.to_k", "attn2.to_v"), 5),
     "lumina-2": (("caption_embedder.1", "attn.to_k", "attn.to_v"), None),
 }
 TARGET, ANCHOR = "fox", "dog"

@@ -46,6 +46,7 @@ class Objective(ABC):
         skipped: patterns over the paths of layers that take none.
         training: values of `TrainingConfig` that suit the family.
         edits: "no", "also" or "only": whether the pipeline changes a source picture.
+        pipelines: class names of the pipelines that it trains; none are all of the family's.
         open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
     """
 
@@ -54,6 +55,7 @@ class Objective(ABC):
     open_vocabulary = True
     training: ClassVar[Mapping[str, Any]] = {}
     edits: Edits = "no"
+    pipelines: tuple[str, ...] = ()
 
     def __init__(self, pipe: Any, side: int) -> None:
         self.pipe, self.side = pipe, side
@@ -312,12 +314,15 @@ def objective_of(pipe: Any, side: int | None = None, *, edit: bool = False) -> O
         raise UserError(
             f"{known} cannot be customized yet; docs/customization.md lists the families, and says how to add one"
         )
-    kind = resolve(family.objective)
+    kind: type[Objective] = resolve(family.objective)
+    if kind.pipelines and not {base.__name__ for base in type(pipe).__mro__} & set(kind.pipelines):
+        those = " and ".join(kind.pipelines)
+        raise UserError(f"{type(pipe).__name__} cannot be customized; of the family {family.name}, {those} can")
     if side is None:
         side = min(native_side(pipe) or family.size.default, family.size.default) if family.size is not None else 512
     else:
         check_side(pipe, side)
-    made = cast(Objective, kind(pipe, side))
+    made = kind(pipe, side)
     if edit and made.edits == "no":
         raise UserError(
             f"{type(pipe).__name__} takes no source picture, so no edit can be learned; give an editing pipeline "
