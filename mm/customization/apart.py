@@ -40,6 +40,7 @@ from mm.customization.batches import hash_of
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
 from mm.customization.refining import refined
+from mm.families.frames import one_frame, pictures_of
 
 # Options of a pipeline's call that have no place here, with the value that says what is done anyway.
 _OF_NO_USE = {
@@ -114,11 +115,12 @@ def draw_apart(
         raise UserError(f"{type(pipe).__name__} has no step callback, by which adapters are kept apart")
     check_options(getattr(pipe, "modes", ()), options)
     number("refine", refine, 0, 1)
+    given = one_frame(takes) | options
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
-        made = pipe(prompt=text, generator=generator, callback_on_step_end=step_callback(on_latents), **options)
-        picture: Image.Image = made.images[0]
+        made = pipe(prompt=text, generator=generator, callback_on_step_end=step_callback(on_latents), **given)
+        picture: Image.Image = pictures_of(made)[0]
         return picture
 
     with ExitStack() as stack:

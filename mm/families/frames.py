@@ -8,7 +8,7 @@ from typing import Any
 from mm.core.errors import UserError
 from mm.core.nouns import counted, with_article
 
-FRAMES: tuple[str, ...] = ("num_frames", "frames", "video_length")  # arguments that count them
+FRAME_NAMES: tuple[str, ...] = ("num_frames", "frames", "video_length")  # arguments that count them
 
 
 def one_frame(takes: Container[str]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def one_frame(takes: Container[str]) -> dict[str, Any]:
     Args:
         takes: names of the call's arguments.
     """
-    counts = {name: 1 for name in FRAMES if name in takes}
+    counts = {name: 1 for name in FRAME_NAMES if name in takes}
     return counts | {"output_type": "pil"} if counts else {}
 
 

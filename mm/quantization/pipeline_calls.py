@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mm.core.errors import UserError
 from mm.families import family_of
-from mm.families.frames import FRAMES as FRAME_NAMES
+from mm.families.frames import FRAME_NAMES
 from mm.families.sizes import exact_size, native_side
 from mm.families.sources import EDGES, MASKS, PICTURES, VIDEOS
 from mm.quantization import pictures
