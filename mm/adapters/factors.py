@@ -36,6 +36,16 @@ _PRODUCTS = {  # matrices that are multiplied, by kind
 }  # fmt: skip
 WHOLE = ("dense", *FACTORED)  # kinds that change a whole weight, and act in it
 
+_CALLED = {
+    "dense": "a full change", "rotation": "a rotation", "hadamard": "LoHa", "kron": "LoKr", "kron_product": "LoKr",
+    "sparse": "SHiRA", "dora": "DoRA",
+}  # fmt: skip
+
+
+def called(kind: str) -> str:
+    """What users call a kind that changes a whole weight."""
+    return _CALLED.get(kind, "OFT")
+
 
 def whole_change(entry: Entry, weight: Tensor | None = None) -> Tensor:
     """The change W' - W that an entry of a kind in `WHOLE` stands for, at a scale of 1.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.factors import WHOLE, factors_misfit, shape_misfit
+from mm.adapters.factors import WHOLE, called, factors_misfit, shape_misfit
 from mm.core.errors import UserError
 from mm.core.nouns import counted, with_article
 from mm.layers.linear import BranchedLinear
@@ -51,7 +51,7 @@ def match(name: str, entries: Mapping[str, Entry], target: Any) -> list[Place]:
     """
     roots = roots_of(target)
     found: dict[tuple[int, bool], Place] = {}
-    bad = []
+    bad, advice = [], ""
     for path, entry in entries.items():
         spot = locate(roots, layer_path(path, entry))
         module = None if spot is None else submodule(*spot)
@@ -63,14 +63,25 @@ def match(name: str, entries: Mapping[str, Entry], target: Any) -> list[Place]:
         why = f"the same layer as {twin.path}" if twin else _misfit(entry, place.module, spot[0])
         if why:
             bad.append(f"{path} ({why})")
+            advice = advice or _advice(entry, place.module)
         else:
             found[place.key] = place
     if bad or not entries:
         shown = "; ".join(bad[:3]) or "the patch is empty"
         raise UserError(
-            f"{len(found)} of {counted(len(entries), 'layer')} of patch {name!r} fit this model; not: {shown}"
+            f"{len(found)} of {counted(len(entries), 'layer')} of patch {name!r} fit this model; not: {shown}{advice}"
         )
     return list(found.values())
+
+
+def _advice(entry: Entry, module: nn.Module) -> str:
+    """What to do about an entry that does not go onto a quantized layer; empty for other ones."""
+    if entry.kind in ("lowrank", "rows", "bias") or not isinstance(module, BranchedLinear) or module.bits == 16:
+        return ""
+    return (
+        ". Use the 16-bit model, or the nearest LoRA: mm.Patch.load(FILE).truncated(RANK, MODEL).save(...) writes it "
+        "and prints what is lost"
+    )
 
 
 def _sharers(module: nn.Module, root: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -167,7 +178,7 @@ def _dense_misfit(entry: Entry, module: nn.Module, root: nn.Module) -> str:
     if not isinstance(module, nn.Linear) and (entry.kind != "dense" or isinstance(module, nn.Embedding)):
         return no_branches(module)
     if isinstance(module, BranchedLinear) and module.bits != 16:
-        return f"{entry.kind} changes cannot go onto {module.bits}-bit weights; truncate them, or quantize again"
+        return f"{called(entry.kind)}, a change of the whole weight, cannot go onto {module.bits}-bit weights"
     if why := no_plain_weight(module) or cannot_change(module, "weight"):
         return why
     shape = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]

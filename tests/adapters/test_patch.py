@@ -133,6 +133,18 @@ def test_dense_rotation_and_rows(model):
     assert str(thin.apply(model)) == "2 of 2 tensors applied to 1 layer"
 
 
+def test_what_does_not_go_onto_4_bits_says_how_it_does(model, tmp_path):
+    """The message said "kron changes ...; truncate them", for each layer, and no command does that."""
+    factors = {"first": torch.randn(4, 4), "second": torch.randn(8, 8)}
+    Patch(entries={"transformer_blocks.0.attn.to_q": Entry(kind="kron", tensors=factors)}).save(tmp_path / "a")
+    mm.quantize(model, DATA_FREE, progress=False)
+    with pytest.raises(UserError, match=r"LoKr, a change of the whole .*16-bit model, or .*truncated\(RANK") as refusal:
+        Patch.load(tmp_path / "a").apply(model)
+    assert str(refusal.value).count("truncated") == 1
+    mm.Patch.load(tmp_path / "a").truncated(4, model).save(tmp_path / "b")  # as it says
+    assert str(Patch.load(tmp_path / "b").apply(model)) == "2 of 2 tensors applied to 1 layer"
+
+
 def test_rows_go_into_embeddings_and_come_out():
     table = nn.ModuleDict({"words": nn.Embedding(6, 4)})
     before = table["words"].weight.clone()

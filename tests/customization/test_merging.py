@@ -216,6 +216,33 @@ def test_convolutions_are_merged_by_the_method_too() -> None:
     assert not torch.allclose(flat, sum(deltas).flatten(1))
 
 
+def _lokr(seed: int) -> Patch:
+    made = torch.Generator().manual_seed(seed)
+    tensors = {"first": torch.randn(3, 4, generator=made), "second": torch.randn(4, 4, generator=made)}
+    return Patch(entries={"unet.a": Entry(kind="kron", tensors=tensors)}, name=f"p{seed}", base="x")
+
+
+def test_a_rank_cuts_changes_of_whole_weights_too() -> None:
+    """It was refused with "no layer can have more than 0", or beside a LoRA had no effect."""
+    for other in (_lokr(2), _patch(3)):
+        whole = merge([_lokr(1), other], method="ties")
+        made = merge([_lokr(1), other], method="ties", rank=5)
+        down, up, lost = cut(_delta(whole), 5)
+        assert whole.entries["unet.a"].kind == "dense"
+        assert made.entries["unet.a"].tensors["down"].shape == (5, K)
+        assert torch.allclose(_delta(made), up @ down, atol=1e-2)
+        assert made.report["largest_loss"] == pytest.approx(lost, abs=1e-3)
+        assert lost > 0.01
+    with pytest.raises(UserError, match="rank is 13, and no layer of the adapters can have more than 12"):
+        merge([_lokr(1), _lokr(2)], method="ties", rank=13)
+
+
+def test_a_dora_of_magnitudes_alone_changes_something() -> None:
+    tensors = {"down": torch.ones(1, K), "up": torch.zeros(N, 1), "magnitude": torch.ones(N)}
+    dora = Patch(entries={"unet.b": Entry(kind="dora", tensors=tensors)}, name="scaled", base="x")
+    assert set(merge([dora, _patch(1)]).entries) == {"unet.a", "unet.b"}
+
+
 def test_the_base_and_the_layout_of_a_merge() -> None:
     """The base is that of any that says it; where the family is not known, mm's own file holds all."""
     one, other = _patch(1), _patch(2)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mm.adapters.entry import Entry
-from mm.adapters.factors import FACTORED, OF_WEIGHT, WHOLE, whole_change
+from mm.adapters.factors import FACTORED, OF_WEIGHT, WHOLE, shape_of, whole_change
 from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.checks import check_kind, given
@@ -53,8 +53,8 @@ def merge(
         method: one of `METHODS`.
         weights: how strongly each acts, a finite number; 1 by default.
         density: share of the values that "ties" and "dare" keep, by default .5; the other methods take none.
-        rank: of layers that were combined as whole changes; None takes the sum of the ranks. "sum" and "orthogonal"
-            keep the sum of the ranks, and take none.
+        rank: of layers that were combined as whole changes; None takes the sum of the ranks, and leaves layers whole
+            that an adapter changes otherwise than by a product. "sum" and "orthogonal" take none.
         seed: of DARE's choice, and of what "regmean" and "distill" draw.
         name: of the result.
         pipe: the model, which "regmean" and "distill" draw with; it is unchanged afterwards. The other methods need it
@@ -163,9 +163,8 @@ def _check_patches(patches: Sequence[Patch], config: MergeConfig) -> None:
                 f"{patch.name!r} brings words alone, which act in full, and its weight is {weight:g}; leave it out, or "
                 "give 1"
             )
-    low = [entry for patch in patches for entry in patch.entries.values() if entry.kind == "lowrank"]
     if rank is not None:
-        most = max((min(len(e.tensors["up"]), e.tensors["down"].shape[1]) for e in low), default=0)
+        most = max((_most(entry) for patch in patches for entry in patch.entries.values()), default=0)
         if rank > most:
             raise UserError(f"rank is {rank}, and no layer of the adapters can have more than {most}; give less")
     for one, other in combinations(patches, 2):
@@ -207,9 +206,17 @@ def _check_off(patches: Sequence[Patch], pipe: Any) -> None:
         raise UserError(f"the patch {found!r} is on the model; take it off first: patch.undo(pipe)")
 
 
+def _most(entry: Entry) -> int:
+    """The largest rank that the change of a matrix can have; 0 for other entries."""
+    if entry.kind == "lowrank":
+        return min(len(entry.tensors["up"]), entry.tensors["down"].shape[1])
+    shape = shape_of(entry) if entry.kind in WHOLE else ()
+    return min(side for side in shape if side is not None) if len(shape) == 2 else 0
+
+
 def _changes(entry: Entry) -> bool:
     """Whether an entry changes its layer at all."""
-    if entry.kind == "rows":
+    if entry.kind in ("rows", "dora"):  # of a DoRA the magnitude alone does
         return True
     if entry.kind == "rotation":
         rotation = entry.tensors["rotation"]
@@ -277,9 +284,10 @@ def _combined(path: str, here: Sequence[tuple[Entry, float]], config: MergeConfi
         total = flat.view_as(deltas[0])
     else:
         total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(deltas[0]))
-    if kinds != {"lowrank"}:
+    cutting = config.rank is not None and len(here) > 1 and total.ndim == 2
+    if kinds != {"lowrank"} and not cutting:
         return Entry(kind="bias" if kinds == {"bias"} else "dense", tensors={"delta": total}), 0.0
-    most = config.rank or sum(len(entry.tensors["down"]) for entry, _ in here)
+    most = config.rank or sum(len(entry.tensors["down"]) for entry, _ in here)  # here all are products
     down, up, lost = cut(total, min(most, *total.shape))
     made = {"down": down.to(torch.float16), "up": up.to(torch.float16)}
     return Entry(kind="lowrank", tensors=made, scope=first.scope), lost
