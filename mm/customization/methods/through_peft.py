@@ -44,7 +44,8 @@ class PeftAdapters:
             check_whole(self.roots, self.paths, "a method of products (dreambooth, lora), or learn on the 16-bit model")
         if kind == "shira":
             _check_sparse(self.roots, self.paths, job.settings["rank"])
-            torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns where this is not set
+            if not torch.sparse.check_sparse_tensor_invariants.is_enabled():
+                torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns where it is neither on nor off
         try:
             self._wrap(job)
         except BaseException:
