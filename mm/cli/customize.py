@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +96,7 @@ def customize(
     check_layout(
         layout, wanted, word=kind != "slider" and not objective_of(pipe, size, edit=kind == "edit").open_vocabulary
     )
-    with ProgressLine() as line:
+    with ProgressLine() as line, _going_on(place / STATE):
         learned = make(
             pipe, folder, name=name, kind=kind, method=method, noun=noun, prompts=prompts, work=place, samples=sample,  # type: ignore[arg-type]
             regularization=regularization, guard=guard or (), seed=seed,
@@ -104,6 +106,17 @@ def customize(
     if not keep:
         (place / STATE).unlink(missing_ok=True)
     _print(learned, out)
+
+
+@contextmanager
+def _going_on(state: Path) -> Iterator[None]:
+    """Within the context, a run that is interrupted says how it goes on, once it has saved its state."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.is_file():
+            print(f"stopped; the same command goes on from {state}", file=sys.stderr)
+        raise
 
 
 def _write(learned: Any, out: Path, layout: str, pipe: Any, work: Path) -> None:

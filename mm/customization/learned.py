@@ -141,6 +141,7 @@ class Learned(Patch):
         ranks = {len(e.tensors["down"]) for e in self.entries.values() if e.kind == "lowrank"}
         rank = max(ranks, default=0)
         s = self.settings
+        algorithm = {"LOHA": "loha", "LOKR": "lokr"}.get(peft_type(self.entries), "")
         names = [str(s["name"])] if s.get("name") else [str(name) for name in s.get("names", ())]
         written = {
             "modelspec.sai_model_spec": "1.0.1",
@@ -149,7 +150,8 @@ class Learned(Patch):
             "modelspec.title": self.name,
             "modelspec.trigger_phrase": ", ".join(names),
             "modelspec.resolution": f"{s['size']}x{s['size']}" if s.get("size") else "",
-            "ss_network_module": "networks.lora",
+            "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
+            "ss_network_args": json.dumps({"algo": algorithm}) if algorithm else "",
             "ss_network_dim": str(rank),
             "ss_network_alpha": str(rank),
             "ss_steps": str(self.report.get("steps", "")),

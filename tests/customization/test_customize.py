@@ -15,9 +15,11 @@ from forked import Forks
 from safetensors import safe_open
 from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+from typer.testing import CliRunner
 
 from mm.adapters.formats import read_lora
 from mm.adapters.patch import Patch
+from mm.cli import app
 from mm.core import run_files
 from mm.core.errors import UserError
 from mm.customization.customize import customize
@@ -121,6 +123,26 @@ def test_a_killed_run_gives_the_file_of_an_undisturbed_one(tmp_path: Path, forks
     undisturbed = tmp_path / "undisturbed.safetensors"
     customize(tiny_pipeline_of("stable-diffusion"), folder, **settings).write(undisturbed)
     assert out.read_bytes() == undisturbed.read_bytes()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupted_command_says_how_it_goes_on(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "cup.safetensors.work"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        if saved:
+            work.mkdir()
+            (work / STATE).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mm.customization.customize.customize", interrupted)
+    folder = subject_folder(tmp_path / "data")
+    given = ["customize", str(folder), "--name", "<cup>", "-o", str(tmp_path / "cup.safetensors")]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 130
+    assert (f"stopped; the same command goes on from {work / STATE}" in done.stderr) == saved
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
 
 from mm.core.errors import UserError
+from mm.core.safe_tensors import read_header
 from mm.customization.customize import customize
 from mm.customization.merging.files import read_adapter
 
@@ -45,6 +46,8 @@ def test_a_file_of_each_layout(method: str, tmp_path: Path) -> None:
                 read_adapter(file, pipe)
             continue
         learned.write(file, layout, target=pipe)  # type: ignore[arg-type]
+        module = {"loha": "lycoris.kohya", "lokr": "lycoris.kohya"}.get(method, "networks.lora")
+        assert read_header(file, "adapter").metadata["ss_network_module"] == module
         read = read_adapter(file, pipe)
         read.apply(pipe)
         got = draw_with("stable-diffusion", pipe, prompt="sks thing")
