@@ -246,6 +246,11 @@ class Rows:
         self.spreads: dict[str, float] = {}  # the table's standard deviation, by the parameter's name
         self.per_sample: dict[str, Tensor] = {}  # rows (B, D) by token, for batches whose prompts differ in them
         self.ids: dict[tuple[str, str], int] = {}
+        if not objective.trains_words:
+            raise UserError(
+                f"{type(objective.pipe).__name__} reads prompts in its call, without gradients, so that no word is "
+                "learned; choose a method that learns layers alone, such as dreambooth"
+            )
         self.tables: list[TokenTable] = list(objective.tables)
         if not self.tables:
             raise UserError(f"{type(objective.pipe).__name__} has no tokenizer that takes a new word")

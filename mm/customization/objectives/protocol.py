@@ -29,6 +29,7 @@ from mm.families.sizes import check_side, native_side
 
 NOUNS: tuple[str, ...] = ("dog", "car", "tree", "cup", "cat", "chair", "apple", "bird")
 Edits = Literal["no", "also", "only"]
+_WATCHED = "mm.customization.objectives.watched:watched"  # of families that name no class of their own
 INSTRUCTIONS: tuple[str, ...] = (
     "make it night", "turn it into a watercolor", "add a dog", "remove the person", "make the sky red",
     "change the season to winter", "make it a pencil drawing", "add snow", "put a hat on the person",
@@ -48,11 +49,13 @@ class Objective(ABC):
         edits: "no", "also" or "only": whether the pipeline changes a source picture.
         pipelines: class names of the pipelines that it trains; none are all of the family's.
         open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
+        trains_words: prompts are encoded with gradients, so that rows of words can be learned.
     """
 
     parts: tuple[str, ...] = ("transformer",)
     skipped: tuple[str, ...] = ()
     open_vocabulary = True
+    trains_words = True
     training: ClassVar[Mapping[str, Any]] = {}
     edits: Edits = "no"
     pipelines: tuple[str, ...] = ()
@@ -306,23 +309,25 @@ def objective_of(pipe: Any, side: int | None = None, *, edit: bool = False) -> O
         edit: whether pairs of pictures are learned.
 
     Raises:
-        UserError: for a family without one, and for a pipeline that takes no source picture, or always one.
+        UserError: for a pipeline of no family, one whose call does what `mm.customization.objectives.watched` does not
+            suit, and one that takes no source picture, or always one.
     """
     family = family_of(pipe)
-    if family is None or family.objective is None:
-        known = f"the family {family.name}" if family is not None else type(pipe).__name__
+    if family is None:
         raise UserError(
-            f"{known} cannot be customized yet; docs/customization.md lists the families, and says how to add one"
+            f"{type(pipe).__name__} cannot be customized yet; docs/customization.md lists the families, and says how "
+            "to add one"
         )
-    kind: type[Objective] = resolve(family.objective)
-    if kind.pipelines and not {base.__name__ for base in type(pipe).__mro__} & set(kind.pipelines):
-        those = " and ".join(kind.pipelines)
+    kind = resolve(family.objective or _WATCHED)
+    wanted = getattr(kind, "pipelines", ())
+    if wanted and not {base.__name__ for base in type(pipe).__mro__} & set(wanted):
+        those = " and ".join(wanted)
         raise UserError(f"{type(pipe).__name__} cannot be customized; of the family {family.name}, {those} can")
     if side is None:
         side = min(native_side(pipe) or family.size.default, family.size.default) if family.size is not None else 512
     else:
         check_side(pipe, side)
-    made = kind(pipe, side)
+    made: Objective = kind(pipe, side)
     if edit and made.edits == "no":
         raise UserError(
             f"{type(pipe).__name__} takes no source picture, so no edit can be learned; give an editing pipeline "

@@ -1,0 +1,141 @@
+"""The call of a pipeline of diffusers, run with an eye on its denoiser, its scheduler and its autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.families import family_of
+from mm.families.frames import one_frame
+from mm.families.sizes import exact_size
+
+STEPS = 4
+
+
+class _Enough(Exception):
+    """What was wanted has been seen."""
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What a call did."""
+
+    arguments: list[dict[str, Any]] = field(default_factory=list)  # of the denoiser, at each of its calls
+    raw: list[Tensor] = field(default_factory=list)  # its outputs
+    samples: list[Tensor] = field(default_factory=list)  # latents that the scheduler got at each step
+    outputs: list[Tensor] = field(default_factory=list)  # predictions that it got
+    decoded: Tensor | None = None  # what the autoencoder got
+
+
+def first_of(made: Any) -> Tensor:
+    """The tensor in what a denoiser or an autoencoder returns. Raises TypeError where there is none."""
+    if isinstance(made, Tensor):
+        return made
+    found = made[0] if isinstance(made, tuple | list) else made.sample
+    if not isinstance(found, Tensor):
+        raise TypeError(f"a {type(found).__name__} in place of a tensor of predictions")
+    return found
+
+
+class Watch:
+    """The calls of one pipeline at one size."""
+
+    def __init__(self, pipe: Any, side: int, denoiser: str) -> None:
+        self.pipe, self.side, self.part = pipe, side, denoiser
+        self.denoiser: nn.Module = pipe.components[denoiser]
+        self.takes = inspect.signature(type(pipe).__call__).parameters
+        self.names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str, *, steps: int = STEPS, last: Tensor | None = None, output: Tensor | None = None,
+        until: str = "end",
+    ) -> Seen:  # fmt: skip
+        """Runs the pipeline's call.
+
+        Args:
+            prompt: that it draws.
+            steps: of sampling.
+            last: given to it in place of the latents of its last step.
+            output: given in place of each of the denoiser's outputs.
+            until: "end", or "denoiser": its first call.
+        """
+        seen = Seen()
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        forward, step = self.denoiser.forward, scheduler.step
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            seen.arguments.append({k: _copied(v) for k, v in given.items()})
+            if until == "denoiser":
+                raise _Enough
+            if output is not None:
+                return (output,) if not given.get("return_dict", True) else type("Out", (), {"sample": output})()
+            made = forward(*args, **kwargs)
+            seen.raw.append(first_of(made).clone())
+            return made
+
+        def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.samples.append(sample.clone())
+            seen.outputs.append(model_output.clone())
+            made = step(model_output, timestep, sample, *args, **kwargs)
+            if last is None or len(seen.samples) < steps:
+                return made
+            new = last.to(sample).reshape(sample.shape)
+            return (new,) if isinstance(made, tuple) else type("Out", (), {"prev_sample": new})()
+
+        def decoded(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.decoded = latents.clone()
+            raise _Enough
+
+        quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            with _instead(self.denoiser, "forward", watched), _instead(scheduler, "step", stepped), \
+                    _instead(pipe.vae, "decode", decoded), warnings.catch_warnings():  # fmt: skip
+                warnings.simplefilter("ignore")
+                pipe(**self.given(prompt, steps))
+        except _Enough:
+            pass
+        finally:
+            pipe.set_progress_bar_config(**quiet)
+        return seen
+
+    def given(self, prompt: str, steps: int) -> dict[str, Any]:
+        """The call's arguments, without guidance."""
+        family = family_of(self.pipe)
+        made: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pil", "clean_caption": False}
+        made |= exact_size(self.takes, self.side, self.side) | one_frame(self.takes)
+        made |= {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in self.takes}
+        if family is not None and family.guidance_name in self.takes:
+            made[family.guidance_name] = 1.0
+        made = {k: v for k, v in made.items() if k in self.takes}
+        return made | {"prompt": prompt, "generator": torch.Generator().manual_seed(0)}
+
+
+@contextmanager
+def _instead(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the context an object has another method; what hooks of other libraries put there stays."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = function
+    try:
+        yield
+    finally:
+        owner.__dict__.pop(name)
+        if before is not None:
+            owner.__dict__[name] = before
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(one) for one in value)
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value

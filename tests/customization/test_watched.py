@@ -1,0 +1,117 @@
+"""Pipelines of families without an objective: what is read off their calls is what other objectives write down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subject_pictures import subject_folder
+from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
+
+from mm.core.errors import UserError
+from mm.customization.customize import customize
+from mm.customization.objectives.protocol import objective_of
+from mm.customization.objectives.watched import watched
+from mm.families import family_of
+from mm.families.registry import register
+
+FAMILIES = (
+    "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
+    "chroma", "lumina-2", "pixart-sigma", "aura-flow", "wan",
+)  # fmt: skip
+FAST: dict[str, Any] = {
+    "steps": 6, "batch_size": 2, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 2e-2, "rank": 2,
+    "samples": (),
+}  # fmt: skip
+
+
+@pytest.fixture
+def without_objective() -> Iterator[Any]:
+    """Takes the objective off families by name."""
+    before = []
+
+    def take(pipe: Any) -> Any:
+        family = family_of(pipe)
+        assert family is not None and family.objective
+        before.append(family)
+        register(dataclasses.replace(family, objective=None), replace=True)
+        return pipe
+
+    yield take
+    for family in before:
+        register(family, replace=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_read_is_what_the_familys_own_objective_says(name: str) -> None:
+    pipe = tiny_pipeline_of(name)
+    own, read = objective_of(pipe, SIDE), watched(pipe, SIDE)
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 3, SIDE, SIDE, generator=generator) * 2 - 1
+    with torch.no_grad():
+        clean = own.encode_pictures(pictures).float()
+        _same(read.encode_pictures(pictures), clean)
+        _same(read.decode_latents(clean), own.decode_latents(clean))
+        levels = own.fixed_levels(4)[1:3]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = own.noised(clean, noise, levels)
+        _same(read.noised(clean, noise, levels), noisy)
+        _same(read.packed(noisy), own.packed(noisy))
+        prompts = ["a red fox", "two dogs on a hill beside a lake"]
+        wanted = own.predict(noisy, levels, own.encode_prompts(prompts))
+        _same(read.predict(noisy, levels, read.encode_prompts(prompts)), wanted)
+        _same(read.target(clean, noise, levels), own.target(clean, noise, levels))
+    again = draw_with(name, pipe)
+    assert torch.equal(again, draw_with(name, tiny_pipeline_of(name)))  # nothing is left on the pipeline
+
+
+def _same(made: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert made.shape == wanted.shape
+    assert float((made.float() - wanted.float()).abs().max()) < 1e-4 * float(wanted.float().abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["stable-diffusion", "flux"])
+def test_a_subject_is_learned_as_by_the_familys_own_objective(
+    name: str, without_objective: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    folder = subject_folder(tmp_path / "data")
+    own = customize(tiny_pipeline_of(name), folder, name="sks thing", **FAST)
+    pipe = without_objective(tiny_pipeline_of(name))
+    learned = customize(pipe, folder, name="sks thing", **FAST)
+    assert learned.report["error"] < 1 and set(learned.entries) == set(own.entries)
+    for path, entry in own.entries.items():
+        for part, tensor in entry.tensors.items():
+            assert torch.allclose(learned.entries[path].tensors[part].float(), tensor.float(), atol=2e-3), path
+    learned.write(tmp_path / "sks.safetensors")
+    learned.apply(pipe)
+    ours = draw_with(name, pipe, prompt="sks thing")
+    plain = tiny_pipeline_of(name)
+    plain.load_lora_weights(str(tmp_path), weight_name="sks.safetensors")
+    assert torch.allclose(ours, draw_with(name, plain, prompt="sks thing"), atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_suit_is_refused_before_the_work(without_objective: Any, tmp_path: Path) -> None:
+    folder = subject_folder(tmp_path / "data")
+    for name, why in (
+        ("flux-fill", "its call with a prompt alone does not run through"),
+        ("cogview-4", "its denoiser's times .* are no linear function of the noise levels"),
+        ("z-image", "a list in place of a tensor"),
+    ):
+        pipe = tiny_pipeline_of(name)
+        if name != "flux-fill":
+            without_objective(pipe)
+        with pytest.raises(UserError, match=f"{type(pipe).__name__} cannot be customized yet: .*{why}"):
+            customize(pipe, folder, name="sks thing", **FAST)
+    pipe = without_objective(tiny_pipeline_of("stable-diffusion"))
+    with pytest.raises(UserError, match="without gradients, so that no word is learned; choose a method that learns"):
+        customize(pipe, folder, name="<sks>", method="textual-inversion", size=SIDE, steps=1)
+    pipe.register_modules(vae=None)
+    with pytest.raises(UserError, match=r"one denoiser \(transformer, unet\), a scheduler and a vae are needed"):
+        watched(pipe, SIDE)
