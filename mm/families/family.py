@@ -130,7 +130,8 @@ class Family:
         contexts: "module:Class" that gives prompts for erasing concepts (`mm.erasure.concepts.Contexts`); None takes
             templates of plain English.
         objective: "module:Class" that says how the family's denoiser is trained
-            (`mm.customization.objectives.protocol.Objective`); None for families that cannot be customized yet.
+            (`mm.customization.objectives.protocol.Objective`); None: the pipeline's call is watched, where it suits
+            (`mm.customization.objectives.watched`).
         score: "module:function" called with (pipe, limit), which gives a list of booleans, one a picture; or None.
         fast: "module:function" called with (mode, settings): all settings of less work a picture, the measured mix
             where none are given. Empty: those of Adaptive Guidance, for pipelines of diffusers (`mm.fast`).
