@@ -20,7 +20,7 @@ from torch import Tensor
 from mm.core.errors import UserError
 from mm.customization.objectives.watching import Watch
 
-_BASE = 16  # of the digits by which places of values are told apart, few enough for bfloat16
+_BASE = 16  # of the digits by which places of values are distinguished; bfloat16 holds them
 _PROMPTS = ("a red fox", "two blue cups on a table")
 _MOST_TIMES = 4096  # values of an argument that is a time
 

@@ -1,4 +1,4 @@
-"""The call of a pipeline of diffusers, run with an eye on its denoiser, its scheduler and its autoencoder."""
+"""The call of a pipeline of diffusers, with what its denoiser, its scheduler and its autoencoder get recorded."""
 
 from __future__ import annotations
 
