@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import transformers
+from diffusers.guiders import AdaptiveProjectedMixGuidance
 from tiny_parts import SIDE, flow, kl_vae
-from tiny_text_encoders import WIDTH, glm_text, umt5_text
-from tiny_tokenizers import glm_tokenizer, t5_tokenizer
+from tiny_text_encoders import WIDTH, bert_text, glm_text, qwen_vl_text, t5_text, umt5_text
+from tiny_tokenizers import bert_tokenizer, glm_tokenizer, qwen_tokenizer, t5_tokenizer
 
 
 def _cogview_4() -> Any:
@@ -39,7 +41,57 @@ def _wan() -> Any:
     )
 
 
+def _hunyuan_image() -> Any:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=16, out_channels=16, num_attention_heads=4, attention_head_dim=16, num_layers=2,
+        num_single_layers=2, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=WIDTH, text_embed_2_dim=WIDTH,
+        rope_axes_dim=(8, 8),
+    )  # fmt: skip
+    transformer.context_embedder.proj_in.weight.data *= 2  # so that prompts differ beside what is around each
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(32, 32, 32), layers_per_block=1,
+        spatial_compression_ratio=4, sample_size=SIDE, scaling_factor=0.75,
+    )  # fmt: skip
+    pipe = diffusers.HunyuanImagePipeline(
+        transformer=transformer, vae=vae, text_encoder=qwen_vl_text(3), tokenizer=qwen_tokenizer(),
+        text_encoder_2=t5_text(), tokenizer_2=transformers.ByT5Tokenizer(), scheduler=flow(shift=5.0),
+        guider=AdaptiveProjectedMixGuidance(), ocr_guider=AdaptiveProjectedMixGuidance(),
+    )  # fmt: skip
+    pipe.tokenizer_max_length = 256  # 1000 take long
+    return pipe
+
+
+def _bria() -> Any:
+    transformer = diffusers.BriaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=WIDTH, axes_dims_rope=[4, 6, 6],
+    )  # fmt: skip
+    return diffusers.BriaPipeline(
+        transformer=transformer, vae=kl_vae(shifted=True), text_encoder=t5_text(), tokenizer=t5_tokenizer(),
+        scheduler=flow(use_dynamic_shifting=True),
+    )  # fmt: skip
+
+
+def _hunyuan_dit() -> Any:
+    transformer = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, patch_size=2, sample_size=SIDE // 8,
+        hidden_size=64, num_layers=4, mlp_ratio=2.0, cross_attention_dim=WIDTH, cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=WIDTH,
+    )  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.018, prediction_type="v_prediction"
+    )
+    return diffusers.HunyuanDiTPipeline(
+        transformer=transformer, vae=kl_vae(4, 4), text_encoder=bert_text(), tokenizer=bert_tokenizer(),
+        text_encoder_2=t5_text(), tokenizer_2=t5_tokenizer(), scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 MORE: dict[str, Callable[[], Any]] = {
     "cogview-4": _cogview_4,
     "wan": _wan,
+    "hunyuan-image": _hunyuan_image,
+    "bria": _bria,
+    "hunyuan-dit": _hunyuan_dit,
 }

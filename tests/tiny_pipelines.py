@@ -267,7 +267,7 @@ def options_of(name: str) -> dict[str, Any]:
         made |= {"_auto_resize": False, "max_area": SIDE * SIDE}
     if name.startswith("sana"):
         made["complex_human_instruction"] = None
-    if name.startswith(("sana", "pixart")):
+    if name.startswith(("sana", "pixart", "hunyuan-dit")):
         made["use_resolution_binning"] = False
     if name == "wan":
         made["num_frames"] = 1

@@ -25,6 +25,14 @@ def clip_text(*, projection: bool = False, width: int = WIDTH) -> Any:
     return kind(config).eval()
 
 
+def bert_text() -> Any:
+    config = transformers.BertConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=128,
+    )  # fmt: skip
+    return transformers.BertModel(config).eval()
+
+
 def t5_text(width: int = WIDTH) -> Any:
     config = transformers.T5Config(
         d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2, vocab_size=VOCABULARY,

@@ -38,6 +38,13 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
+def bert_tokenizer() -> Any:
+    """BERT's, whose words begin with a letter and go on with pieces of one letter each."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return transformers.BertTokenizer(vocab={w: k for k, w in enumerate(words)}, model_max_length=77)
+
+
 def gemma_tokenizer() -> Any:
     """Gemma's, over printable ASCII."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(chr(code) for code in range(33, 127))]

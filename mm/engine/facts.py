@@ -41,15 +41,13 @@ def capabilities_of(name: str, pipe: Any, family: Family | None, folder: Path | 
     """
     takes = call_parameters(pipe)
     tasks = _tasks(pipe, family, takes, folder)
-    guidance_name = family.guidance_name if family is not None and family.guidance is not None else None
-    if family is None and "guidance_scale" in takes:
-        guidance_name = "guidance_scale"
+    guidance_name = _guidance_name(pipe, family, takes)
     return Capabilities(
         model=name,
         tasks=tuple(task for task in FAMILY_TASKS if task in tasks),
         modes=tuple(getattr(pipe, "modes", ()) or (family.modes if family else ())) if "mode" in takes else (),
         steps=_steps(family, takes),
-        guidance=None if family is None else family.guidance,
+        guidance=None if family is None or guidance_name is None else family.guidance,
         guidance_name=guidance_name,
         negative="negative_prompt" in takes,
         negative_needs="true_cfg_scale" if _distilled(guidance_name, takes) else "",
@@ -65,15 +63,29 @@ def capabilities_of(name: str, pipe: Any, family: Family | None, folder: Path | 
     )
 
 
+def _guidance_name(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> str | None:
+    """The argument that guidance goes to; None without any, or where one of a distilled model would have no effect."""
+    if family is None:
+        return "guidance_scale" if "guidance_scale" in takes else None
+    if family.guidance is None or ("distilled" in family.guidance_name and not _reads_guidance(pipe)):
+        return None
+    return family.guidance_name
+
+
+def _reads_guidance(pipe: Any) -> bool:
+    """Whether a denoiser has guidance among its inputs."""
+    denoisers = [getattr(pipe, name, None) for name in DENOISERS]
+    return any(getattr(part.config, "guidance_embeds", False) for part in denoisers if part is not None)
+
+
 def _fast(pipe: Any, family: Family | None, takes: Mapping[str, Any], guidance_name: str | None) -> str:
     """What resolves the settings of less work a picture; empty where the pipeline computes nothing to leave out."""
     if "fast" in takes:
         return "" if family is None else family.fast
-    denoisers = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
-    if guidance_name is None or not denoisers or getattr(pipe, "scheduler", None) is None:
+    denoiser = any(getattr(pipe, name, None) is not None for name in DENOISERS)
+    if guidance_name is None or not denoiser or getattr(pipe, "scheduler", None) is None:
         return ""
-    distilled = any(getattr(part.config, "guidance_embeds", False) for part in denoisers)
-    return "" if distilled and "true_cfg_scale" not in takes else ADAPTIVE
+    return "" if _reads_guidance(pipe) and "true_cfg_scale" not in takes else ADAPTIVE
 
 
 def _fast_tasks(family: Family | None, tasks: set[str]) -> tuple[str, ...]:

@@ -35,10 +35,12 @@ BRIA = Family(
     preview=previews.SDXL,
     text_sites=TEXT,
     edit_sites=TEXT,
+    objective="mm.customization.objectives.bria:Bria",
     lora=transformer_names(1),
 )
 FIBO = replace(
     BRIA,
+    objective=None,
     name="bria-fibo",
     pipelines={"text_to_image": "BriaFiboPipeline", "edit": "BriaFiboEditPipeline"},
     denoisers={"BriaFiboTransformer2DModel": RULES},
@@ -59,6 +61,7 @@ FIBO_2 = replace(
 )
 LONGCAT = replace(
     BRIA,
+    objective=None,
     name="longcat-image",
     pipelines={"text_to_image": "LongCatImagePipeline", "edit": "LongCatImageEditPipeline"},
     denoisers={"LongCatImageTransformer2DModel": RULES},
@@ -69,6 +72,7 @@ LONGCAT = replace(
 )
 OVIS = replace(
     BRIA,
+    objective=None,
     name="ovis-image",
     pipelines={"text_to_image": "OvisImagePipeline"},
     denoisers={"OvisImageTransformer2DModel": RULES_OVIS},

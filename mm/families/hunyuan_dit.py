@@ -33,6 +33,7 @@ HUNYUAN_DIT = Family(
     preview=previews.SDXL,
     text_sites=_TEXT,
     edit_sites=_TEXT,
+    objective="mm.customization.objectives.hunyuan_dit:HunyuanDiT",
     lora=transformer_names(2),
 )
 FAMILIES = (HUNYUAN_DIT,)

@@ -19,7 +19,8 @@ RULES: Rules = (
     *keep(r"x_embedder\..*", r"image_embedder\..*", r"image_projection\..*", r"clean_x_embedder\..*"),
     *FLUX_LIKE,
 )
-_TEXT = (r"context_embedder\.proj_in", r"context_embedder_2\.linear_1", r".*\.attn\.add_(?:k|v)_proj")
+_PROMPT = (r"context_embedder\.proj_in", r".*\.attn\.add_(?:k|v)_proj")
+_TEXT = (*_PROMPT, r"context_embedder_2\.linear_1")  # which reads what is to be written, and zeros where nothing is
 
 HUNYUAN_IMAGE = Family(
     name="hunyuan-image",
@@ -32,7 +33,8 @@ HUNYUAN_IMAGE = Family(
     size=SizeRule(default=2048, multiple=32, maximum=2560),
     no_preview=previews.NONE_KNOWN,
     text_sites=_TEXT,
-    edit_sites=_TEXT,
+    edit_sites=_PROMPT,
+    objective="mm.customization.objectives.hunyuan_image:HunyuanImage",
     lora=transformer_names(0),
 )
 HUNYUAN_VIDEO = replace(
@@ -53,6 +55,7 @@ HUNYUAN_VIDEO = replace(
     guidance_name="guidance_scale",
     size=SizeRule(default=720, multiple=16, maximum=1280),
     no_preview=previews.VIDEO,
+    objective=None,
     lora=transformer_names(0, "HunyuanVideoLoraLoaderMixin"),
 )  # fmt: skip
 FAMILIES = (HUNYUAN_IMAGE, HUNYUAN_VIDEO)

@@ -29,7 +29,8 @@ LEFT, RIGHT = Box(left=0.0, top=0.0, right=0.5, bottom=0.75), Box(left=0.5, top=
 PROMPT = f"a {WORDS[0]} and a {WORDS[1]} on grass"
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
-    "aura-flow", "cogview-4", "wan",
+    "aura-flow", "cogview-4", "wan", "hunyuan-image", "bria",
+    "hunyuan-dit",
 )  # fmt: skip
 
 

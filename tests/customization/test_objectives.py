@@ -17,7 +17,8 @@ from mm.families.frames import pictures_of
 NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
     "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
-    "cogview-4", "wan",
+    "cogview-4", "wan", "hunyuan-image", "bria",
+    "hunyuan-dit",
 )  # fmt: skip
 TOLERANCE = 1e-4  # of the largest value
 
@@ -41,6 +42,8 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
     if name == "sana":
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
+    if name == "hunyuan-image":
+        more, pipe.guider = {}, None
     pipe(**arguments_of(name, **more))
     for one in seen:
         _same_prediction(name, pipe, **one)
@@ -86,6 +89,25 @@ def test_wan_with_a_timestep_for_each_token_predicts_what_sampling_does() -> Non
     assert torch.allclose(made[0], made[1], atol=1e-4)
 
 
+def test_distilled_hunyuan_image_is_trained_at_no_guidance_and_at_steps_of_no_length() -> None:
+    """As its call gives both: the scale in thousandths, and the timestep at which a step ends."""
+    pipe, seen = tiny_pipeline_of("hunyuan-image"), []
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    config |= {"guidance_embeds": True, "use_meanflow": True}
+    pipe.transformer = type(pipe.transformer).from_config(config).eval()
+    pipe.transformer.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    pipe.guider = pipe.ocr_guider = None
+    pipe(**arguments_of("hunyuan-image", distilled_guidance_scale=1.0))
+    objective = objective_of(pipe, SIDE)
+    noisy = torch.randn(1, 16, SIDE // 4, SIDE // 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        objective.predict(noisy, torch.tensor([0.25]), objective.encode_prompts(["a red fox"]))
+    *drawn, learned = seen
+    assert [float(each["guidance"]) for each in seen] == [1000.0] * 3
+    assert float(drawn[0]["timestep_r"]) == float(drawn[1]["timestep"]) < float(drawn[0]["timestep"]) == 1000
+    assert float(learned["timestep"]) == float(learned["timestep_r"]) == 250
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
     """The last latents of the pipeline's own loop give its picture."""
@@ -108,6 +130,30 @@ def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
         made = objective_of(pipe, SIDE).decode_latents(grid_of(name, last[0])) / 2 + 0.5
     assert made.shape == pictures.shape
     assert float((made.clamp(0, 1) - pictures).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_scaled_to_latents_as_latents_are_to_pictures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoencoder decodes what it encoded: with the test above, so latents have the scale of sampling."""
+    pipe = tiny_pipeline_of(name)
+    objective, vae = objective_of(pipe, SIDE), pipe.vae
+    encode, decode = vae.encode, vae.decode
+    made: list[torch.Tensor] = []
+
+    def encoded(*args: Any, **kwargs: Any) -> Any:
+        out = encode(*args, **kwargs)
+        made.append(out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent)
+        return out
+
+    def decoded(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made.append(latents)
+        return decode(latents, *args, **kwargs)
+
+    monkeypatch.setattr(vae, "encode", encoded)
+    monkeypatch.setattr(vae, "decode", decoded)
+    with torch.no_grad():
+        objective.decode_latents(objective.encode_pictures(torch.rand(2, 3, SIDE, SIDE) * 2 - 1))
+    assert torch.allclose(*made, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,7 +24,8 @@ from mm.customization.refining import inside, refined, surroundings
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-2", "chroma", "lumina-2",
-    "aura-flow", "qwen-image", "sana", "z-image", "cogview-4", "wan",
+    "aura-flow", "qwen-image", "sana", "z-image", "cogview-4", "wan", "hunyuan-image",
+    "bria", "hunyuan-dit",
 )  # fmt: skip
 
 

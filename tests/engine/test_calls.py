@@ -8,6 +8,7 @@ import pytest
 from engine_matrix import drawn
 from tiny_pipelines import source_picture, tiny_pipeline_of
 
+from mm.core.errors import UserError
 from mm.customization.previews import draw
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
@@ -42,7 +43,7 @@ def test_an_edit_without_a_size_has_the_proportions_of_its_source(kontext: Engin
     assert drawn(kontext, request)[0].shape == (16, 64, 3)
 
 
-@pytest.mark.parametrize("name", ["flux-kontext", "pixart-sigma", "sana"])
+@pytest.mark.parametrize("name", ["flux-kontext", "pixart-sigma", "sana", "hunyuan-dit"])
 def test_sample_pictures_have_the_size_of_training(name: str) -> None:
     assert draw(tiny_pipeline_of(name), "a fox", side=32, seed=1, steps=2).size == (32, 32)
 
@@ -61,3 +62,13 @@ def test_prompts_are_not_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn(engine, Draw(prompt="a <mug>", size=(32, 32), steps=2, seed=1))
     draw(engine.pipeline, "a <mug>", side=32, seed=1, steps=2)
     assert cleaned and not any(cleaned)
+
+
+def test_guidance_that_would_have_no_effect_is_refused() -> None:
+    """HunyuanImage 2.1 has a guider, and reads a scale where it is distilled alone."""
+    engine = _engine("hunyuan-image")
+    with pytest.raises(UserError, match="guidance is 7; hunyuan-image has none; leave it out"):
+        drawn(engine, Draw(prompt="a fox", size=(32, 32), steps=1, seed=1, guidance=7))
+    pipe = engine.pipeline
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    assert capabilities_of("distilled", pipe, family_of(pipe), None).guidance_name == "distilled_guidance_scale"
