@@ -122,8 +122,10 @@ def _block_size(wanted: set[tuple[int, int]], shared: bool) -> int:
     if shared or len(sides) == 1:  # the inputs of shared blocks are not known
         return sides[0] if len(sides) == 1 else 0
 
+    adjusted: Any = OFTLayer.adjust_oft_parameters  # reads nothing of its layer
+
     def made(inputs: int, size: int) -> int:
         """What peft makes of a size: one that divides the inputs stays, else the nearest that does."""
-        return size if inputs % size == 0 else int(OFTLayer.adjust_oft_parameters(None, inputs, size))
+        return size if inputs % size == 0 else int(adjusted(None, inputs, size))
 
     return next((size for size in sides if all(made(inputs, size) == side for inputs, side in wanted)), 0)
