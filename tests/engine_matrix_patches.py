@@ -38,7 +38,7 @@ def _adapter(model: Model, engine: Any, name: str) -> Path:
     if path.exists():
         return path
     kind: dict[str, Any] = {"folder": subject_folder(model.root / "pictures")}
-    if "draw" not in engine.capabilities.tasks:
+    if "edit" in engine.capabilities.tasks and "draw" not in engine.capabilities.tasks:
         kind = {"folder": _pairs(model.root / "pairs"), "kind": "edit"}
     mm.customize(engine.pipeline, name=NAME, **kind, **SHORT).write(path)
     return path

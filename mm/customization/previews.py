@@ -15,6 +15,7 @@ from mm.core.files import write_bytes
 from mm.customization.run_state import Progress
 from mm.families.frames import one_frame, pictures_of
 from mm.families.sizes import exact_size
+from mm.families.sources import plain_sources
 
 _SIZE = (640, 320)
 _EDGE = 40
@@ -60,14 +61,16 @@ def _smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
 def draw(
     pipe: Any, prompt: str, *, side: int, seed: int, steps: int | None = None, source: Image.Image | None = None
 ) -> Image.Image:  # fmt: skip
-    """A picture of a prompt, or of an instruction and a source, drawn by the pipeline as the model is now."""
+    """A picture of a prompt, or of an instruction and a source, drawn by the pipeline as the model is now.
+
+    Without a source, a pipeline that always takes one gets an empty picture, with everything masked.
+    """
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"output_type": "pil", "clean_caption": False} | exact_size(takes, side, side)
     given |= one_frame(takes)
     if steps is not None:
         given["num_inference_steps"] = steps
-    if source is not None:
-        given["image"] = source
+    given |= plain_sources(pipe, 1, side) if source is None else {"image": source}
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

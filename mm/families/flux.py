@@ -51,7 +51,7 @@ KONTEXT = replace(
 )
 FILL = replace(
     FLUX,
-    objective=None,
+    objective="mm.customization.objectives.flux_fill:FluxFill",
     name="flux-fill",
     pipelines={"inpaint": "FluxFillPipeline"},
     more_pipelines=(),

@@ -18,7 +18,7 @@ NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
     "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
     "cogview-4", "wan", "hunyuan-image", "bria",
-    "hunyuan-dit",
+    "hunyuan-dit", "flux-fill",
 )  # fmt: skip
 TOLERANCE = 1e-4  # of the largest value
 
@@ -42,6 +42,8 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
     if name == "sana":
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
+    if name == "flux-fill":  # its call draws from the latents' distribution, which is narrow so
+        pipe.vae.encoder.conv_out.bias.data[16:] = -40
     if name == "hunyuan-image":
         more, pipe.guider = {}, None
     pipe(**arguments_of(name, **more))

@@ -43,7 +43,7 @@ def test_an_edit_without_a_size_has_the_proportions_of_its_source(kontext: Engin
     assert drawn(kontext, request)[0].shape == (16, 64, 3)
 
 
-@pytest.mark.parametrize("name", ["flux-kontext", "pixart-sigma", "sana", "hunyuan-dit"])
+@pytest.mark.parametrize("name", ["flux-kontext", "flux-fill", "pixart-sigma", "sana", "hunyuan-dit"])
 def test_sample_pictures_have_the_size_of_training(name: str) -> None:
     assert draw(tiny_pipeline_of(name), "a fox", side=32, seed=1, steps=2).size == (32, 32)
 

@@ -58,10 +58,14 @@ class Flux(StableDiffusion3):
         packed: Tensor = self.pipe._pack_latents(latents_BCHW, *latents_BCHW.shape)
         return packed
 
+    def read(self, noisy_BCHW: Tensor) -> Tensor:
+        """What the transformer reads of noisy latents."""
+        return self.packed(noisy_BCHW)
+
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         batch, _, height, width = noisy_BCHW.shape
         pipe, dtype = self.pipe, self.dtype
-        packed = self.packed(noisy_BCHW.to(dtype))
+        packed = self.read(noisy_BCHW.to(dtype))
         ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy_BCHW.device, dtype)
         length = packed.shape[1]
         if "source" in condition:  # clean latents behind the noisy ones, with 1 as their first coordinate
