@@ -41,6 +41,7 @@ from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
 from mm.customization.refining import refined
 from mm.families.frames import one_frame, pictures_of
+from mm.families.sources import draws_from_text
 
 # Options of a pipeline's call that have no place here, with the value that says what is done anyway.
 _OF_NO_USE = {
@@ -113,6 +114,8 @@ def draw_apart(
     takes = inspect.signature(type(pipe).__call__).parameters
     if "callback_on_step_end" not in takes:
         raise UserError(f"{type(pipe).__name__} has no step callback, by which adapters are kept apart")
+    if not draws_from_text(pipe):
+        raise UserError(f"{type(pipe).__name__} draws from a source picture only; adapters are kept apart from text")
     check_options(getattr(pipe, "modes", ()), options)
     number("refine", refine, 0, 1)
     given = one_frame(takes) | options

@@ -228,6 +228,11 @@ def test_what_cannot_be_drawn_apart_is_one_error(prompt: str, more: dict[str, An
     assert stack_of(pipe).names() == ()
 
 
+def test_a_pipeline_of_source_pictures_is_refused() -> None:
+    with pytest.raises(UserError, match="FluxFillPipeline draws from a source picture only"):
+        draw_apart(tiny_pipeline_of("flux-fill"), PROMPT)
+
+
 def test_stand_ins_take_their_article() -> None:
     asked = Subjects(prompt="An <owl> and a <mug> of <tea>", words=("<owl>", "<mug>", "<tea>"), seed=0)
     assert asked.prompt_with({"<owl>": "car", "<mug>": "apple"}) == "a car and an apple of <tea>"

@@ -104,9 +104,7 @@ def test_what_does_not_suit_is_refused_before_the_work(without_objective: Any, t
         ("cogview-4", "its denoiser's times .* are no linear function of the noise levels"),
         ("z-image", "a list in place of a tensor"),
     ):
-        pipe = tiny_pipeline_of(name)
-        if name != "flux-fill":
-            without_objective(pipe)
+        pipe = without_objective(tiny_pipeline_of(name))
         with pytest.raises(UserError, match=f"{type(pipe).__name__} cannot be customized yet: .*{why}"):
             customize(pipe, folder, name="sks thing", **FAST)
     pipe = without_objective(tiny_pipeline_of("stable-diffusion"))
