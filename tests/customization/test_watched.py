@@ -21,7 +21,7 @@ from mm.families.registry import register
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
-    "chroma", "lumina-2", "pixart-sigma", "aura-flow", "wan",
+    "chroma", "lumina-2", "pixart-sigma", "aura-flow", "wan", "bria", "hunyuan-dit",
 )  # fmt: skip
 FAST: dict[str, Any] = {
     "steps": 6, "batch_size": 2, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 2e-2, "rank": 2,
