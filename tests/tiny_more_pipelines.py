@@ -66,7 +66,8 @@ def _bria() -> Any:
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=WIDTH, axes_dims_rope=[4, 6, 6],
     )  # fmt: skip
-    return diffusers.BriaPipeline(
+    kind: Any = diffusers.BriaPipeline
+    return kind(
         transformer=transformer, vae=kl_vae(shifted=True), text_encoder=t5_text(), tokenizer=t5_tokenizer(),
         scheduler=flow(use_dynamic_shifting=True),
     )  # fmt: skip
@@ -81,7 +82,8 @@ def _hunyuan_dit() -> Any:
     scheduler = diffusers.DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.018, prediction_type="v_prediction"
     )
-    return diffusers.HunyuanDiTPipeline(
+    kind: Any = diffusers.HunyuanDiTPipeline
+    return kind(
         transformer=transformer, vae=kl_vae(4, 4), text_encoder=bert_text(), tokenizer=bert_tokenizer(),
         text_encoder_2=t5_text(), tokenizer_2=t5_tokenizer(), scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
