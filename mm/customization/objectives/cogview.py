@@ -18,21 +18,13 @@ import torch
 from torch import Tensor
 
 from mm.customization.objectives.protocol import FlowObjective
+from mm.customization.objectives.scaled import ScaledLatents
 
 
-class CogView4(FlowObjective):
+class CogView4(ScaledLatents, FlowObjective):
     """CogView4."""
 
     pipelines = ("CogView4Pipeline",)
-
-    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent_dist.mode()
-        return latents.float() * vae.config.scaling_factor
-
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
 
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         given = {"do_classifier_free_guidance": False, "device": self.device}

@@ -19,21 +19,13 @@ from torch import Tensor
 
 from mm.customization.objectives.protocol import FlowObjective
 from mm.customization.objectives.remembered import padded, stacked
+from mm.customization.objectives.scaled import ScaledLatents
 
 
-class HunyuanImage(FlowObjective):
+class HunyuanImage(ScaledLatents, FlowObjective):
     """HunyuanImage 2.1, without its refiner."""
 
     pipelines = ("HunyuanImagePipeline",)
-
-    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent_dist.mode()
-        return latents.float() * vae.config.scaling_factor
-
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
 
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, mask, written, written_mask = self.pipe.encode_prompt(

@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from mm.customization.objectives.protocol import DiffusionObjective
+from mm.customization.objectives.scaled import ScaledLatents
 
 
-class StableDiffusion(DiffusionObjective):
+class StableDiffusion(ScaledLatents, DiffusionObjective):
     """Stable Diffusion 1.x and 2.x."""
-
-    def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        latents = vae.encode(pictures_B3SS.to(vae.device, vae.dtype)).latent_dist.mode()
-        return latents.float() * vae.config.scaling_factor
-
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
 
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         text, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)

@@ -57,7 +57,8 @@ class _Watched(Objective):
         """What was read off this pipeline before, or is now."""
         pipe = self.pipe
         known = _READINGS.setdefault(pipe, {})
-        key = (self.side, *(id(pipe.components[name]) for name in ("scheduler", "vae", *self.parts)))
+        parts = [pipe.components[name] for name in ("scheduler", "vae", *self.parts)]
+        key = (self.side, *((type(part), str(part.config), getattr(part, "dtype", None)) for part in parts))
         if key not in known:
             try:
                 known[key] = reading_of(self._watch, self._levels_of_call)
