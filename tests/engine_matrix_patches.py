@@ -21,7 +21,6 @@ SHORT: dict[str, Any] = {
     "preserved": (), "samples": (), "rank": 4,
 }  # fmt: skip
 NO_OBJECTIVE = "its training is not in mm yet; adapters of other programs load"
-NO_CALLBACK = "the family's pipeline in diffusers has no step callback"
 
 
 def _erasure(model: Model, engine: Any, name: str) -> Path:
@@ -110,8 +109,6 @@ def subjects_apart(model: Model) -> str | None:
         return NO_TEXT
     if _untrained(model):
         return NO_OBJECTIVE
-    if model.name == "pixart-sigma":
-        return NO_CALLBACK
     files = []
     for k, word in enumerate(WORDS):
         files.append(model.root / f"subject-{k}.safetensors")

@@ -59,6 +59,14 @@ def _embedding_path(root: nn.Module) -> str | None:
     return next((path for path, module in root.named_modules() if module is wanted), None) if wanted else None
 
 
+def tied_embeddings(pipe: Any, table: TokenTable) -> list[nn.Embedding]:
+    """The modules that read words of a table: T5 encoders have another one for that than the table's own."""
+    component, _, path = table.embedding.partition(".")
+    root = roots_of(pipe)[component]
+    own: Any = submodule(root, path)
+    return [m for m in root.modules() if isinstance(m, nn.Embedding) and (m is own or m.weight is own.weight)]
+
+
 def add_token(pipe: Any, table: TokenTable, token: str) -> int:
     """Adds a word to a tokenizer, with a row of the embedding.
 

@@ -9,8 +9,9 @@ Mix-of-Show, arXiv 2305.18292, where the adapters are merged, and share one run.
 again in full size (`mm.customization.refining`).
 
 Design choices
-- Only the step callback of diffusers is used, so that every pipeline that gives its latents to it can draw so, with any
-  scheduler. N subjects cost 2 N + 1 pictures; nothing is trained or merged.
+- Only latents after each step are read and changed, by the step callback of diffusers or by the scheduler
+  (`mm.families.stepping`), so that every pipeline that samples in steps can draw so. N subjects cost 2 N + 1 pictures;
+  nothing is trained or merged.
 - Places are found in the base's picture by its predictions (`mm.customization.places`). Where two things would share a
   place, the base draws again, other things from another seed. Words of the prompt say where subjects are ("left of").
 - Patches whose word is not in the prompt (styles, erasures) act in every run.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,13 +36,23 @@ from mm.adapters.patch import Patch
 from mm.adapters.stack import stack_of
 from mm.core.checks import MAX_SEED, number, shown
 from mm.core.errors import UserError
-from mm.customization.apart_base import Base, Call, OnLatents, Subjects, at_size_of, base_picture, things_of
+from mm.customization.apart_base import (
+    Base,
+    Call,
+    OnLatents,
+    Subjects,
+    at_size_of,
+    base_picture,
+    objective_at,
+    things_of,
+)
 from mm.customization.batches import hash_of
-from mm.customization.objectives.protocol import Objective, objective_of
+from mm.customization.objectives.protocol import Objective
 from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
 from mm.customization.refining import refined
 from mm.families.frames import one_frame, pictures_of
 from mm.families.sources import draws_from_text
+from mm.families.stepping import gives_latents, stepping
 
 # Options of a pipeline's call that have no place here, with the value that says what is done anyway.
 _OF_NO_USE = {
@@ -109,11 +120,13 @@ def draw_apart(
 
     Raises:
         UserError: where no adapter's word is in the prompt, or one is there twice, for a family without an objective
-            (`mm.customization.objectives`), and for a pipeline that gives no latents to a step callback.
+            (`mm.customization.objectives`), and for a pipeline that does not sample in steps.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
-    if "callback_on_step_end" not in takes:
-        raise UserError(f"{type(pipe).__name__} has no step callback, by which adapters are kept apart")
+    if not gives_latents(pipe):
+        raise UserError(
+            f"{type(pipe).__name__} has neither a step callback nor a scheduler, by which adapters are kept apart"
+        )
     if not draws_from_text(pipe):
         raise UserError(f"{type(pipe).__name__} draws from a source picture only; adapters are kept apart from text")
     check_options(getattr(pipe, "modes", ()), options)
@@ -121,8 +134,9 @@ def draw_apart(
     given = one_frame(takes) | options
 
     def call(text: str, seed: int, on_latents: OnLatents) -> Image.Image:
-        generator = torch.Generator().manual_seed(seed)
-        made = pipe(prompt=text, generator=generator, callback_on_step_end=step_callback(on_latents), **given)
+        arguments = given | {"prompt": text, "generator": torch.Generator().manual_seed(seed)}
+        with stepping(pipe, arguments, on_latents):
+            made = pipe(**arguments)
         picture: Image.Image = pictures_of(made)[0]
         return picture
 
@@ -132,7 +146,7 @@ def draw_apart(
             stack.callback(patch.undo, pipe)
         words = words_of(stack_of(pipe).list())
         asked = Subjects(prompt=prompt, words=tuple(words), seed=seed, stand_ins=stand_ins or {})
-        return compose(pipe, asked, call, words, refine=refine)
+        return compose(pipe, asked, call, words, refine=refine, size=size_in(given))
 
 
 def check_options(modes: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -148,6 +162,12 @@ def check_options(modes: Sequence[str], options: Mapping[str, Any]) -> None:
     if options.get("mode") not in (None, *modes[:1]):
         wanted = f"the mode {modes[0]}" if modes else "no mode"
         raise UserError(f"mode is {shown(options['mode'])}; adapters are kept apart in {wanted} only")
+
+
+def size_in(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height in the arguments of a call; None where it leaves one of them out."""
+    width, height = arguments.get("width"), arguments.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def words_of(patches: Iterable[Named]) -> dict[str, str]:
@@ -182,16 +202,6 @@ def check_apart(objective: Objective, asked: Subjects, patches: Iterable[Named])
     things_of(objective, asked, 0)
 
 
-def step_callback(on_latents: OnLatents) -> Callable[..., dict[str, Any]]:
-    """The step callback of diffusers that passes latents on, and those that come back."""
-
-    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        made = on_latents(step, tensors["latents"], float(timestep))
-        return {} if made is None else {"latents": made}
-
-    return callback
-
-
 @contextmanager
 def _only(pipe: Any, asked: Subjects, words: Mapping[str, str], word: str | None) -> Iterator[None]:
     """Within the context, of the subjects' patches on a pipeline only that of `word` acts, as strongly as before; None:
@@ -209,7 +219,8 @@ def _only(pipe: Any, asked: Subjects, words: Mapping[str, str], word: str | None
 
 
 def compose(
-    pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str], *, refine: float = REFINE
+    pipe: Any, asked: Subjects, call: Call, words: Mapping[str, str], *, refine: float = REFINE,
+    size: tuple[int, int] | None = None,
 ) -> ApartOutput:  # fmt: skip
     """The picture, by a run of the base and one of each subject's adapter; the best of several where one is not seen.
 
@@ -219,11 +230,12 @@ def compose(
         call: draws a picture with a seed, and passes the latents of each step on.
         words: names of the patches, by word.
         refine: share of the noise from which subjects are drawn again; 0 leaves that out.
+        size: width and height of the picture, where they are known.
 
     Raises:
         UserError: as `check_apart` and `draw_apart`.
     """
-    objective = objective_of(pipe)
+    objective = objective_at(pipe, size)
     check_apart(objective, asked, stack_of(pipe).list())
     best, shares = None, [-1.0]
     for attempt in range(_TRIES):
@@ -286,7 +298,7 @@ def _refined(
     for place, word in enumerate(asked.words):
         with _only(pipe, asked, words, word):
             picture = refined(
-                at_size_of(objective_of(pipe), picture), picture, places, place, asked.prompt_about(word), call,
+                objective_at(pipe, picture.size), picture, places, place, asked.prompt_about(word), call,
                 seed=hash_of(base.seed, place) % (MAX_SEED + 1), timesteps=base.timesteps, like=base.latents[-1],
                 strength=strength,
             )  # fmt: skip

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,7 @@ from mm.customization.batches import hash_of
 from mm.customization.captions import names, pattern_of
 from mm.customization.objectives.protocol import Objective, objective_of
 from mm.customization.places import Box, Noised, between, box_of, cells_of, in_whole
+from mm.families.sizes import usual_side
 
 OnLatents = Callable[[int, Tensor, float], Tensor | None]  # step from 0, latents, timestep; gives those to go on with
 Call = Callable[[str, int, OnLatents], Image.Image]  # prompt, seed
@@ -156,14 +158,16 @@ def base_picture(objective: Objective, asked: Subjects, call: Call, number: int)
     latents: list[Tensor] = []
     timesteps: list[float] = []
 
-    def keep(step: int, given: Tensor, timestep: float) -> None:
+    def keep(step: int, given: Tensor | None, timestep: float) -> None:
+        if given is None:
+            return
         latents.append(given.clone())
         timesteps.append(timestep)
 
     picture = call(asked.prompt_with(things), seed, keep)
     if not latents:
         raise UserError(
-            f"{type(objective.pipe).__name__} gives no latents to a step callback; adapters cannot be kept apart"
+            f"{type(objective.pipe).__name__} gave no latents after its steps; adapters cannot be kept apart"
         )
     places = _places(at_size_of(objective, picture), asked, picture, things, other)
     return Base(
@@ -174,7 +178,15 @@ def base_picture(objective: Objective, asked: Subjects, call: Call, number: int)
 def at_size_of(objective: Objective, picture: Image.Image) -> Objective:
     """The objective for pictures of this size, or for smaller ones of the family's usual size."""
     side = min(objective.side, *picture.size)
-    return objective if side == objective.side else objective_of(objective.pipe, side)
+    return objective if side == objective.side else objective_at(objective.pipe, picture.size)
+
+
+def objective_at(pipe: Any, size: tuple[int, int] | None) -> Objective:
+    """The objective of a pipeline for pictures of this width and height, or for smaller ones of its usual size.
+
+    None takes the usual size.
+    """
+    return objective_of(pipe, None if size is None or min(size) >= usual_side(pipe) else min(size))
 
 
 def things_of(objective: Objective, asked: Subjects, number: int) -> tuple[dict[str, str], str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.tokens import TokenTable, add_token, release_words
+from mm.adapters.tokens import TokenTable, add_token, release_words, tied_embeddings
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective
 from mm.layers.linear import Branch, BranchedLinear
@@ -248,8 +248,8 @@ class Rows:
         self.ids: dict[tuple[str, str], int] = {}
         if not objective.trains_words:
             raise UserError(
-                f"{type(objective.pipe).__name__} reads prompts in its call, without gradients, so that no word is "
-                "learned; choose a method that learns layers alone, such as dreambooth"
+                f"{type(objective.pipe).__name__} reads prompts without gradients, so that no word is learned; choose "
+                "a method that learns layers alone, such as dreambooth"
             )
         self.tables: list[TokenTable] = list(objective.tables)
         if not self.tables:
@@ -261,7 +261,8 @@ class Rows:
                 for token, start in tokens.items():
                     self._add(table, token, start, noise, seed)
             for table in self.tables:
-                self._handles.append(self.embedding(table).register_forward_hook(self._hook(table)))
+                for module in tied_embeddings(objective.pipe, table):
+                    self._handles.append(module.register_forward_hook(self._hook(table)))
         except BaseException:
             self.remove()
             raise
@@ -299,6 +300,8 @@ class Rows:
                     continue
                 own = (ids == self.ids[embedding, token])[..., None]
                 each = self.per_sample.get(f"{embedding} {token}")
+                if each is not None and (number := self.objective.encoded) is not None:
+                    each = each[number : number + 1]
                 if each is not None and ids.ndim == 2 and len(each) == len(ids):
                     output = torch.where(own, each[:, None].to(output), output)
                 else:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mm.adapters.stack import stack_of
-from mm.customization.apart import REFINE, compose, step_callback, words_of
+from mm.customization.apart import REFINE, compose, size_in, words_of
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.engine import calls
 from mm.engine.events import CancelToken
@@ -57,14 +57,14 @@ def draw_apart(
         nonlocal done
         number = done if asked.still_in(text) else 0  # the base may draw more than once
         total = None if steps is None else runs * steps
-        given = dict(arguments) | {"prompt": text, "callback_on_step_end": step_callback(on_latents)}
+        given = dict(arguments) | {"prompt": text}
         own = copy.copy(view)  # it applies the weights of this prompt alone
         with less_work(own, given, fast):  # within it the denoiser is not seen, so neither are its adapters
             picture = calls.draw(
                 own, given | weighed(own, given), [seed], steps=steps, cancel=cancel,
-                on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total),
+                on_step=lambda step, latents: on_step(number * (steps or 0) + step, latents, total), change=on_latents,
             )[0].picture  # fmt: skip
         done = number + 1
         return picture
 
-    return compose(view, asked, call, words, refine=refine).picture
+    return compose(view, asked, call, words, refine=refine, size=size_in(arguments)).picture

@@ -3,8 +3,9 @@
 Design choices
 - Picture k has a generator of its own with seed + k, drawn on the CPU, so that the number of pictures in a call and
   their order change no noise.
-- Cancelling raises inside the callback: that leaves every pipeline within a step, also those that ignore `_interrupt`.
-- A pipeline without `callback_on_step_end` is watched through its scheduler, which is the run's own copy.
+- Cancelling raises after a step: that leaves every pipeline within a step, also those that ignore `_interrupt`.
+- Steps are seen by `mm.families.stepping`, with or without a step callback of the pipeline; the scheduler is the run's
+  own copy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mm.core.self_check import lacking, unchecked
 from mm.engine.events import CancelToken, RunCancelledError
 from mm.engine.views import call_parameters
 from mm.families.frames import pictures_of
+from mm.families.stepping import AfterStep, stepping
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +48,7 @@ def draw(
     steps: int | None,
     cancel: CancelToken,
     on_step: OnStep,
+    change: AfterStep = lambda step, latents, timestep: None,
 ) -> list[Made]:
     """Calls a pipeline once for `len(seeds)` pictures.
 
@@ -56,6 +59,7 @@ def draw(
         steps: sampling steps; None leaves the pipeline's default.
         cancel: asked after every step.
         on_step: called after every step.
+        change: gives latents to go on with after a step, or None; it is called first.
 
     Returns:
         The pictures (PIL unless `output_type` says otherwise).
@@ -68,7 +72,8 @@ def draw(
     given = {key: value for key, value in arguments.items() if value is not None}
     check_arguments(type(view), takes, given)
     if len(seeds) > 1 and "num_images_per_prompt" not in takes and not isinstance(given.get("prompt"), list):
-        alone = (draw(view, arguments, [seed], steps=steps, cancel=cancel, on_step=on_step) for seed in seeds)
+        rest: dict[str, Any] = {"steps": steps, "cancel": cancel, "on_step": on_step, "change": change}
+        alone = (draw(view, arguments, [seed], **rest) for seed in seeds)
         return [made for each in alone for made in each]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if "generator" in takes:
@@ -77,8 +82,16 @@ def draw(
         given["num_inference_steps"] = steps
     if len(seeds) > 1 and not isinstance(given.get("prompt"), list):
         given["num_images_per_prompt"] = len(seeds)
-    _watch(view, takes, given, cancel, on_step)
-    output = _called(view, given)
+
+    def after(step: int, latents: Any, timestep: float) -> Any:
+        made = change(step, latents, timestep)
+        on_step(step, latents if made is None else made)
+        if cancel.cancelled:
+            raise RunCancelledError
+        return made
+
+    with stepping(view, given, after):
+        output = _called(view, given)
     _warn_of_missing(output, given, seeds)
     pictures = list(pictures_of(output))
     steps_of_each = getattr(output, "steps", None) or [None] * len(pictures)
@@ -154,31 +167,3 @@ def _warn_of_missing(output: Any, given: Mapping[str, Any], seeds: Sequence[int]
     right = zip(each, getattr(output, "right", None) or (), strict=False)
     for prompt in dict.fromkeys(prompt for prompt, fine in right if fine is None and "best_of" in given):
         warnings.warn(unchecked(prompt), stacklevel=3)
-
-
-def _watch(view: Any, takes: Mapping[str, Any], given: dict[str, Any], cancel: CancelToken, on_step: OnStep) -> None:
-    """Has `on_step` called after every step, and the run left where it is cancelled."""
-
-    def after(step: int, latents: Any) -> None:
-        on_step(step, latents)
-        if cancel.cancelled:
-            raise RunCancelledError
-
-    if "callback_on_step_end" in takes:
-        user = given.get("callback_on_step_end")
-
-        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            changed = (user(pipe, step, timestep, tensors) if user else None) or {}
-            after(step, changed.get("latents", tensors.get("latents")))
-            return changed
-
-        given["callback_on_step_end"] = callback
-    elif getattr(view, "scheduler", None) is not None:
-        inner, count = view.scheduler.step, iter(range(1 << 30))
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            made = inner(*args, **kwargs)
-            after(next(count), made[0] if isinstance(made, tuple) else getattr(made, "prev_sample", None))
-            return made
-
-        view.scheduler.step = step

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mm.customization.objectives.watched import can_be_watched
 from mm.engine.capabilities import ADAPTIVE, Capabilities
 from mm.engine.views import call_parameters, schedulers_for
 from mm.families.family import Family, resolve
 from mm.families.sizes import native_side
+from mm.families.stepping import gives_latents
 from mm.fast.hook import DENOISERS
 
 # Task of a request -> task of a family file.
@@ -55,12 +57,19 @@ def capabilities_of(name: str, pipe: Any, family: Family | None, folder: Path | 
         schedulers=schedulers_for(pipe),
         image_guidance="image_guidance_scale" in takes or ("edit" in tasks and _edit_takes(family)),
         best_of="best_of" in takes,
-        apart="callback_on_step_end" in takes and family is not None and family.objective is not None,
+        apart=_apart(pipe, family, tasks),
         strict="strict" in takes,
         fast=(fast := _fast(pipe, family, takes, guidance_name)),
         fast_tasks=_fast_tasks(family, tasks) if fast else (),
         **_size(pipe, family, takes),
     )
+
+
+def _apart(pipe: Any, family: Family | None, tasks: set[str]) -> bool:
+    """Whether adapters can be kept apart; a family without an objective may still be refused once it is watched."""
+    if family is None or "draw" not in tasks or not gives_latents(pipe):
+        return False
+    return family.objective is not None or can_be_watched(pipe)
 
 
 def _guidance_name(pipe: Any, family: Family | None, takes: Mapping[str, Any]) -> str | None:

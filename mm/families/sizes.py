@@ -39,6 +39,14 @@ def check_size(
         raise UserError(f"{said}; {model} takes multiples of {multiple}, for example {near}")
 
 
+def usual_side(pipe: Any) -> int:
+    """Of the pictures that a pipeline's family is trained at, in pixels."""
+    family = family_of(pipe)
+    if family is None or family.size is None:
+        return 512
+    return min(native_side(pipe) or family.size.default, family.size.default)
+
+
 def check_side(pipe: Any, side: int) -> None:
     """Raises UserError where a pipeline takes no square pictures of a side; without a rule it takes any."""
     family = family_of(pipe)

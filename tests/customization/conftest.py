@@ -1,7 +1,9 @@
-"""Two adapters of a tiny Stable Diffusion, for tests that merge."""
+"""Two adapters of a tiny Stable Diffusion, for tests that merge, and families without their objectives."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from tiny_pipelines import SIDE, tiny_pipeline_of
 
 from mm.adapters.patch import Patch
 from mm.customization.customize import customize
+from mm.families import family_of
+from mm.families.registry import register
 
 FAST: dict[str, Any] = {
     "steps": 3, "batch_size": 1, "size": SIDE, "preview_every": 3, "learning_rate": 5e-2, "preserved": (), "rank": 4,
@@ -31,3 +35,20 @@ def adapters(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Patch]
     ]
     assert all(patch.report["best_step"] == 3 for patch in found)  # else the adapters change nothing
     return found
+
+
+@pytest.fixture
+def without_objective() -> Iterator[Any]:
+    """Takes the objective off families by name."""
+    before = []
+
+    def take(pipe: Any) -> Any:
+        family = family_of(pipe)
+        assert family is not None and family.objective
+        before.append(family)
+        register(dataclasses.replace(family, objective=None), replace=True)
+        return pipe
+
+    yield take
+    for family in before:
+        register(family, replace=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
-from PIL import Image
+from PIL import Image, ImageChops
 from subject_adapters import adapter_of
 from subject_pictures import WORDS
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
@@ -23,14 +23,14 @@ from mm.customization.places import Box, Noised, are_apart, cells_of, in_whole, 
 from mm.engine import weighting
 from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
-from mm.families import family_of
+from mm.families import family_of, stepping
 
 LEFT, RIGHT = Box(left=0.0, top=0.0, right=0.5, bottom=0.75), Box(left=0.5, top=0.0, right=1.0, bottom=0.5)
 PROMPT = f"a {WORDS[0]} and a {WORDS[1]} on grass"
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
     "aura-flow", "cogview-4", "wan", "hunyuan-image", "bria",
-    "hunyuan-dit",
+    "hunyuan-dit", "pixart-sigma",
 )  # fmt: skip
 
 
@@ -101,6 +101,43 @@ def test_each_adapter_draws_in_its_place_and_nothing_else_changes(family: str, h
     assert list(again.picture.getdata()) == list(first.picture.getdata())
     assert list(first.places) == list(WORDS) and first.plain != PROMPT
     assert all(thing in first.plain for thing in first.stand_ins.values())
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+@pytest.mark.parametrize("family", ["wan"])
+def test_the_picture_is_the_same_by_the_scheduler(
+    family: str, held_places: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same picture, to the last bit, where the pipeline's callback is not used."""
+    pipe = tiny_pipeline_of(family)
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    options = options_for(family) | {"num_inference_steps": 4}
+    by_callback = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options).picture
+    monkeypatch.setattr(stepping, "_takes_callback", lambda _: False)
+    by_scheduler = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options).picture
+    assert by_callback.tobytes() == by_scheduler.tobytes()
+    assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.filterwarnings("ignore:patch .* does not say")
+@pytest.mark.parametrize("family", ["flux"])
+def test_a_watched_family_is_drawn_apart_as_by_its_own_objective(
+    family: str, held_places: None, without_objective: Any
+) -> None:
+    pipe = tiny_pipeline_of(family)
+    adapters = [adapter_of(pipe, word, k) for k, word in enumerate(WORDS)]
+    options = options_for(family) | {"num_inference_steps": 4}
+    own = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options).picture
+    can = capabilities_of(family, without_objective(pipe), family_of(pipe), None)
+    watched = draw_apart(pipe, PROMPT, adapters=adapters, seed=5, **options).picture
+    assert can.apart and max(high for _, high in ImageChops.difference(own, watched).getextrema()) <= 1
+
+
+def test_a_pipeline_without_steps_is_refused() -> None:
+    pipe = tiny_pipeline_of("pixart-sigma")
+    pipe.register_modules(scheduler=None)
+    with pytest.raises(UserError, match="PixArtSigmaPipeline has neither a step callback nor a scheduler"):
+        draw_apart(pipe, PROMPT, **options_for("pixart-sigma"))
 
 
 @pytest.mark.filterwarnings("ignore:patch .* does not say")

@@ -12,6 +12,7 @@ from latent_grids import grid_of
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 
 from mm.customization.objectives.protocol import FlowObjective, objective_of
+from mm.customization.pieces import Rows
 from mm.families.frames import pictures_of
 
 NAMES = (
@@ -70,6 +71,20 @@ def _same_prediction(
     scale = output.float().reshape(made.shape).abs().max()
     assert float((made - output.float().reshape(made.shape)).abs().max()) < TOLERANCE * float(scale)
     assert float((made - other).abs().max()) > TOLERANCE * float(scale)  # so that a wrong prompt is seen
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart-sigma", "wan"])
+def test_gradients_reach_a_word_in_every_text_encoder(name: str) -> None:
+    """T5 reads words with another module than the one that it calls its embedding."""
+    pipe = tiny_pipeline_of(name)
+    objective = objective_of(pipe, SIDE)
+    rows = Rows(objective, {"<sks>": ""}, seed=0)
+    read = objective.encode_prompts(["a <sks>"])
+    torch.stack([one.float().square().sum() for one in read.values() if one.requires_grad]).sum().backward()
+    assert len(rows.values) == len(objective.tables)
+    assert all(value.grad is not None and value.grad.any() for value in rows.parameters().values())
+    rows.remove()
+    assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
 
 
 def test_wan_with_a_timestep_for_each_token_predicts_what_sampling_does() -> None:

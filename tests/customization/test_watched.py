@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from mm.core.errors import UserError
 from mm.customization.customize import customize
 from mm.customization.objectives.protocol import objective_of
 from mm.customization.objectives.watched import watched
-from mm.families import family_of
-from mm.families.registry import register
 
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
@@ -27,23 +23,6 @@ FAST: dict[str, Any] = {
     "steps": 6, "batch_size": 2, "size": SIDE, "preview_every": 3, "preserved": (), "learning_rate": 2e-2, "rank": 2,
     "samples": (),
 }  # fmt: skip
-
-
-@pytest.fixture
-def without_objective() -> Iterator[Any]:
-    """Takes the objective off families by name."""
-    before = []
-
-    def take(pipe: Any) -> Any:
-        family = family_of(pipe)
-        assert family is not None and family.objective
-        before.append(family)
-        register(dataclasses.replace(family, objective=None), replace=True)
-        return pipe
-
-    yield take
-    for family in before:
-        register(family, replace=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -108,8 +87,49 @@ def test_what_does_not_suit_is_refused_before_the_work(without_objective: Any, t
         with pytest.raises(UserError, match=f"{type(pipe).__name__} cannot be customized yet: .*{why}"):
             customize(pipe, folder, name="sks thing", **FAST)
     pipe = without_objective(tiny_pipeline_of("stable-diffusion"))
+    pipe.text_encoder.forward = torch.no_grad()(pipe.text_encoder.forward)
     with pytest.raises(UserError, match="without gradients, so that no word is learned; choose a method that learns"):
         customize(pipe, folder, name="<sks>", method="textual-inversion", size=SIDE, steps=1)
     pipe.register_modules(vae=None)
     with pytest.raises(UserError, match=r"one denoiser \(transformer, unet\), a scheduler and a vae are needed"):
         watched(pipe, SIDE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "method"), [("flux", "textual-inversion"), ("stable-diffusion", "detex")])
+def test_a_word_is_learned_as_by_the_familys_own_objective(
+    name: str, method: str, without_objective: Any, tmp_path: Path
+) -> None:
+    """FLUX has two text encoders, and detex words that differ from picture to picture."""
+    folder, words = subject_folder(tmp_path / "data"), {key: value for key, value in FAST.items() if key != "rank"}
+    own = customize(tiny_pipeline_of(name), folder, name="<sks>", method=method, **words)
+    pipe = without_objective(tiny_pipeline_of(name))
+    learned = customize(pipe, folder, name="<sks>", method=method, **words)
+    assert set(learned.entries) == set(own.entries) and len(own.entries) == (2 if name == "flux" else 1)
+    for path, entry in own.entries.items():
+        assert torch.allclose(learned.entries[path].tensors["rows"], entry.tensors["rows"], atol=2e-3), path
+    before = draw_with(name, pipe, prompt="<sks>")
+    learned.apply(pipe)
+    assert not torch.allclose(draw_with(name, pipe, prompt="<sks>"), before, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "calls"), [("stable-diffusion", 1), ("flux", 1), ("sana", 1)])
+def test_pictures_are_predicted_in_one_call_where_the_denoiser_takes_it(name: str, calls: int) -> None:
+    """Times of Stable Diffusion are one number; FLUX's positions are the same for all pictures."""
+    pipe = tiny_pipeline_of(name)
+    read, seen = watched(pipe, SIDE), []
+    prompts, levels = ["a red fox", "two dogs on a hill", ""], torch.tensor([0.2, 0.5, 0.8])
+    levels = levels if hasattr(pipe.scheduler, "sigmas") else (1000 * levels).long()
+    noisy = torch.randn(3, *read.reading.grid, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        conditions = read.encode_prompts(prompts)
+        read.predict(noisy, levels, conditions)
+        denoiser = read.modules()[read.parts[0]]
+        denoiser.register_forward_hook(lambda *_: seen.append(1))
+        made = read.predict(noisy, levels, conditions)
+        assert len(seen) == calls
+        alone = torch.cat(
+            [read.predict(noisy[k : k + 1], levels[k : k + 1], [one]) for k, one in enumerate(conditions)]
+        )
+    _same(made, alone)

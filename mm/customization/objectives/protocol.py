@@ -25,7 +25,7 @@ from mm.core.nouns import with_article
 from mm.customization.objectives.remembered import Remembered, stacked
 from mm.families import family_of
 from mm.families.family import resolve
-from mm.families.sizes import check_side, native_side
+from mm.families.sizes import check_side, usual_side
 
 NOUNS: tuple[str, ...] = ("dog", "car", "tree", "cup", "cat", "chair", "apple", "bird")
 Edits = Literal["no", "also", "only"]
@@ -49,13 +49,13 @@ class Objective(ABC):
         edits: "no", "also" or "only": whether the pipeline changes a source picture.
         pipelines: class names of the pipelines that it trains; none are all of the family's.
         open_vocabulary: any word is read in pieces; otherwise a new word needs a row of its own.
-        trains_words: prompts are encoded with gradients, so that rows of words can be learned.
+        encoded: number of the prompt that is being encoded, where each is encoded alone.
     """
 
     parts: tuple[str, ...] = ("transformer",)
     skipped: tuple[str, ...] = ()
     open_vocabulary = True
-    trains_words = True
+    encoded: int | None = None
     training: ClassVar[Mapping[str, Any]] = {}
     edits: Edits = "no"
     pipelines: tuple[str, ...] = ()
@@ -81,6 +81,11 @@ class Objective(ABC):
     def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
         """What the denoiser reads of instructions and source pictures, given in [-1, 1] and as clean latents."""
         raise UserError(f"{type(self.pipe).__name__} takes no source picture")
+
+    @property
+    def trains_words(self) -> bool:
+        """Whether prompts are encoded with gradients, so that rows of words can be learned."""
+        return True
 
     def joined(self, conditions: Sequence[Any]) -> Any:
         """Conditions of one prompt each as one batch."""
@@ -324,7 +329,7 @@ def objective_of(pipe: Any, side: int | None = None, *, edit: bool = False) -> O
         those = " and ".join(wanted)
         raise UserError(f"{type(pipe).__name__} cannot be customized; of the family {family.name}, {those} can")
     if side is None:
-        side = min(native_side(pipe) or family.size.default, family.size.default) if family.size is not None else 512
+        side = usual_side(pipe)
     else:
         check_side(pipe, side)
     made: Objective = kind(pipe, side)

@@ -92,7 +92,7 @@ def reading_of(watch: Watch, levels: Callable[[int], list[float]]) -> Reading:
     ):
         raise refuse(f"its denoiser's times {values} are no linear function of the noise levels")
     raw = seen.raw[0][row : row + 1] if rows > 1 else seen.raw[0]
-    sign = next((s for s in (1.0, -1.0) if _close(s * counted_channels(raw, seen.outputs[0]), seen.outputs[0])), 0.0)
+    sign = next((s for s in (1.0, -1.0) if close(s * counted_channels(raw, seen.outputs[0]), seen.outputs[0])), 0.0)
     if not sign:
         raise refuse("what its scheduler gets is not its denoiser's output")
     place, scale, shift, grid, frames = _decoding(watch, sample, seen.raw[0], refuse)
@@ -119,7 +119,7 @@ def _noisy(given: Mapping[str, Any], sample: Tensor) -> tuple[str, int]:
         rows = len(value) // len(sample)
         last = value[-len(sample) :].float()
         factor = float((last * sample).sum() / sample.square().sum())
-        if rows in (1, 2, 3) and abs(factor) > 1e-6 and _close(last / factor, sample.float()):
+        if rows in (1, 2, 3) and abs(factor) > 1e-6 and close(last / factor, sample.float()):
             return name, rows
     return "", 0
 
@@ -178,12 +178,12 @@ def _decoding(watch: Watch, sample: Tensor, raw: Tensor, refuse: Callable[[str],
         raise refuse(f"its autoencoder decodes {shift.shape[2]} frames")
     shift, scale = (x.flatten(2).view(*x.shape[:2], *x.shape[-2:])[0] for x in (shift, scale))
     each = [x[:, :1, :1] for x in (scale, shift)]
-    if not all(_close(x, y.expand_as(x)) for x, y in zip((scale, shift), each, strict=True)):
+    if not all(close(x, y.expand_as(x)) for x, y in zip((scale, shift), each, strict=True)):
         raise refuse("scale and shift of its latents differ within a channel")
     return found.flatten(), each[0], each[1], tuple(shift.shape), frames
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float = 2e-2) -> bool:
+def close(one: Tensor, other: Tensor, tolerance: float = 2e-2) -> bool:
     """Whether two tensors are the same but for rounding."""
     if one.shape != other.shape:
         return False

@@ -10,8 +10,9 @@ The call runs a few times with hooks on its denoiser, scheduler and autoencoder.
 
 Design choices
 - Each reading is checked against what the call itself does, and a pipeline that does something else is refused.
-- Pictures are read one by one, with the arguments that the call gives for one prompt, so that no padding needs to be
-  known. Text encoders run in the call, without gradients: no word is learned.
+- Prompts are read one by one, with the arguments that the call gives for one prompt, so that no padding needs to be
+  known. The denoiser predicts pictures in one call where that was seen to give what calls one by one give.
+- Words are learned where gradients pass from what the denoiser reads to the embeddings of words, which is tried.
 
 Legend: B pictures, C channels, H x W latents, S side of the pictures, P values of a picture's latents.
 """
@@ -19,49 +20,58 @@ Legend: B pictures, C channels, H x W latents, S side of the pictures, P values 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mm.adapters.tokens import tied_embeddings
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import DiffusionObjective, FlowObjective, Objective
-from mm.customization.objectives.reading import Reading, counted_channels, reading_of
+from mm.customization.objectives.reading import Reading, close, counted_channels, reading_of
+from mm.customization.objectives.rows import WAYS, Way, merged
 from mm.customization.objectives.watching import Watch, first_of
 
 _DENOISERS = ("transformer", "unet")
-_READINGS: WeakKeyDictionary[Any, dict[Any, Reading]] = WeakKeyDictionary()  # by pipeline
+_READINGS: WeakKeyDictionary[Any, dict[Any, Reading]] = WeakKeyDictionary()  # by denoiser: views share it
+
+
+def can_be_watched(pipe: Any) -> bool:
+    """Whether a pipeline has the components that are watched; its calls may still do what does not suit."""
+    has = {name for name, part in pipe.components.items() if part is not None}
+    return len(has & set(_DENOISERS)) == 1 and {"scheduler", "vae"} <= has
 
 
 class _Watched(Objective):
     """What both kinds of pipelines share."""
 
-    trains_words = False
-
     def __init__(self, pipe: Any, side: int) -> None:
         super().__init__(pipe, side)
+        self._way: Way | None = None  # of predicting several pictures in a call; None: not found yet
+        self._alone = False  # there is none
         has = {name: part for name, part in pipe.components.items() if part is not None}
-        found = [name for name in _DENOISERS if name in has]
-        if len(found) != 1 or not {"scheduler", "vae"} <= set(has):
+        if not can_be_watched(pipe):
             raise UserError(
                 f"{type(pipe).__name__} cannot be customized yet: it has the components {', '.join(sorted(has))}, and "
                 "one denoiser (transformer, unet), a scheduler and a vae are needed"
             )
-        self.parts = (found[0],)
-        self._watch = Watch(pipe, side, found[0])
+        self.parts = tuple(name for name in _DENOISERS if name in has)
+        self._watch = Watch(pipe, side, self.parts[0])
         self.reading = self._read()
 
     def _read(self) -> Reading:
         """What was read off this pipeline before, or is now."""
         pipe = self.pipe
-        known = _READINGS.setdefault(pipe, {})
         parts = [pipe.components[name] for name in ("scheduler", "vae", *self.parts)]
-        key = (self.side, *((type(part), str(part.config), getattr(part, "dtype", None)) for part in parts))
+        known = _READINGS.setdefault(parts[-1], {})
+        key = (type(pipe), self.side, *((type(part), str(part.config), getattr(part, "dtype", None)) for part in parts))
         if key not in known:
             try:
-                known[key] = reading_of(self._watch, self._levels_of_call)
+                with torch.no_grad():
+                    known[key] = reading_of(self._watch, self._levels_of_call)
             except UserError:
                 raise
             except Exception as error:
@@ -99,8 +109,30 @@ class _Watched(Objective):
     def _unpacked(self, packed: Tensor) -> Tensor:
         return packed.flatten(1)[:, self.reading.place_P.to(packed.device)].view(-1, *self.reading.grid)
 
+    @property
+    def trains_words(self) -> bool:
+        """Whether gradients pass from what the denoiser reads of a prompt to the embeddings of its text encoders."""
+        leaves: dict[str, list[Tensor]] = {table.embedding: [] for table in self.tables}
+        with ExitStack() as stack, torch.enable_grad():
+            for table in self.tables:
+                for module in tied_embeddings(self.pipe, table):
+                    stack.callback(module.register_forward_hook(_cut_into(leaves[table.embedding])).remove)
+            read = [one for one in _tensors(self._condition("a")) if one.requires_grad]
+            called = [mine for mine in leaves.values() if mine]  # some encoders read special prompts alone
+            if not read or not called:
+                return False
+            total = torch.stack([one.float().square().sum() for one in read]).sum()
+            return all(
+                any(made is not None for made in torch.autograd.grad(total, mine, allow_unused=True, retain_graph=True))
+                for mine in called
+            )
+
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
-        return [self._condition(prompt) for prompt in prompts]
+        made = []
+        for self.encoded, prompt in enumerate(prompts):
+            made.append(self._condition(prompt))
+        self.encoded = None
+        return made
 
     def _condition(self, prompt: str) -> dict[str, Any]:
         r = self.reading
@@ -123,14 +155,65 @@ class _Watched(Objective):
         raise UserError(f"{type(self.pipe).__name__} gives no text features; choose another method")
 
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
-        r = self.reading
-        denoiser, rows = self.modules()[self.parts[0]], []
-        for k, given in enumerate(condition):
-            packed = self.packed(noisy_BCHW[k : k + 1])
-            time = torch.full_like(given[r.times], float(r.per_level * level_B[k] + r.at_zero))
-            made = denoiser(**given | {r.noisy: packed.to(r.dtype), r.times: time})
-            rows.append(r.sign * counted_channels(first_of(made), packed).float())
-        return self._unpacked(torch.cat(rows))
+        if len(condition) > 1 and not self._alone:
+            if self._way is None:
+                self._find_way(noisy_BCHW, condition)
+            given = None if self._way is None else merged(condition, self._way)
+            if given is not None:
+                return self._predicted(noisy_BCHW, level_B, given)
+        return self._one_by_one(noisy_BCHW, level_B, condition)
+
+    def _one_by_one(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
+        rows = zip(noisy_BCHW.split(1), level_B.split(1), condition, strict=True)
+        return torch.cat([self._predicted(*row) for row in rows])
+
+    def _predicted(self, noisy_BCHW: Tensor, level_B: Tensor, given: Mapping[str, Any]) -> Tensor:
+        r, packed = self.reading, self.packed(noisy_BCHW)
+        like = given[r.times]
+        time = (r.per_level * level_B.to(like.device).double() + r.at_zero).to(like.dtype)
+        if like.ndim:
+            time = time.view(-1, *[1] * (like.ndim - 1)).expand(-1, *like.shape[1:])
+        elif len(time) == 1:
+            time = time[0]
+        denoiser = self.modules()[self.parts[0]]
+        made = first_of(denoiser(**{**given, r.noisy: packed.to(r.dtype), r.times: time}))
+        return self._unpacked(r.sign * counted_channels(made, packed).float())
+
+    @torch.no_grad()
+    def _find_way(self, noisy_BCHW: Tensor, condition: Any) -> None:
+        """Tries how pictures are predicted in one call as they are one by one, where these conditions can show it."""
+        level_B = self.fixed_levels(len(condition)).to(noisy_BCHW.device)
+        wanted = self._one_by_one(noisy_BCHW, level_B, condition)
+        for way in WAYS:
+            given = merged(condition, way)
+            if given is None:
+                return  # of other lengths
+            try:
+                if close(self._predicted(noisy_BCHW, level_B, given), wanted):
+                    self._way = way
+                    return
+            except (RuntimeError, ValueError, IndexError, AssertionError):  # it takes no such batch
+                continue
+        self._alone = True
+
+
+def _cut_into(leaves: list[Tensor]) -> Callable[..., Tensor]:
+    """A hook that has a module's output begin a graph of its own."""
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    return cut
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors within a condition."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
 
 
 class WatchedFlow(_Watched, FlowObjective):

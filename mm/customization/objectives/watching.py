@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from mm.families import family_of
 from mm.families.frames import one_frame
 from mm.families.sizes import exact_size
+from mm.families.stepping import replaced
 
 STEPS = 4
 
@@ -51,14 +51,14 @@ class Watch:
         self.pipe, self.side, self.part = pipe, side, denoiser
         self.denoiser: nn.Module = pipe.components[denoiser]
         self.takes = inspect.signature(type(pipe).__call__).parameters
+        self._call = getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)  # without torch.no_grad
         self.names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
 
-    @torch.no_grad()
     def __call__(
         self, prompt: str, *, steps: int = STEPS, last: Tensor | None = None, output: Tensor | None = None,
         until: str = "end",
     ) -> Seen:  # fmt: skip
-        """Runs the pipeline's call.
+        """Runs the pipeline's call, with gradients where they are enabled.
 
         Args:
             prompt: that it draws.
@@ -82,6 +82,7 @@ class Watch:
             seen.raw.append(first_of(made).clone())
             return made
 
+        @functools.wraps(step)  # pipelines ask for the parameters
         def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             seen.samples.append(sample.clone())
             seen.outputs.append(model_output.clone())
@@ -98,10 +99,10 @@ class Watch:
         quiet = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
         try:
-            with _instead(self.denoiser, "forward", watched), _instead(scheduler, "step", stepped), \
-                    _instead(pipe.vae, "decode", decoded), warnings.catch_warnings():  # fmt: skip
+            with replaced(self.denoiser, "forward", watched), replaced(scheduler, "step", stepped), \
+                    replaced(pipe.vae, "decode", decoded), warnings.catch_warnings():  # fmt: skip
                 warnings.simplefilter("ignore")
-                pipe(**self.given(prompt, steps))
+                self._call(pipe, **self.given(prompt, steps))
         except _Enough:
             pass
         finally:
@@ -118,19 +119,6 @@ class Watch:
             made[family.guidance_name] = 1.0
         made = {k: v for k, v in made.items() if k in self.takes}
         return made | {"prompt": prompt, "generator": torch.Generator().manual_seed(0)}
-
-
-@contextmanager
-def _instead(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the context an object has another method; what hooks of other libraries put there stays."""
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = function
-    try:
-        yield
-    finally:
-        owner.__dict__.pop(name)
-        if before is not None:
-            owner.__dict__[name] = before
 
 
 def _copied(value: Any) -> Any:
