@@ -60,6 +60,9 @@ class TrunkObjective(FlowObjective):
         words = self.pipe.text_tokenizer(list(prompts), **given).to(self.device)
         return self.pipe.trunk.encode_text(words.input_ids, words.attention_mask.bool())
 
+    def encode_repeated(self, prompt: str, count: int) -> PromptCache:
+        return self.encode_prompts([prompt] * count)  # of a few tokens; caches are not put together
+
     @property
     def edits(self) -> Edits:  # type: ignore[override]
         """Whether the pipeline holds what reads source pictures."""

@@ -12,8 +12,9 @@ from subject_adapters import adapter_of
 from subject_pictures import WORDS, subject_folder
 
 import mm
+from mm.core.errors import UserError
+from mm.customization.objectives.protocol import objective_of
 from mm.engine.requests import Edit
-from mm.families import family_of
 
 TARGET, NAME = "fox", "sks thing"
 SHORT: dict[str, Any] = {
@@ -76,8 +77,13 @@ def _check_both(model: Model, prompt: str, *files: Path) -> None:
 
 
 def _untrained(model: Model) -> bool:
-    family = family_of(model.engine.pipeline)
-    return family is None or family.objective is None
+    """Whether the family is refused, having no objective and calls that cannot be watched."""
+    can = model.engine.capabilities.tasks
+    try:
+        objective_of(model.engine.pipeline, SIDE, edit="edit" in can and "draw" not in can)
+    except UserError:
+        return True
+    return False
 
 
 def erase(model: Model) -> str | None:

@@ -159,7 +159,7 @@ class Noised:
     @torch.no_grad()
     def predictions(self, caption: str) -> list[Tensor]:
         """What the model predicts under a caption, (B, C, H, W) a noise."""
-        read = self.objective.encode_prompts([caption] * len(self.level_B))
+        read = self.objective.encode_repeated(caption, len(self.level_B))
         noisy = (self.objective.noised(self.clean, noise, self.level_B) for noise in self.noises)
         return [self.objective.predict(each, self.level_B, read) for each in noisy]
 

@@ -51,7 +51,7 @@ SANA = Family(
 )
 SPRINT = replace(
     SANA,
-    objective=None,
+    objective="mm.customization.objectives.sana_sprint:SanaSprint",
     name="sana-sprint",
     pipelines={"text_to_image": "SanaSprintPipeline", "image_to_image": "SanaSprintImg2ImgPipeline"},
     more_pipelines=(),

@@ -30,7 +30,7 @@ PROMPT = f"a {WORDS[0]} and a {WORDS[1]} on grass"
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image",
     "aura-flow", "cogview-4", "wan", "hunyuan-image", "bria",
-    "hunyuan-dit", "pixart-sigma",
+    "hunyuan-dit", "pixart-sigma", "sana-sprint",
 )  # fmt: skip
 
 

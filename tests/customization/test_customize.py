@@ -28,7 +28,7 @@ from mm.customization.run_state import STATE
 FAMILIES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "qwen-image", "sana", "z-image", "flux-2",
     "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow", "cogview-4", "wan",
-    "hunyuan-image", "bria", "hunyuan-dit", "flux-fill",
+    "hunyuan-image", "bria", "hunyuan-dit", "flux-fill", "sana-sprint",
 )  # fmt: skip
 OTHERS = (
     ("stable-diffusion-3", "eva"), ("stable-diffusion", "paca"), ("flux", "s2ft"), ("qwen-image", "adalora"),

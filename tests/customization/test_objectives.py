@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from latent_grids import grid_of
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 
 from mm.customization.objectives.protocol import FlowObjective, objective_of
+from mm.customization.objectives.sana_sprint import SanaSprint
 from mm.customization.pieces import Rows
 from mm.families.frames import pictures_of
 
@@ -19,7 +21,7 @@ NAMES = (
     "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "flux-schnell", "qwen-image", "sana",
     "z-image", "flux-2", "flux-2-klein", "chroma", "lumina-2", "pixart-sigma", "aura-flow",
     "cogview-4", "wan", "hunyuan-image", "bria",
-    "hunyuan-dit", "flux-fill",
+    "hunyuan-dit", "flux-fill", "sana-sprint",
 )  # fmt: skip
 TOLERANCE = 1e-4  # of the largest value
 
@@ -40,7 +42,9 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
     more: dict[str, Any] = {"guidance_scale": 0.0 if name == "z-image" else 1.0, "num_inference_steps": 3}
     if name == "qwen-image":
         more = {"true_cfg_scale": 1.0}
-    if name == "sana":
+    if name == "sana-sprint":
+        more = {}
+    if name.startswith("sana"):
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
     if name == "flux-fill":  # its call draws from the latents' distribution, which is narrow so
@@ -57,7 +61,9 @@ def _same_prediction(
 ) -> None:
     objective = objective_of(pipe, SIDE)
     level = torch.as_tensor(timestep).float().reshape(1)
-    if isinstance(objective, FlowObjective):
+    if isinstance(objective, SanaSprint):
+        level, latents, output = _as_flow(float(level), latents, output)
+    elif isinstance(objective, FlowObjective):
         level = torch.as_tensor(sigma).float().reshape(1)
     elif isinstance(pipe.scheduler, EulerDiscreteScheduler):
         latents = latents / (torch.as_tensor(sigma) ** 2 + 1) ** 0.5
@@ -71,6 +77,39 @@ def _same_prediction(
     scale = output.float().reshape(made.shape).abs().max()
     assert float((made - output.float().reshape(made.shape)).abs().max()) < TOLERANCE * float(scale)
     assert float((made - other).abs().max()) > TOLERANCE * float(scale)  # so that a wrong prompt is seen
+
+
+def _as_flow(t: float, latents: torch.Tensor, output: torch.Tensor) -> Any:
+    """The level, the noisy latents and the velocity of flow matching that TrigFlow's at t stand for."""
+    sine, cosine, deviation = math.sin(t), math.cos(t), 0.5
+    clean = (cosine * latents - sine * output) / deviation
+    noise = (sine * latents + cosine * output) / deviation
+    level = sine / (sine + cosine)
+    return torch.tensor([level]), (1 - level) * clean + level * noise, noise - clean
+
+
+def test_sana_sprint_is_noised_as_its_scheduler_noises() -> None:
+    """From the clean latents and the noise of the first step to the noisy latents of the second one."""
+    pipe, seen = tiny_pipeline_of("sana-sprint"), []
+    step = pipe.scheduler.step
+
+    def spied(output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor, *args: Any, **more: Any) -> Any:
+        made = step(output, t, latents, *args, **more)
+        seen.append((float(t), *made))
+        return made
+
+    pipe.scheduler.step = spied
+    pipe(**arguments_of("sana-sprint"))
+    objective = objective_of(pipe, SIDE)
+    (_, noisy, clean), (t, _, _) = seen
+    noise = (noisy - math.cos(t) * clean) / math.sin(t)
+    level, deviation = objective.level_of(t), pipe.scheduler.config.sigma_data
+    made = objective.noised_in_call(clean / deviation, noise / deviation, level)
+    assert torch.allclose(made, noisy, atol=1e-5) and float(level) == pytest.approx(0.7827, abs=1e-4)
+    assert abs(float(noise.std()) / deviation - 1) < 0.1
+    generator = torch.Generator().manual_seed(0)
+    levels = objective.levels(1000, generator)
+    assert float(levels.median()) == pytest.approx(1 / (1 + math.exp(-0.2) * deviation), abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart-sigma", "wan"])
@@ -139,10 +178,12 @@ def test_latents_are_decoded_as_the_pipeline_does(name: str) -> None:
 
     pipe.scheduler.step = step
     more: dict[str, Any] = {"output_type": "pt"}
-    if name == "sana":
+    if name.startswith("sana"):
         takes = inspect.signature(type(pipe).__call__).parameters
         more["complex_human_instruction"] = takes["complex_human_instruction"].default
     pictures = torch.stack(list(pictures_of(pipe(**arguments_of(name, **more)))))
+    if name == "sana-sprint":
+        last[0] /= pipe.scheduler.config.sigma_data
     with torch.no_grad():
         made = objective_of(pipe, SIDE).decode_latents(grid_of(name, last[0])) / 2 + 0.5
     assert made.shape == pictures.shape

@@ -78,6 +78,10 @@ class Objective(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         """What the denoiser reads of the prompts, with gradients where they are enabled."""
 
+    def encode_repeated(self, prompt: str, count: int) -> Any:
+        """What the denoiser reads of `count` pictures of one prompt, which is encoded once."""
+        return self.joined([self.encode_prompts([prompt])] * count)
+
     def encode_edits(self, instructions: Sequence[str], pictures_B3SS: Tensor, latents_BCHW: Tensor) -> Any:
         """What the denoiser reads of instructions and source pictures, given in [-1, 1] and as clean latents."""
         raise UserError(f"{type(self.pipe).__name__} takes no source picture")

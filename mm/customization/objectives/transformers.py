@@ -170,11 +170,14 @@ class Sana(FlowObjective):
         return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
 
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
-        usual = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
         text, mask, _, _ = self.pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, device=self.device, complex_human_instruction=usual
-        )
+            list(prompts), do_classifier_free_guidance=False, device=self.device,
+            complex_human_instruction=self._usual_instruction(),
+        )  # fmt: skip
         return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+    def _usual_instruction(self) -> Any:
+        return inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
 
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Any) -> Tensor:
         transformer = self.pipe.transformer
