@@ -29,6 +29,7 @@ from tiny_text_encoders import (
     umt5_text,
 )
 from tiny_tokenizers import clip_tokenizer, gemma_tokenizer, qwen_processor, qwen_tokenizer, t5_tokenizer
+from tiny_watched import OWN_SIZES, WATCHED
 
 from mm.families.frames import pictures_of
 
@@ -220,6 +221,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "lumina-2": _lumina_2,
     "aura-flow": _aura_flow,
     **MORE,
+    **{name: made for name, made in WATCHED.items() if name not in OWN_SIZES},
 }  # fmt: skip
 _EDITS = ("flux-kontext", "flux-fill", "qwen-image-edit")
 
@@ -227,7 +229,7 @@ _EDITS = ("flux-kontext", "flux-fill", "qwen-image-edit")
 def tiny_pipeline_of(name: str, *, seed: int = 0) -> Any:
     """A pipeline of the family with random weights; projections that start at zero are filled, so that all matters."""
     torch.manual_seed(seed)
-    pipe = PIPELINES[name]()
+    pipe = (PIPELINES | WATCHED)[name]()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -257,6 +259,8 @@ def arguments_of(name: str, **more: Any) -> dict[str, Any]:
         made["mask_image"] = Image.new("L", (SIDE, SIDE), 255)
     if name.startswith("qwen-image"):
         made["negative_prompt"] = " "
+    if name == "longcat-image":
+        made["enable_prompt_rewrite"] = False
     return made | options_of(name) | more
 
 
@@ -267,10 +271,12 @@ def options_of(name: str) -> dict[str, Any]:
         made |= {"_auto_resize": False, "max_area": SIDE * SIDE}
     if name.startswith("sana"):
         made["complex_human_instruction"] = None
-    if name.startswith(("sana", "pixart", "hunyuan-dit")):
+    if name.startswith(("sana", "pixart", "hunyuan-dit", "prx")):
         made["use_resolution_binning"] = False
-    if name == "wan":
+    if name in ("wan", "ltx", "mochi", "cogvideox", "allegro"):
         made["num_frames"] = 1
+    if name == "latte":
+        made["video_length"] = 1
     return made
 
 

@@ -15,11 +15,12 @@ _DECODER = {
 }  # fmt: skip
 
 
-def clip_text(*, projection: bool = False, width: int = WIDTH) -> Any:
+def clip_text(*, projection: bool = False, width: int = WIDTH, tokens: int = 77) -> Any:
     end = 2 * len(BYTES) + 1
     config = transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
         vocab_size=VOCABULARY, projection_dim=width, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+        max_position_embeddings=tokens,
     )  # fmt: skip
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     return kind(config).eval()

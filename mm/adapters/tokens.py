@@ -59,6 +59,12 @@ def _embedding_path(root: nn.Module) -> str | None:
     return next((path for path, module in root.named_modules() if module is wanted), None) if wanted else None
 
 
+def tokenizer_of(pipe: Any, table: TokenTable) -> Any:
+    """The tokenizer of a table; that within a processor, where the component is one (Kandinsky 5)."""
+    part = getattr(pipe, "components", {}).get(table.tokenizer)
+    return getattr(part, "tokenizer", part)
+
+
 def tied_embeddings(pipe: Any, table: TokenTable) -> list[nn.Embedding]:
     """The modules that read words of a table: T5 encoders have another one for that than the table's own."""
     component, _, path = table.embedding.partition(".")
@@ -76,7 +82,7 @@ def add_token(pipe: Any, table: TokenTable, token: str) -> int:
     Raises:
         UserError: where the tokenizer has the word already, or no row is free.
     """
-    tokenizer = pipe.components[table.tokenizer]
+    tokenizer = tokenizer_of(pipe, table)
     if token in tokenizer.get_vocab():
         raise UserError(f"{shown(token)} is a word of {table.tokenizer} already; choose another name, such as '<new>'")
     component, _, path = table.embedding.partition(".")
@@ -109,16 +115,15 @@ def release_words(target: Any) -> None:
     if isinstance(target, nn.Module):
         return
     for table in token_tables(target):
-        added: dict[str, int] = getattr(target.components[table.tokenizer], _ADDED, {})
+        added: dict[str, int] = getattr(tokenizer_of(target, table), _ADDED, {})
         if added:
             _release(target, table, added)
 
 
 def keep_words(target: Any, entries: Mapping[str, Entry]) -> None:
     """Lets the words of entries that became part of the weights stay for good."""
-    components: Any = getattr(target, "components", {})
     for table in () if isinstance(target, nn.Module) else token_tables(target):
-        tokenizer, entry = components[table.tokenizer], entries.get(table.embedding)
+        tokenizer, entry = tokenizer_of(target, table), entries.get(table.embedding)
         if entry is not None and entry.kind == "rows":
             vocabulary, ids = tokenizer.get_vocab(), set(entry.tensors["ids"].tolist())
             added = getattr(tokenizer, _ADDED, {})
@@ -127,7 +132,7 @@ def keep_words(target: Any, entries: Mapping[str, Entry]) -> None:
 
 
 def _release(pipe: Any, table: TokenTable, added: dict[str, int]) -> None:
-    tokenizer = pipe.components[table.tokenizer]
+    tokenizer = tokenizer_of(pipe, table)
     component, _, path = table.embedding.partition(".")
     root = roots_of(pipe)[component]
     embedding = submodule(root, path)
@@ -165,7 +170,7 @@ def _rewrite(tokenizer: Any, gone: Collection[str], renamed: Mapping[str, str]) 
 
 def own_row(pipe: Any, table: TokenTable, token: str) -> int | None:
     """The row of a word; None where the tokenizer lacks it."""
-    return pipe.components[table.tokenizer].get_vocab().get(token)
+    return tokenizer_of(pipe, table).get_vocab().get(token)
 
 
 def placed_rows(
@@ -188,7 +193,7 @@ def placed_rows(
     rows: dict[str, dict[int, int]] = {}
     for item in tokens:
         table = TokenTable(tokenizer=item["tokenizer"], embedding=item["embedding"])
-        if getattr(target, "components", {}).get(table.tokenizer) is None:
+        if tokenizer_of(target, table) is None:
             raise UserError(
                 f"the patch brings the word {shown(item['token'])} and this pipeline has no {table.tokenizer}"
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.adapters.tokens import own_row
+from mm.adapters.tokens import TokenTable, own_row, tokenizer_of
 from mm.core.checks import check_kind, check_path, check_text, number, whole
 from mm.core.checks import shown as shown_value
 from mm.core.errors import UserError, shown
@@ -89,7 +89,7 @@ def check_name(name: str, objective: Objective) -> None:
     _check_word("name", name, "<mug>")
     if objective.open_vocabulary:
         for table in objective.tables:
-            if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table.tokenizer, name):
+            if own_row(objective.pipe, table, name) is not None or _one_piece(objective.pipe, table, name):
                 warnings.warn(
                     f"{shown(name)} is a word that the model knows already, and learning changes what it means; "
                     f"a name such as '<{name}>' leaves it alone",
@@ -190,7 +190,7 @@ def warn_of_long(objective: Objective, captions: Sequence[str]) -> None:
 
 def _cut_at(objective: Objective, text: str) -> int:
     """After how many tokens every text encoder cuts a text off; 0 where one reads all of it."""
-    tokenizers = [objective.pipe.components[table.tokenizer] for table in objective.tables]
+    tokenizers = [tokenizer_of(objective.pipe, table) for table in objective.tables]
     if len(text) < min((one.model_max_length for one in tokenizers), default=0) - 2:  # each token has a letter at least
         return 0
     if not all(len(one(text, verbose=False).input_ids) > one.model_max_length for one in tokenizers):
@@ -224,9 +224,9 @@ def check_rank(objective: Objective, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{name} is {rank}, and no layer that is trained has more than {most} inputs; give less")
 
 
-def _one_piece(pipe: Any, tokenizer: str, name: str) -> bool:
-    table = pipe.components[tokenizer].get_vocab()
-    return any(form in table for form in (f"{name}</w>", f"\u2581{name}", f"\u0120{name}"))
+def _one_piece(pipe: Any, table: TokenTable, name: str) -> bool:
+    known = tokenizer_of(pipe, table).get_vocab()
+    return any(form in known for form in (f"{name}</w>", f"\u2581{name}", f"\u0120{name}"))
 
 
 def guarded_prompts(concepts: Sequence[str]) -> list[str]:

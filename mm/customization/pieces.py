@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.entry import Entry
-from mm.adapters.tokens import TokenTable, add_token, release_words, tied_embeddings
+from mm.adapters.tokens import TokenTable, add_token, release_words, tied_embeddings, tokenizer_of
 from mm.core.errors import UserError
 from mm.customization.objectives.protocol import Objective
 from mm.layers.linear import Branch, BranchedLinear
@@ -287,7 +287,7 @@ class Rows:
         weight = embedding.weight.detach().float()
         if not word:
             return weight[:row].mean(0)
-        tokenizer = self.objective.pipe.components[table.tokenizer]
+        tokenizer = tokenizer_of(self.objective.pipe, table)
         special = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
         ids = [i for i in tokenizer(word).input_ids if i not in special and i < row]
         return weight[ids].mean(0) if ids else weight[:row].mean(0)

@@ -16,6 +16,7 @@ from mm.customization.run_state import Progress
 from mm.families.frames import one_frame, pictures_of
 from mm.families.sizes import exact_size
 from mm.families.sources import plain_sources
+from mm.families.wording import as_written
 
 _SIZE = (640, 320)
 _EDGE = 40
@@ -66,8 +67,8 @@ def draw(
     Without a source, a pipeline that always takes one gets an empty picture, with everything masked.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
-    given: dict[str, Any] = {"output_type": "pil", "clean_caption": False} | exact_size(takes, side, side)
-    given |= one_frame(takes)
+    given: dict[str, Any] = {"output_type": "pil"} | exact_size(takes, side, side)
+    given |= one_frame(takes) | as_written(takes)
     if steps is not None:
         given["num_inference_steps"] = steps
     given |= plain_sources(pipe, 1, side) if source is None else {"image": source}

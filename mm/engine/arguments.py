@@ -20,6 +20,7 @@ from mm.engine.capabilities import Capabilities
 from mm.engine.requests import Draw, Edit
 from mm.families.frames import one_frame
 from mm.families.sizes import exact_size
+from mm.families.wording import as_written
 
 _OWN = ("prompt", "negative", "seed", "count", "batch_size")  # of a picture; everything else is shared in a call
 
@@ -75,8 +76,7 @@ def arguments_of(
     if can.guidance_name:
         given[can.guidance_name] = can.guidance_of(first)
     given |= _prompts(requests, can, one_negative)
-    if "clean_caption" in takes:  # it would take "<mug>" out of a prompt as a tag of HTML
-        given["clean_caption"] = False
+    given |= as_written(takes)
     given |= {"strict": first.strict} if can.strict else {}
     given |= {"best_of": first.best_of if first.best_of > 1 else None}
     if isinstance(first, Draw):

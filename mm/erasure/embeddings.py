@@ -23,7 +23,11 @@ from mm.layers.surgery import roots_of
 
 def word_tables(pipe: Any) -> list[nn.Embedding]:
     """The tables of word embeddings: those with a row for every word of a tokenizer."""
-    sizes = [len(t.get_vocab()) for n, t in pipe.components.items() if "tokenizer" in n and callable(t)]
+    sizes = [
+        len(getattr(t, "tokenizer", t).get_vocab())
+        for n, t in pipe.components.items()
+        if "tokenizer" in n and callable(t)
+    ]
     return [
         m for root in roots_of(pipe).values() for m in root.modules()
         if isinstance(m, nn.Embedding) and m.num_embeddings >= min(sizes, default=1 << 30)

@@ -24,15 +24,15 @@ from mm.families import family_of
 from mm.families.frames import one_frame
 from mm.families.sizes import exact_size
 from mm.families.sources import draws_from_text, plain_sources
+from mm.families.wording import as_written
 
 CHUNK = 64  # prompts in one call
 _WITH_SOURCES = 4  # of a pipeline that brings a source picture a prompt to a size of its own, such as a megapixel
 SMALL = 64  # pixels a side, or the nearest that the family draws
-# Arguments of some pipelines that would put words around the prompt (SANA) or take some out (PixArt), choose another
-# size (both), ask for two steps (SANA-Sprint), or ask the model about a picture before it is edited (ours).
+# Arguments of some pipelines that would put words around the prompt or choose another size (SANA), ask for two steps
+# (SANA-Sprint), or ask the model about a picture before it is edited (ours).
 PLAIN: dict[str, Any] = {
-    "complex_human_instruction": None, "clean_caption": False, "use_resolution_binning": False,
-    "intermediate_timesteps": None, "strict": False,
+    "complex_human_instruction": None, "use_resolution_binning": False, "intermediate_timesteps": None, "strict": False,
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def draw_once(pipe: Any, prompts: list[str], pictures: Sequence[Any] = ()) -> An
     """One sampling step for each prompt, without guidance and without decoding; with pictures, each is edited."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1, "output_type": "latent"}
-    given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)} | PLAIN
+    given |= {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)} | PLAIN | as_written(takes)
     given |= {"image": list(pictures)} if pictures else plain_sources(pipe, len(prompts), SMALL)
     family = family_of(pipe)
     if family is not None and family.size is not None:  # text does not depend on the picture's size

@@ -22,6 +22,7 @@ from PIL import Image
 
 from mm.families import family_of
 from mm.families.frames import one_frame, pictures_of
+from mm.families.wording import as_written
 
 Labels = frozenset[str] | None
 Judge = Callable[[Sequence[Image.Image]], Sequence[Labels]]
@@ -85,7 +86,7 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[torch.Generator], **
     takes = inspect.signature(type(pipe).__call__).parameters
     family = family_of(pipe)
     given: dict[str, Any] = {"prompt": list(prompts), "generator": list(seeds), "output_type": "pil"}
-    given |= {"clean_caption": False} | one_frame(takes)
+    given |= as_written(takes) | one_frame(takes)
     if family is not None:
         given["num_inference_steps"] = family.steps_for(call.get("mode"))
         if family.guidance is not None:

@@ -27,6 +27,7 @@ from mm.families import family_of
 from mm.families.frames import FRAME_NAMES
 from mm.families.sizes import exact_size, native_side
 from mm.families.sources import EDGES, MASKS, PICTURES, VIDEOS
+from mm.families.wording import as_written
 from mm.quantization import pictures
 from mm.quantization.config import SVDQuantConfig
 
@@ -85,8 +86,7 @@ def arguments_for(pipe: Any, given: Mapping[str, Any], config: SVDQuantConfig, n
     made: dict[str, Any] = {}
     if "output_type" in takes:
         made["output_type"] = "latent"
-    if "clean_caption" in takes:
-        made["clean_caption"] = False
+    made |= as_written(takes)
     if "generator" in takes:
         made["generator"] = torch.Generator().manual_seed(config.seed + number)
     if "num_inference_steps" in takes:

@@ -64,6 +64,14 @@ def test_prompts_are_not_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cleaned and not any(cleaned)
 
 
+def test_prompts_are_not_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LongCat-Image would have its text encoder write another prompt, without an adapter's name."""
+    engine = _engine("longcat-image")
+    monkeypatch.setattr(type(engine.pipeline), "rewire_prompt", lambda *_: pytest.fail("it was rewritten"))
+    drawn(engine, Draw(prompt="a <mug>", size=(32, 32), steps=1, seed=1))
+    draw(engine.pipeline, "a <mug>", side=32, seed=1, steps=1)
+
+
 def test_guidance_that_would_have_no_effect_is_refused() -> None:
     """HunyuanImage 2.1 has a guider, and reads a scale where it is distilled alone."""
     engine = _engine("hunyuan-image")

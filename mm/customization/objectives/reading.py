@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Reading:
         noisy: the denoiser's argument of noisy latents; `times` that of the time.
         row: of its batch that reads the prompt, of how many `rows`.
         per_level: time = per_level x + at_zero, where x is the noise level (flow) or the scheduler's timestep.
-        sign: of its output.
+        sign: by which its output is the noise or the velocity, pictures to noise.
         place_P: of each value of the decoder's latents (C, H, W) among those of the scheduler's.
         scale_C11: decoder's latents = scale_C11 x those of the scheduler + shift_C11.
         shape: of the scheduler's latents for one picture.
@@ -58,12 +58,13 @@ class Reading:
     dtype: torch.dtype
 
 
-def reading_of(watch: Watch, levels: Callable[[int], list[float]]) -> Reading:
+def reading_of(watch: Watch, levels: Callable[[int], list[float]], flow: Literal[1, -1] | None) -> Reading:
     """Reads a pipeline's calls.
 
     Args:
         watch: of the pipeline.
         levels: what the times of the last call of so many steps are to be a function of.
+        flow: of flow matching 1, or -1 where its scheduler goes up from noise; None of diffusion.
 
     Raises:
         UserError: for a call that does something else.
@@ -96,11 +97,29 @@ def reading_of(watch: Watch, levels: Callable[[int], list[float]]) -> Reading:
     if not sign:
         raise refuse("what its scheduler gets is not its denoiser's output")
     place, scale, shift, grid, frames = _decoding(watch, sample, seen.raw[0], refuse)
-    return Reading(
-        noisy=noisy, times=times[0], row=row, rows=rows, per_level=per_level, at_zero=at_zero, sign=sign,
-        place_P=place, scale_C11=scale, shift_C11=shift, shape=tuple(sample.shape), grid=grid, frames=frames,
-        dtype=first[noisy].dtype,
+    reading = Reading(
+        noisy=noisy, times=times[0], row=row, rows=rows, per_level=per_level, at_zero=at_zero,
+        sign=sign * (flow or 1), place_P=place, scale_C11=scale, shift_C11=shift, shape=tuple(sample.shape), grid=grid,
+        frames=frames, dtype=first[noisy].dtype,
     )  # fmt: skip
+    if flow is not None:
+        if not close(first[noisy][-len(sample) :].float(), sample.float()):
+            raise refuse("its denoiser reads scaled latents")
+        _check_flow(watch, reading, sample, seen.raw[0], refuse)
+    return reading
+
+
+def _check_flow(
+    watch: Watch, reading: Reading, sample: Tensor, raw: Tensor, refuse: Callable[[str], UserError]
+) -> None:  # fmt: skip
+    """Raises UserError where sampling with the velocity from zeros to the call's noise does not end at zeros."""
+    given = torch.zeros_like(raw)
+    counted_channels(given, sample).copy_((reading.sign * sample).to(raw).expand_as(counted_channels(given, sample)))
+    found = watch(_PROMPTS[0], steps=2, output=given).decoded
+    assert found is not None
+    left = (found.float().cpu().view(reading.grid) - reading.shift_C11) / reading.scale_C11
+    if float(left.abs().max()) > 5e-2 * float(sample.float().abs().max()):
+        raise refuse("its sampling is no flow from noise to pictures along straight lines")
 
 
 def counted_channels(raw: Tensor, like: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ Legend: B pictures, C channels, H x W latents, S side of the pictures, P values 
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,7 +34,7 @@ from mm.core.errors import UserError
 from mm.customization.objectives.protocol import DiffusionObjective, FlowObjective, Objective
 from mm.customization.objectives.reading import Reading, close, counted_channels, reading_of
 from mm.customization.objectives.rows import WAYS, Way, merged
-from mm.customization.objectives.watching import Watch, first_of
+from mm.customization.objectives.watching import Watch, autoencoder_of, first_of
 
 _DENOISERS = ("transformer", "unet")
 _READINGS: WeakKeyDictionary[Any, dict[Any, Reading]] = WeakKeyDictionary()  # by denoiser: views share it
@@ -42,7 +43,7 @@ _READINGS: WeakKeyDictionary[Any, dict[Any, Reading]] = WeakKeyDictionary()  # b
 def can_be_watched(pipe: Any) -> bool:
     """Whether a pipeline has the components that are watched; its calls may still do what does not suit."""
     has = {name for name, part in pipe.components.items() if part is not None}
-    return len(has & set(_DENOISERS)) == 1 and {"scheduler", "vae"} <= has
+    return len(has & set(_DENOISERS)) == 1 and "scheduler" in has and autoencoder_of(pipe) is not None
 
 
 class _Watched(Objective):
@@ -65,13 +66,13 @@ class _Watched(Objective):
     def _read(self) -> Reading:
         """What was read off this pipeline before, or is now."""
         pipe = self.pipe
-        parts = [pipe.components[name] for name in ("scheduler", "vae", *self.parts)]
+        parts = [pipe.scheduler, autoencoder_of(pipe), *self.modules().values()]
         known = _READINGS.setdefault(parts[-1], {})
         key = (type(pipe), self.side, *((type(part), str(part.config), getattr(part, "dtype", None)) for part in parts))
         if key not in known:
             try:
                 with torch.no_grad():
-                    known[key] = reading_of(self._watch, self._levels_of_call)
+                    known[key] = reading_of(self._watch, self._levels_of_call, self._flow)
             except UserError:
                 raise
             except Exception as error:
@@ -79,25 +80,42 @@ class _Watched(Objective):
                     f"{type(pipe).__name__} cannot be customized yet: its call with a prompt alone does not run "
                     f"through ({type(error).__name__}: {str(error)[:200]})"
                 ) from error
+        self._check_size(known[key])
         return known[key]
+
+    @torch.no_grad()
+    def _check_size(self, reading: Reading) -> None:
+        """Raises UserError where the call draws pictures of another size than those that are learned."""
+        self.reading, side = reading, self.side
+        shape = self.encode_pictures(torch.zeros(1, 3, side, side, device=self.device)).shape[1:]
+        if tuple(shape) != reading.grid:
+            drawn = " x ".join(str(side * have // want) for have, want in zip(reading.grid[1:], shape[1:], strict=True))
+            raise UserError(
+                f"{type(self.pipe).__name__} draws {drawn} pixels where {side} x {side} are asked for; give a size "
+                "that it draws"
+            )
+
+    _flow: Literal[1, -1] | None = None
 
     @abstractmethod
     def _levels_of_call(self, steps: int) -> list[float]:
         """What the times of the call's steps depend on."""
 
     def encode_pictures(self, pictures_B3SS: Tensor) -> Tensor:
-        vae, r = self.pipe.vae, self.reading
+        vae, r = autoencoder_of(self.pipe), self.reading
         given = pictures_B3SS[:, :, None] if r.frames else pictures_B3SS
         made = vae.encode(given.to(vae.device, vae.dtype))
-        latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent
+        latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else first_of(made)
         latents = (latents[:, :, 0] if r.frames else latents).float()
         return (latents - r.shift_C11.to(latents)) / r.scale_C11.to(latents)
 
     def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        vae, r = self.pipe.vae, self.reading
+        vae, r = autoencoder_of(self.pipe), self.reading
         latents = latents_BCHW * r.scale_C11.to(latents_BCHW) + r.shift_C11.to(latents_BCHW)
         latents = (latents[:, :, None] if r.frames else latents).to(vae.device, vae.dtype)
-        made = first_of(vae.decode(latents))
+        takes = inspect.signature(type(vae).decode).parameters
+        whole = {"force_not_quantize": True} if "force_not_quantize" in takes else {}  # as pipelines call a VQModel
+        made = first_of(vae.decode(latents, **whole))
         return made[:, :, 0] if r.frames else made
 
     def packed(self, latents_BCHW: Tensor) -> Tensor:
@@ -219,8 +237,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class WatchedFlow(_Watched, FlowObjective):
     """A pipeline under flow matching: times are a function of noise levels."""
 
+    @property
+    def _flow(self) -> Literal[1, -1]:  # type: ignore[override]
+        return -1 if self.pipe.scheduler.config.get("invert_sigmas") else 1
+
     def _levels_of_call(self, steps: int) -> list[float]:
-        return [float(x) for x in self.pipe.scheduler.sigmas[:steps]]
+        return [float(x if self._flow == 1 else 1 - x) for x in self.pipe.scheduler.sigmas[:steps]]
+
+    def level_of(self, timestep: float) -> Tensor:
+        level = super().level_of(timestep)
+        return level if self._flow == 1 else 1 - level
 
 
 class WatchedDiffusion(_Watched, DiffusionObjective):

@@ -15,8 +15,10 @@ from mm.families import family_of
 from mm.families.frames import one_frame
 from mm.families.sizes import exact_size
 from mm.families.stepping import replaced
+from mm.families.wording import as_written
 
 STEPS = 4
+_AUTOENCODERS = ("vae", "movq")
 
 
 class _Enough(Exception):
@@ -34,11 +36,17 @@ class Seen:
     decoded: Tensor | None = None  # what the autoencoder got
 
 
+def autoencoder_of(pipe: Any) -> Any:
+    """The component that decodes latents; None where there is none."""
+    found = (pipe.components.get(name) for name in _AUTOENCODERS)
+    return next((part for part in found if part is not None), None)
+
+
 def first_of(made: Any) -> Tensor:
     """The tensor in what a denoiser or an autoencoder returns. Raises TypeError where there is none."""
     if isinstance(made, Tensor):
         return made
-    found = made[0] if isinstance(made, tuple | list) else made.sample
+    found = made[0] if isinstance(made, tuple | list) else next(iter(vars(made).values()), None)
     if not isinstance(found, Tensor):
         raise TypeError(f"a {type(found).__name__} in place of a tensor of predictions")
     return found
@@ -50,6 +58,7 @@ class Watch:
     def __init__(self, pipe: Any, side: int, denoiser: str) -> None:
         self.pipe, self.side, self.part = pipe, side, denoiser
         self.denoiser: nn.Module = pipe.components[denoiser]
+        self.vae = autoencoder_of(pipe)
         self.takes = inspect.signature(type(pipe).__call__).parameters
         self._call = getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)  # without torch.no_grad
         self.names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
@@ -100,7 +109,7 @@ class Watch:
         pipe.set_progress_bar_config(disable=True)
         try:
             with replaced(self.denoiser, "forward", watched), replaced(scheduler, "step", stepped), \
-                    replaced(pipe.vae, "decode", decoded), warnings.catch_warnings():  # fmt: skip
+                    replaced(self.vae, "decode", decoded), warnings.catch_warnings():  # fmt: skip
                 warnings.simplefilter("ignore")
                 self._call(pipe, **self.given(prompt, steps))
         except _Enough:
@@ -112,7 +121,7 @@ class Watch:
     def given(self, prompt: str, steps: int) -> dict[str, Any]:
         """The call's arguments, without guidance."""
         family = family_of(self.pipe)
-        made: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pil", "clean_caption": False}
+        made: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pil"} | as_written(self.takes)
         made |= exact_size(self.takes, self.side, self.side) | one_frame(self.takes)
         made |= {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in self.takes}
         if family is not None and family.guidance_name in self.takes:

@@ -82,7 +82,7 @@ def words_of(pipe: Any, banned: Sequence[str], most: int = 4000) -> list[str]:
         raise UserError(f"{type(pipe).__name__} has no tokenizer; this attack searches among its words")
     marks = ("</w>", "\u2581", "\u0120")
     words = []
-    for word in found.get_vocab():
+    for word in getattr(found, "tokenizer", found).get_vocab():
         for mark in marks:
             word = word.replace(mark, "")
         if word.isalpha() and word.isascii() and len(word) > 1 and not any(b.lower() in word.lower() for b in banned):
