@@ -12,8 +12,9 @@ Design choices
 - Only latents after each step are read and changed, by the step callback of diffusers or by the scheduler
   (`mm.families.stepping`), so that every pipeline that samples in steps can draw so. N subjects cost 2 N + 1 pictures;
   nothing is trained or merged.
-- Places are found in the base's picture by its predictions (`mm.customization.places`). Where two things would share a
-  place, the base draws again, other things from another seed. Words of the prompt say where subjects are ("left of").
+- Places are found in the base's picture by its predictions (`mm.customization.places`). Where things are close to each
+  other, the base draws again, other things from another seed, and the picture is taken whose things have most room
+  (`mm.customization.layouts`). Words of the prompt say where subjects are ("left of").
 - Patches whose word is not in the prompt (styles, erasures) act in every run.
 
 Legend: B pictures, C channels, H x W latents, L tokens of packed latents.
@@ -47,8 +48,9 @@ from mm.customization.apart_base import (
     things_of,
 )
 from mm.customization.batches import hash_of
+from mm.customization.layouts import Layouts
 from mm.customization.objectives.protocol import Objective
-from mm.customization.places import Box, Noised, are_apart, between, in_whole, middle_levels, share_inside
+from mm.customization.places import Box, Noised, between, in_whole, middle_levels, share_inside
 from mm.customization.refining import refined
 from mm.families.frames import one_frame, pictures_of
 from mm.families.sources import draws_from_text
@@ -59,7 +61,7 @@ _OF_NO_USE = {
     "callback_on_step_end": None, "output_type": "pil", "generator": None, "latents": None, "num_images_per_prompt": 1,
     "best_of": 1,
 }  # fmt: skip
-_TRIES = 4  # pictures of the base, until its things are apart and each subject is seen in its place
+_TRIES = 4  # pictures with the subjects, until each of them is seen in its place
 _SEEN = 0.5  # share of a word's effect that lies in its subject's place
 REFINE = 0.6  # share of the noise from which subjects are drawn again
 
@@ -237,12 +239,11 @@ def compose(
     """
     objective = objective_at(pipe, size)
     check_apart(objective, asked, stack_of(pipe).list())
+    layouts = Layouts(lambda number: base_picture(objective, asked, call, number))
     best, shares = None, [-1.0]
-    for attempt in range(_TRIES):
+    for _ in range(_TRIES):
         with _only(pipe, asked, words, None):
-            base = base_picture(objective, asked, call, attempt)
-        if not are_apart(list(base.places.values())) and (best is not None or attempt + 1 < _TRIES):
-            continue
+            base = layouts.next()
         picture = _with_subjects(pipe, asked, base, call, words)
         with _only(pipe, asked, words, None):
             noised = Noised.of(at_size_of(objective, picture), picture)

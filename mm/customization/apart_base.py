@@ -152,7 +152,7 @@ def _grid(latents: Tensor, width: int, height: int) -> tuple[int, int]:
 
 
 def base_picture(objective: Objective, asked: Subjects, call: Call, number: int) -> Base:
-    """The picture of the base in a try."""
+    """A picture of the base, with things and noise of its number."""
     seed = asked.seed if not number else hash_of(asked.seed, number) % (MAX_SEED + 1)
     things, other = things_of(objective, asked, number)
     latents: list[Tensor] = []
@@ -190,7 +190,7 @@ def objective_at(pipe: Any, size: tuple[int, int] | None) -> Objective:
 
 
 def things_of(objective: Objective, asked: Subjects, number: int) -> tuple[dict[str, str], str]:
-    """What stands in for each word in a try, and one more thing, by which the others are found.
+    """What stands in for each word in a picture of the base, and one more thing, by which the others are found.
 
     Raises:
         UserError: where the base knows too few things that are not in the prompt.

@@ -50,6 +50,18 @@ class Box:
         tall = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(0.0, wide) * max(0.0, tall) / min(self.area, other.area)
 
+    def grown(self, edge: float) -> Box:
+        """The box with an edge around it, within the picture."""
+        return Box(
+            left=max(0.0, self.left - edge), top=max(0.0, self.top - edge), right=min(1.0, self.right + edge),
+            bottom=min(1.0, self.bottom + edge),
+        )  # fmt: skip
+
+    @property
+    def edges(self) -> int:
+        """How many edges of the picture it touches, which may cut off what it holds."""
+        return sum((self.left <= 0, self.top <= 0, self.right >= 1, self.bottom >= 1))
+
 
 def are_apart(boxes: Sequence[Box], sizes: Sequence[Box] | None = None) -> bool:
     """Whether things leave each other their places: none is too large, and no two share much.

@@ -59,7 +59,7 @@ def refined(
     around = surroundings(places[which])
     clean = _latents_of(objective, cut(picture, around, picture.size), like)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
-    boxes = [inside(_grown(places[which]), around)]
+    boxes = [inside(places[which].grown(_EDGE), around)]
     boxes += [inside(place, around) for k, place in enumerate(places) if k != which and place.overlap(around) > 0]
     mine = latent_masks(boxes, like, picture.size)[0]
 
@@ -87,13 +87,6 @@ def inside(box: Box, around: Box) -> Box:
     return Box(
         left=max(0.0, (box.left - around.left) / wide), top=max(0.0, (box.top - around.top) / tall),
         right=min(1.0, (box.right - around.left) / wide), bottom=min(1.0, (box.bottom - around.top) / tall),
-    )  # fmt: skip
-
-
-def _grown(place: Box) -> Box:
-    return Box(
-        left=max(0.0, place.left - _EDGE), top=max(0.0, place.top - _EDGE),
-        right=min(1.0, place.right + _EDGE), bottom=min(1.0, place.bottom + _EDGE),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm.adapters.stack import stack_of
 from mm.core.errors import UserError
-from mm.customization import apart, apart_base
+from mm.customization import apart, apart_base, layouts
 from mm.customization.apart import draw_apart
 from mm.customization.apart_base import OnLatents, Subjects
 from mm.customization.objectives.protocol import objective_of
@@ -40,6 +40,7 @@ def held_places(monkeypatch: pytest.MonkeyPatch) -> None:
     places = dict(zip(WORDS, (LEFT, RIGHT), strict=True))
     monkeypatch.setattr(apart_base, "box_of", _box_by_order(places))
     monkeypatch.setattr(apart, "share_inside", lambda *_: 1.0)
+    monkeypatch.setattr(layouts, "crowding", lambda _: 0.0)  # the base draws once
 
 
 def _box_by_order(places: dict[str, Box]) -> Any:
