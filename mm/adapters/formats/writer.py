@@ -56,7 +56,7 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
         path: the file; one that is there is replaced, as a whole. Layout "peft" writes `adapter_config.json` beside it.
         layout: "diffusers", "peft", "kohya" or "comfyui".
         target: the model or pipeline of the patch. The last two layouts need it where they call a family's layers by
-            other names (FLUX, SD3, Z-Image, Wan), and for OFT; "comfyui" always does.
+            other names (`mm.adapters.formats.family_names`), and for OFT; "comfyui" always does.
 
     Raises:
         UserError: for what the layout cannot hold; nothing is written then.
