@@ -3,13 +3,11 @@
 Design choices
 - mm's own file holds everything: layers, new words, report. Where only low-rank layers were learned, the file is
   diffusers' layout by default, which other programs load.
-- Metadata as the field has it: `modelspec.*` (Stability AI's ModelSpec 1.0.1), `ss_*` (kohya's scripts) and
-  `lora_adapter_metadata` (diffusers, peft's config by component).
+- LoRA files say what they are in their metadata (`mm.customization.file_metadata`).
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +23,13 @@ from mm.core.checks import check_path
 from mm.core.errors import UserError
 from mm.core.files import write_bytes, write_files
 from mm.core.safe_tensors import ordered, tensor_bytes
+from mm.customization.file_metadata import hashes_of, lora_metadata, settings_by_part
 
 Layout = Literal["auto", "mm", "diffusers", "kohya", "comfyui", "peft"]
 BRINGING_WORDS = ("textual-inversion", "custom-diffusion", "class-diffusion", "detex", "stydeco")
 WHOLE = {"loha": ("diffusers",), "lokr": ("diffusers",), "oft": ("diffusers",), "shira": ("diffusers", "peft")}
 LAYOUTS = ("auto", "mm", "diffusers", "kohya", "comfyui", "peft")
 _CLIPS = {"tokenizer": "clip_l", "tokenizer_2": "clip_g"}  # keys of A1111's embeddings
-ARCHITECTURES = {  # of ModelSpec, by family
-    "stable-diffusion": "stable-diffusion-v1",
-    "stable-diffusion-xl": "stable-diffusion-xl-v1-base",
-    "stable-diffusion-3": "stable-diffusion-3-medium",
-    "flux": "flux-1-dev",
-    "flux-schnell": "flux-1-schnell",
-}
 
 
 def check_layout(layout: str, method: str = "", *, word: bool = False) -> None:
@@ -112,15 +104,16 @@ class Learned(Patch):
                 "write layout 'mm', or the word with write_textual_inversion"
             )
         config: str | None = None
-        meta = self.metadata(chosen)
+        said: dict[str, Any] = {}
         if layout == "auto" and chosen == "peft":
             tensors, said = self._in_one_file()
-            meta["lora_adapter_metadata"] = json.dumps(said, indent=2, sort_keys=True)
         else:
             tensors, config = lora_tensors(self, chosen, target)  # type: ignore[arg-type]
-        if config is not None:  # which says the same, by peft's names
-            meta.pop("lora_adapter_metadata", None)
-        write_adapter(path, ordered(tensor_bytes(tensors, meta)), config)
+            if chosen == "diffusers":  # others have alphas, beside which diffusers refuses it, or a file of settings
+                said = settings_by_part(tensors)
+        meta = lora_metadata(self, self.family, tensors, said)
+        data = tensor_bytes(tensors, meta)
+        write_adapter(path, ordered(data, hashes_of(data)), config)
 
     def _in_one_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by peft's names with the component before them, and peft's settings by component."""
@@ -135,46 +128,6 @@ class Learned(Patch):
             tensors |= {f"{component}.{name}": tensor for name, tensor in made.items()}
             settings |= {f"{component}.{key}": value for key, value in said.items()}
         return tensors, settings
-
-    def metadata(self, layout: str = "diffusers") -> dict[str, str]:
-        """Metadata of a LoRA file. Settings of peft stand in diffusers' layout alone: beside alphas it refuses them."""
-        ranks = {len(e.tensors["down"]) for e in self.entries.values() if e.kind == "lowrank"}
-        rank = max(ranks, default=0)
-        s = self.settings
-        algorithm = {"LOHA": "loha", "LOKR": "lokr"}.get(peft_type(self.entries), "")
-        names = [str(s["name"])] if s.get("name") else [str(name) for name in s.get("names", ())]
-        written = {
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{ARCHITECTURES.get(self.family, self.family)}/lora",
-            "modelspec.implementation": "https://github.com/huggingface/diffusers",
-            "modelspec.title": self.name,
-            "modelspec.trigger_phrase": ", ".join(names),
-            "modelspec.resolution": f"{s['size']}x{s['size']}" if s.get("size") else "",
-            "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
-            "ss_network_args": json.dumps({"algo": algorithm}) if algorithm else "",
-            "ss_network_dim": str(rank),
-            "ss_network_alpha": str(rank),
-            "ss_steps": str(self.report.get("steps", "")),
-            "ss_seed": str(s.get("seed", "")),
-            "ss_learning_rate": str(s.get("learning_rate", "")),
-            "ss_num_train_images": str(self.report.get("pictures", "")),
-            "ss_tag_frequency": json.dumps({name: {} for name in names}) if names else "",
-            "mm_base": self.base,
-            "format": "pt",
-        }
-        meta = {key: value for key, value in written.items() if value}  # of a merged adapter, some say nothing
-        if rank and len(ranks) == 1 and layout == "diffusers":
-            parts: dict[str, list[str]] = {}
-            for path in self.entries:
-                component, _, below = path.partition(".")
-                parts.setdefault(component, []).append(below)
-            config = {
-                f"{part}.{key}": value
-                for part, paths in parts.items()
-                for key, value in {"r": rank, "lora_alpha": rank, "target_modules": sorted(paths)}.items()
-            }
-            meta["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
-        return meta
 
 
 def write_textual_inversion(

@@ -18,6 +18,7 @@ from mm.adapters.patch import Patch
 from mm.cli import app
 from mm.core.errors import UserError
 from mm.customization.customize import customize
+from mm.customization.file_metadata import lora_metadata
 from mm.customization.learned import Learned
 from mm.customization.merging.combining import cut, decoupled_orthogonal, orthogonalized
 from mm.customization.merging.files import read_adapter
@@ -61,7 +62,7 @@ def test_the_file_of_a_merge_says_all_names_and_nothing_empty() -> None:
     one, other, third = (_patch(k, settings={"name": name}) for k, name in enumerate(("<mug>", "<owl>", "")))
     made = merge([merge([one, other]), third])
     assert isinstance(made, Learned)
-    meta = made.metadata()
+    meta = lora_metadata(made, made.family, {}, {})
     assert meta["modelspec.trigger_phrase"] == "<mug>, <owl>"
     assert json.loads(meta["ss_tag_frequency"]) == {"<mug>": {}, "<owl>": {}}
     assert "modelspec.resolution" not in meta and all(meta.values())

@@ -43,6 +43,12 @@ FLUX: Table = {
     },
 }  # fmt: skip
 
+CHROMA: Table = FLUX | {  # its modulations come from one network
+    ("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}"): {
+        "in_layer": "linear_1", "out_layer": "linear_2",
+    },
+}  # fmt: skip
+
 FLUX_2: Table = {
     ("double_blocks.{}", "transformer_blocks.{}"): _JOINT_ATTENTION | {
         "img_mlp.0": "ff.linear_in", "img_mlp.2": "ff.linear_out",
@@ -118,10 +124,29 @@ WAN: Table = {
     },
 }  # fmt: skip
 
+_LUMINA_BLOCK = {
+    "attention.qkv": _QKV, "attention.out": "attn.to_out.0", "attention.q_norm": "attn.norm_q",
+    "attention.k_norm": "attn.norm_k", "feed_forward.w1": "feed_forward.linear_1",
+    "feed_forward.w2": "feed_forward.linear_2", "feed_forward.w3": "feed_forward.linear_3",
+    "adaLN_modulation.1": "norm1.linear",
+}  # fmt: skip
+LUMINA_2: Table = {
+    (f"{part}.{{}}", f"{part}.{{}}"): _LUMINA_BLOCK for part in ("layers", "noise_refiner", "context_refiner")
+}
+LUMINA_2[("", "")] = {
+    "x_embedder": "x_embedder", "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "cap_embedder.0": "time_caption_embed.caption_embedder.0",
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1", "final_layer.linear": "norm_out.linear_2",
+}  # fmt: skip
+
 TABLES: dict[str, Table] = {
     "FluxTransformer2DModel": FLUX,
+    "ChromaTransformer2DModel": CHROMA,
     "Flux2Transformer2DModel": FLUX_2,
     "SD3Transformer2DModel": SD3,
+    "Lumina2Transformer2DModel": LUMINA_2,
     "ZImageTransformer2DModel": Z_IMAGE,
     "WanTransformer3DModel": WAN,
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def write_lora(patch: Patch, path: str | Path, layout: Layout = "diffusers", *, 
         path: the file; one that is there is replaced, as a whole. Layout "peft" writes `adapter_config.json` beside it.
         layout: "diffusers", "peft", "kohya" or "comfyui".
         target: the model or pipeline of the patch. The last two layouts need it where they call a family's layers by
-            other names (FLUX, SD3, Z-Image, Wan), and for OFT; "comfyui" always does.
+            other names (`mm.adapters.formats.family_names`), and for OFT; "comfyui" always does.
 
     Raises:
         UserError: for what the layout cannot hold; nothing is written then.
@@ -87,7 +88,7 @@ def lora_tensors(patch: Patch, layout: Layout, target: Any = None) -> tuple[dict
         return _by_peft(patch)
     flat = layout in ("kohya", "comfyui")
     tensors = _flat(patch, layout, target) if flat else _plain(patch, layout)
-    return tensors, _config(tensors) if layout == "peft" else None
+    return tensors, json.dumps(settings_of_peft(tensors), indent=2) if layout == "peft" else None
 
 
 def write_adapter(path: str | Path, data: bytes, config: str | None) -> None:
@@ -155,11 +156,23 @@ def _plain(patch: Patch, layout: str) -> dict[str, Tensor]:
             out[f"{stem}.lora_B.weight"] = entry.scale * entry.tensors["up"]
             if entry.kind == "dora":
                 out[f"{stem}.lora_magnitude_vector"] = entry.tensors["magnitude"]
-    return out
+    return _of_one_type(out)
 
 
-def _config(tensors: Mapping[str, Tensor]) -> str:
-    """peft's settings for a file whose products act in full."""
+def _of_one_type(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A DoRA's tensors, all of the widest type among them; others as they are.
+
+    Files hold wider types first. Where a magnitude comes first, diffusers 0.42 takes the file for one of its own older
+    layout, renames `to_out.lora_magnitude_vector` to `to_out.0`, and misses it in FLUX.2.
+    """
+    if not any(name.endswith(".lora_magnitude_vector") for name in tensors):
+        return tensors
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+    return {name: tensor.to(widest) for name, tensor in tensors.items()}
+
+
+def settings_of_peft(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """peft's settings for products that act in full, by peft's names."""
     ends = ".lora_A.weight"
     ranks = {k.removesuffix(ends).removeprefix("base_model.model."): len(t) for k, t in tensors.items()
              if k.endswith(ends)}  # fmt: skip
@@ -169,7 +182,7 @@ def _config(tensors: Mapping[str, Tensor]) -> str:
     config |= {"target_modules": sorted(ranks), "lora_bias": any(k.endswith(".lora_B.bias") for k in tensors)}
     if any(k.endswith(".lora_magnitude_vector") for k in tensors):
         config["use_dora"] = True
-    return json.dumps(config, indent=2)
+    return config
 
 
 # ---- kohya and ComfyUI ----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from mm.core.errors import UserError
 from mm.core.files import open_regular
 from mm.core.safe_json import parse_object
 from mm.core.safe_tensors import Header, read_header, read_tensors
-from mm.customization.learned import ARCHITECTURES, Learned
+from mm.customization.file_metadata import family_of_architecture
+from mm.customization.learned import Learned
 from mm.families import family_of
 
 _OWN = re.compile(r"(?P<path>(?:unet|transformer)\.[^|]+)\.lora_(?P<half>[AB])\.weight")
@@ -76,13 +77,12 @@ def _of_mm(file: Path, header: Header) -> Learned | None:
     if not all(fits):
         return None
     strengths = Strengths(settings=parse_object(header.metadata.get("lora_adapter_metadata", "{}"), str(file)))
-    said = header.metadata.get("modelspec.architecture", "").removesuffix("/lora")
     entries = {
         path: Entry(kind="lowrank", tensors=one, scale=strengths.of(path, len(one["down"]), None))
         for path, one in halves.items()
     }
     return Learned(
         entries=entries, base=header.metadata["mm_base"], name=file.stem,
-        family=next((name for name, kind in ARCHITECTURES.items() if said == kind), said),
+        family=family_of_architecture(header.metadata.get("modelspec.architecture", "")),
         settings={"name": header.metadata.get("modelspec.trigger_phrase", "")},
     )  # fmt: skip
