@@ -31,6 +31,7 @@ from mm.erasure.margin import rounded_patch
 from mm.erasure.measure import Judge, Labels, Measurer
 from mm.erasure.probes import Probe, Split, probes_of
 from mm.families.family import resolve
+from mm.layers.eager import eagerly
 
 Composition = Callable[[Any], Sequence[bool]]
 Quantizer = Callable[[Any], object]
@@ -92,7 +93,8 @@ def certify(
 
 def _attacked(measurer: Measurer, patch: Patch, probes: Sequence[Probe], attack: Attack) -> dict[str, Any]:
     started = time.monotonic()
-    found = attack.run(measurer, patch, probes)
+    with eagerly():
+        found = attack.run(measurer, patch, probes)
     found["seconds"] = round(time.monotonic() - started, 1)
     measurer.progress(0, f"attack {attack.name}: {found}")
     return found

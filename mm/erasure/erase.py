@@ -32,6 +32,7 @@ from mm.erasure.routes import edits_of, rows_of
 from mm.erasure.sites import groups_of, text_layers
 from mm.erasure.solver import Features
 from mm.layers.base_hash import base_hash
+from mm.layers.eager import eagerly
 from mm.layers.linear import BranchedLinear
 from mm.layers.surgery import check_pipeline, roots_of
 
@@ -43,6 +44,7 @@ EDITS, FEW_EDITS = 48, 6  # pairs of instructions for editing in all, and of a t
 
 
 @torch.no_grad()
+@eagerly()
 def erase(
     pipe: Any,
     targets: str | Concept | Sequence[str | Concept],

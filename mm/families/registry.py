@@ -76,6 +76,7 @@ def family_of(target: Any, config: Mapping[str, Any] | None = None) -> Family | 
     Returns:
         The family, or None where none is known.
     """
+    target = _plain(target)
     if isinstance(target, str):
         return _best((target.rpartition(":")[2],), config or {})
     if isinstance(target, type):
@@ -84,14 +85,15 @@ def family_of(target: Any, config: Mapping[str, Any] | None = None) -> Family | 
     parts = getattr(target, "components", None)
     if not isinstance(parts, Mapping):
         return _best(names, _config(target))
-    denoisers = [part for part in parts.values() if part is not None and type(part).__name__ in _denoiser_names()]
+    plain = [_plain(part) for part in parts.values()]
+    denoisers = [part for part in plain if part is not None and type(part).__name__ in _denoiser_names()]
     own = _config(denoisers[0]) if denoisers else {}
     return _best(names, own) or next((found for part in denoisers if (found := family_of(part))), None)
 
 
 def rules_of(target: Any) -> Rules | None:
     """The site rules of a module's class, by the class or one that it inherits from; None for an unknown one."""
-    kinds = target if isinstance(target, type) else type(target)
+    kinds = target if isinstance(target, type) else type(_plain(target))
     for kind in kinds.__mro__:
         for known in reversed(families()):
             for table in (known.denoisers, known.text_encoders):
@@ -102,13 +104,13 @@ def rules_of(target: Any) -> Rules | None:
 
 def is_text_encoder(target: Any) -> bool:
     """Whether a module is of a class that a family names as text encoder, and none names as denoiser."""
-    names = {kind.__name__ for kind in type(target).__mro__}
+    names = {kind.__name__ for kind in type(_plain(target)).__mro__}
     return bool(names & _text_encoder_names()) and not names & _denoiser_names()
 
 
 def is_denoiser(target: Any) -> bool:
     """Whether a module is of a class that a family names as the part that draws."""
-    return bool({kind.__name__ for kind in type(target).__mro__} & _denoiser_names())
+    return bool({kind.__name__ for kind in type(_plain(target)).__mro__} & _denoiser_names())
 
 
 def model_types() -> tuple[str, ...]:
@@ -122,6 +124,15 @@ def _denoiser_names() -> set[str]:
 
 def _text_encoder_names() -> set[str]:
     return {name for known in families() for name in known.text_encoders}
+
+
+def _plain(target: Any) -> Any:
+    """A module out of wrappers, such as that of torch.compile; anything else as it is."""
+    if isinstance(target, type) or not hasattr(target, "named_modules"):
+        return target
+    from mm.layers.surgery import unwrapped  # with torch, which the registry does not need
+
+    return unwrapped(target)
 
 
 def _config(module: Any) -> Mapping[str, Any]:

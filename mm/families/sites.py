@@ -42,7 +42,7 @@ def find_sites(root: nn.Module) -> list[Site]:
 
 
 def quantizable_parts(target: Any, components: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """The parts of a pipeline that are quantized, by name; a bare module under the name "model".
+    """The parts of a pipeline that are quantized, by name and out of wrappers; a bare module under the name "model".
 
     Args:
         target: a pipeline or a module.
@@ -55,9 +55,11 @@ def quantizable_parts(target: Any, components: str | Iterable[str] | None = None
     """
     from torch import nn
 
+    from mm.layers.surgery import unwrapped
+
     if isinstance(target, nn.Module):
-        return {"model": target}
-    parts = {n: m for n, m in getattr(target, "components", {}).items() if isinstance(m, nn.Module)}
+        return {"model": unwrapped(target)}
+    parts = {n: unwrapped(m) for n, m in getattr(target, "components", {}).items() if isinstance(m, nn.Module)}
     if components is not None:
         wanted = texts("components", components)
         if missing := [name for name in wanted if name not in parts]:

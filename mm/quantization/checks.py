@@ -37,6 +37,12 @@ def check_model(name: str, root: nn.Module) -> None:
             "state it could never be loaded again. Take them off (pipe.unload_lora_weights()) and put them onto the "
             "4-bit model, or make them part of the weights first (pipe.fuse_lora(); pipe.unload_lora_weights())"
         )
+    if wrapped := [path for path, m in root.named_modules() if type(m).__name__ == "OptimizedModule"]:
+        raise UserError(
+            f"{name} ({type(root).__name__}) holds parts that torch.compile wraps ({wrapped[0]}): quantized in that "
+            "state it could never be loaded again. Load it anew and compile it after quantizing; "
+            "compile_repeated_blocks() wraps nothing"
+        )
     if fused := [path for path, m in root.named_modules() if getattr(m, "fused_projections", False)]:
         raise UserError(
             f"{name} ({type(root).__name__}) has fused projections ({fused[0]}): its to_q, to_k and to_v are copies "

@@ -31,6 +31,7 @@ from mm.core.nouns import counted
 from mm.families import find_sites, quantizable_parts, rules_of
 from mm.families.sizes import check_side
 from mm.layers.base_hash import base_hash
+from mm.layers.eager import eagerly
 from mm.layers.linear import BranchedLinear
 from mm.layers.originals import refuse_patched
 from mm.layers.sites import Site
@@ -53,6 +54,7 @@ GROWS = "stays at 16 bits: it would be no smaller in groups of 64 inputs"
 
 
 @torch.no_grad()
+@eagerly()
 def quantize(
     target: Any,
     config: SVDQuantConfig | None = None,
