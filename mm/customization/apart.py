@@ -13,7 +13,7 @@ Design choices
   (`mm.families.stepping`), so that every pipeline that samples in steps can draw so. N subjects cost 2 N + 1 pictures;
   nothing is trained or merged.
 - Places are found in the base's picture by its predictions (`mm.customization.places`). Where things are close to each
-  other, the base draws again, other things from another seed, and the picture is taken whose things have most room
+  other, the base draws again, other things from another seed, and the picture is taken whose things have most space
   (`mm.customization.layouts`). Words of the prompt say where subjects are ("left of").
 - Patches whose word is not in the prompt (styles, erasures) act in every run.
 

@@ -14,7 +14,7 @@ def box(left: float, top: float, side: float) -> Box:
     return Box(left=left, top=top, right=left + side, bottom=top + side)
 
 
-ROOMY = [box(0.1, 0.1, 0.3), box(0.6, 0.6, 0.3)]
+SPACIOUS = [box(0.1, 0.1, 0.3), box(0.6, 0.6, 0.3)]
 NEAR = [box(0.1, 0.1, 0.3), box(0.45, 0.1, 0.3)]
 SHARED = [box(0.1, 0.1, 0.4), box(0.3, 0.1, 0.4)]
 CUT = [box(0.0, 0.1, 0.3), box(0.7, 0.7, 0.3)]  # three of its edges are the picture's
@@ -35,16 +35,16 @@ def layouts_of(*numbered: list[Box]) -> tuple[Layouts, list[int]]:
 
 
 def test_crowding_counts_what_is_shared_near_large_or_cut_off() -> None:
-    assert crowding(ROOMY) == 0
+    assert crowding(SPACIOUS) == 0
     assert crowding(NEAR) == pytest.approx(0.075 * 0.425 / 0.425**2)  # boxes with an edge of 1/16 share this
     assert crowding(SHARED) > 2 * 0.5 and crowding(CUT) == pytest.approx(3 * 0.15)
     assert crowding([box(0.1, 0.1, 0.7)]) == pytest.approx(4 * (0.49 - 0.25))
-    assert crowding([*ROOMY, box(0.6, 0.1, 0.3)]) == 0  # three with room
+    assert crowding([*SPACIOUS, box(0.6, 0.1, 0.3)]) == 0  # three with space
     assert crowding(NEAR) < 0.3 < crowding(CUT) < crowding(SHARED)
 
 
-def test_the_first_picture_with_room_is_taken() -> None:
-    layouts, drawn = layouts_of(SHARED, CUT, ROOMY, ROOMY)
+def test_the_first_picture_with_space_is_taken() -> None:
+    layouts, drawn = layouts_of(SHARED, CUT, SPACIOUS, SPACIOUS)
     assert layouts.next().seed == 2 and drawn == [0, 1, 2]
 
 
