@@ -154,6 +154,7 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
         if isinstance(read, WatchedFlow):
             sigma = float(pipe.scheduler.sigmas[len(seen)])
             level = torch.tensor([1 - sigma if upwards else sigma])
+        assert float(read.level_of(float(torch.as_tensor(t)))) == pytest.approx(float(level), abs=2e-3)
         seen.append((level, read._unpacked(latents.clone()), read._unpacked(-output if upwards else output).float()))
         return step(output, t, latents, *args, **more)
 
