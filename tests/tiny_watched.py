@@ -117,14 +117,44 @@ def _kandinsky_3() -> Any:
         in_channels=4, time_embedding_dim=64, groups=8, attention_head_dim=16, layers_per_block=3,
         block_out_channels=(32, 64), cross_attention_dim=64, encoder_hid_dim=WIDTH,
     )  # fmt: skip
-    movq = diffusers.VQModel(
-        block_out_channels=(8, 16, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        num_vq_embeddings=32, vq_embed_dim=4, down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
     return diffusers.Kandinsky3Pipeline(
-        tokenizer=t5_tokenizer(), text_encoder=t5_text(), unet=unet, scheduler=diffusers.DDPMScheduler(), movq=movq
+        tokenizer=t5_tokenizer(), text_encoder=t5_text(), unet=unet, scheduler=diffusers.DDPMScheduler(), movq=_movq(3)
     )
+
+
+def kandinsky_2() -> Any:
+    """Kandinsky 2.2 with its prior, which draws at multiples of 64 pixels."""
+    unet = diffusers.UNet2DConditionModel(
+        in_channels=4, out_channels=8, addition_embed_type="image", mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), layers_per_block=1,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), block_out_channels=(64, 64),
+        encoder_hid_dim=WIDTH, encoder_hid_dim_type="image_proj", cross_attention_dim=64, attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift", norm_num_groups=8,
+    )  # fmt: skip
+    sight = transformers.CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+        patch_size=8, projection_dim=WIDTH,
+    )  # fmt: skip
+    prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=12, embedding_dim=WIDTH, num_layers=1)
+    prior.clip_std.data.fill_(1.0)  # at zero all prompts would be one picture
+    pipe = diffusers.KandinskyV22CombinedPipeline(
+        unet=unet, scheduler=diffusers.DDPMScheduler(variance_type="learned_range"), movq=_movq(4),
+        prior_prior=prior,
+        prior_image_encoder=transformers.CLIPVisionModelWithProjection(sight).eval(),
+        prior_text_encoder=clip_text(projection=True), prior_tokenizer=clip_tokenizer(),
+        prior_scheduler=diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0),
+        prior_image_processor=transformers.CLIPImageProcessor(crop_size=32, size=32),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _movq(blocks: int) -> Any:
+    return diffusers.VQModel(
+        block_out_channels=(8, 8, 16, 16)[-blocks:], latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        num_vq_embeddings=32, vq_embed_dim=4, down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+    )  # fmt: skip
 
 
 def _kandinsky_5() -> Any:

@@ -55,6 +55,7 @@ KANDINSKY_3 = Family(
     guidance=3.0,
     size=SizeRule(default=1024, multiple=8, maximum=1536),
     no_preview=previews.NONE_KNOWN,
+    mixed=False,  # the mean over a prompt counts its padding
     text_sites=("encoder_hid_proj.projection_linear", *_TEXT_3),
     edit_sites=_TEXT_3,
     lora=unet_names(1),

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NAMES = ("transformer", "unet", "prior", "decoder", "denoiser", "dit")
-_OTHERS = ("vae", "autoencoder", "controlnet", "adapter", "safety", "image_encoder", "vision", "tokenizer", "vocoder")
+_OTHERS = (
+    "vae", "vq", "autoencoder", "controlnet", "adapter", "safety", "image_encoder", "vision", "tokenizer", "vocoder",
+)  # fmt: skip
 
 
 def find_sites(root: nn.Module) -> list[Site]:

@@ -145,7 +145,7 @@ def _opened(model: str | Path, variant: str | None) -> tuple[Any, dict[str, Stor
 
 def _refuse_packed(folder: Path) -> None:
     """Raises UserError where another library has quantized what would be quantized here."""
-    others = ("text_encoder", "vae", "image_encoder", "safety_checker")
+    others = ("text_encoder", "vae", "movq", "image_encoder", "safety_checker")
     if packed := {name: method for name, method in packed_parts(folder).items() if not name.startswith(others)}:
         raise UserError(f"{folder} cannot be quantized: {packed_line(packed)}; give the model with weights of 16 bits")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from subject_pictures import subject_folder
 from tiny_pipelines import SIDE, draw_with, tiny_pipeline_of
-from tiny_watched import WATCHED
+from tiny_watched import WATCHED, kandinsky_2
 
 from mm.adapters.formats import read_lora
 from mm.core.errors import UserError
@@ -140,11 +140,12 @@ def test_pictures_are_predicted_in_one_call_where_the_denoiser_takes_it(name: st
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("name", [*WATCHED, "kandinsky-2.2"])
 def test_the_prediction_is_that_of_sampling(name: str) -> None:
     """Each step of the pipeline's own loop, without guidance, is compared with `predict`."""
-    pipe = tiny_pipeline_of(name)
-    read, step, seen = objective_of(pipe, SIDE), pipe.scheduler.step, []
+    pipe = kandinsky_2() if name == "kandinsky-2.2" else tiny_pipeline_of(name)
+    side = 64 if name == "kandinsky-2.2" else SIDE  # of which its sizes are multiples
+    read, step, seen = objective_of(pipe, side), pipe.scheduler.step, []
     assert isinstance(read, WatchedFlow | WatchedDiffusion)
     upwards = pipe.scheduler.config.get("invert_sigmas", False)
 
@@ -153,6 +154,7 @@ def test_the_prediction_is_that_of_sampling(name: str) -> None:
         if isinstance(read, WatchedFlow):
             sigma = float(pipe.scheduler.sigmas[len(seen)])
             level = torch.tensor([1 - sigma if upwards else sigma])
+        assert float(read.level_of(float(torch.as_tensor(t)))) == pytest.approx(float(level), abs=2e-3)
         seen.append((level, read._unpacked(latents.clone()), read._unpacked(-output if upwards else output).float()))
         return step(output, t, latents, *args, **more)
 

@@ -25,6 +25,16 @@ class _Enough(Exception):
     """What was wanted has been seen."""
 
 
+class _Output:
+    """What diffusers' denoisers and schedulers return, with one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.sample = self.prev_sample = tensor
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.sample
+
+
 @dataclass(kw_only=True)
 class Seen:
     """What a call did."""
@@ -86,7 +96,7 @@ class Watch:
             if until == "denoiser":
                 raise _Enough
             if output is not None:
-                return (output,) if not given.get("return_dict", True) else type("Out", (), {"sample": output})()
+                return (output,) if not given.get("return_dict", True) else _Output(output)
             made = forward(*args, **kwargs)
             seen.raw.append(first_of(made).clone())
             return made
@@ -99,7 +109,7 @@ class Watch:
             if last is None or len(seen.samples) < steps:
                 return made
             new = last.to(sample).reshape(sample.shape)
-            return (new,) if isinstance(made, tuple) else type("Out", (), {"prev_sample": new})()
+            return (new,) if isinstance(made, tuple) else _Output(new)
 
         def decoded(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             seen.decoded = latents.clone()
