@@ -62,7 +62,23 @@ class _Lazy(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         module = importlib.import_module(COMMANDS[self.name or ""][0])
-        return typer.main.get_command(module.app).make_context(info_name, args, parent=parent, **extra)
+        command: Any = typer.main.get_command(module.app)
+        _check_once(command, args, info_name, parent)
+        return command.make_context(info_name, args, parent=parent, **extra)
+
+
+def _check_once(command: Any, args: list[str], name: str | None, parent: Any) -> None:
+    """Raises UserError where an option that takes one value is given twice, of which the first would have no effect."""
+    context = command.context_class(command, info_name=name, parent=parent)
+    values, rest, order = command.make_parser(context).parse_args(list(args))
+    if "help" in values:
+        return
+    for option in order:
+        if option.param_type_name == "option" and not (option.multiple or option.is_flag) and order.count(option) > 1:
+            raise UserError(f"{option.opts[-1]} is given {order.count(option)} times; it takes one value")
+    inner = getattr(command, "commands", {}).get(rest[0]) if rest else None
+    if inner is not None:
+        _check_once(inner, rest[1:], rest[0], context)
 
 
 class _Commands(TyperGroup):

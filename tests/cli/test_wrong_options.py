@@ -65,6 +65,8 @@ from mm.training.stage_flags import CONFIGS, check_flags, fields_of
         (("customize", "folder", "-o", "x", "--name", "<mug>", "--size", "64"), "draws 128 x 128 only; leave it out"),
         (("merge", "file", "file", "-o", "x"), "file is given twice"),
         (("merge", "file", "-o", "x"), "1 adapter to merge"),
+        (("eval", "customize", "--method", "lora", "--method", "eva"), "--method is given 2 times; it takes one value"),
+        (("generate", "x", "-n", "1", "-n", "2"), "--count is given 2 times"),
         (("merge", "file", "folder", "-o", "x"), "there is no adapter in the folder folder; it should hold"),
         (("merge", "file", "b", "-o", "x", "--weight", "nan", "--weight", "1"), "weight is nan"),
         (("merge", "file", "b", "-o", "x", "--density", ".3"), "density is 0.3, which sum does not use"),

@@ -274,5 +274,8 @@ def test_files_that_mm_wrote_for_other_programs_need_no_model(tmp_path: Path) ->
     assert torch.allclose(_delta(read_adapter(out)), _delta(_patch(1)) + _delta(_patch(2)), atol=1e-5)
     tensors = {"unet.a.lora_A.weight": torch.ones(2, K), "unet.a.lora_B.weight": torch.ones(N, 2)}
     save_file(tensors, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match="a LoRA of another program"):
+    with pytest.raises(UserError, match="a LoRA of another program, that only its model explains; give the model"):
         read_adapter(tmp_path / "foreign.safetensors")
+    Learned(entries=_patch(4).entries, base="x").write(tmp_path / "kohya.safetensors", "kohya")
+    with pytest.raises(UserError, match="a LoRA in a layout or of a kind that only its model explains"):
+        read_adapter(tmp_path / "kohya.safetensors")

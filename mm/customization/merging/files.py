@@ -41,7 +41,8 @@ def read_adapter(path: str | Path, target: Any = None) -> Patch:
         target: the model or pipeline, for files of other programs.
 
     Raises:
-        UserError: for a file that is neither, and for a LoRA file without a model.
+        UserError: for a file that is neither, and without a model for a LoRA file, unless it is mm's own products in
+            diffusers' layout.
     """
     file = Path(path)
     header = read_header(file, "adapter")
@@ -50,7 +51,8 @@ def read_adapter(path: str | Path, target: Any = None) -> Patch:
     if target is None and (own := _of_mm(file, header)) is not None:
         return own
     if target is None:
-        raise UserError(f"{file} is a LoRA of another program; give the model that it is for (--model)")
+        mine = "in a layout or of a kind" if header.metadata.get("mm_base") else "of another program,"
+        raise UserError(f"{file} is a LoRA {mine} that only its model explains; give the model (--model)")
     found = read_lora(file, target)
     family = family_of(target)
     return Learned(
