@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mm.core.errors import UserError
 from mm.models.velocity import VelocityDecoder
 from mm.pipelines.drawing_parts import DrawingParts
 from mm.pipelines.fast import FastFlow
@@ -33,8 +34,12 @@ def flow_steps(
 
     Returns:
         The latents (B, C, H, W).
+
+    Raises:
+        UserError: For a scheduler that does not integrate a flow.
     """
     run, scheduler = parts.run, parts.run.scheduler
+    _check_flow(scheduler)
     _set_levels(scheduler, run, parts.steps, latents.device)
     run.num_timesteps = len(scheduler.timesteps)
     # Schedulers that draw noise of their own draw each picture's from its generator, too.
@@ -49,6 +54,17 @@ def flow_steps(
         latents = parts.on_step(i, timestep, latents)
         yield i + 1
     return latents
+
+
+def _check_flow(scheduler: Any) -> None:
+    """Raises UserError for a scheduler that would take velocities for noise, and draw something blurred in silence."""
+    predicted = scheduler.config.get("prediction_type", "flow_prediction")
+    if predicted != "flow_prediction":
+        raise UserError(
+            f"{type(scheduler).__name__} has prediction_type={predicted!r}, and this model predicts the velocity of a "
+            "flow; take FlowMatchEulerDiscreteScheduler, or a scheduler made with prediction_type='flow_prediction' "
+            "and use_flow_sigmas=True"
+        )
 
 
 def _set_levels(scheduler: Any, run: Run, steps: int, device: torch.device) -> None:

@@ -29,6 +29,7 @@ from mm.core.build_limit import build_empty
 from mm.core.errors import UserError, shown
 from mm.core.files import read_regular
 from mm.core.model_files import MAX_NUMBER, check_loaded, check_sizes, check_tensors, largest_size, weight_headers
+from mm.core.part_files import only_variant
 from mm.core.safe_json import Fields, parse_json, read_object
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
@@ -70,6 +71,8 @@ class SharedFolderMixin:
         where = pretrained_model_name_or_path
         if not isinstance(where, Path):
             return super().from_pretrained(where, **kwargs)  # type: ignore[misc]
+        if kwargs.get("variant") is None and where.is_dir():
+            kwargs["variant"] = only_variant(where)
         check_folder(cls, where, kwargs)
         try:
             pipe = super().from_pretrained(where, **kwargs)  # type: ignore[misc]

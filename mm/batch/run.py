@@ -8,13 +8,14 @@ Design choices:
 - A batch that fails is drawn again picture by picture, so one bad prompt costs only itself. Any exception fails its
   picture and nothing else; a full disk stops the run, since every later picture would fail too.
 - What failed stays failed until `retry_failed` asks for it, and counts as failed in every run's result.
+- One process draws into a folder. A second one would draw the same pictures, and is refused.
 - `stop` is asked at every row, step and file: what was begun is dropped, what is finished is kept whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -29,6 +30,7 @@ from mm.batch.store import Picture, Store
 from mm.core.adapter_files import adapter_file
 from mm.core.checks import check_path
 from mm.core.errors import UserError
+from mm.core.locks import locked
 from mm.core.paths import expanded
 from mm.core.png_settings import png_bytes
 from mm.engine.attaching import Adapter, listed
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 
 _Kind = TypeVar("_Kind")
+_LOCK = ".running"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,8 @@ def run_jobs(
         on_drawing: called when the first model is about to draw: nothing is written before.
 
     Raises:
-        UserError: where the file or the folder cannot be used, or a model cannot be loaded.
+        UserError: where the file or the folder cannot be used, another process draws into the folder, or a model
+            cannot be loaded.
     """
     if not 1 <= batch_size <= 256:
         raise UserError(f"batch size is {batch_size}; give a whole number from 1 to 256")
@@ -145,15 +149,31 @@ def run_jobs(
         return report
     bases = {} if base is None else {model: str(base)}
     models = Models(load or partial(_load, bases=bases, bits=bits, offload=offload, dtype=dtype))
-    try:
-        for batch in _loaded(models, missing, batch_size, on_drawing):
-            _draw_batch(models, batch, store, report, stop)
-            announce()
-    except _StoppedError:
-        report.stopped = True
-    finally:
-        store.write_manifests(bad)
+    with _alone(store.root) if missing else nullcontext():
+        try:
+            for batch in _loaded(models, missing, batch_size, on_drawing):
+                _draw_batch(models, batch, store, report, stop)
+                announce()
+        except _StoppedError:
+            report.stopped = True
+        finally:
+            store.write_manifests(bad)
     return report
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within the context no other process draws into the folder: it would draw the same pictures again."""
+    refusal = (
+        f"another mm batch is drawing into {folder}, and would draw the same pictures; wait for its end and run this "
+        "again, or give another folder"
+    )
+    try:
+        with locked(folder / _LOCK, refusal=refusal):
+            yield
+    finally:
+        with suppress(OSError):  # where nothing was written, no folder is left
+            folder.rmdir()
 
 
 def _root(root: str | Path | None, jobs: str | Path) -> Path:

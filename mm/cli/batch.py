@@ -44,8 +44,8 @@ def batch(
     The same seed gives the same picture at any batch size, as in mm generate and in Python: within 2 of 255 a pixel on
     CPUs, and bit for bit with 4- and 8-bit weights, whose pictures are drawn one by one.
 
-    Exit code 0: all done. 2: some rows failed. 1: could not start. 130, 143: stopped by Ctrl+C, by SIGTERM; run it
-    again to go on.
+    Exit code 0: all done. 2: some rows failed. 1: could not start or go on. 130, 143: stopped by Ctrl+C, by SIGTERM;
+    run it again to go on.
     """
     with _stop_signals() as stopping:
         try:

@@ -29,14 +29,16 @@ def customize(
         str, typer.Option(help='What the subject is called in prompts: "<mug>". A slider needs none.')
     ] = "",
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a hub name.")] = "mm-tiny",
-    bits: Annotated[int | None, typer.Option(help="4 trains on the 4-bit copy of the model.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="4 trains on the 4-bit copy of the model (default: the model as it is).")
+    ] = None,
     kind: Annotated[str, typer.Option(help="subject, style, edit or slider.")] = "subject",
     noun: Annotated[str, typer.Option(help="The subject's class, where the model knows it: mug.")] = "",
     positive: Annotated[str, typer.Option(help='Of a slider: where a scale above 0 moves to: "a red {}".')] = "",
     negative: Annotated[str, typer.Option(help='Of a slider: where a scale below 0 moves to: "a blue {}".')] = "",
     neutral: Annotated[str, typer.Option(help="Of a slider: what is moved; default: the words that both share.")] = "",
     subject: Annotated[list[str] | None, typer.Option(help="Of a slider: what {} stands for; may be repeated.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Of a slider: how far a scale of 1 moves.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Of a slider: how far a scale of 1 moves; default: 1.")] = None,
     regularization: Annotated[Path | None, typer.Option(help="Folder of pictures of the class, if any.")] = None,
     guard: Annotated[
         list[str] | None,
@@ -44,11 +46,19 @@ def customize(
     ] = None,
     method: Annotated[str, typer.Option(help="auto, or a method of docs/customization.md.")] = "auto",
     layout: Annotated[str, typer.Option(help="auto, mm, diffusers, kohya, comfyui or peft.")] = "auto",
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the branches.")] = None,
-    rate: Annotated[float | None, typer.Option(min=1e-8, help="Learning rate of layers.")] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Side of the training pictures in pixels.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps at most (default: the model's or method's).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the branches (default: the method's).")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-8, help="Learning rate of layers (default: the model's or method's).")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Side of the training pictures in pixels (default: the model's own).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures a step (default: the model's or method's).")
+    ] = None,
     companions: Annotated[
         int | None, typer.Option(min=0, help="Pictures beside something known, made of yours and the model's.")
     ] = None,

@@ -18,9 +18,16 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What to draw: {cat|dog} and __name__ vary, (red:1.3) and word++ weigh.")
     ] = None,
-    count: Annotated[int | None, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures.")] = None,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", min=1, max=1000, help="How many pictures (default: 1).")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the first picture; picture k has seed + k.")
+        int | None,
+        typer.Option(
+            min=0,
+            max=MAX_SEED,
+            help="Seed of the first picture; picture k has seed + k (default: random, or that of --like).",
+        ),
     ] = None,
     steps: shared.StepsOption = None,
     mode: shared.ModeOption = None,
@@ -30,7 +37,9 @@ def generate(
     scheduler: shared.SchedulerOption = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-image).")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew (inpainting).")] = None,
-    strength: Annotated[float | None, typer.Option(min=0, max=1, help="How much of --image is redrawn.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How much of --image is redrawn (default: the pipeline's).")
+    ] = None,
     best_of: shared.BestOfOption = None,
     strict: shared.StrictOption = None,
     apart: shared.ApartOption = False,

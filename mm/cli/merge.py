@@ -19,7 +19,9 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="Adapters: patches of mm, or LoRA files with --model.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file to write.")],
     method: Annotated[str, typer.Option(help="sum, ties, dare, do, orthogonal, regmean or distill.")] = "sum",
-    weight: Annotated[list[float] | None, typer.Option(help="How strongly one acts; once for each.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="How strongly one acts, once for each (default: 1 each).")
+    ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the values that ties and dare keep; default: 0.5.")
     ] = None,

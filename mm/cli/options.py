@@ -91,7 +91,9 @@ BaseOption = Annotated[
 BitsOption = Annotated[
     Bits | None,
     typer.Option(
-        "--bits", help="4 (or 8): low-bit weights, made at the first call and kept. Pictures are drawn singly."
+        "--bits",
+        help="4 (or 8): low-bit weights, made at the first call and kept; pictures are drawn singly. Default: the "
+        "weights as they are.",
     ),
 ]
 AdapterOption = Annotated[
@@ -131,7 +133,8 @@ BestOfOption = Annotated[
     int | None,
     typer.Option(
         min=1, max=64,
-        help="Draw again, so often at most, until the model itself sees in the picture what was asked for (mm-tiny).",
+        help="Draw again, so often at most, until the model itself sees in the picture what was asked for (mm-tiny; "
+        "default: 1).",
     ),
 ]  # fmt: skip
 ApartOption = Annotated[

@@ -44,7 +44,8 @@ def quantize(
         int, typer.Option(min=0, help="Prompts a task judged before and after (models of our world).")
     ] = 4,
     component: Annotated[
-        list[str] | None, typer.Option(help="Only this part of the pipeline; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Only this part of the pipeline; may be repeated (default: the parts that draw)."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
 ) -> None:

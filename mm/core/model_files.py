@@ -18,6 +18,7 @@ from torch import nn
 
 from mm.core.errors import UserError, shown
 from mm.core.nouns import counted
+from mm.core.part_files import check_no_pickle
 from mm.core.safe_json import Fields, read_object
 from mm.core.safe_tensors import FLOATS, TensorHeader, check_finite, read_header
 
@@ -58,6 +59,7 @@ def _find(folder: Path, variant: str | None) -> Path:
                 return path
     if variant:  # diffusers takes the plain files of a component that has none of the variant
         return _find(folder, None)
+    check_no_pickle(folder)
     names = f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors"
     raise UserError(f"{folder} cannot be loaded: it holds no file named {names}; copy it again")
 

@@ -33,14 +33,20 @@ def check_weights_there(folder: Path) -> None:
     for name, place in places(folder).items():
         if any(place.glob("*.safetensors")):
             continue
-        pickles = [path for path in sorted(place.iterdir()) if path.suffix in _PICKLES]
-        if pickles and not name.startswith(("scheduler", "tokenizer")):
-            raise UserError(
-                f"{pickles[0]} is a pickle, and reading one may run code: {place} holds no safetensors file. Load the "
-                "model where you trust it and save it again (pipe.save_pretrained(..., safe_serialization=True))"
-            )
+        if not name.startswith(("scheduler", "tokenizer")):
+            check_no_pickle(place)
         if name and _is_model(place):
             raise UserError(f"{place} holds the config of a model and no weights; copy or download it again")
+
+
+def check_no_pickle(place: Path) -> None:
+    """Raises UserError where a folder without safetensors files holds a pickle."""
+    pickles = [path for path in sorted(place.iterdir()) if path.suffix in _PICKLES] if place.is_dir() else []
+    if pickles:
+        raise UserError(
+            f"{pickles[0]} is a pickle, and reading one may run code: {place} holds no safetensors file. Load the "
+            "model where you trust it and save it again (pipe.save_pretrained(..., safe_serialization=True))"
+        )
 
 
 def _is_model(place: Path) -> bool:

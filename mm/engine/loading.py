@@ -25,7 +25,7 @@ from mm.engine.engine import Engine
 from mm.engine.facts import capabilities_of
 from mm.engine.opening import quantized_file, single_file
 from mm.engine.pipelines import Pipelines
-from mm.engine.placement import Offload, place
+from mm.engine.placement import Offload, check_offload, place
 from mm.engine.previews import previewer
 from mm.families.family import Family
 from mm.families.folders import family_at
@@ -33,6 +33,7 @@ from mm.families.loading import open_folder
 from mm.families.registry import family_of
 
 BITS = (None, 4, 8, 16)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(
@@ -65,12 +66,15 @@ def load(
     """
     if bits not in BITS:
         raise UserError(f"bits is {bits}; give 4, 8 or 16, or leave it out")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; give {', '.join(DTYPES)}")
     check_path("the model", model)
     adapters = listed(adapters)
     name, base = str(model), None if base is None else local_folder(base)
     if base is not None and not _is_file(model):
         raise UserError(f"base belongs to a model in a single file, and {model} is none; leave base out")
     choice = _choice(device)
+    check_offload(offload, choice.device)
     notes = [f"{choice.device}: {choice.reason}"]
     if bits in (4, 8):
         model = _quantized(model, bits, base)
@@ -131,11 +135,8 @@ def _dtype(dtype: str, folder: Path | None, family: Family | None, choice: devic
     """The type to load in: the one asked for; else the stored one where the device computes in it; else float32."""
     import torch
 
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto":
-        if dtype not in named:
-            raise UserError(f"dtype is {dtype!r}; give auto, {', '.join(named)}")
-        return named[dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if family is not None and family.dtype == "float32":
         return torch.float32
     if folder is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mm.core.errors import UserError
 from mm.engine import memory
@@ -10,11 +10,19 @@ from mm.engine import memory
 Offload = Literal["auto", "none", "model", "group"]
 
 
+def check_offload(offload: str, device: str) -> None:
+    """Raises UserError for a way of offloading that there is not, or that does nothing on the device."""
+    if offload not in get_args(Offload):
+        raise UserError(f"offload is {offload!r}; give {', '.join(get_args(Offload))}")
+    if device == "cpu" and offload not in ("auto", "none"):
+        raise UserError(
+            f"offload is {offload!r} and the device is the CPU, where all weights are already; leave it out"
+        )
+
+
 def place(pipe: Any, device: str, offload: Offload) -> str:
     """Moves a pipeline to its device, or sets up its offload; says which, empty for the CPU."""
     if device == "cpu":
-        if offload not in ("auto", "none"):
-            raise UserError(f"offload is {offload!r} and the device is the CPU, where all weights are already")
         pipe.to("cpu")
         return ""
     import torch

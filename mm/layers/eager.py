@@ -1,7 +1,7 @@
 """Runs compiled models without their graphs, so that hooks on their layers are called.
 
 Design choices
-- torch.compile does not notice hooks that came after it, and a graph that was compiled without them goes past them
+- torch.compile does not check for hooks that came after it, and a graph that was compiled without them goes past them
   in silence. What watches layers therefore runs eagerly; the graphs are kept for later calls.
 - torch has one stance for the whole process. The first who enters sets it and the last who leaves resets it, in
   whichever thread.

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import mm.cli
 from mm.batch import run_jobs
+from mm.core.errors import UserError
 
 
 @pytest.mark.parametrize("asked", [1, 4, 7])
@@ -27,6 +28,29 @@ def test_a_stop_leaves_whole_pictures_and_the_next_run_goes_on(tmp_path, countin
     assert not list(tmp_path.rglob(".*"))
     again = run_jobs(jobs, tmp_path / "out", load=counting.load)
     assert (again.drawn, again.skipped, again.stopped) == (5 - report.drawn, report.drawn, False)
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_draws(tmp_path, counting):
+    jobs, refused = write(tmp_path / "j", row("a"), row("b")), []
+
+    def second():
+        with pytest.raises(UserError, match=r"another mm batch is drawing into .*out") as caught:
+            run_jobs(jobs, tmp_path / "out", load=counting.load)
+        refused.append(caught.value)
+        assert run_jobs(jobs, tmp_path / "out", dry_run=True).missing == 2
+
+    report = run_jobs(jobs, tmp_path / "out", load=counting.load, on_drawing=second)
+    assert refused and report.drawn == 2 and counting.drawn == 2
+    assert run_jobs(jobs, tmp_path / "out", load=counting.load).skipped == 2
+
+
+def test_a_run_that_cannot_draw_leaves_no_folder(tmp_path):
+    def load(_name):
+        raise UserError("no model")
+
+    with pytest.raises(UserError, match="no model"):
+        run_jobs(write(tmp_path / "j", row("a")), tmp_path / "out", load=load)
+    assert not (tmp_path / "out").exists()
 
 
 def test_stop_is_asked_while_rows_are_read(tmp_path, counting):

@@ -84,6 +84,19 @@ def test_an_option_of_the_wrong_type_is_named(request, name, option):
         engine.draw("a cat", steps=1, options={option: "abc"})
 
 
+def test_wrong_options_end_before_a_copy_of_few_bits_is_made(folders, monkeypatch):
+    def quantized(*_arguments):
+        raise AssertionError("a copy was made")
+
+    monkeypatch.setattr("mm.engine.loading._quantized", quantized)
+    with pytest.raises(UserError, match="offload is 'sequential'; give auto, none, model, group"):
+        mm.load(folders / "ours", bits=4, offload="sequential")
+    with pytest.raises(UserError, match="offload is 'model' and the device is the CPU"):
+        mm.load(folders / "ours", bits=4, device="cpu", offload="model")
+    with pytest.raises(UserError, match="dtype is 'int3'; give auto, float32, bfloat16, float16"):
+        mm.load(folders / "ours", bits=4, dtype="int3")
+
+
 def test_wrong_models_are_named(folders, tmp_path):
     with pytest.raises(UserError, match="no model 'nothing'"):
         mm.load("nothing")

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from tiny import STEPS, draw, seeded, tiny_pipeline
 
 from mm import TextToImagePipeline
@@ -155,6 +160,14 @@ def test_other_schedulers(kind: type) -> None:
     picture = draw(pipe, num_inference_steps=4)
     assert picture.isfinite().all()
     assert torch.allclose(picture, draw(pipe, num_inference_steps=4))
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, UniPCMultistepScheduler])
+def test_schedulers_of_noise_are_refused(kind: type) -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = kind()
+    with pytest.raises(UserError, match=r"prediction_type='epsilon'.*velocity.*FlowMatchEulerDiscreteScheduler"):
+        draw(pipe, num_inference_steps=2)
 
 
 def test_callbacks_change_and_stop(pipe: TextToImagePipeline) -> None:
