@@ -190,6 +190,7 @@ def customize_(
 ) -> None:
     """Learns objects that the model was never shown, and measures fidelity, prompt following, leakage and drift."""
     from mm.cli.running import quietly_loaded
+    from mm.core.errors import UserError
     from mm.core.files import check_folder
     from mm.customization.methods.registry import method_of
     from mm.evaluation.customize import CustomizeConfig, evaluate_customize
@@ -198,7 +199,10 @@ def customize_(
 
     check_folder(work)
     if method != "zero-shot":
-        method_of(method)
+        try:
+            method_of(method)
+        except UserError as error:
+            raise UserError(f"{error}, zero-shot") from error
     given = {"steps": steps, "companions": companions}
     config = CustomizeConfig(
         subjects=tuple(subject or v.HELD_OUT_OBJECTS), method=method, seed=seed, limit=limit, pictures=pictures,

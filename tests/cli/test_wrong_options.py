@@ -60,6 +60,7 @@ from mm.training.stage_flags import CONFIGS, check_flags, fields_of
         (("eval", "customize", "--work", "file"), "file is a file"),
         (("eval", "customize", "--one-ground", "nowhere"), "the background is 'nowhere'"),
         (("eval", "customize", "--method", "nosuch"), "no method 'nosuch'"),
+        (("eval", "customize", "--method", "nosuch"), ", shira, zero-shot"),
         (("customize", "folder", "-o", "x", "--name", "<mug>", "--work", "file"), "file is a file"),
         (("customize", "folder", "-o", "x", "--name", "<mug>", "--sample", " "), "a sample prompt is empty"),
         (("customize", "folder", "-o", "x", "--name", "<mug>", "--size", "64"), "draws 128 x 128 only; leave it out"),
