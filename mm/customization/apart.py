@@ -63,7 +63,7 @@ _OF_NO_USE = {
 }  # fmt: skip
 _TRIES = 4  # pictures with the subjects, until each of them is seen in its place
 _SEEN = 0.5  # share of a word's effect that lies in its subject's place
-REFINE = 0.6  # share of the noise from which subjects are drawn again
+REFINE = 0.45  # share of the noise from which subjects are drawn again
 
 
 class Named(Protocol):

@@ -63,7 +63,7 @@ def test_the_command_draws_apart_and_again(files: list[Path], tmp_path: Path, on
     assert read_file_settings(first)["apart"] == {"<catcar>": "dog"}
     assert CliRunner().invoke(app, ["--like", str(first), "-o", str(second)]).exit_code == 0
     assert first.read_bytes() == second.read_bytes()
-    assert read_file_settings(first)["refine"] == 0.6
+    assert read_file_settings(first)["refine"] == 0.45
 
 
 def test_a_file_of_before_subjects_were_drawn_again_draws_the_same(
