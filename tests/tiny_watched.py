@@ -234,7 +234,7 @@ def _cogvideox() -> Any:
     )  # fmt: skip
 
 
-OWN_SIZES = ("hidream", "kandinsky-5")  # draw at sizes of their own, whatever is asked for
+NO_ROW = ("hidream", "kandinsky-5")  # in the matrix: they draw at sizes of their own, whatever is asked for
 WATCHED: dict[str, Callable[[], Any]] = {
     "longcat-image": _longcat,
     "ovis-image": _ovis,
