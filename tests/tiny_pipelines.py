@@ -29,7 +29,7 @@ from tiny_text_encoders import (
     umt5_text,
 )
 from tiny_tokenizers import clip_tokenizer, gemma_tokenizer, qwen_processor, qwen_tokenizer, t5_tokenizer
-from tiny_watched import OWN_SIZES, WATCHED
+from tiny_watched import NO_ROW, WATCHED
 
 from mm.families.frames import pictures_of
 
@@ -221,7 +221,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "lumina-2": _lumina_2,
     "aura-flow": _aura_flow,
     **MORE,
-    **{name: made for name, made in WATCHED.items() if name not in OWN_SIZES},
+    **{name: made for name, made in WATCHED.items() if name not in NO_ROW},
 }  # fmt: skip
 _EDITS = ("flux-kontext", "flux-fill", "qwen-image-edit")
 

@@ -146,6 +146,11 @@ def _called(view: Any, given: Mapping[str, Any]) -> Any:
             f"of at least {1 / steps:.2g}, or "
             "more steps"
         ) from error
+    except ZeroDivisionError as error:
+        steps = given.get("num_inference_steps")
+        if steps != 1:
+            raise
+        raise UserError(f"{type(view).__name__} has no schedule of one step; give more steps") from error
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{type(view).__name__} refuses this: {' '.join(str(error).split())[:600]}") from error
 

@@ -23,6 +23,7 @@ OMNIGEN = Family(
     guidance=2.5,
     size=SizeRule(default=1024, multiple=16, maximum=2048),
     preview=previews.SDXL,
+    mixed=False,  # prompts of other lengths in a call change pictures
     text_sites=_TEXT,
     edit_sites=_TEXT,
     lora=transformer_names(0),

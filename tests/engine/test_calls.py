@@ -72,6 +72,12 @@ def test_prompts_are_not_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     draw(engine.pipeline, "a <mug>", side=32, seed=1, steps=1)
 
 
+def test_a_schedule_of_one_step_that_there_is_not_is_refused_in_one_line() -> None:
+    engine = _engine("mochi")
+    with pytest.raises(UserError, match="MochiPipeline has no schedule of one step; give more steps"):
+        drawn(engine, Draw(prompt="a fox", size=(32, 32), steps=1, seed=1))
+
+
 def test_guidance_that_would_have_no_effect_is_refused() -> None:
     """HunyuanImage 2.1 has a guider, and reads a scale where it is distilled alone."""
     engine = _engine("hunyuan-image")
