@@ -60,7 +60,7 @@ class TalkTab:
         with gr.Row(elem_classes="mm-buttons"):
             self.send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
             halt = gr.Button("Stop", min_width=80)
-            new = gr.Button("New conversation", min_width=150, elem_id="new")
+            new = gr.Button("New conversation", min_width=110, elem_id="new")
         outputs = [self.chat, self.status, self.words, self.picture, self.send]
         for start in (self.send.click, self.words.submit):
             start(self._say, [visit, self.words, self.picture], outputs, **QUEUED)

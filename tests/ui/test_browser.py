@@ -260,7 +260,9 @@ def test_it_edits_and_describes(tab_of, viewport, tmp_path: Path, monkeypatch: p
 def test_talk_survives_errors_and_begins_anew(tab_of, viewport) -> None:
     tab = tab_of(viewport)
     tab.get_by_role("tab", name="Talk").click()
-    assert tab.locator("#chat").bounding_box()["width"] > 0.8 * min(viewport["width"], 1240)
+    chat, last = (tab.locator(place).bounding_box() for place in ("#chat", "#new"))
+    assert chat["width"] > 0.8 * min(viewport["width"], 1240)
+    assert last["x"] + last["width"] <= chat["x"] + chat["width"] + 1  # the buttons end where the column does
     tab.locator("#send").click()
     tab.wait_for_selector("#talk-status >> text=message is empty")
     tab.locator("#say textarea").fill(EVIL)
