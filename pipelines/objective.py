@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mm.customization.objectives.protocol import Edits, FlowObjective
+from mm.customization.objectives.processes import FlowObjective
+from mm.customization.objectives.protocol import Edits
 from mm.models.cache import PromptCache
 from mm.models.text import nearest_words, unknown_words
 from mm.pipelines.prompt_encoding import added_names

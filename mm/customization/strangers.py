@@ -26,7 +26,8 @@ from mm.customization.captions import names as holds
 from mm.customization.captions import renamed
 from mm.customization.data import Example
 from mm.customization.methods.protocol import Learner
-from mm.customization.pieces import Branches, Rows
+from mm.customization.pieces import Branches
+from mm.customization.rows import Rows
 
 _SYLLABLES = ("ba", "do", "fi", "gu", "ka", "lo", "mi", "ne", "po", "ru", "sa", "te", "vi", "wo", "xu", "zy")
 _NAMES = 12  # made-up names

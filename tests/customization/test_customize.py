@@ -302,8 +302,18 @@ def test_names_and_calls_that_do_not_fit(tmp_path: Path) -> None:
         customize(pipe, name="sks", **FAST)
     with pytest.raises(UserError, match="no method 'magic'; there are auto, dreambooth"):
         customize(pipe, folder, name="sks", method="magic", **FAST)
-    with pytest.raises(UserError, match="cannot be customized yet"):
-        customize(tiny_pipeline_of("sana-sprint"), folder, name="sks", **FAST)
+    with pytest.raises(UserError, match="DDPMPipeline cannot be customized yet"):
+        customize(
+            diffusers.DDPMPipeline(
+                unet=diffusers.UNet2DModel(
+                    block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+                ),
+                scheduler=pipe.scheduler,
+            ),
+            folder,
+            name="sks",
+            **FAST,
+        )
     control = diffusers.CogView4ControlPipeline(**tiny_pipeline_of("cogview-4").components)
     with pytest.raises(UserError, match=r"CogView4ControlPipeline cannot .* family cogview-4, CogView4Pipeline can"):
         customize(control, folder, name="sks", **FAST)

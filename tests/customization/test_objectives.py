@@ -12,9 +12,10 @@ from diffusers import EulerDiscreteScheduler
 from latent_grids import grid_of
 from tiny_pipelines import SIDE, arguments_of, tiny_pipeline_of
 
-from mm.customization.objectives.protocol import FlowObjective, objective_of
+from mm.customization.objectives.processes import FlowObjective
+from mm.customization.objectives.protocol import objective_of
 from mm.customization.objectives.sana_sprint import SanaSprint
-from mm.customization.pieces import Rows
+from mm.customization.rows import Rows
 from mm.families.frames import pictures_of
 
 NAMES = (

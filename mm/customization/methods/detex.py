@@ -19,7 +19,8 @@ from mm.adapters.entry import Entry
 from mm.customization.batches import encode
 from mm.customization.captions import renamed
 from mm.customization.methods.protocol import Job, Learner
-from mm.customization.pieces import Rows, layer_seed
+from mm.customization.pieces import layer_seed
+from mm.customization.rows import Rows
 
 ATTRIBUTES = ("background", "pose")
 _WIDTH = 64

@@ -14,7 +14,8 @@ from mm.adapters.entry import Entry
 from mm.core.errors import UserError
 from mm.customization.data import Example, Kind
 from mm.customization.objectives.protocol import Objective
-from mm.customization.pieces import Branches, Piece, Rows
+from mm.customization.pieces import Branches, Piece
+from mm.customization.rows import Rows
 from mm.families.sites import find_sites
 from mm.layers.sites import Site
 

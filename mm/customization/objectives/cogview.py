@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.customization.objectives.protocol import FlowObjective
+from mm.customization.objectives.processes import FlowObjective
 from mm.customization.objectives.scaled import ScaledLatents
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.customization.objectives.protocol import Edits, FlowObjective
+from mm.customization.objectives.processes import FlowObjective
+from mm.customization.objectives.protocol import Edits
 
 
 class Flux2(FlowObjective):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm.customization.objectives.protocol import FlowObjective
+from mm.customization.objectives.processes import FlowObjective
 from mm.customization.objectives.remembered import padded, stacked
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.customization.objectives.protocol import DiffusionObjective
+from mm.customization.objectives.processes import DiffusionObjective
 from mm.customization.objectives.scaled import ScaledLatents
 
 

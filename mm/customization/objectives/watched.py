@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from mm.adapters.tokens import tied_embeddings
 from mm.core.errors import UserError
-from mm.customization.objectives.protocol import DiffusionObjective, FlowObjective, Objective
+from mm.customization.objectives.processes import DiffusionObjective, FlowObjective
+from mm.customization.objectives.protocol import Objective
 from mm.customization.objectives.reading import Reading, close, counted_channels, reading_of
 from mm.customization.objectives.rows import WAYS, Way, merged
 from mm.customization.objectives.watching import Watch, autoencoder_of, first_of
